@@ -1,0 +1,48 @@
+"""fewstep: generative models in a handful of network calls.
+
+>>> import fewstep as fs
+>>> teacher = fs.load("digits")
+>>> student = fs.distill(teacher, fs.DMD2(steps=1), data="digits", budget="2min")
+>>> images = student.sample(64)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: What the package offers at top level, imported when first asked for: ``import fewstep`` itself is instant.
+_EXPORTS = {
+    "load": "fewstep.api",
+    "distill": "fewstep.api",
+    "train": "fewstep.api",
+    "compare": "fewstep.api",
+    "save": "fewstep.api",
+    "sample": "fewstep.sampling",
+    "Student": "fewstep.sampling",
+    "Plan": "fewstep.sampling",
+    "ConsistencyDistillation": "fewstep.distill.consistency.cm",
+    "ConsistencyTraining": "fewstep.distill.consistency.cm",
+    "ContinuousConsistencyDistillation": "fewstep.distill.consistency.scm",
+    "ContinuousConsistencyTraining": "fewstep.distill.consistency.scm",
+    "DMD2": "fewstep.distill.matching.dmd2",
+    "InstaFlow": "fewstep.distill.flow_map.rectified_flow",
+    "Reflow": "fewstep.distill.flow_map.rectified_flow",
+    "ProgressiveLadder": "fewstep.distill.flow_map.progressive",
+    "ProgressiveDistillation": "fewstep.distill.flow_map.progressive",
+}
+
+__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'fewstep' has no attribute '{name}'")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+if TYPE_CHECKING:
+    from fewstep.api import compare, distill, load, save, train
+    from fewstep.sampling import Plan, Student, sample

@@ -1,0 +1,94 @@
+"""The few functions most users need: load, train, distill, compare, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.data import Dataset
+from fewstep.data import load as load_data
+from fewstep.denoisers import Denoiser
+from fewstep.distill.method import Recipe
+from fewstep.hub import native
+from fewstep.sampling.rollout import Student
+from fewstep.training.budget import Budget
+from fewstep.training.stages import run_recipe
+from fewstep.training.trainer import Settings
+
+if TYPE_CHECKING:
+    from fewstep.report import Comparison
+
+BUNDLED = Path(__file__).parent / "assets" / "models"
+
+
+def bundled_models() -> list[str]:
+    """The names of the models that ship with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
+
+
+def load(name: str | Path) -> Any:
+    """A model: a bundled name ("digits", "fashion", "fashion-1step"), a fewstep folder (or a run folder, whose model
+    is taken), or a folder with a diffusers pipeline.  Nothing is downloaded.
+
+    Returns a :class:`~fewstep.denoisers.Denoiser` or a :class:`~fewstep.sampling.Student`.  Raises FileNotFoundError
+    or ValueError naming what is wrong.
+    """
+    folder = BUNDLED / str(name)
+    if not (folder / "config.json").is_file():
+        folder = Path(name)
+    if (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    if (folder / "config.json").is_file():
+        return native.load(folder)
+    if (folder / "model_index.json").is_file():
+        from fewstep.hub.diffusers import load_pipeline
+
+        return load_pipeline(folder).denoiser
+    raise FileNotFoundError(
+        f"model '{name}': neither a bundled model ({', '.join(bundled_models())}) nor a folder with config.json or "
+        "model_index.json"
+    )
+
+
+def _data(data: str | Dataset) -> Dataset:
+    return load_data(data) if isinstance(data, str) else data
+
+
+def distill(
+    teacher: Denoiser | str,
+    recipe: Recipe,
+    data: str | Dataset,
+    budget: str | Budget = "2min",
+    *,
+    folder: str | Path | None = None,
+    batch: int = 64,
+    seed: int = 0,
+    show: bool = True,
+    **settings: Any,
+) -> Student | Denoiser:
+    """Train ``recipe`` from ``teacher`` and give back what it made.
+
+    ``budget`` is steps, images or time ("500steps", "20k images", "2min"); with a ``folder`` the run is recorded there
+    and the same call resumes it.  ``settings`` are further fields of :class:`~fewstep.training.trainer.Settings`.
+    """
+    model: Any = load(teacher) if isinstance(teacher, str) else teacher
+    amount = Budget.parse(budget) if isinstance(budget, str) else budget
+    chosen = Settings(budget=amount, batch=batch, seed=seed, **settings)
+    place = None if folder is None else Path(folder)
+    return run_recipe(recipe, model, _data(data), chosen, place, show=show).model
+
+
+train = distill
+
+
+def save(model: Student | Denoiser, folder: str | Path, card: dict[str, Any] | None = None) -> Path:
+    """Write a fewstep folder (config.json and model.safetensors) that :func:`load` reads."""
+    return native.save(model, folder, card)
+
+
+def compare(teacher: Denoiser | str, *students: Student | str, data: str, n: int = 500, seed: int = 0) -> Comparison:
+    """Teacher and students on the same seeds and features: quality, cost and pictures; ``.save("report.html")``."""
+    from fewstep.report import compare_models
+
+    models = [load(m) if isinstance(m, str) else m for m in (teacher, *students)]
+    return compare_models(models[0], models[1:], data=data, n=n, seed=seed)

@@ -1,0 +1,88 @@
+"""One door to all data: ``load("digits")``, ``load("photos/")``, ``load("cifar10-train.parquet")``.
+
+Nothing is ever downloaded and nothing is ever unpickled.  What is wrong with a source is said in one line that names
+the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from fewstep.data.arrays import read_arrays
+from fewstep.data.bundled import BUNDLED, read_bundled
+from fewstep.data.dataset import Dataset
+from fewstep.data.idx import is_idx, read_idx_file, read_idx_folder
+from fewstep.data.pictures import read_picture_folder
+from fewstep.data.tables import read_arrow_folder, read_parquet_file, read_parquet_folder
+from fewstep.randomness import Rng
+
+Split = Literal["train", "test"]
+
+
+def load(source: str | Path, split: Split = "train") -> Dataset:
+    """The training part of ``source``, or its held-out part with ``split="test"``.
+
+    ``source`` is one of
+
+    * ``"digits"`` or ``"fashion"``, which come with the library;
+    * a folder of pictures, sub-folders being classes (needs Pillow); with sub-folders ``train`` and ``test`` (or
+      ``validation``, ``val``) these are the two parts;
+    * IDX files, plain or ``.gz``: a folder with the four files of MNIST or Fashion-MNIST, or one file of pictures,
+      whose labels are looked for beside it;
+    * a ``.parquet`` file, or a folder of them (parts told apart by "train" and "test" in their names), with a column
+      ``img`` or ``image`` of encoded pictures and optionally a column ``label`` (needs pyarrow and Pillow);
+    * a Hugging Face data set on disk (``save_to_disk``), with the same columns;
+    * an ``.npz`` or ``.safetensors`` file with an array ``images`` (or ``image``, ``x``) and optionally ``labels``
+      (or ``label``, ``y``); parts are arrays named ``train_images`` or ``x_train`` and so on.
+
+    A path that is named like a bundled set is reached as ``./digits``.
+
+    Raises FileNotFoundError for what does not exist, ImportError when a reader needs a package that is missing, and
+    ValueError for everything that is wrong inside the files.
+    """
+    if split not in get_args(Split):
+        raise ValueError(f"split='{split}': data have two parts, 'train' and 'test'")
+    if source in BUNDLED:
+        return read_bundled(str(source), split)
+    path = Path(source)
+    if path.is_dir():
+        return read_folder(path, split)
+    if not path.exists():
+        names = ", ".join(f"'{name}'" for name in BUNDLED)
+        raise FileNotFoundError(f"no data at '{source}': give {names}, or the path of a folder or file of pictures")
+    return read_file(path, split)
+
+
+def read_folder(path: Path, split: Split) -> Dataset:
+    """A folder, read as what its files say it is."""
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return read_arrow_folder(path, split)
+    names = [entry.name for entry in path.iterdir() if entry.is_file()]
+    if any(is_idx(name) for name in names):
+        return read_idx_folder(path, split)
+    for folder in (path, path / "data"):
+        if folder.is_dir() and any(folder.glob("*.parquet")):
+            return read_parquet_folder(folder, split)
+    return read_picture_folder(path, split)
+
+
+def read_file(path: Path, split: Split) -> Dataset:
+    """A single file, read as what its name says it is."""
+    if path.suffix in (".npz", ".safetensors"):
+        return read_arrays(path, split)
+    if path.suffix != ".parquet" and not is_idx(path.name):
+        raise ValueError(
+            f"cannot read '{path}': a data file is .npz, .safetensors, .parquet or IDX (…-images-idx3-ubyte[.gz])"
+        )
+    if split == "test":
+        raise ValueError(f"'{path}' is one file without a held-out part: give its folder, or load the test file itself")
+    return read_parquet_file(path) if path.suffix == ".parquet" else read_idx_file(path)
+
+
+def held_out(data: Dataset, count: int, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """``(training, held-out)``: ``count`` random samples of ``data`` put aside, for sources without a test part."""
+    if not 0 < count < len(data):
+        raise ValueError(f"count={count}: put aside at least 1 and fewer than all {len(data)} samples of '{data.name}'")
+    order = Rng(seed, "held out").shuffled(len(data))
+    return data.subset(order[count:]), data.subset(order[:count])

@@ -1,0 +1,340 @@
+"""Denoisers: any network seen as ``D(x, t, cond) = E[x_0 | x_t = x]``.
+
+Whatever a network was trained to predict is one line of algebra, ``D = c_skip x + c_out F(c_in x, time, cond)``: a
+:class:`Prediction`.  From ``D`` follow the noise, the score and the velocity, and ``.on(schedule)`` views the same
+network on another schedule by matching the signal-to-noise ratio, so a flow-matching teacher *is* a TrigFlow teacher.
+Guidance and thresholding are combinators that return a Denoiser.
+
+Three gradient modes are explicit, see :func:`gradients`: ``"none"``, ``"input"`` (through the state only, parameters
+held) and ``"all"``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.schedules import Schedule, align, as_time
+
+Cond = Any  # class labels [B], or whatever tree of tensors the network takes; None means unconditional
+GradientMode = Literal["none", "input", "all"]
+
+
+@contextmanager
+def gradients(module: nn.Module, mode: GradientMode) -> Iterator[None]:
+    """Call ``module`` without gradients ("none"), with gradients to its inputs only ("input"), or to inputs and
+    parameters ("all")."""
+    if mode == "none":
+        with torch.no_grad():
+            yield
+        return
+    if mode != "input":
+        yield
+        return
+    held = [p for p in module.parameters() if p.requires_grad]
+    for p in held:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in held:
+            p.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Prediction(ABC):
+    """What a network ``F`` predicts: ``D = c_skip x + c_out F(c_in x, time(t))``.
+
+    ``coefficients`` and ``time`` take a schedule and float64 times and are differentiable in the times.
+    ``time_scale`` multiplies the time that the network is given (1000 for networks that count milli-times).
+    ``portable`` predictions depend on the noise level only, not on how a schedule counts time, so the same network
+    and prediction make the same denoiser on every schedule.
+    """
+
+    portable: ClassVar[bool] = False
+
+    time_scale: float = 1.0
+
+    @abstractmethod
+    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(c_skip, c_out, c_in)``, each of the shape of ``t``."""
+
+    def time(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """The time input of the network."""
+        return self.time_scale * t
+
+    def target(self, x: Tensor, x0: Tensor, schedule: Schedule, t: Tensor) -> Tensor:
+        """What ``F`` must return for the denoiser to return ``x0``: the regression target of training."""
+        skip, out, _ = self.coefficients(schedule, t)
+        return (x0 - align(skip, x) * x) / align(out, x)
+
+
+@dataclass(frozen=True)
+class X0(Prediction):
+    """The network predicts the data."""
+
+    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        one = torch.ones_like(t)
+        return torch.zeros_like(t), one, one
+
+
+@dataclass(frozen=True)
+class Eps(Prediction):
+    """The network predicts the noise; singular where alpha is 0."""
+
+    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha = schedule.alpha(t)
+        return 1 / alpha, -schedule.sigma(t) / alpha, torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class V(Prediction):
+    """The network predicts ``v = alpha eps - sigma x_0`` (Salimans & Ho 2022)."""
+
+    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        power = alpha**2 + sigma**2
+        return alpha / power, -sigma / power, torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class Velocity(Prediction):
+    """The network predicts ``d x_t / dt = alpha' x_0 + sigma' eps``; for flow matching ``eps - x_0``."""
+
+    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        d_alpha, d_sigma = schedule.d_alpha(t), schedule.d_sigma(t)
+        wronskian = alpha * d_sigma - sigma * d_alpha
+        return d_sigma / wronskian, -sigma / wronskian, torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class EDMPrediction(Prediction):
+    """EDM's preconditioning (Karras et al. 2022, table 1) with time input ``log(rho) / 4``, on any schedule."""
+
+    portable: ClassVar[bool] = True
+
+    sigma_data: float = 0.5
+
+    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        power = (alpha * self.sigma_data) ** 2 + sigma**2
+        return alpha * self.sigma_data**2 / power, sigma * self.sigma_data / power.sqrt(), power.rsqrt()
+
+    def time(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return -schedule.log_snr(t) / 4 * self.time_scale
+
+
+@dataclass(frozen=True)
+class TrigPrediction(Prediction):
+    """TrigFlow's preconditioning ``D = cos(a) x - sin(a) sigma_data F(x / sigma_data, a)`` (Lu & Song 2024, eq. 5),
+    on any schedule: ``a = atan(rho / sigma_data)`` and the state is first scaled onto the circle.
+
+    Equal to EDM's coefficients but for the sign of ``F``; the time input is the angle ``a`` itself.
+    """
+
+    portable: ClassVar[bool] = True
+
+    sigma_data: float = 0.5
+
+    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        radius = torch.sqrt((alpha * self.sigma_data) ** 2 + sigma**2)
+        cos, sin = alpha * self.sigma_data / radius, sigma / radius
+        return cos * self.sigma_data / radius, -sin * self.sigma_data, 1 / radius
+
+    def time(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return torch.atan2(schedule.sigma(t), schedule.alpha(t) * self.sigma_data) * self.time_scale
+
+
+PREDICTIONS: dict[str, type[Prediction]] = {
+    "x0": X0,
+    "eps": Eps,
+    "v": V,
+    "velocity": Velocity,
+    "edm": EDMPrediction,
+    "trig": TrigPrediction,
+}
+
+
+class Denoiser(nn.Module, ABC):
+    """``D(x, t, cond) = E[x_0 | x_t = x]`` on a schedule.
+
+    ``x`` is ``[B, ...]``; ``t`` is a number, ``[B]`` or ``[B, F]``; ``cond`` is what the network takes (class labels
+    ``[B]``), None for the unconditional branch.  ``shape`` is the shape of one sample and ``classes`` the number of
+    class labels (None for unconditional models).
+    """
+
+    def __init__(self, schedule: Schedule, shape: tuple[int, ...], classes: int | None = None) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.shape = tuple(shape)
+        self.classes = classes
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """The posterior mean of the data, of the shape of ``x``."""
+
+    def eps(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """The expected noise, ``(x - alpha D) / sigma``."""
+        return self.eps_from(self(x, t, cond), x, t)
+
+    def score(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """The score of the noised law, ``-eps / sigma``."""
+        return -self.eps(x, t, cond) / align(self.schedule.sigma(as_time(t, x)), x)
+
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """The probability-flow velocity ``dx/dt = alpha' D + sigma' eps`` in the schedule's own time."""
+        x0 = self(x, t, cond)
+        return self.schedule.velocity(x0, self.eps_from(x0, x, t), as_time(t, x))
+
+    def eps_from(self, x0: Tensor, x: Tensor, t: Tensor | float) -> Tensor:
+        """The noise that goes with a data prediction ``x0`` at ``(x, t)``."""
+        time = as_time(t, x)
+        return (x - align(self.schedule.alpha(time), x) * x0) / align(self.schedule.sigma(time), x)
+
+    def on(self, schedule: Schedule) -> Denoiser:
+        """The same denoiser on another schedule, exactly, by matching the signal-to-noise ratio."""
+        return self if schedule == self.schedule else OnSchedule(self, schedule)
+
+
+class OnSchedule(Denoiser):
+    """A denoiser seen on another schedule: ``D'(x, t) = D(k x, t')`` with equal log-SNR at ``t`` and ``t'``.
+
+    ``k`` scales the state from one circle to the other.  Where the inner schedule does not reach the asked noise
+    level, its nearest end is used.
+    """
+
+    def __init__(self, inner: Denoiser, schedule: Schedule) -> None:
+        super().__init__(schedule, inner.shape, inner.classes)
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        time = as_time(t, x)
+        outer, inner = self.schedule, self.inner.schedule
+        inner_time = inner.time_at(outer.log_snr(time))
+        scale = torch.sqrt(
+            (inner.alpha(inner_time) ** 2 + inner.sigma(inner_time) ** 2)
+            / (outer.alpha(time) ** 2 + outer.sigma(time) ** 2)
+        )
+        return self.inner(align(scale, x) * x, inner_time, cond)
+
+    def on(self, schedule: Schedule) -> Denoiser:
+        return self.inner.on(schedule)
+
+
+class NetworkDenoiser(Denoiser):
+    """A network ``F(x, time, cond, **extras)`` with its :class:`Prediction` on a schedule.
+
+    ``extras`` are the further inputs that a student's network takes (the target time ``s``, a guidance weight, a step
+    size): keyword tensors that are handed through.  The network is called in the type of ``x``, its time input
+    stays float32 (float64 for float64 states).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        schedule: Schedule,
+        prediction: Prediction,
+        shape: tuple[int, ...],
+        classes: int | None = None,
+    ) -> None:
+        super().__init__(schedule, shape, classes)
+        self.net = net
+        self.prediction = prediction
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        time = as_time(t, x)
+        skip, out, _ = self.prediction.coefficients(self.schedule, time)
+        return align(skip, x) * x + align(out, x) * self.raw(x, time, cond, **extras)
+
+    def on(self, schedule: Schedule) -> Denoiser:
+        if not self.prediction.portable:
+            return super().on(schedule)
+        return NetworkDenoiser(self.net, schedule, self.prediction, self.shape, self.classes)
+
+    def raw(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        """``F`` itself, with its input scaled and its time mapped."""
+        time = as_time(t, x)
+        c_in = self.prediction.coefficients(self.schedule, time)[2]
+        label = self.prediction.time(self.schedule, time)
+        label = label.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return self.net(align(c_in, x) * x, label, cond, **extras)
+
+
+class Guided(Denoiser):
+    """Classifier-free guidance, ``D = D_unc + w (D_cond - D_unc)``; w = 1 is no guidance.
+
+    ``scale`` is a number or one weight per sample ``[B]``.  ``negative`` replaces the unconditional branch (a negative
+    prompt).  Costs two calls of the inner denoiser.
+    """
+
+    def __init__(self, inner: Denoiser, scale: float | Tensor, negative: Cond = None) -> None:
+        super().__init__(inner.schedule, inner.shape, inner.classes)
+        self.inner = inner
+        self.scale = scale
+        self.negative = negative
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        away = self.inner(x, t, self.negative)
+        if cond is None:
+            return away
+        scale = align(torch.as_tensor(self.scale, device=x.device), x)
+        return away + scale * (self.inner(x, t, cond) - away)
+
+
+class Autoguided(Denoiser):
+    """Guidance away from a worse version of the model, ``D = D_bad + w (D_good - D_bad)`` (Karras et al. 2024)."""
+
+    def __init__(self, good: Denoiser, bad: Denoiser, scale: float | Tensor) -> None:
+        super().__init__(good.schedule, good.shape, good.classes)
+        self.good, self.bad, self.scale = good, bad.on(good.schedule), scale
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        bad = self.bad(x, t, cond)
+        return bad + align(torch.as_tensor(self.scale, device=x.device), x) * (self.good(x, t, cond) - bad)
+
+
+class Clipped(Denoiser):
+    """Static thresholding: the data prediction clamped to ``[low, high]`` (pixel models only)."""
+
+    def __init__(self, inner: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__(inner.schedule, inner.shape, inner.classes)
+        self.inner, self.low, self.high = inner, low, high
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        return self.inner(x, t, cond).clamp(self.low, self.high)
+
+
+class DynamicThreshold(Denoiser):
+    """Dynamic thresholding (Saharia et al. 2022): per sample, clip at the ``quantile`` of |D| (at least ``ceiling``)
+    and divide by it, so that the result lies in ``[-ceiling, ceiling]``."""
+
+    def __init__(self, inner: Denoiser, quantile: float = 0.995, ceiling: float = 1.0) -> None:
+        super().__init__(inner.schedule, inner.shape, inner.classes)
+        self.inner, self.quantile, self.ceiling = inner, quantile, ceiling
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        x0 = self.inner(x, t, cond)
+        bound = torch.quantile(x0.flatten(1).abs(), self.quantile, dim=1).clamp_min(self.ceiling)
+        bound = align(bound, x0)
+        return x0.clamp(-bound, bound) / bound * self.ceiling
+
+
+class CountCalls(Denoiser):
+    """Counts the network calls that pass through: ``.calls`` (per batch, guidance outside not included)."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        super().__init__(inner.schedule, inner.shape, inner.classes)
+        self.inner = inner
+        self.calls = 0
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        self.calls += 1
+        return self.inner(x, t, cond)

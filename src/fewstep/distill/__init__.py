@@ -1,0 +1,35 @@
+"""Distillation: the methods, each a short file that reads like its paper.
+
+``RECIPES`` maps the names that the command line knows to classes (import path ``module:class``, imported on demand).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from fewstep.distill.method import Method, Recipe
+
+RECIPES: dict[str, str] = {
+    "denoising": "fewstep.distill.denoising:Denoising",
+    "flow-matching": "fewstep.distill.denoising:FlowMatchingTraining",
+    "cm": "fewstep.distill.consistency.cm:ConsistencyDistillation",
+    "cm-training": "fewstep.distill.consistency.cm:ConsistencyTraining",
+    "scm": "fewstep.distill.consistency.scm:ContinuousConsistencyDistillation",
+    "scm-training": "fewstep.distill.consistency.scm:ContinuousConsistencyTraining",
+    "dmd2": "fewstep.distill.matching.dmd2:DMD2",
+    "reflow": "fewstep.distill.flow_map.rectified_flow:Reflow",
+    "instaflow": "fewstep.distill.flow_map.rectified_flow:InstaFlow",
+    "pd": "fewstep.distill.flow_map.progressive:ProgressiveLadder",
+    "pd-halving": "fewstep.distill.flow_map.progressive:ProgressiveDistillation",
+}
+
+
+def recipe_class(name: str) -> type[Recipe]:
+    """The class behind a name; ValueError naming the choices when there is none."""
+    if name not in RECIPES:
+        raise ValueError(f"method '{name}' is unknown; choose from {', '.join(RECIPES)}")
+    module, _, attribute = RECIPES[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+__all__ = ["RECIPES", "Method", "Recipe", "recipe_class"]

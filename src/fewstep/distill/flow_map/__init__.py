@@ -1,0 +1,1 @@
+"""Flow maps, rectified flow and step halving."""

@@ -1,0 +1,1 @@
+"""Distribution matching: the student's samples follow the difference of two scores."""

@@ -1,0 +1,171 @@
+"""What a method is: an objective, told to the trainer as a generator of updates.
+
+A method is a frozen dataclass of hyper-parameters whose defaults are the paper's, with three functions: which
+networks it owns, the updates of one iteration, and what it hands to the user at the end.  ``updates`` is a generator:
+alternation, update ratios and adversarial steps read top to bottom, what comes after a ``yield`` sees the network
+already moved, and a test drives it without a trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from fewstep.denoisers import Cond, Denoiser
+from fewstep.data.dataset import Dataset
+from fewstep.randomness import Rng
+from fewstep.sampling.rollout import Student
+
+Show = Callable[[int, int], None]  # work done, work in all
+
+Evidence = Literal["verified", "from paper text", "reconstructed"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from, and what here differs from it."""
+
+    title: str
+    arxiv: str
+    evidence: Evidence
+    deviations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One part of a training batch.
+
+    ``x`` is data ``[B, ...]``, ``cond`` labels ``[B]`` or None, ``noise`` the paired noise of a pair store or None.
+    """
+
+    x: Tensor
+    cond: Cond
+    rng: Rng
+    noise: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands when an iteration starts: iterations done, samples seen, part of the budget used [0, 1)."""
+
+    step: int = 0
+    samples: int = 0
+    fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """"Minimise ``loss`` in the parameters of ``group``, now".
+
+    ``logs`` are scalars for the record.  ``then`` is called once after the step, on every process: what the method
+    itself moves (a target network) moves there, so that accumulation does not move it several times.
+    """
+
+    group: str
+    loss: Tensor
+    logs: Mapping[str, Tensor | float] = field(default_factory=dict)
+    then: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """How a group of modules is optimised.
+
+    ``modules`` are names in :class:`Networks`.  ``decay`` is the learning rate's course over the budget: constant,
+    linear to 0, or cosine to 0; ``warmup`` counts steps.  ``clip`` bounds the gradient norm (None: no bound).
+    """
+
+    modules: tuple[str, ...]
+    lr: float
+    kind: Literal["adam", "adamw", "radam"] = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = None
+    warmup: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+
+
+class Networks(nn.Module):
+    """The named networks of a method (attribute access), the groups that train and the names that get an EMA.
+
+    Modules that no group names are frozen here; ``moved`` names those among them that the method moves itself (a
+    target network), which a checkpoint must hold too.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        groups: Mapping[str, Optimiser],
+        ema: tuple[str, ...] = (),
+        moved: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.groups = dict(groups)
+        self.ema = ema
+        self.moved = moved
+        trained = {name for group in groups.values() for name in group.modules}
+        unknown = (trained | set(ema)) - set(modules)
+        if unknown:
+            raise ValueError(f"groups name networks that do not exist: {sorted(unknown)}")
+        for name, module in modules.items():
+            module.requires_grad_(name in trained)
+            module.train(name in trained)
+
+    def group_parameters(self, group: str) -> list[nn.Parameter]:
+        """The parameters that an update of ``group`` moves."""
+        return [p for name in self.groups[group].modules for p in self.get_submodule(name).parameters()]
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """Stages run one after the other, each starting from what the last one made; every :class:`Method` is a recipe of
+    one stage.  Subclasses are frozen dataclasses of hyper-parameters."""
+
+    name: ClassVar[str]
+    paper: ClassVar[Paper]
+
+    @abstractmethod
+    def stages(self) -> list[Method]:
+        """The methods, in order; a run's budget is split equally over them."""
+
+
+@dataclass(frozen=True)
+class Method(Recipe):
+    """An objective."""
+
+    #: What a healthy run looks like: name of a logged scalar -> one sentence for the user.
+    healthy: ClassVar[Mapping[str, str]] = {}
+
+    def stages(self) -> list[Method]:
+        return [self]
+
+    @abstractmethod
+    def networks(self, teacher: Denoiser) -> Networks:
+        """The networks of this method, made from (copies of) the teacher."""
+
+    def prepare(self, teacher: Denoiser, data: Dataset, seed: int, show: Show) -> Dataset:
+        """What this method trains on, made from the data before training (a pair store); by default the data."""
+        return data
+
+    @abstractmethod
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+        """The updates of one iteration, one at a time."""
+
+    @abstractmethod
+    def student(self, nets: Networks) -> Student | Denoiser:
+        """What training made, from the trained networks (or their EMA, put in place by the trainer)."""
+
+
+def copy_of(teacher: Denoiser) -> Denoiser:
+    """A trainable deep copy of a teacher."""
+    student = copy.deepcopy(teacher)
+    student.requires_grad_(True)
+    return student

@@ -1,0 +1,21 @@
+"""Worlds in closed form: data laws whose denoiser, score, flow map and tangent are known exactly."""
+
+from fewstep.exact.dataset import FiniteData
+from fewstep.exact.gaussian import Gaussian, GuidedGaussian
+from fewstep.exact.mixture import GaussianMixture, Mixture1D, ring, three_modes
+from fewstep.exact.ode import probability_flow
+from fewstep.exact.world import ExactDenoiser, ExactFlowMap, World
+
+__all__ = [
+    "ExactDenoiser",
+    "ExactFlowMap",
+    "FiniteData",
+    "Gaussian",
+    "GaussianMixture",
+    "GuidedGaussian",
+    "Mixture1D",
+    "World",
+    "probability_flow",
+    "ring",
+    "three_modes",
+]

@@ -1,0 +1,108 @@
+"""Flow maps: students that move a state from one time to another in one network call.
+
+``jump(x, t, s, cond)`` takes ``x`` from time ``t`` to a cleaner time ``s``.  It is a DDIM move in which a learned
+``g(x, t, s)`` stands in for the denoiser::
+
+    x_s = alpha_s g + (sigma_s / sigma_t) (x - alpha_t g)
+
+so ``jump(x, t, t) = x`` whatever the network says, ``s = t_min`` is a consistency model, and ``t = t_max``,
+``s = t_min`` a one-step generator.  With the variance-exploding schedule this is CTM's ``(s/t) x + (1 - s/t) g``; on
+TrigFlow with ``s = 0`` it is sCM's ``cos t x - sin t sigma_data F``.  A student made from a teacher, ``Jump(copy of the teacher)``,
+equals the teacher's own DDIM move until it is trained.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
+from fewstep.schedules import Schedule, align, as_time
+
+
+class FlowMap(nn.Module, ABC):
+    """A learned jump between two times of one schedule; ``shape`` and ``classes`` as in :class:`Denoiser`."""
+
+    def __init__(self, schedule: Schedule, shape: tuple[int, ...], classes: int | None) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.shape = shape
+        self.classes = classes
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+        """The jump: ``x`` at time ``t`` moved to time ``s``."""
+
+    def jump(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+        """``x`` at time ``t`` moved to time ``s <= t``; equal to ``x`` at ``s = t``."""
+        return self(x, t, s, cond)
+
+    def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """The consistency function ``f(x, t)``: the jump to ``t_min``."""
+        return self(x, t, self.schedule.t_min, cond)
+
+
+def ddim_move(x: Tensor, x0: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
+    """``alpha_s x0 + (sigma_s / sigma_t) (x - alpha_t x0)``: where the straight line through ``x`` at ``t`` and the
+    data prediction ``x0`` is at ``s``.  Times are float64 tensors; ``t`` must hold some noise."""
+    carry = schedule.sigma(s) / schedule.sigma(t)
+    return align(carry, x) * x + align(schedule.alpha(s) - carry * schedule.alpha(t), x) * x0
+
+
+class Jump(FlowMap):
+    """The DDIM-form jump with ``g`` given by a denoiser.
+
+    ``two_times`` says whether the denoiser's network takes the target time ``s`` as an extra input (CTM, flow maps);
+    without it ``g`` depends on ``(x, t)`` only (consistency models, progressive distillation, one-step students).
+    The target time is handed over as the *network* sees times, i.e. through the prediction's time map.
+    """
+
+    def __init__(self, denoiser: Denoiser, two_times: bool = False) -> None:
+        super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes)
+        self.denoiser = denoiser
+        self.two_times = two_times
+
+    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+        time, target = as_time(t, x), as_time(s, x)
+        return ddim_move(x, self.predict(x, time, target, cond), time, target, self.schedule)
+
+    def predict(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+        """``g(x, t, s)``, the data prediction whose DDIM move is the jump."""
+        if not self.two_times:
+            return self.denoiser(x, t, cond)
+        if not isinstance(self.denoiser, NetworkDenoiser):
+            raise TypeError("a two-time jump needs a NetworkDenoiser whose network takes the extra input s")
+        label = self.denoiser.prediction.time(self.schedule, as_time(s, x))
+        return self.denoiser(x, t, cond, s=label.to(x))
+
+
+class EDMConsistency(FlowMap):
+    """The consistency function of Song et al. 2023 (eq. 5 and appendix C) on the EDM schedule::
+
+        f(x, t) = c_skip(t) x + c_out(t) F(c_in x, time(t)),   eps = t_min
+        c_skip = sd^2 / ((t - eps)^2 + sd^2),  c_out = sd (t - eps) / sqrt(t^2 + sd^2)
+
+    with the ``F`` of EDM's preconditioning, ``D = sd^2 / (t^2 + sd^2) x + sd t / sqrt(t^2 + sd^2) F``.  Eliminating
+    ``F`` writes it for any denoiser: ``f = c_skip x + (1 - eps / t) (D - sd^2 / (t^2 + sd^2) x)``, so it starts as
+    the teacher's denoiser where ``t >> eps``.  A jump to another time than ``t_min`` is not defined: ValueError.
+    """
+
+    def __init__(self, denoiser: Denoiser, sigma_data: float = 0.5) -> None:
+        super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes)
+        self.denoiser = denoiser
+        self.sigma_data = sigma_data
+
+    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+        time, target = as_time(t, x), as_time(s, x)
+        if bool((target != self.schedule.t_min).any()):
+            raise ValueError(f"an EDM consistency function jumps to t_min={self.schedule.t_min} only")
+        return self.to_data(x, time, cond)
+
+    def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        time, variance, eps = as_time(t, x), self.sigma_data**2, self.schedule.t_min
+        skip = variance / ((time - eps) ** 2 + variance)
+        out = 1 - eps / time
+        rest = skip - out * variance / (time**2 + variance)
+        return align(rest, x) * x + align(out, x) * self.denoiser(x, time, cond)

@@ -1,0 +1,115 @@
+"""Time grids: the ``steps + 1`` strictly decreasing times a sampler visits, from ``t_max`` (noise) down to data.
+
+A grid is a float64 tensor made by a plain function of a schedule; :func:`check_grid` refuses anything that is not
+strictly decreasing, because a repeated level is a silent division by zero in every multistep solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fewstep.schedules import Schedule
+
+Grid = Callable[[Schedule, int], Tensor]
+
+
+def check_grid(times: Tensor, schedule: Schedule | None = None) -> Tensor:
+    """``times`` as a float64 vector; ValueError unless it is finite, strictly decreasing, at least two long, and
+    inside the schedule's range when one is given (0 is allowed as the last time)."""
+    times = torch.as_tensor(times, dtype=torch.float64)
+    if times.ndim != 1 or len(times) < 2 or not bool(torch.isfinite(times).all()):
+        raise ValueError(f"a time grid is a vector of at least two finite times, got shape {list(times.shape)}")
+    if not bool((times[1:] < times[:-1]).all()):
+        raise ValueError(f"a time grid must be strictly decreasing, got {times.tolist()}")
+    if schedule is not None:
+        slack = 1e-9 * schedule.t_max
+        inner = times[:-1] if float(times[-1]) == 0 else times
+        if float(times[0]) > schedule.t_max + slack or float(inner[-1]) < schedule.t_min - slack:
+            raise ValueError(
+                f"times {float(times[0]):g} .. {float(times[-1]):g} leave the schedule's range "
+                f"[{schedule.t_min:g}, {schedule.t_max:g}]"
+            )
+    return times
+
+
+def _unit(steps: int) -> Tensor:
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a grid needs at least one step")
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+
+
+def _ends(schedule: Schedule, end: float | None) -> tuple[Tensor, Tensor]:
+    first = torch.tensor(schedule.t_max, dtype=torch.float64)
+    return first, torch.tensor(schedule.t_min if end is None else end, dtype=torch.float64)
+
+
+def uniform(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
+    """Equally spaced in the schedule's own time, ``t_max`` to ``end`` (default ``t_min``)."""
+    return power(schedule, steps, 1.0, end)
+
+
+def power(schedule: Schedule, steps: int, kappa: float = 2.0, end: float | None = None) -> Tensor:
+    """Equally spaced in ``t ** (1 / kappa)``; kappa = 2 is DDIM's and DEIS's quadratic grid."""
+    first, last = _ends(schedule, end)
+    a, b = first ** (1 / kappa), last ** (1 / kappa)
+    grid = (a + _unit(steps) * (b - a)) ** kappa
+    grid[0], grid[-1] = first, last
+    return check_grid(grid)
+
+
+def log_snr(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
+    """Equally spaced in lambda = log(alpha / sigma)."""
+    first, last = schedule.log_snr(torch.stack(_ends(schedule, end)))
+    return _with_ends(schedule.time_at(first + _unit(steps) * (last - first)), schedule, end)
+
+
+def karras(schedule: Schedule, steps: int, rho: float = 7.0, end: float | None = None) -> Tensor:
+    """Equally spaced in ``(sigma / alpha) ** (1 / rho)`` (Karras et al. 2022, eq. 5), mapped back to time."""
+    first, last = schedule.ratio(torch.stack(_ends(schedule, end))) ** (1 / rho)
+    ratio = (first + _unit(steps) * (last - first)) ** rho
+    return _with_ends(schedule.time_at(-torch.log(ratio)), schedule, end)
+
+
+def shifted(schedule: Schedule, steps: int, shift: float = 3.0, end: float | None = None) -> Tensor:
+    """``t' = k t / (1 + (k - 1) t)`` of a uniform grid on the unit interval: more steps at high noise for k > 1
+    (Stable Diffusion 3, Flux)."""
+    first, last = _ends(schedule, end)
+    u = uniform(schedule, steps, end) / schedule.t_max
+    grid = schedule.t_max * shift * u / (1 + (shift - 1) * u)
+    grid[0], grid[-1] = first, last
+    return check_grid(grid)
+
+
+def trailing(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
+    """Integer times spaced from the last one back, as few-step diffusers schedulers do ("trailing")."""
+    n = int(schedule.t_max) + 1
+    if steps > n:
+        raise ValueError(f"steps={steps}: a schedule of {n} discrete times has no trailing grid that long")
+    times = torch.round(n - torch.arange(steps, dtype=torch.float64) * n / steps) - 1
+    last = torch.tensor([schedule.t_min if end is None else end], dtype=torch.float64)
+    return check_grid(torch.cat([times, last])) if times[-1] > last[0] else check_grid(times)
+
+
+def to_zero(grid: Tensor) -> Tensor:
+    """The same grid with its last time replaced by 0: the last step becomes a plain "denoise", for schedules whose
+    ``sigma(0)`` is zero."""
+    return check_grid(torch.cat([grid[:-1], grid.new_zeros(1)]))
+
+
+def _with_ends(grid: Tensor, schedule: Schedule, end: float | None) -> Tensor:
+    grid = grid.clone()
+    grid[0], grid[-1] = _ends(schedule, end)
+    return check_grid(grid)
+
+
+GRIDS: dict[str, Grid] = {
+    "uniform": uniform,
+    "quadratic": power,
+    "log-snr": log_snr,
+    "karras": karras,
+    "shifted": shifted,
+    "trailing": trailing,
+}

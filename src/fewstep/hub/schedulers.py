@@ -1,0 +1,81 @@
+"""What a diffusers scheduler says about its model: the noise schedule, the prediction, the grid.
+
+The betas of the discrete family are read as the table that the scheduler itself uses, float32 rounding included: at the
+noisy end a noise prediction is divided by alpha = 0.006, so that a table recomputed in float64 would move pictures
+by more than 1e-4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep.denoisers import EDMPrediction, Eps, Prediction, V, Velocity, X0
+from fewstep.schedules import EDM, LOG_SNR_BOUND, DiscreteVP, FlowMatching, Schedule
+
+#: Schedulers on a table of betas; they differ in the solver only, not in the model they belong to.
+BETA_TABLE = (
+    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler",
+    "TCDScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+FLOW = (
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
+    "FlowMapEulerDiscreteScheduler",
+)  # fmt: skip
+PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+
+_PREDICTIONS: dict[str, type[Prediction]] = {"epsilon": Eps, "sample": X0, "v_prediction": V}
+PREDICTION_TYPES: dict[type[Prediction], str] = {cls: name for name, cls in _PREDICTIONS.items()}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A scheduler, read.
+
+    ``shift`` is the shift of the time grid that the pipeline samples with (flow matching; 1 is a uniform grid, and
+    resolution-dependent shifts count as 1), ``clip`` the range that it clips data predictions to (None: no clipping).
+    """
+
+    schedule: Schedule
+    prediction: Prediction
+    shift: float = 1.0
+    clip: float | None = None
+
+
+def read_scheduler(scheduler: Any) -> Reading:
+    """The schedule and the prediction that belong to a diffusers scheduler object.
+
+    A table rescaled to zero terminal SNR ends at alpha = 0, where nothing but a data or a v prediction makes sense;
+    it is read with its last half-log-SNR at the library's bound (-20, alpha = 2e-9).  Raises ValueError for an unknown
+    scheduler class or prediction type, and for a noise prediction on zero terminal SNR.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if name in FLOW:
+        shift = config.shift if not config.get("use_dynamic_shifting") else 1.0
+        return Reading(FlowMatching(), Velocity(time_scale=float(config.num_train_timesteps)), shift)
+    if name in PRECONDITIONED:
+        if config.prediction_type != "epsilon":
+            raise ValueError(f"{name}: prediction_type '{config.prediction_type}' is not read, only 'epsilon'")
+        return Reading(EDM(config.sigma_min, config.sigma_max), EDMPrediction(sigma_data=config.sigma_data))
+    if name not in BETA_TABLE:
+        known = ", ".join((*BETA_TABLE, *FLOW, *PRECONDITIONED))
+        raise ValueError(f"scheduler class '{name}' is unknown; fewstep reads {known}")
+    kind = config.prediction_type
+    if kind == "flow_prediction":
+        scale = float(config.num_train_timesteps)
+        return Reading(FlowMatching(), Velocity(time_scale=scale), config.flow_shift)
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(f"{name}: timestep_type '{config.timestep_type}' is not read, only 'discrete'")
+    if kind not in _PREDICTIONS:
+        raise ValueError(f"{name}: prediction_type '{kind}' is unknown; fewstep reads {', '.join(_PREDICTIONS)}")
+    table = scheduler.alphas_cumprod.double().tolist()
+    if table[-1] < math.exp(-2 * LOG_SNR_BOUND):
+        if kind == "epsilon":
+            raise ValueError(f"{name}: prediction_type 'epsilon' is undefined at zero terminal SNR (alpha = 0)")
+        table[-1] = math.exp(-2 * LOG_SNR_BOUND)
+    clip = config.clip_sample_range if config.get("clip_sample") else None
+    return Reading(DiscreteVP(tuple(table)), _PREDICTIONS[kind](), clip=clip)

@@ -1,0 +1,64 @@
+"""A residual MLP for points, flat vectors and small pictures."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from fewstep.networks.parts import Conditioning, Modulation, zeroed
+
+
+class MLP(nn.Module):
+    """``F(x, t, cond, **extras)`` on flattened samples.
+
+    ``shape`` is the shape of one sample; ``blocks`` residual blocks of ``width`` features, modulated by time and
+    label.  ``features`` gives the hidden state after the last block ``[B, width]``, for discriminators.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        width: int = 256,
+        blocks: int = 3,
+        classes: int | None = None,
+        extras: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.config = {
+            "shape": list(shape), "width": width, "blocks": blocks, "classes": classes, "extras": list(extras)
+        }  # fmt: skip
+        size = math.prod(self.shape)
+        self.conditioning = Conditioning(width, classes, tuple(extras))
+        self.enter = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.leave = zeroed(nn.Linear(width, size))
+        self.feature_shape = (width,)
+
+    def features(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extras: Tensor) -> Tensor:
+        emb = self.conditioning(t, cond, extras, x.dtype)
+        hidden = self.enter(x.flatten(1))
+        for block in self.blocks:
+            hidden = block(hidden, emb)
+        return hidden
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extras: Tensor) -> Tensor:
+        return self.leave(nn.functional.silu(self.features(x, t, cond, **extras))).reshape(x.shape)
+
+
+class Block(nn.Module):
+    """Normalise, modulate, two linear layers, add."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = Modulation(width, width)
+        self.first = nn.Linear(width, width)
+        self.second = zeroed(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        hidden = self.first(self.modulation(self.norm(x), emb))
+        return x + self.second(nn.functional.silu(hidden))
+
+

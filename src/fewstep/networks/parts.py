@@ -1,0 +1,93 @@
+"""Parts that the reference networks share: time and class conditioning, extra inputs, normalisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class PositionalEmbedding(nn.Module):
+    """``[cos(w t), sin(w t)]`` with ``width / 2`` frequencies spaced geometrically in ``[low, high]``.
+
+    The highest frequency is kept small on purpose: the time derivative of the network enters continuous-time
+    consistency losses, and large Fourier scales make it explode (Lu & Song 2024, section 4.1).
+    """
+
+    def __init__(self, width: int, low: float = 0.25, high: float = 16.0) -> None:
+        super().__init__()
+        frequencies = torch.logspace(math.log10(low), math.log10(high), width // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t[..., None] * self.frequencies.to(t)
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Conditioning(nn.Module):
+    """The embedding of time, class label and extra inputs that modulates a network: ``[B, width]``.
+
+    Labels run from 0 to ``classes - 1``; None selects the learned null label, and so does a label of -1, which lets
+    one batch mix conditional and unconditional samples.  Every name in ``extras`` adds an input ``[B]`` through its
+    own embedding with a zero-initialised projection, so that a network with a new input starts as the one without.
+    """
+
+    def __init__(self, width: int, classes: int | None, extras: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.classes = classes
+        self.time = PositionalEmbedding(width)
+        self.time_projection = nn.Linear(width, width)
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.extras = nn.ModuleDict({name: zeroed(nn.Linear(width, width, bias=False)) for name in extras})
+        self.out = nn.Linear(width, width)
+
+    def forward(self, t: Tensor, cond: Tensor | None, extras: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        if set(extras) != set(self.extras):
+            raise TypeError(f"the network takes the extra inputs {sorted(self.extras)}, it was given {sorted(extras)}")
+        hidden = self.time_projection(self.time(t).to(dtype))
+        if self.label is not None:
+            hidden = hidden + self.label(self.labels(cond, t))
+        elif cond is not None:
+            raise ValueError("class labels were given to an unconditional network")
+        for name, projection in self.extras.items():
+            hidden = hidden + projection(self.time(extras[name].to(t)).to(dtype))
+        return nn.functional.silu(self.out(nn.functional.silu(hidden)))
+
+    def labels(self, cond: Tensor | None, t: Tensor) -> Tensor:
+        """Label indices with the null label at ``classes``."""
+        classes = self.classes or 0
+        if cond is None:
+            return torch.full(t.shape, classes, dtype=torch.long, device=t.device)
+        return torch.where(cond < 0, classes, cond)
+
+
+def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
+    """``x / rms(x)`` over the last dimension (the "double normalisation" of sCM's adaptive group norm)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class Modulation(nn.Module):
+    """Scale and shift of normalised features by the conditioning, ``norm(x) (1 + scale) + shift``.
+
+    Starts as plain normalisation.  ``double_norm`` pixel-normalises scale and shift (Lu & Song 2024, section 4.1).
+    """
+
+    def __init__(self, width: int, features: int, double_norm: bool = False) -> None:
+        super().__init__()
+        self.projection = zeroed(nn.Linear(width, 2 * features))
+        self.double_norm = double_norm
+
+    def forward(self, normalised: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.projection(emb).chunk(2, dim=-1)
+        if self.double_norm:
+            scale, shift = pixel_norm(scale), pixel_norm(shift)
+        view = scale.shape + (1,) * (normalised.ndim - 2)
+        return torch.addcmul(shift.reshape(view), normalised, 1 + scale.reshape(view))
+
+
+def zeroed(module: nn.Linear | nn.Conv2d) -> nn.Module:
+    """``module`` with its parameters set to zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

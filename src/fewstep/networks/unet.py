@@ -1,0 +1,138 @@
+"""A small U-Net that works on 2x2 patches (space-to-depth), for pictures on a laptop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.networks.parts import Conditioning, Modulation, zeroed
+
+
+class UNet(nn.Module):
+    """``F(x, t, cond, **extras)`` for pictures ``[B, C, H, W]``; H and W must be divisible by ``2 ** levels``.
+
+    The picture is first folded into 2x2 patches, which quarters the cost of every layer; then come
+    ``len(channels)`` resolutions of ``blocks`` residual blocks each way, and self-attention at the lowest one.
+    ``features`` gives the activations at the bottleneck ``[B, channels[-1], h, w]``, for discriminators.
+    ``dropout`` acts inside the residual blocks; ``double_norm`` is sCM's conditioning (see :class:`Modulation`).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        channels: tuple[int, ...] = (48, 96),
+        blocks: int = 2,
+        width: int = 128,
+        classes: int | None = None,
+        extras: tuple[str, ...] = (),
+        dropout: float = 0.0,
+        double_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        image, height, side = shape
+        fold = 2 ** len(channels)
+        if height % fold or side % fold:
+            raise ValueError(f"UNet: a picture of {height}x{side} does not divide into {len(channels)} levels ({fold})")
+        self.shape = tuple(shape)
+        self.config = {
+            "shape": list(shape), "channels": list(channels), "blocks": blocks, "width": width, "classes": classes,
+            "extras": list(extras), "dropout": dropout, "double_norm": double_norm,
+        }  # fmt: skip
+        self.conditioning = Conditioning(width, classes, tuple(extras))
+
+        def block(i: int, o: int) -> ResBlock:
+            return ResBlock(i, o, width, dropout, double_norm)
+
+        self.enter = nn.Conv2d(4 * image, channels[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        skips = [channels[0]]
+        here = channels[0]
+        for level, c in enumerate(channels):
+            if level:
+                self.down.append(nn.Conv2d(here, here, 3, stride=2, padding=1))
+                skips.append(here)
+            for _ in range(blocks):
+                self.down.append(block(here, c))
+                here = c
+                skips.append(here)
+        self.middle = nn.ModuleList([block(here, here), Attention(here), block(here, here)])
+        self.feature_shape = (here, height // fold, side // fold)
+        for level, c in reversed(list(enumerate(channels))):
+            for _ in range(blocks + 1):
+                self.up.append(block(here + skips.pop(), c))
+                here = c
+            if level:
+                self.up.append(Upsample(here))
+        self.leave_norm = nn.GroupNorm(8, here)
+        self.leave = zeroed(nn.Conv2d(here, 4 * image, 3, padding=1))
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        hidden = self.enter(nn.functional.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))
+        skips = [hidden]
+        for layer in self.down:
+            hidden = layer(hidden, emb) if isinstance(layer, ResBlock) else layer(hidden)
+            skips.append(hidden)
+        for layer in self.middle:
+            hidden = layer(hidden, emb) if isinstance(layer, ResBlock) else layer(hidden)
+        return hidden, skips
+
+    def features(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extras: Tensor) -> Tensor:
+        return self.encode(x, self.conditioning(t, cond, extras, x.dtype))[0]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extras: Tensor) -> Tensor:
+        emb = self.conditioning(t, cond, extras, x.dtype)
+        hidden, skips = self.encode(x, emb)
+        for layer in self.up:
+            if isinstance(layer, ResBlock):
+                hidden = layer(torch.cat([hidden, skips.pop()], dim=1), emb)
+            else:
+                hidden = layer(hidden)
+        out = self.leave(nn.functional.silu(self.leave_norm(hidden)))
+        return nn.functional.pixel_shuffle(out, 2).contiguous()
+
+
+class ResBlock(nn.Module):
+    """Norm, convolution, modulated norm, convolution, add."""
+
+    def __init__(self, i: int, o: int, width: int, dropout: float, double_norm: bool) -> None:
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(8, i)
+        self.conv_1 = nn.Conv2d(i, o, 3, padding=1)
+        self.norm_2 = nn.GroupNorm(8, o, affine=False)
+        self.modulation = Modulation(width, o, double_norm)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = zeroed(nn.Conv2d(o, o, 3, padding=1))
+        self.skip = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        hidden = self.conv_1(nn.functional.silu(self.norm_1(x)))
+        hidden = nn.functional.silu(self.modulation(self.norm_2(hidden), emb))
+        return self.skip(x) + self.conv_2(self.dropout(hidden))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over positions, written out so that it has a forward-mode derivative."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
+        weights = torch.softmax(q.transpose(1, 2) @ k * q.shape[1] ** -0.5, dim=-1)
+        return x + self.out((v @ weights.transpose(1, 2)).reshape(x.shape))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,145 @@
+"""Rollouts: drive a few-step student along its times.
+
+One primitive covers every few-step sampler.  From time ``t`` the student jumps to a time ``r <= s`` and fresh noise
+lifts the state from ``r`` to the next time ``s``::
+
+    x_s = a jump(x, t, r) + sd n,   (a, sd) the forward kernel r -> s
+
+``gamma = 0`` is deterministic (``r = s``, no noise), ``gamma = 1`` re-noises from clean data (``r = t_min``: the
+multistep sampling of consistency models and DMD2), between lies CTM's gamma-sampling, ``sigma_r = sqrt(1 - gamma^2)
+sigma_s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.denoisers import Cond, gradients
+from fewstep.flow_maps import FlowMap
+from fewstep.randomness import Rng
+from fewstep.schedules import Schedule, align
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a student is sampled: the times at which it is called, noisiest first, and ``gamma`` in [0, 1].
+
+    The last call always goes to the data (``t_min`` of its schedule), without noise.
+    """
+
+    times: tuple[float, ...]
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        falling = all(b < a for a, b in zip(self.times[:-1], self.times[1:], strict=True))
+        if not self.times or not falling:
+            raise ValueError(f"a plan needs at least one time, strictly decreasing, got {self.times}")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma} must lie in [0, 1] (0 deterministic, 1 re-noising)")
+
+
+def inner_time(schedule: Schedule, s: float, gamma: float) -> float:
+    """The time ``r`` to jump to before noise lifts the state back to ``s``."""
+    if gamma == 0:
+        return s
+    if gamma == 1:
+        return schedule.t_min
+    level = torch.tensor([s, schedule.t_min], dtype=torch.float64)
+    ratio, floor = schedule.ratio(level)
+    inner = max(float((1 - gamma**2) ** 0.5 * ratio), float(floor))
+    return float(schedule.time_at(-torch.tensor(inner, dtype=torch.float64).log()))
+
+
+def rollout(
+    flow_map: FlowMap,
+    noise: Tensor,
+    plan: Plan,
+    cond: Cond = None,
+    rng: Rng | None = None,
+    *,
+    stop: int | None = None,
+    grad_at: int | None = None,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Sample with a student: standard normal ``noise`` in, data out.
+
+    ``stop`` (an index into ``plan.times``) returns the output of that call instead of the last one: with
+    ``stop = j`` the result is the student's clean prediction at its ``j``-th time, reached exactly as inference
+    reaches it (DMD2's backward simulation).  Only call ``grad_at`` is differentiated (None: whatever mode the caller
+    is in).  ``rng`` is needed when ``gamma > 0`` and there is more than one call.  ``on_step(i, x, out)`` sees each
+    call's input and output.
+    """
+    last = len(plan.times) - 1 if stop is None else stop
+    if not 0 <= last < len(plan.times):
+        raise ValueError(f"stop={stop} is not an index into the {len(plan.times)} times of the plan")
+    schedule = flow_map.schedule
+    start = torch.tensor(plan.times[0], dtype=torch.float64, device=noise.device)
+    x = align(schedule.sigma(start), noise) * noise
+    for i in range(last + 1):
+        mode = "all" if grad_at is None or grad_at == i else "none"
+        with gradients(flow_map, mode):
+            if i == last:
+                out = flow_map.to_data(x, plan.times[i], cond)
+            elif plan.gamma == 1:
+                out = flow_map.to_data(x, plan.times[i], cond)
+            else:
+                out = flow_map.jump(x, plan.times[i], inner_time(schedule, plan.times[i + 1], plan.gamma), cond)
+        if on_step is not None:
+            on_step(i, x, out)
+        if i == last:
+            return out
+        x = out if plan.gamma == 0 else renoise(out, plan, i, schedule, rng)
+    raise AssertionError("unreachable")
+
+
+def renoise(x: Tensor, plan: Plan, i: int, schedule: Schedule, rng: Rng | None) -> Tensor:
+    """Lift the output of call ``i`` from its inner time to the next time of the plan with fresh noise."""
+    if rng is None:
+        raise ValueError(f"gamma={plan.gamma} re-noises between steps: pass rng")
+    s = torch.tensor(plan.times[i + 1], dtype=torch.float64, device=x.device)
+    r = torch.tensor(inner_time(schedule, plan.times[i + 1], plan.gamma), dtype=torch.float64, device=x.device)
+    a, sd = schedule.transition(r, s)
+    return align(a, x) * x + align(sd, x) * rng.normal_like(x)
+
+
+class Student(nn.Module):
+    """A flow map with the plans that it was trained for: what distillation gives back.
+
+    ``plans`` maps a number of steps to a :class:`Plan`; ``sample`` takes any of them.
+    """
+
+    def __init__(self, flow_map: FlowMap, plans: dict[int, Plan]) -> None:
+        super().__init__()
+        if not plans:
+            raise ValueError("a student needs at least one sampling plan")
+        self.flow_map = flow_map
+        self.plans = dict(sorted(plans.items()))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.flow_map.shape
+
+    @property
+    def classes(self) -> int | None:
+        return self.flow_map.classes
+
+    def forward(self, noise: Tensor, cond: Cond = None, steps: int | None = None, rng: Rng | None = None) -> Tensor:
+        """Data from standard normal ``noise`` in ``steps`` calls (default: the fewest)."""
+        steps = next(iter(self.plans)) if steps is None else steps
+        if steps not in self.plans:
+            raise ValueError(f"steps={steps}: this student has plans for {sorted(self.plans)} steps")
+        return rollout(self.flow_map, noise, self.plans[steps], cond, rng)
+
+    @torch.no_grad()
+    def sample(self, n: int, cond: Cond = None, *, steps: int | None = None, seed: int = 0) -> Tensor:
+        """``n`` samples on the device of the weights.  Class labels are cycled when the student is conditional and
+        ``cond`` is None."""
+        device = next(self.parameters()).device
+        rng = Rng(seed, "sample", device=device)
+        if cond is None and self.classes:
+            cond = torch.arange(n, device=device) % self.classes
+        return self(rng.normal(n, *self.shape), cond, steps, rng)

@@ -1,0 +1,347 @@
+"""Noise schedules: how much data and how much noise a state holds at a time.
+
+Every schedule says ``x_t = alpha(t) x_0 + sigma(t) eps`` with ``eps ~ N(0, I)``, and time runs from data (``t_min``)
+to noise (``t_max``).  Nothing else in the library knows which family it is looking at: solvers, denoisers and losses
+see ``alpha``, ``sigma`` and ``log_snr`` only.
+
+Times are tensors that align with the *leading* dimensions of a state: ``[]`` (one time for all), ``[B]`` (one per
+sample) or ``[B, F]`` (one per frame).  Coefficients are computed in float64 whatever the type of the state;
+:func:`align` casts and views them for multiplication.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+#: Half-log-SNRs are kept inside +-LOG_SNR_BOUND, so that a time of pure noise or pure data still has a finite one.
+LOG_SNR_BOUND = 20.0
+
+
+def align(coefficient: Tensor, x: Tensor) -> Tensor:
+    """View ``coefficient`` (shape ``[]``, ``[B]``, ``[B, F]``, ...) so that it multiplies ``x`` along its leading
+    dimensions, in the type and on the device of ``x``.
+
+    Raises ValueError when the coefficient does not match the leading dimensions of ``x``.
+    """
+    if coefficient.ndim > x.ndim or any(
+        c not in (1, n) for c, n in zip(coefficient.shape, x.shape, strict=False)
+    ):
+        raise ValueError(
+            f"times of shape {list(coefficient.shape)} do not align with the leading dimensions of a state of shape "
+            f"{list(x.shape)}; give one time, one per sample [B] or one per frame [B, F]"
+        )
+    return coefficient.to(x).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+
+
+def as_time(t: Tensor | float, x: Tensor) -> Tensor:
+    """``t`` as a float64 tensor on the device of ``x``: a plain number becomes one time per sample ``[B]``."""
+    time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
+    return time.expand(x.shape[0]) if time.ndim == 0 else time
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """``x_t = alpha(t) x_0 + sigma(t) eps``; frozen and stateless.
+
+    Subclasses give the four coefficient functions and ``time_at``; everything else follows from them.  All functions
+    take a float64 tensor of times of any shape and return one of the same shape, and are differentiable in ``t``
+    (forward and backward).
+    """
+
+    t_min: float
+    t_max: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.t_min) and math.isfinite(self.t_max) and 0 <= self.t_min < self.t_max):
+            raise ValueError(
+                f"{type(self).__name__}: t_min={self.t_min} and t_max={self.t_max} must be finite with "
+                "0 <= t_min < t_max"
+            )
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal coefficient."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise coefficient, increasing in the ratio to alpha."""
+
+    @abstractmethod
+    def d_alpha(self, t: Tensor) -> Tensor:
+        """d alpha / dt."""
+
+    @abstractmethod
+    def d_sigma(self, t: Tensor) -> Tensor:
+        """d sigma / dt."""
+
+    @abstractmethod
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """Inverse of :meth:`log_snr`, clamped to ``[t_min, t_max]``."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """lambda = log(alpha / sigma), *half* the log signal-to-noise ratio, clamped to +-20."""
+        tiny = math.exp(-2 * LOG_SNR_BOUND)
+        ratio = self.alpha(t).clamp_min(tiny).log() - self.sigma(t).clamp_min(tiny).log()
+        return ratio.clamp(-LOG_SNR_BOUND, LOG_SNR_BOUND)
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """rho = sigma / alpha, the noise level in the units of the data (the "sigma" of EDM)."""
+        return torch.exp(-self.log_snr(t))
+
+    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward kernel from ``s`` to a noisier ``t``: ``x_t = a x_s + sd n``; returns ``(a, sd)``."""
+        a = self.alpha(t) / self.alpha(s)
+        return a, (self.sigma(t) ** 2 - (a * self.sigma(s)) ** 2).clamp_min(0).sqrt()
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """``alpha(t) x_0 + sigma(t) eps``."""
+        return align(self.alpha(t), x0) * x0 + align(self.sigma(t), x0) * eps
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """``d x_t / dt = alpha'(t) x_0 + sigma'(t) eps`` along the straight conditional path."""
+        return align(self.d_alpha(t), x0) * x0 + align(self.d_sigma(t), x0) * eps
+
+    def prior(self, noise: Tensor) -> Tensor:
+        """The start state ``sigma(t_max) noise`` of a sampler, from standard normal ``noise``."""
+        return noise * float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class VPLinear(Schedule):
+    """Variance-preserving with ``beta(t) = beta_min + t (beta_max - beta_min)`` (Song et al. 2021, eq. 32)."""
+
+    t_min: float = 1e-3
+    t_max: float = 1.0
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta_min < self.beta_max:
+            raise ValueError(f"VPLinear: need 0 < beta_min < beta_max, got {self.beta_min} and {self.beta_max}")
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -(t**2) * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(self._log_alpha(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+
+    def _half_beta(self, t: Tensor) -> Tensor:
+        return (self.beta_min + t * (self.beta_max - self.beta_min)) / 2
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -self._half_beta(t) * self.alpha(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return self._half_beta(t) * self.alpha(t) ** 2 / self.sigma(t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        q = 2 * (self.beta_max - self.beta_min) * torch.nn.functional.softplus(-2 * log_snr)
+        t = q / ((torch.sqrt(self.beta_min**2 + q) + self.beta_min) * (self.beta_max - self.beta_min))
+        return t.clamp(self.t_min, self.t_max)
+
+
+@dataclass(frozen=True)
+class VPCosine(Schedule):
+    """Variance-preserving on a circle: ``alpha = cos(a t + b)``, ``sigma = sin(a t + b)``.
+
+    The end angles are set by the half-log-SNR at the two ends (Salimans & Ho 2022 use +-10, a log-SNR of +-20).
+    """
+
+    t_min: float = 0.0
+    t_max: float = 1.0
+    log_snr_max: float = 10.0
+
+    @cached_property
+    def _angles(self) -> tuple[float, float]:
+        b = math.atan(math.exp(-self.log_snr_max))
+        return math.atan(math.exp(self.log_snr_max)) - b, b
+
+    def _angle(self, t: Tensor) -> Tensor:
+        slope, start = self._angles
+        return slope * t + start
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(self._angle(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(self._angle(t))
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -self._angles[0] * torch.sin(self._angle(t))
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return self._angles[0] * torch.cos(self._angle(t))
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        slope, start = self._angles
+        return ((torch.atan(torch.exp(-log_snr)) - start) / slope).clamp(self.t_min, self.t_max)
+
+
+@dataclass(frozen=True)
+class EDM(Schedule):
+    """Variance-exploding with time = noise level: ``alpha = 1``, ``sigma = t`` (Karras et al. 2022)."""
+
+    t_min: float = 0.002
+    t_max: float = 80.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(-log_snr).clamp(self.t_min, self.t_max)
+
+
+@dataclass(frozen=True)
+class FlowMatching(Schedule):
+    """Straight lines: ``alpha = 1 - t``, ``sigma = t``; t = 1 is noise (rectified flow, flow matching)."""
+
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr).clamp(self.t_min, self.t_max)
+
+
+@dataclass(frozen=True)
+class TrigFlow(Schedule):
+    """A rotation: ``alpha = cos t``, ``sigma = sigma_data sin t`` (Lu & Song 2024; their noise is N(0, sigma_data^2)).
+
+    ``t_max`` defaults to ``atan(80 / 0.5)``, the noise level at which EDM starts.
+    """
+
+    t_min: float = 0.0
+    t_max: float = math.atan(160.0)
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma_data <= 0 or self.t_max > math.pi / 2:
+            raise ValueError(f"TrigFlow: need sigma_data > 0 and t_max <= pi/2, got {self.sigma_data}, {self.t_max}")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_data * torch.sin(t)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -torch.sin(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_data * torch.cos(t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-log_snr) / self.sigma_data).clamp(self.t_min, self.t_max)
+
+
+@dataclass(frozen=True)
+class DiscreteVP(Schedule):
+    """A trained table of N noise levels (DDPM, Stable Diffusion), read as a continuous schedule.
+
+    Time is the integer step index, ``0 .. N-1``, and log alpha is linear in between, so at integer times the
+    coefficients are those of the table exactly.  Derivatives are those of the interpolation.
+    """
+
+    alphas_cumprod: tuple[float, ...] = ()
+    t_min: float = 0.0
+    t_max: float = 0.0  # filled in from the table
+
+    linear_betas: ClassVar[tuple[float, float]] = (1e-4, 2e-2)
+
+    def __post_init__(self) -> None:
+        table = self.alphas_cumprod
+        if len(table) < 2 or any(not 0 < b < a < 1 for a, b in zip(table[:-1], table[1:], strict=True)):
+            raise ValueError("DiscreteVP: alphas_cumprod must be at least two values, strictly decreasing, in (0, 1)")
+        if not self.t_max:
+            object.__setattr__(self, "t_max", float(len(table) - 1))
+        super().__post_init__()
+
+    @classmethod
+    def from_betas(cls, betas: Sequence[float] | Tensor) -> DiscreteVP:
+        """From the betas of a DDPM, each in (0, 1)."""
+        kept = 1 - torch.as_tensor(betas, dtype=torch.float64)
+        return cls(alphas_cumprod=tuple(kept.cumprod(0).tolist()))
+
+    @classmethod
+    def linear(cls, n: int = 1000) -> DiscreteVP:
+        """DDPM's linear betas."""
+        first, last = cls.linear_betas
+        return cls.from_betas(torch.linspace(first, last, n, dtype=torch.float64))
+
+    @classmethod
+    def scaled_linear(cls, n: int = 1000, first: float = 0.00085, last: float = 0.012) -> DiscreteVP:
+        """Stable Diffusion's betas: linear in their square root."""
+        return cls.from_betas(torch.linspace(first**0.5, last**0.5, n, dtype=torch.float64) ** 2)
+
+    @classmethod
+    def cosine(cls, n: int = 1000, max_beta: float = 0.999) -> DiscreteVP:
+        """Nichol & Dhariwal's cosine table, betas capped at ``max_beta``."""
+        u = torch.linspace(0, 1, n + 1, dtype=torch.float64)
+        bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp_max(max_beta))
+
+    @cached_property
+    def _log_alphas(self) -> Tensor:
+        return torch.tensor(self.alphas_cumprod, dtype=torch.float64).log() / 2
+
+    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Log alpha and its slope at ``t``."""
+        table = self._log_alphas.to(t.device)
+        left = t.detach().floor().long().clamp(0, len(table) - 2)
+        slope = table[left + 1] - table[left]
+        return table[left] + (t - left) * slope, slope
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(self._segment(t)[0])
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(2 * self._segment(t)[0]))
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        log_alpha, slope = self._segment(t)
+        return slope * torch.exp(log_alpha)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        log_alpha, slope = self._segment(t)
+        return -slope * torch.exp(2 * log_alpha) / torch.sqrt(-torch.expm1(2 * log_alpha))
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        log_alpha = -torch.nn.functional.softplus(-2 * log_snr) / 2
+        table = self._log_alphas.to(log_snr.device)
+        right = torch.searchsorted(-table, -log_alpha.detach().contiguous()).clamp(1, len(table) - 1)
+        left = right - 1
+        t = left + (log_alpha - table[left]) / (table[right] - table[left])
+        return t.clamp(self.t_min, self.t_max)
