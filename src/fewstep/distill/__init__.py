@@ -1,13 +1,16 @@
 """Distillation: the methods, each a short file that reads like its paper.
 
-``RECIPES`` maps the names that the command line knows to classes (import path ``module:class``, imported on demand).
+``RECIPES`` maps the names that the command line knows to classes (import path ``module:class``, imported on demand, so
+that the names are known without torch).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from fewstep.distill.method import Method, Recipe
+if TYPE_CHECKING:
+    from fewstep.distill.method import Recipe
 
 RECIPES: dict[str, str] = {
     "denoising": "fewstep.distill.denoising:Denoising",
@@ -32,4 +35,4 @@ def recipe_class(name: str) -> type[Recipe]:
     return getattr(import_module(module), attribute)
 
 
-__all__ = ["RECIPES", "Method", "Recipe", "recipe_class"]
+__all__ = ["RECIPES", "recipe_class"]

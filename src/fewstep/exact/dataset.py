@@ -22,7 +22,7 @@ class FiniteData(Labelled):
     """``x_0 = x_i + width * noise`` for a uniformly drawn ``i``.
 
     ``points`` is ``[N, *shape]``, ``labels`` ``[N]`` or None.  A call costs two ``[B, N]`` matrix products.  With
-    ``width = 0`` the law at ``sigma = 0`` has no density, and the score there is infinite: keep ``t > 0``.
+    ``width = 0`` the law at ``sigma = 0`` has no density and no finite score; the denoiser there is the nearest point.
     """
 
     points: Tensor
@@ -39,9 +39,12 @@ class FiniteData(Labelled):
         self.register_buffer("points", points.double().flatten(1))
 
     def _joint(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Log joint density of point and state ``[B, N]`` but for ``-|x|^2 / 2V``, and the variance ``V`` ``[B, 1]``."""
+        """Log joint density ``[B, N]`` of point and state but for ``-|x|^2 / 2V``, and the variance ``V`` ``[B, 1]``.
+
+        The floor turns the limit of no noise at all into the nearest point instead of 0 / 0.
+        """
         points = self.points.to(x)
-        variance = (alpha * self.width) ** 2 + sigma**2
+        variance = ((alpha * self.width) ** 2 + sigma**2).clamp_min(1e-30)
         likeness = alpha * (x @ points.T) - alpha**2 * (points**2).sum(1) / 2
         return self.log_prior(cond, x) + likeness / variance, variance
 

@@ -48,7 +48,11 @@ class Adapter(nn.Module):
 
     #: The component's name in diffusers pipelines.
     component: ClassVar[str] = "transformer"
+    #: The pipeline's ``guidance_scale`` that means "one call of the network, as it is".
+    guidance: float = 1.0
     classes: int | None = None
+    #: Names of the weights that LoRA froze (they are buffers then), see :mod:`fewstep.hub.lora`.
+    frozen: tuple[str, ...] = ()
 
     def __init__(self, model: Any, origin: Origin | None = None) -> None:
         super().__init__()
@@ -214,10 +218,10 @@ class SD3(TextAdapter):
 class Flux(TextAdapter):
     """FluxTransformer2DModel on plain latents ``[B, C, H, W]``: 2x2 patches become the channels of a token.
 
-    ``w`` ``[B]`` is the guidance scale that guidance-distilled models take as an input (default: ``guidance``).
+    ``w`` ``[B]`` is the guidance scale that guidance-distilled models take as an input; ``guidance`` is its default.
     """
 
-    guidance: float = 3.5
+    guidance = 3.5
 
     @property
     def channels(self) -> int:

@@ -17,11 +17,11 @@ from torch import Tensor
 from fewstep import grids
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser
 from fewstep.hub.adapters import ADAPTERS, Adapter, Origin, TextAdapter, adapt
-from fewstep.hub.export import Exported, export, export_with_code
+from fewstep.hub.exporting import Exported, export, export_with_code
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import Reading, read_scheduler
 from fewstep.randomness import Rng
-from fewstep.schedules import DiscreteVP
+from fewstep.schedules import DiscreteVP, FlowMatching
 
 __all__ = [
     "Exported", "LoadedPipeline", "export", "export_with_code", "from_pipeline", "load_model", "load_pipeline", "wrap"
@@ -54,7 +54,7 @@ class LoadedPipeline:
         schedule = self.denoiser.schedule
         if isinstance(schedule, DiscreteVP):
             return grids.trailing(schedule, steps)
-        if schedule.t_max == 1.0:
+        if isinstance(schedule, FlowMatching):
             return grids.shifted(schedule, steps, self.reading.shift)
         return grids.karras(schedule, steps)
 
@@ -125,14 +125,15 @@ def load_pipeline(
         raise FileNotFoundError(f"{path_or_id}: no such folder (a hub id has the form owner/name)")
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(path_or_id), use_safetensors=True, local_files_only=local_only, torch_dtype=dtype
+            str(path_or_id), use_safetensors=True, local_files_only=local_only
         )
     except OSError as error:
         if folder.is_dir():
             raise ValueError(f"{folder}: {_first_line(error)}") from None
         hint = "; pass local_only=False to download it" if local_only else ""
         raise FileNotFoundError(f"{path_or_id}: not in the local hub cache{hint} ({_first_line(error)})") from None
-    return from_pipeline(pipe, size=size)
+    # not an argument above: its name differs between versions of diffusers
+    return from_pipeline(pipe.to(dtype), size=size)
 
 
 def _first_line(error: Exception) -> str:
@@ -144,7 +145,7 @@ def _check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         if (folder / "config.json").is_file():
-            raise ValueError(f"{folder}: a bare model without model_index.json; read it with load_model(path, scheduler)")
+            raise ValueError(f"{folder}: a bare model, no model_index.json; read it with load_model(path, scheduler)")
         raise FileNotFoundError(f"{folder}: no diffusers pipeline here (model_index.json is missing)")
     try:
         components = json.loads(index.read_text())
@@ -191,8 +192,8 @@ def load_model(
     if name not in ADAPTERS:
         raise ValueError(f"{config}: model class '{name}' is unknown; fewstep reads {', '.join(ADAPTERS)}")
     model_class = attrgetter(name)(diffusers)
-    model = model_class.from_pretrained(str(path), use_safetensors=True, local_files_only=True, torch_dtype=dtype)
-    return wrap(model, scheduler, size=size)
+    model = model_class.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
+    return wrap(model.to(dtype), scheduler, size=size)
 
 
 def wrap(model: Any, scheduler: Any, *, size: tuple[int, int] | None = None) -> NetworkDenoiser:

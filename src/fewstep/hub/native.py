@@ -51,13 +51,16 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, written atomically."""
+    """One safetensors file, written atomically; OSError naming it when the disk does not take it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error})") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

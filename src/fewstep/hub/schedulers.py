@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.denoisers import EDMPrediction, Eps, Prediction, V, Velocity, X0
+from fewstep.denoisers import X0, EDMPrediction, Eps, Prediction, V, Velocity
 from fewstep.schedules import EDM, LOG_SNR_BOUND, DiscreteVP, FlowMatching, Schedule
 
 #: Schedulers on a table of betas; they differ in the solver only, not in the model they belong to.
@@ -72,10 +72,10 @@ def read_scheduler(scheduler: Any) -> Reading:
         raise ValueError(f"{name}: timestep_type '{config.timestep_type}' is not read, only 'discrete'")
     if kind not in _PREDICTIONS:
         raise ValueError(f"{name}: prediction_type '{kind}' is unknown; fewstep reads {', '.join(_PREDICTIONS)}")
-    table = scheduler.alphas_cumprod.double().tolist()
+    table: list[float] = scheduler.alphas_cumprod.double().tolist()
     if table[-1] < math.exp(-2 * LOG_SNR_BOUND):
         if kind == "epsilon":
             raise ValueError(f"{name}: prediction_type 'epsilon' is undefined at zero terminal SNR (alpha = 0)")
         table[-1] = math.exp(-2 * LOG_SNR_BOUND)
     clip = config.clip_sample_range if config.get("clip_sample") else None
-    return Reading(DiscreteVP(tuple(table)), _PREDICTIONS[kind](), clip=clip)
+    return Reading(DiscreteVP(alphas_cumprod=tuple(table)), _PREDICTIONS[kind](), clip=clip)

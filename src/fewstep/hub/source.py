@@ -75,7 +75,7 @@ def _top_level(module: ModuleType, package: str) -> tuple[dict[str, ast.stmt], d
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.partition(".")[0] == package:
-                    raise ValueError(f"{module.__name__}: write 'from {alias.name} import ...' so that it can be inlined")
+                    raise ValueError(f"{module.__name__}: 'import {alias.name}' cannot be inlined; import by name")
                 shown = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
                 foreign[alias.asname or alias.name.partition(".")[0]] = f"import {shown}"
         elif isinstance(node, ast.ImportFrom) and node.module and node.module != "__future__":
@@ -85,7 +85,7 @@ def _top_level(module: ModuleType, package: str) -> tuple[dict[str, ast.stmt], d
                     shown = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
                     foreign[name] = f"from {node.module} import {shown}"
                 elif alias.asname:
-                    raise ValueError(f"{module.__name__}: '{alias.name} as {name}' cannot be inlined; import it by name")
+                    raise ValueError(f"{module.__name__}: '{alias.name} as {name}' cannot be inlined; import by name")
                 else:
                     own[name] = node.module
     return definitions, foreign, own

@@ -4,6 +4,8 @@ This file is copied, as it stands, into the exported folder and runs there witho
 the scheduler's plan on the network, and returns samples.
 """
 
+# mypy: disable-error-code="attr-defined,misc"
+
 from __future__ import annotations
 
 import torch

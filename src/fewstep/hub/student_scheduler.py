@@ -9,6 +9,8 @@ in the units of the network's input; the last row gives the data.  The first inp
 normal noise of the pipeline.
 """
 
+# mypy: disable-error-code="attr-defined,misc"
+
 from __future__ import annotations
 
 import torch

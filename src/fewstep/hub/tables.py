@@ -130,34 +130,31 @@ def plan_table(flow_map: FlowMap, plan: Plan) -> Table:
 def scheduler_table(scheduler: Any, timesteps: Mapping[str, Any], step: Mapping[str, Any], seeded: bool) -> Table:
     """A diffusers scheduler as a table: ``timesteps`` are the arguments of its ``set_timesteps``, ``step`` further
     arguments of its ``step``; ``seeded`` says whether its noise comes from the pipeline's generator or from torch's
-    global one (whose state is left as it was)."""
+    global one (whose state is left as it was).
+
+    For schedulers that neither scale the network's input nor remember earlier steps, so that every step can be
+    measured on fresh vectors; they run in float32, as in the pipelines.
+    """
     rng = Rng("scheduler")
     scheduler.set_timesteps(**timesteps)
-    flow = type(scheduler).__name__.startswith("FlowM")  # these neither scale their input nor say how to start
-    start = 1.0 if flow else float(scheduler.init_noise_sigma)
-    noise = rng.normal(1, PROBE)  # float32: what pipelines run in, and some schedulers insist on
-    sample = start * noise
-    inputs, outputs, drawn, times = [], [], [], []
+    calls = []
     for i, t in enumerate(scheduler.timesteps):
-        inputs.append(sample if flow else scheduler.scale_model_input(sample, t))
-        outputs.append(3 * rng.normal_like(sample))
-        times.append((float(t),))
+        state, output = rng.normal(1, PROBE), rng.normal(1, PROBE)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(i)
-            more = dict(step, generator=torch.Generator().manual_seed(i)) if seeded else step
-            sample = scheduler.step(outputs[-1], t, sample, **more, return_dict=False)[0]
+            source = {"generator": torch.Generator().manual_seed(i)} if seeded else {}
+            after = scheduler.step(output, t, state, **step, **source, return_dict=False)[0]
         # what the step drew, if it drew: the one call that schedulers make of their generator
-        drawn.append(torch.randn(sample.shape, generator=torch.Generator().manual_seed(i), dtype=sample.dtype))
-    first, _, _ = fit(inputs[0], noise, None, None)
-    rows = zip(times, inputs, outputs, drawn, [*inputs[1:], sample], strict=True)
-    return Table(first, tuple(Call(t, *fit(after, y, f, n)) for t, y, f, n, after in rows))
+        drawn = torch.randn(state.shape, generator=torch.Generator().manual_seed(i))
+        calls.append(Call((float(t),), *fit(after, state, output, drawn)))
+    return Table(1.0, tuple(calls))
 
 
 def fit(after: Tensor, state: Tensor, network: Tensor | None, noise: Tensor | None) -> tuple[float, float, float]:
     """The coefficients of ``after`` in ``state``, ``network`` and ``noise`` (0 for those not given).
 
-    Raises ValueError when the residual says that it is no combination of them.  Schedulers compute in float32 here
-    and there, hence 1e-5.
+    Raises ValueError when the residual says that it is no combination of them (by more than float32 rounding, which
+    is what schedulers compute in).
     """
     given = {0: state, 1: network, 2: noise}
     columns = [column.flatten().double() for column in given.values() if column is not None]

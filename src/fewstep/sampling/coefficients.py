@@ -22,29 +22,33 @@ from fewstep.grids import check_grid
 from fewstep.schedules import LOG_SNR_BOUND, Schedule
 
 
-def chi(k: int, h: float) -> float:
-    """``chi_k(h) = sum_n h^(n+1) / (n+k+1)!``, that is ``h phi_(k+1)(h)``; accurate for every h, infinite ones too.
+def chi(n: int, h: float) -> list[float]:
+    """``[chi_0, .., chi_n]`` with ``chi_k(h) = sum_m h^(m+1) / (m+k+1)!``, that is ``h phi_(k+1)(h)``; accurate for
+    every h, infinite ones too.
 
-    The recursion ``chi_k = chi_(k-1) / h - 1/k!`` loses ``k`` times the digits of h when h is small, so the power
-    series takes over below 1.
+    The recursion ``chi_k = chi_(k-1) / h - 1/k!`` loses the digits of small h at every k, so below 1 the power series
+    gives ``chi_n`` and the recursion runs down from it.
     """
-    if abs(h) < 1:
-        term = h / math.factorial(k + 1)
-        total, n = term, k + 2
-        while abs(term) > 1e-18 * abs(total):
-            term *= h / n
-            total += term
-            n += 1
-        return total
-    value = math.expm1(h)
-    for j in range(1, k + 1):
-        value = value / h - 1 / math.factorial(j)
-    return value
+    if abs(h) >= 1:
+        up = [math.expm1(h)]
+        for k in range(1, n + 1):
+            up.append(up[-1] / h - 1 / math.factorial(k))
+        return up
+    term = h / math.factorial(n + 1)
+    total, m = term, n + 2
+    while abs(term) > 1e-17 * abs(total):
+        term *= h / m
+        total += term
+        m += 1
+    down = [total]
+    for k in range(n, 0, -1):
+        down.append(h * (down[-1] + 1 / math.factorial(k)))
+    return down[::-1]
 
 
-def psi(k: int, h: float) -> float:
-    """``psi_0 = 1 - exp(-h)``, ``psi_k = 1/k! - psi_(k-1) / h``; equal to ``-chi_k(-h)``."""
-    return -chi(k, -h)
+def psi(n: int, h: float) -> list[float]:
+    """``[psi_0, .., psi_n]``: ``psi_0 = 1 - exp(-h)``, ``psi_k = 1/k! - psi_(k-1) / h = -chi_k(-h)``."""
+    return [-value for value in chi(n, -h)]
 
 
 def vandermonde(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:

@@ -105,10 +105,12 @@ class Solver(ABC):
 
     ``order`` is the order of convergence on the probability-flow ODE (1 for the stochastic ones); ``calls(steps)``
     the model calls of ``steps`` steps, one less per extra stage for every step that starts at pure noise or ends at
-    pure data (``Table.calls`` is exact).
+    pure data (``Table.calls`` is exact).  ``centre`` is the noise level ``sigma / alpha`` at the middle of the
+    solver's default grid, measured (see :func:`fewstep.sampling.sample.balanced`).
     """
 
     output: ClassVar[OutputKind] = "x0"
+    centre: ClassVar[float] = 2.0
 
     @property
     @abstractmethod

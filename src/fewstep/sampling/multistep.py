@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fewstep.sampling.coefficients import Levels, first_order, psi, vandermonde
 from fewstep.sampling.engine import Row, Solver, Stage, Step, Table
@@ -64,6 +64,8 @@ class DPMSolverPP2M(Multistep):
     With :class:`DPMSolverPP2MTaylor` it is the "midpoint" of diffusers; k-diffusion's ``dpmpp_2m`` is this one.
     """
 
+    centre: ClassVar[float] = 1.0
+
     @property
     def order(self) -> int:
         return 2
@@ -74,7 +76,7 @@ class DPMSolverPP2M(Multistep):
 
     def slope_weight(self, h: float) -> float:
         """The weight of ``h dD/dlambda``."""
-        return psi(0, h) / 2
+        return psi(0, h)[0] / 2
 
     def row(self, levels: Levels, i: int, outputs: int) -> Row:
         a, c = first_order(levels, i)
@@ -91,7 +93,7 @@ class DPMSolverPP2MTaylor(DPMSolverPP2M):
     place of ``psi_0 / 2``."""
 
     def slope_weight(self, h: float) -> float:
-        return psi(1, h)
+        return psi(1, h)[1]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class UniPC(Multistep):
     shortcuts, weight 1/2 where there is a single node, which are all that tells the variants apart.
     The last step, and a step of infinite length, are not corrected.
     """
+
+    centre: ClassVar[float] = 1.0
 
     p: int = 2
     variant: Literal["bh1", "bh2"] = "bh2"
@@ -126,36 +130,37 @@ class UniPC(Multistep):
 
     def row(self, levels: Levels, i: int, outputs: int) -> Row:
         """The predictor."""
+        return self._rows(levels, i, outputs)[0]
+
+    def _rows(self, levels: Levels, i: int, outputs: int) -> tuple[Row, Row | None]:
+        """Predictor and corrector of step ``i``; no corrector where the step has infinite length."""
         a, c = first_order(levels, i)
-        weights = self._weights(levels, i, self._nodes(levels, i, outputs))
-        return Row(a, (c - sum(weights), *weights))
-
-    def correction(self, levels: Levels, i: int, outputs: int) -> Row:
-        """The corrector of step ``i``: the predictor's nodes and the new output, which comes first in the row."""
-        a, c = first_order(levels, i)
-        *past, new = self._weights(levels, i, [*self._nodes(levels, i, outputs), 1.0])
-        return Row(a, (new, c - sum(past) - new, *past))
-
-    def _nodes(self, levels: Levels, i: int, outputs: int) -> list[float]:
-        """Where the older outputs lie, in steps from the current one: negative."""
-        return [(levels.log_snr[i - j] - levels.log_snr[i]) / levels.h(i) for j in range(1, outputs)]
-
-    def _weights(self, levels: Levels, i: int, nodes: list[float]) -> list[float]:
-        """The coefficients of ``m_j - m_0`` for outputs at ``nodes``."""
         h = levels.h(i)
+        if math.isinf(h):
+            return Row(a, (c,)), None
         scale = h if self.variant == "bh1" else -math.expm1(-h)
-        if len(nodes) == 1:
-            solved = [0.5]
-        else:
-            moments = [math.factorial(k) * psi(k, h) / scale for k in range(1, len(nodes) + 1)]
-            solved = vandermonde(nodes, moments)
-        return [levels.alpha[i + 1] * scale * w / r for w, r in zip(solved, nodes, strict=True)]
+        # where the older outputs lie, in steps from the current one (negative), and what the weights must integrate
+        nodes = [(levels.log_snr[i - j] - levels.log_snr[i]) / h for j in range(1, outputs)]
+        moments = [math.factorial(k) * value / scale for k, value in enumerate(psi(outputs, h))][1:]
+
+        def weights(nodes: list[float]) -> list[float]:
+            """The coefficients of ``m_j - m_0`` for outputs at ``nodes``."""
+            solved = [0.5] if len(nodes) == 1 else vandermonde(nodes, moments[: len(nodes)])
+            return [levels.alpha[i + 1] * scale * w / r for w, r in zip(solved, nodes, strict=True)]
+
+        past = weights(nodes)
+        predictor = Row(a, (c - sum(past), *past))
+        if not self.corrector:
+            return predictor, None
+        *past, new = weights([*nodes, 1.0])
+        return predictor, Row(a, (new, c - sum(past) - new, *past))
 
     def table(self, levels: Levels) -> Table:
-        steps, correct = [], None
+        steps: list[Step] = []
+        correct: Row | None = None
         for i in range(levels.steps):
             outputs = usable_outputs(levels, i, self.p, self.lower_order_final)
-            steps.append(Step((Stage(levels.times[i], self.row(levels, i, outputs), correct),)))
-            finite = not math.isinf(levels.h(i))
-            correct = self.correction(levels, i, outputs) if self.corrector and finite else None
+            row, correct_next = self._rows(levels, i, outputs)
+            steps.append(Step((Stage(levels.times[i], row, correct),)))
+            correct = correct_next
         return Table(levels, steps)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import Cond, gradients
+from fewstep.denoisers import Cond, GradientMode, gradients
 from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Rng
 from fewstep.schedules import Schedule, align
@@ -69,8 +70,9 @@ def rollout(
 
     ``stop`` (an index into ``plan.times``) returns the output of that call instead of the last one: with
     ``stop = j`` the result is the student's clean prediction at its ``j``-th time, reached exactly as inference
-    reaches it (DMD2's backward simulation).  Only call ``grad_at`` is differentiated (None: whatever mode the caller
-    is in).  ``rng`` is needed when ``gamma > 0`` and there is more than one call.  ``on_step(i, x, out)`` sees each
+    reaches it (DMD2's backward simulation).  With ``grad_at = i`` parameters are differentiated in call ``i`` only: no
+    graph before it, and later calls pass the gradient on through their input (None: whatever mode the caller is in).
+    ``rng`` is needed when ``gamma > 0`` and there is more than one call.  ``on_step(i, x, out)`` sees each
     call's input and output.
     """
     last = len(plan.times) - 1 if stop is None else stop
@@ -80,11 +82,9 @@ def rollout(
     start = torch.tensor(plan.times[0], dtype=torch.float64, device=noise.device)
     x = align(schedule.sigma(start), noise) * noise
     for i in range(last + 1):
-        mode = "all" if grad_at is None or grad_at == i else "none"
+        mode: GradientMode = "all" if grad_at is None or grad_at == i else "none" if i < grad_at else "input"
         with gradients(flow_map, mode):
-            if i == last:
-                out = flow_map.to_data(x, plan.times[i], cond)
-            elif plan.gamma == 1:
+            if i == last or plan.gamma == 1:
                 out = flow_map.to_data(x, plan.times[i], cond)
             else:
                 out = flow_map.jump(x, plan.times[i], inner_time(schedule, plan.times[i + 1], plan.gamma), cond)
@@ -138,7 +138,7 @@ class Student(nn.Module):
     def sample(self, n: int, cond: Cond = None, *, steps: int | None = None, seed: int = 0) -> Tensor:
         """``n`` samples on the device of the weights.  Class labels are cycled when the student is conditional and
         ``cond`` is None."""
-        device = next(self.parameters()).device
+        device = next(chain(self.parameters(), self.buffers())).device
         rng = Rng(seed, "sample", device=device)
         if cond is None and self.classes:
             cond = torch.arange(n, device=device) % self.classes

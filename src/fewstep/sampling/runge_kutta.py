@@ -1,8 +1,9 @@
 """Runge-Kutta solvers: a Butcher tableau, and the variable in which the flow is integrated.
 
 In the frame :data:`RATIO` the probability-flow ODE reads ``d(x / alpha) / d(sigma / alpha) = eps`` on every schedule
-(Song et al. 2021, DDIM, eq. 14; Karras et al. 2022, eq. 5; rhoRK of DEIS): there Heun's method is EDM's sampler.  In the
-frame :data:`NATIVE` it is ``dx/dt = velocity`` in the schedule's own time, in which straight flows are sampled.
+(Song et al. 2021, DDIM, eq. 14; rhoRK of DEIS): there Heun's method is EDM's sampler (Karras et al. 2022, algorithm
+1).  In the frame :data:`NATIVE` it is ``dx/dt = velocity`` in the schedule's own time, in which straight flows are
+sampled.
 
 Both right-hand sides are linear in the state and the data prediction, so each stage is a row on the start of the step
 and the outputs so far, and the tableau is composed into rows in float64 before sampling starts.

@@ -1,12 +1,13 @@
 """A run's whole state in one file that is replaced atomically.
 
-Weights, averages and optimiser moments are tensors of one safetensors file; the counters are its metadata.  There is
-no random state to save: draws and data order are functions of the seed and the position.
+Weights, averages and optimiser moments are tensors of one safetensors file; the counters and a checksum are its
+metadata.  There is no random state to save: draws and data order are functions of the seed and the position.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,19 @@ def optimiser_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, 
 
 
 def load_optimiser(name: str, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put saved moments back."""
+    """Put saved moments back; an optimiser that had not moved when the state was saved starts anew."""
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     prefix = f"optimiser/{name}/"
     for key, tensor in tensors.items():
         if key.startswith(prefix):
             index, moment = key.removeprefix(prefix).split("/")
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape and tensor.ndim:
+                # fused kernels walk memory flat: a moment must have the layout (channels last) of its weight
+                tensor = torch.empty_like(parameter).copy_(tensor)
             state.setdefault(int(index), {})[moment] = tensor
-    if state:
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
 def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -55,16 +60,39 @@ def load_module(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> Non
         raise ValueError(f"the checkpoint does not fit network '{name}': {first}") from None
 
 
-def write(path: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-    """Replace the checkpoint; a kill at any moment leaves the old one or the new one."""
-    save_tensors(path, tensors, {"counters": json.dumps(counters)})
+class Checkpoint:
+    """``checkpoint.safetensors`` in a run folder, written by the main process and read by all."""
+
+    def __init__(self, folder: Path, main: bool = True) -> None:
+        self.path = folder / "checkpoint.safetensors"
+        self.main = main
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def write(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """Replace the checkpoint; a kill at any moment leaves the old one or the new one."""
+        if self.main:
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_tensors(self.path, plain, {"counters": json.dumps(counters), "crc32": str(checksum(plain))})
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and counters; ValueError naming the file when it is damaged."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            counters = json.loads(metadata["counters"])
+            if str(checksum(tensors)) != metadata["crc32"]:
+                raise ValueError("its checksum does not match")
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.path}: damaged checkpoint ({error}); delete it to start this run again") from None
+        return tensors, counters
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and counters; ValueError naming the file when it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            counters = json.loads((file.metadata() or {})["counters"])
-            return {name: file.get_tensor(name) for name in file.keys()}, counters  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: damaged checkpoint ({error}); delete it to start this run again") from None
+def checksum(tensors: dict[str, Tensor]) -> int:
+    """CRC-32 of the bytes of all tensors, by name: safetensors itself does not see a flipped bit."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc

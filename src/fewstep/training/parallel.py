@@ -2,12 +2,13 @@
 
 Every process holds all networks and its part of each batch; gradients are averaged over the processes before an
 update, in one flat message per update.  (The networks of a method are called in many ways, under ``jvp``, without
-gradients, through their features, which module wrappers with hooks on ``forward`` do not survive; averaging the
-gradients of the group that moves does the same arithmetic.)
+gradients, through their features, which PyTorch's ``DistributedDataParallel`` wrapper does not survive; averaging the
+gradients of the group that moves does the same arithmetic.)  For networks that do not fit see ``sharding.py``.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +27,17 @@ class Parallel:
 
     @classmethod
     def from_environment(cls, device: torch.device) -> Parallel:
-        """Join the process group that ``torchrun`` describes; one process without it."""
+        """Join the process group that ``torchrun`` describes; one process without it.
+
+        On GPUs every process takes the one that ``torchrun`` numbered for it.
+        """
         if "RANK" not in os.environ or not dist.is_available():
             return cls()
+        if device.type == "cuda" and device.index is None:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            atexit.register(leave)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -48,15 +55,24 @@ class Parallel:
         pieces = flat.split([t.numel() for t in tensors])
         torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)])
 
-    def agree(self, value: float) -> float:
-        """The main process's value, on every process (stop signals, elapsed time)."""
+    def total(self, *values: float) -> list[float]:
+        """The sum of each value over the processes (with 0 from all but one: that one's value)."""
         if self.world == 1:
-            return value
-        box = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(box, 0)
-        return float(box)
+            return list(values)
+        box = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(box)
+        return box.tolist()
+
+    def agree(self, value: float) -> float:
+        """The main process's value, on every process."""
+        return self.total(value if self.main else 0.0)[0]
 
     def barrier(self) -> None:
         """Wait for the others."""
-        if self.world > 1:
-            dist.barrier()
+        self.total(0.0)
+
+
+def leave() -> None:
+    """Leave the process group at exit, if it is still there."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

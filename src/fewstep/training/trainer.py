@@ -42,7 +42,11 @@ class NonFiniteError(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """The run was asked to stop; it is saved and the same command resumes it."""
+    """The run was asked to stop by signal ``number``; it is saved and the same command resumes it."""
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -323,16 +327,19 @@ def loop(run: Run, data: Dataset, saved: Path | None, log: Path | None, show: bo
     records = Records(log, run.steps) if log is not None else None
     bar = Bar(run.method.name, show)
     kept: list[dict[str, Any]] = []
+    recent: dict[str, float] = {}  # since the last record: a group that moves in one step of five is recorded too
     start, before = time.perf_counter(), run.seconds
     last_save = start
     with stop_on_signals() as caught:
         try:
             while run.progress().fraction < 1:
                 logs = run.step(data)
+                recent |= logs
                 run.seconds = run.parallel.agree(before + time.perf_counter() - start)
                 if run.steps % run.settings.log_steps == 0 or run.steps == 1:
                     images = run.steps * run.settings.batch
-                    record = {"step": run.steps, "images": images, "seconds": round(run.seconds, 3), **logs}
+                    record = {"step": run.steps, "images": images, "seconds": round(run.seconds, 3), **recent}
+                    recent = {}
                     kept.append(record)
                     if records is not None:
                         records.write(record)
@@ -344,7 +351,7 @@ def loop(run: Run, data: Dataset, saved: Path | None, log: Path | None, show: bo
                     last_save = time.perf_counter()
                 if stopping:
                     where = f"saved in {saved.parent}; the same command resumes" if saved else "nothing was saved"
-                    raise Interrupted(f"stopped after {run.steps} steps, {where}")
+                    raise Interrupted(f"stopped after {run.steps} steps, {where}", *caught[:1])
             if saved is not None and run.parallel.main:
                 run.save(saved)
         finally:

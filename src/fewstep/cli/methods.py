@@ -1,0 +1,59 @@
+"""The methods that train: their flags, and one line about each without importing any."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.cli.flags import Parameter, from_json, of_dataclass, plain
+from fewstep.distill import RECIPES, recipe_class
+
+if TYPE_CHECKING:
+    from fewstep.distill.method import Recipe
+
+
+def summaries() -> dict[str, str]:
+    """Name -> the first sentence of the method's docstring, read from its source (importing them all takes seconds)."""
+    return {name: summary(place) for name, place in RECIPES.items()}
+
+
+def summary(place: str) -> str:
+    """The first sentence of the docstring of ``module:class``."""
+    module, _, name = place.partition(":")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    for node in ast.parse(Path(spec.origin).read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            first = plain(ast.get_docstring(node) or "").replace("``", "").split(". ")[0]
+            return textwrap.shorten(first.rstrip("."), 96, placeholder=" ...")
+    return ""
+
+
+def listing() -> str:
+    """All methods with their summaries, for a help text."""
+    width = max(map(len, RECIPES))
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in summaries().items())
+
+
+def parameters(method: str) -> list[Parameter]:
+    """The hyper-parameters of a method."""
+    return of_dataclass(recipe_class(method))
+
+
+def build(method: str, values: dict[str, Any]) -> Recipe:
+    """The recipe with these hyper-parameters, as :func:`~fewstep.cli.flags.from_json` checks them."""
+    return recipe_class(method)(**from_json(parameters(method), values, f"method {method}"))
+
+
+def about(method: str) -> str:
+    """What a method's help starts with: its docstring, its paper and what here differs from it."""
+    cls = recipe_class(method)
+    paper = cls.paper
+    lines = [textwrap.fill(plain(cls.__doc__ or "").replace("``", ""), 100), ""]
+    lines.append(f"{paper.title} (arXiv {paper.arxiv}); equations: {paper.evidence}")
+    lines += [textwrap.fill(f"differs: {text}", 100, subsequent_indent="  ") for text in paper.deviations]
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""Models and data by the names that a command line gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewstep import api
+from fewstep.cli import records
+from fewstep.cli.errors import UserError, suggestion
+from fewstep.data import Dataset
+from fewstep.data import load as load_data
+from fewstep.data.bundled import BUNDLED
+from fewstep.denoisers import Denoiser
+from fewstep.hub import native
+from fewstep.sampling.rollout import Student
+from fewstep.training.stages import as_teacher
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model with the name it was asked for by and the folder it lies in."""
+
+    name: str
+    folder: Path
+    model: Student | Denoiser
+
+    @property
+    def stem(self) -> str:
+        """The name for folders and files: the last part, a run's own rather than "model"."""
+        path = Path(self.name).resolve()
+        return path.parent.name if path.name == "model" else path.name
+
+    @property
+    def sha256(self) -> str:
+        return records.weights_sha256(self.folder)
+
+    @property
+    def data(self) -> str | None:
+        """The data it was made from: its card's, else the bundled set of its name."""
+        if (self.folder / "config.json").is_file():
+            source = native.card(self.folder).get("data")
+            if isinstance(source, dict):
+                return str(source["source"])
+        return self.name if self.name in BUNDLED else None
+
+
+def named_model(name: str) -> Named:
+    """The model behind a name; FileNotFoundError or ValueError when there is none or it is damaged."""
+    if not name.strip():
+        raise UserError("the name of a model is empty")
+    try:
+        folder = api.locate(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{suggestion(name, api.bundled_models())}") from None
+    return Named(name, folder, api.load(name))
+
+
+def named_teacher(name: str) -> tuple[Named, Denoiser]:
+    """A model that can teach: a denoiser, or the one inside a student."""
+    found = named_model(name)
+    return found, as_teacher(found.model)
+
+
+def named_data(name: str | None, model: Named) -> tuple[str, Dataset]:
+    """Data by name; without one the data that ``model`` was made from."""
+    source = name or model.data
+    if source is None:
+        raise UserError(f"--data is missing, and model '{model.name}' does not say what it was made from")
+    return source, training_data(source)
+
+
+def training_data(source: str) -> Dataset:
+    """The training part of a data set."""
+    try:
+        return load_data(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{suggestion(source, BUNDLED)}") from None
+
+
+def described(source: str, data: Dataset) -> dict[str, object]:
+    """A data set as a record names it."""
+    return {"source": source, "samples": len(data), "shape": list(data.shape), "sha256": records.data_sha256(data)}

@@ -1,0 +1,137 @@
+"""Train a teacher, a diffusion or flow model, from scratch.
+
+  fewstep train NAME --data DATA [--network unet --channels 40,80] [--budget 4000steps] [--out FOLDER]
+  fewstep train NAME --network mlp --help          the flags of another network, schedule or prediction
+  fewstep train --recipe runs/x/recipe.json        a recorded run again
+
+The same command in the same folder resumes a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fewstep.cli import methods
+from fewstep.cli.errors import UserError, choose
+from fewstep.cli.flags import Parameter, as_words, given, of_constructor, of_dataclass
+from fewstep.cli.settings import add_run_arguments, refuse_beside_recipe, settings_given, word_after
+
+if TYPE_CHECKING:
+    from fewstep.data import Dataset
+    from fewstep.denoisers import NetworkDenoiser
+
+METHODS = ("denoising", "flow-matching")
+SCHEDULES = ("TrigFlow", "FlowMatching", "EDM", "VPLinear", "VPCosine")
+#: What the data decide about a network.
+FROM_DATA = ("shape", "classes", "extras")
+DEFAULTS = {"method": "denoising", "network": "unet", "schedule": "TrigFlow", "prediction": "trig"}
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    from fewstep.denoisers import PREDICTIONS
+    from fewstep.networks import NETWORKS
+
+    parser.usage = "fewstep train NAME --data DATA [flags]"
+    parser.add_argument("name", metavar="NAME", nargs="?", help="what to call the model; its folder is runs/NAME")
+    parser.add_argument("--unconditional", action="store_true", help="leave the labels of the data out")
+    choices = {"method": METHODS, "network": NETWORKS, "schedule": SCHEDULES, "prediction": PREDICTIONS}
+    picked = {}
+    for what, known in choices.items():
+        default = DEFAULTS[what]
+        text = f"{', '.join(known)} (default {default})"
+        parser.add_argument(f"--{what}", metavar="NAME", default=default, help=text)
+        picked[what] = choose(what, word_after(f"--{what}", words, default), known)
+    for title, parameters in {
+        f"the network, {picked['network']}, and its noise schedule": model_parameters(**picked),
+        f"hyper-parameters of {picked['method']}": methods.parameters(picked["method"]),
+    }.items():
+        group = parser.add_argument_group(title)
+        for parameter in parameters:
+            parameter.add_to(group)
+    add_run_arguments(parser)
+
+
+def model_parameters(network: str, schedule: str, prediction: str, **_: str) -> list[Parameter]:
+    """What shapes a fresh model; a name that schedule and prediction share (``sigma_data``) sets both."""
+    from fewstep.denoisers import PREDICTIONS
+    from fewstep.hub.native import SCHEDULES
+    from fewstep.networks import NETWORKS
+
+    found = [
+        *of_constructor(NETWORKS[network], FROM_DATA),
+        *of_dataclass(SCHEDULES[schedule]),
+        *of_dataclass(PREDICTIONS[prediction]),
+    ]
+    return list({parameter.name: parameter for parameter in found}.values())
+
+
+def fresh_model(chosen: argparse.Namespace, data: Dataset) -> dict[str, Any]:
+    """The description of an untrained model for the data, as :func:`fewstep.hub.native.build` takes it."""
+    from fewstep.denoisers import PREDICTIONS, NetworkDenoiser
+    from fewstep.hub import native
+    from fewstep.networks import NETWORKS
+
+    picked = {what: getattr(chosen, what) for what in DEFAULTS}
+    values = given(model_parameters(**picked), chosen)
+    classes = None if chosen.unconditional else data.classes
+
+    def build(cls: Any, parameters: list[Parameter], **more: Any) -> Any:
+        return cls(**more, **{p.name: values[p.name] for p in parameters if p.name in values})
+
+    network, schedule, prediction = NETWORKS[chosen.network], native.SCHEDULES[chosen.schedule], PREDICTIONS[chosen.prediction]
+    net = build(network, of_constructor(network, FROM_DATA), shape=data.shape, classes=classes)
+    return native.describe(
+        NetworkDenoiser(
+            net,
+            build(schedule, of_dataclass(schedule)),
+            build(prediction, of_dataclass(prediction)),
+            data.shape,
+            classes,
+        )
+    )
+
+
+def initialised(description: dict[str, Any], seed: int) -> NetworkDenoiser:
+    """The described model with weights drawn from the seed."""
+    import torch
+
+    from fewstep.hub import native
+    from fewstep.randomness import derive_seed
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "initial weights"))
+        return native.build(description)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    from fewstep.cli import models, plan, records, runs
+
+    if chosen.recipe is not None:
+        others = [*model_parameters(**{what: getattr(chosen, what) for what in DEFAULTS}), *methods.parameters(chosen.method)]
+        refuse_beside_recipe(chosen, others)
+        record = runs.reopened(chosen.recipe, "train", chosen)
+        recipe = methods.build(choose("method", record.method, METHODS), record.hyper_parameters)
+        data = models.training_data(record.data["source"])
+        runs.check_source("data set", record.data["source"], record.data["sha256"], records.data_sha256(data))
+    else:
+        if chosen.name is None:
+            raise UserError("NAME is missing: what to call the model, for example 'fewstep train teacher --data digits'")
+        if chosen.data is None:
+            raise UserError("--data is missing: digits, fashion, or the path of a data set")
+        recipe = methods.build(chosen.method, given(methods.parameters(chosen.method), chosen))
+        data = models.training_data(chosen.data)
+        record = records.Record(
+            "train", chosen.method, {}, fresh_model(chosen, data), models.described(chosen.data, data),
+            settings_given(chosen), records.versions(),
+        )  # fmt: skip
+    settings = runs.settings_of(record.settings, "settings")
+    model = initialised(record.start, settings.seed)
+    record = dataclasses.replace(record, hyper_parameters=dataclasses.asdict(recipe))
+    if chosen.dry_run:
+        plan.show(recipe, model, data, settings)
+        return
+    out = runs.folder_for(chosen, chosen.name or "teacher")
+    runs.tell(runs.execute(record, recipe, model, data, out, not chosen.quiet), out)

@@ -1,0 +1,137 @@
+"""The demonstration: a teacher made fast by several methods in a few minutes, and a page that shows it.
+
+Two cores and no downloads.  Every student trains in a folder of its own, so a demonstration that was stopped goes on
+where it stopped when it is started again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fewstep import api
+from fewstep.cli.records import NAME, Record, data_sha256, versions, weights_sha256
+from fewstep.data import Dataset
+from fewstep.data import load as load_data
+from fewstep.distill.consistency.cm import ConsistencyDistillation
+from fewstep.distill.flow_map.progressive import ProgressiveLadder
+from fewstep.distill.matching.dmd2 import DMD2
+from fewstep.distill.method import Recipe
+from fewstep.hub import native
+from fewstep.report import compare_models, page, read_run
+from fewstep.report.page import duration
+from fewstep.sampling.rollout import Student
+from fewstep.training.budget import Budget
+from fewstep.training.progress import Bar
+from fewstep.training.stages import run_recipe
+from fewstep.training.trainer import Settings
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One student: its name, what it is in a few words, how it is trained and its share of the training time."""
+
+    name: str
+    about: str
+    recipe: Recipe
+    share: float
+    batch: int
+
+
+#: What the demonstration trains, in order.  The shares add up to 1.
+STUDENTS = (
+    Entry("cm", "consistency distillation, 1, 2 and 4 steps", ConsistencyDistillation(steps=(1, 2, 4)), 0.36, 64),
+    Entry("dmd2", "distribution matching, 1 step", DMD2(steps=1, critic_steps=2), 0.44, 32),
+    Entry("pd", "progressive distillation, 4 steps to 1", ProgressiveLadder(start=4, end=1), 0.20, 64),
+)
+TRAINING = 0.8  # of the minutes; the rest loads, samples and measures
+SAMPLES = 500  # of every model
+TEACHER_STEPS = (1, 2, 4, 8, 16)
+SEED = 0
+
+
+def main(
+    out: str | Path = "report.html",
+    minutes: float = 5.0,
+    runs: str | Path = "runs/demo",
+    *,
+    teacher: str = "fashion",
+    data: str = "fashion",
+    samples: int = SAMPLES,
+) -> Path:
+    """Distil ``teacher``, measure it and its students, write the page ``out``; gives back its path.
+
+    Takes about ``minutes`` on two cores.  The runs are left in ``runs/<student>``; the same call resumes them, a longer
+    one trains them further.  Raises ValueError for minutes that are not positive, and what training raises.
+    """
+    if not 0 < minutes < float("inf"):
+        raise ValueError(f"minutes={minutes:g}: the demonstration needs a positive number of minutes; 5 is a good one")
+    start = time.perf_counter()
+    model, source = api.load(teacher), load_data(data)
+    console = Console(stderr=True)
+    console.print(f"teacher '{teacher}', {len(STUDENTS)} students, about {duration(60 * minutes)} in all", highlight=False)
+    students: dict[str, Student] = {}
+    left = 60 * minutes
+    for k, entry in enumerate(STUDENTS):
+        seconds = round(60 * minutes * TRAINING * entry.share, 1)
+        announce(console, k, f"{entry.name}: {entry.about}", seconds, left)
+        students[entry.name] = trained(entry, model, source, Path(runs) / entry.name, seconds, teacher, data)
+        left -= seconds
+    announce(console, len(STUDENTS), f"measuring: {samples} samples of each model", left, left)
+    bar = Bar("measure")
+    found = compare_models(
+        model, students, data, samples, SEED, teacher_steps=TEACHER_STEPS, show=lambda done, what: bar.update(done, what)
+    )
+    bar.close()
+    courses = [read_run(Path(runs) / entry.name) for entry in STUDENTS]
+    path = page.write(found, Path(out), courses, commands=f"fewstep demo --minutes {minutes:g}")
+    Console().print(found.table())
+    print(
+        f"\n{duration(time.perf_counter() - start)} in all. Open {path}\n\nThen try\n"
+        f"  fewstep sample {Path(runs) / STUDENTS[0].name} --steps 2\n"
+        f"  fewstep distill {STUDENTS[1].recipe.name} --teacher {teacher} --data {data} --budget 30min"
+    )
+    return path
+
+
+def announce(console: Console, k: int, what: str, seconds: float, left: float) -> None:
+    """A line before every stage: which one it is, how long it takes, how long everything still takes."""
+    text = f"[{k + 1} of {len(STUDENTS) + 1}] {what} - {duration(seconds)}, all done in about {duration(left)}"
+    console.print(text, style="bold", highlight=False, markup=False)
+
+
+def trained(
+    entry: Entry, teacher: Any, data: Dataset, folder: Path, seconds: float, teacher_name: str, data_name: str
+) -> Student:
+    """The student of an entry, trained in ``folder`` for so many seconds, those of earlier calls included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = Budget(seconds, "seconds")
+    record = Record(
+        "distill", entry.recipe.name,
+        {f.name: getattr(entry.recipe, f.name) for f in dataclasses.fields(entry.recipe)},
+        {"model": teacher_name, "sha256": weights_sha256(api.locate(teacher_name))},
+        {"source": data_name, "samples": len(data), "sha256": data_sha256(data)},
+        {"budget": f"{seconds:g}s", "batch": entry.batch, "seed": SEED},
+        versions(),
+    )  # fmt: skip
+    native.write_atomically(folder / NAME, record.to_json().encode())
+    settings = Settings(budget, batch=entry.batch, seed=SEED)
+    result = run_recipe(entry.recipe, teacher, data, settings, folder, show=True)
+    if not isinstance(result.model, Student):
+        raise TypeError(f"{entry.name} made a {type(result.model).__name__}: the demonstration compares students")
+    card = {
+        "method": entry.recipe.stages()[-1].name, "recipe": entry.recipe.name, "teacher": teacher_name,
+        "data": data_name, "steps": result.steps, "images": result.images, "seconds": round(result.seconds, 1),
+    }  # fmt: skip
+    native.save(result.model, folder / "model", card)
+    return result.model
+
+
+if __name__ == "__main__":
+    main(minutes=float(sys.argv[1]) if len(sys.argv) > 1 else 5.0)

@@ -1,0 +1,153 @@
+"""LoRA students: low-rank weights on a frozen network, written so that plain diffusers loads them.
+
+``attach`` gives a trainable copy of a denoiser whose only parameters are the low-rank ones.  The frozen weights become
+buffers that share the memory of the original's, so any method can train the copy as it trains any denoiser, and a
+teacher and its LoRA student (and critic) cost one network.  The second factor starts at zero: the copy starts as the
+original, exactly.
+
+Hu et al. 2021 (arXiv 2106.09685); the layers are peft's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.denoisers import Denoiser
+from fewstep.hub.adapters import Adapter
+from fewstep.hub.native import load_tensors, save_tensors
+from fewstep.hub.requires import require
+from fewstep.hub.tables import network_of
+from fewstep.randomness import derive_seed
+from fewstep.sampling.rollout import Student
+
+#: Attention projections, the usual targets in diffusers models.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+#: The file name that ``load_lora_weights`` of the pipelines looks for.
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def attach(
+    denoiser: Denoiser, rank: int, alpha: float | None = None, targets: tuple[str, ...] = ATTENTION, seed: int = 0
+) -> Denoiser:
+    """A copy of ``denoiser`` that trains ``W + (alpha / rank) B A`` on the layers whose names end in ``targets``.
+
+    ``alpha`` defaults to ``rank``.  Raises ValueError when the rank is not positive, no layer has such a name, or
+    there are LoRA layers already.
+    """
+    peft = require("peft", "LoRA students")
+    if rank < 1:
+        raise ValueError(f"rank={rank}: LoRA needs a rank of at least 1")
+    if _layers(_adapter(denoiser)):
+        raise ValueError("the network holds LoRA layers already: merge them first with lora.merged(model)")
+    shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+    student = copy.deepcopy(denoiser, dict(shared))
+    adapter = _adapter(student)
+    net = adapter.model
+    names = [n for n, m in net.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets) and _plain(m)]
+    if not names:
+        raise ValueError(f"targets={targets}: no linear or convolution layer of this network has such a name")
+    adapter.frozen = tuple(name for name, _ in net.named_parameters(remove_duplicate=False))
+    for path in adapter.frozen:
+        module, name = _owner(net, path)
+        frozen = module.get_parameter(name).detach()
+        delattr(module, name)
+        module.register_buffer(name, frozen)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)
+    with torch.random.fork_rng(devices=[]):
+        peft.inject_adapter_in_model(config, net)
+    for name, layer in _layers(net).items():
+        generator = torch.Generator().manual_seed(derive_seed("lora", seed, name))
+        first = layer.lora_A["default"].weight
+        drawn = torch.empty(first.shape)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        first.data.copy_(drawn)
+    return student
+
+
+def _plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _owner(net: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the tensor called ``path``, and the tensor's name in it."""
+    parent, _, name = path.rpartition(".")
+    return net.get_submodule(parent), name
+
+
+def _adapter(model: nn.Module) -> Adapter:
+    net = network_of(model).net
+    if not isinstance(net, Adapter):
+        raise ValueError(f"a {type(net).__name__} is not a diffusers model: LoRA students are made of those")
+    return net
+
+
+def _layers(net: nn.Module) -> dict[str, Any]:
+    """The LoRA layers by name."""
+    layer = require("peft.tuners.tuners_utils", "LoRA students").BaseTunerLayer
+    return {name: module for name, module in net.named_modules() if isinstance(module, layer)}
+
+
+def merged(model: Student | Denoiser) -> Any:
+    """A copy of a LoRA student or denoiser with the low-rank weights added to the network's own."""
+    plain = copy.deepcopy(model)
+    adapter = _adapter(plain)
+    for name, layer in _layers(adapter.model).items():
+        layer.merge()
+        adapter.model.set_submodule(name, layer.get_base_layer())
+    for path in adapter.frozen:
+        module, name = _owner(adapter.model, path)
+        weight = nn.Parameter(module.get_buffer(name), requires_grad=False)
+        delattr(module, name)
+        module.register_parameter(name, weight)
+    adapter.frozen = ()
+    return plain
+
+
+def save(model: Student | Denoiser, folder: str | Path) -> Path:
+    """Write the low-rank weights of a student on a diffusers network to ``folder / pytorch_lora_weights.safetensors``,
+    for ``pipe.load_lora_weights(folder)``.
+
+    ``alpha / rank`` is multiplied into the second factor, so that the file means the same to every version of
+    diffusers, with or without metadata.
+    """
+    net = _adapter(model)
+    layers = _layers(net.model)
+    if not layers:
+        raise ValueError("the network holds no LoRA layers: make the student with lora.attach")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{net.component}.{name}.lora_A.weight"] = layer.lora_A["default"].weight
+        tensors[f"{net.component}.{name}.lora_B.weight"] = layer.lora_B["default"].weight * layer.scaling["default"]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    return folder / WEIGHTS
+
+
+def load(denoiser: Denoiser, folder: str | Path) -> Denoiser:
+    """A copy of ``denoiser`` with the low-rank weights that :func:`save` wrote; ValueError when they do not fit."""
+    path = Path(folder) / WEIGHTS
+    tensors = load_tensors(path)
+    prefix, suffix = f"{_adapter(denoiser).component}.", ".lora_A.weight"
+    names = sorted(key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix))
+    ranks = {len(value) for key, value in tensors.items() if key.endswith(suffix)}
+    if len(ranks) != 1:
+        raise ValueError(f"{path}: LoRA weights of ranks {sorted(ranks)}; exactly one rank is read")
+    student = attach(denoiser, ranks.pop(), targets=tuple(names))
+    layers = _layers(_adapter(student).model)
+    if set(layers) != set(names):
+        missing = sorted(set(names) - set(layers))
+        raise ValueError(f"{path}: the network has no layer '{missing[0]}'")
+    for name, layer in layers.items():
+        for factor in ("lora_A", "lora_B"):
+            weight, found = layer.get_submodule(factor)["default"].weight, tensors[f"{prefix}{name}.{factor}.weight"]
+            if weight.shape != found.shape:
+                raise ValueError(f"{path}: '{name}' has shape {list(found.shape)}, the network {list(weight.shape)}")
+            weight.data.copy_(found)
+    return student

@@ -1,0 +1,302 @@
+"""Teacher and students side by side: the same noise, the same labels, the same features, and what each costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.data import Dataset, held_out
+from fewstep.data import load as load_data
+from fewstep.denoisers import Cond, CountCalls, Denoiser
+from fewstep.metrics import Estimate, Quality, evaluate, load_features
+from fewstep.metrics.features import Features
+from fewstep.randomness import Rng
+from fewstep.report import machine
+from fewstep.sampling import sample
+from fewstep.sampling.rollout import Student
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fewstep.report.runs import RunCourse
+
+#: The teacher is measured at these numbers of steps; the last one stands for "all it can do".
+TEACHER_STEPS = (1, 2, 4, 8, 16)
+
+Role = Literal["teacher", "student"]
+Show = Callable[[float, str], None]  # share of the work done, what is next
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model at one number of steps.
+
+    ``calls`` are network calls per picture, ``seconds`` wall time per picture (the fastest of the batches, which other
+    work on the machine disturbed least).  ``pictures`` are the first samples, ``[shown, *shape]``.
+    """
+
+    model: str
+    role: Role
+    steps: int
+    calls: int
+    seconds: float
+    quality: Quality
+    pictures: Tensor = field(repr=False, compare=False)
+
+    @property
+    def accuracy(self) -> Estimate | None:
+        """The share of samples recognised as the class that was asked for, with its standard error: Wilson's (1927),
+        which does not claim to be 0 when every sample is recognised."""
+        p, n = self.quality.accuracy, self.quality.n
+        return None if p is None else Estimate(p, (p * (1 - p) / n + 1 / (4 * n**2)) ** 0.5 / (1 + 1 / n))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare_models` found: the teacher's rows by rising steps, then the students'.
+
+    ``real`` are real pictures in the order of the columns of the sheets, ``columns`` the class names over them (empty
+    without classes).
+    """
+
+    data: str
+    n: int
+    seed: int
+    solver: str
+    rows: tuple[Row, ...]
+    floor: Estimate
+    columns: tuple[str, ...]
+    real: Tensor = field(repr=False, compare=False)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def teacher(self) -> list[Row]:
+        """The teacher's rows, the one with the most steps last."""
+        return [row for row in self.rows if row.role == "teacher"]
+
+    @property
+    def students(self) -> dict[str, list[Row]]:
+        """Each student's rows by its name."""
+        named: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.role == "student":
+                named.setdefault(row.model, []).append(row)
+        return named
+
+    def best(self, calls: int | None = None) -> Row | None:
+        """The student row of smallest Fréchet distance, among those of ``calls`` calls (None: of the fewest)."""
+        rows = [row for row in self.rows if row.role == "student"]
+        if not rows:
+            return None
+        calls = min(row.calls for row in rows) if calls is None else calls
+        return min((row for row in rows if row.calls == calls), key=lambda row: row.quality.frechet.value, default=None)
+
+    def to_json(self) -> str:
+        """Every number as one JSON object; the pictures are left to the page."""
+        rows = [
+            {
+                "model": row.model, "role": row.role, "steps": row.steps, "calls": row.calls,
+                "seconds_per_image": row.seconds, "quality": json.loads(row.quality.to_json()),
+                "accuracy": None if row.accuracy is None else asdict(row.accuracy),
+            }
+            for row in self.rows
+        ]  # fmt: skip
+        told: dict[str, Any] = {
+            "data": self.data, "n": self.n, "seed": self.seed, "teacher_solver": self.solver,
+            "floor": asdict(self.floor), "rows": rows, "versions": dict(self.versions), "machine": dict(self.machine),
+        }  # fmt: skip
+        return json.dumps(told, indent=1)
+
+    def table(self) -> Table:
+        """The rows as a table for the terminal."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.data}: {self.n} samples each, real against real {self.floor.value:.2f}")
+        table.add_column("model")
+        for title in ("steps", "calls", "Fréchet", "accuracy", "ms/image"):
+            table.add_column(title, justify="right")
+        best = self.best()
+        last = None
+        for row in self.rows:
+            if last not in (None, row.role):
+                table.add_section()
+            last = row.role
+            frechet, accuracy = row.quality.frechet, row.accuracy
+            table.add_row(
+                row.model, str(row.steps), str(row.calls),
+                f"{frechet.value:.2f} ± {frechet.error:.2f}",
+                "-" if accuracy is None else f"{accuracy.value:.3f} ± {accuracy.error:.3f}",
+                f"{1000 * row.seconds:.2f}",
+                style="bold" if row is best else None,
+            )  # fmt: skip
+        return table
+
+    def save(
+        self, path: str | Path = "report.html", *, runs: Sequence[RunCourse] = (), title: str = "", commands: str = ""
+    ) -> Path:
+        """Write the page (see :func:`fewstep.report.page.write`) and give back its path."""
+        from fewstep.report import page
+
+        return page.write(self, Path(path), runs, title, commands)
+
+
+class Remembered(Features):
+    """Features that keep what they made of whole data sets, which every model is compared with."""
+
+    def __init__(self, inner: Features) -> None:
+        self.inner, self.id = inner, inner.id
+        self._kept: list[tuple[Dataset, Tensor]] = []
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.inner.embed(x)
+
+    def classify(self, features: Tensor) -> Tensor | None:
+        return self.inner.classify(features)
+
+    def __call__(self, samples: Tensor | Dataset) -> Tensor:
+        if not isinstance(samples, Dataset):
+            return self.inner(samples)
+        for data, features in self._kept:
+            if data is samples:
+                return features
+        self._kept.append((samples, self.inner(samples)))
+        return self._kept[-1][1]
+
+
+def compare_models(
+    teacher: Denoiser,
+    students: Sequence[Student | Denoiser] | Mapping[str, Student | Denoiser],
+    data: str | Dataset = "fashion",
+    n: int = 500,
+    seed: int = 0,
+    *,
+    teacher_steps: Sequence[int] = TEACHER_STEPS,
+    solver: str = "unipc",
+    features: str | Features | None = None,
+    batch: int = 100,
+    rows: int = 2,
+    show: Show = lambda done, what: None,
+) -> Comparison:
+    """Measure the teacher at ``teacher_steps`` and every student at all its plans.
+
+    All models start from the same noise and labels.  ``students`` may be named by a mapping.  A student that is a
+    denoiser (a reflowed model) is sampled with Euler steps on a uniform grid, its own straight way.  ``data`` is a name
+    or path that :func:`fewstep.data.load` knows, with its held-out part as the reference; of a
+    :class:`~fewstep.data.Dataset` a fifth, at most 2,000 samples, is put aside as the reference, whether or not
+    the models were trained on it.  ``features`` is a name for :func:`fewstep.metrics.load_features`, by default the
+    bundled classifier of the data, else pixels.  ``rows`` pictures of each class are kept for the page.
+
+    Raises ValueError when a model does not make samples of the data's shape.
+    """
+    named = dict(students) if isinstance(students, Mapping) else _numbered(students)
+    for name, model in {"the teacher": teacher, **named}.items():
+        if not isinstance(model, Student | Denoiser):
+            raise ValueError(f"{name} is a {type(model).__name__}; compare takes denoisers and students")
+    train, reference = parts(data)
+    for name, model in {"the teacher": teacher, **named}.items():
+        if tuple(model.shape) != train.shape:
+            raise ValueError(f"{name} makes samples {list(model.shape)}, data '{train.name}' has {list(train.shape)}")
+    measure = features if isinstance(features, Features) else load_features(features or _features(train))
+    measured_in = Remembered(measure)
+    columns = min(teacher.classes or 10, 10)
+    shown = rows * columns
+
+    jobs: list[tuple[str, Role, Student | Denoiser, int]] = [("teacher", "teacher", teacher, k) for k in teacher_steps]
+    for name, model in named.items():
+        jobs += [(name, "student", model, k) for k in (model.plans if isinstance(model, Student) else (1, 2, 4))]
+    work = [_work(model, steps) for _, _, model, steps in jobs]
+    found: list[Row] = []
+    for i, (name, role, model, steps) in enumerate(jobs):
+        show(sum(work[:i]) / sum(work), f"{name}, {steps} step{'s' * (steps > 1)}")
+        way = solver if role == "teacher" else "euler"
+        x, labels, calls, seconds = timed_samples(model, steps, n, seed, way, batch, max(columns, teacher.classes or 0))
+        quality = evaluate(x, labels, reference, train, measured_in, seed=seed)
+        found.append(Row(name, role, steps, calls, seconds, quality, x[_shown(n, labels, columns, shown)].clamp(-1, 1)))
+    show(1.0, "done")
+    device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
+    return Comparison(
+        train.name, n, seed, solver, tuple(found), found[0].quality.floor,
+        tuple(train.class_names[:columns]) if teacher.classes else (), real_pictures(reference, columns, rows, seed),
+        machine.versions(), machine.machine(device),
+    )  # fmt: skip
+
+
+def parts(data: str | Path | Dataset) -> tuple[Dataset, Dataset]:
+    """``(training, reference)`` of what :func:`compare_models` was given."""
+    if isinstance(data, Dataset):
+        return held_out(data, min(max(len(data) // 5, 1), 2000))
+    return load_data(data), load_data(data, "test")
+
+
+@torch.no_grad()
+def timed_samples(
+    model: Student | Denoiser, steps: int, n: int, seed: int, solver: str, batch: int, classes: int
+) -> tuple[Tensor, Tensor | None, int, float]:
+    """``(samples, labels, calls, seconds per sample)`` of ``n`` samples made ``batch`` at a time.
+
+    Noise and labels depend on ``n``, ``seed`` and the shape only, so all models get the same.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    noise = Rng(seed, "sample", device=device).normal(n, *model.shape)
+    labels = torch.arange(n, device=device) % model.classes if model.classes else None
+    made, seconds, calls = [], [], 0
+    for start in range(0, n, batch):
+        z = noise[start : start + batch]
+        cond = None if labels is None else labels[start : start + batch]
+        before = time.perf_counter()
+        x, calls = _samples(model, z, cond, steps, solver, Rng(seed, "rollout", start, device=device))
+        made.append(x.float().cpu())  # the copy waits for the device
+        seconds.append((time.perf_counter() - before) / len(z))
+    return torch.cat(made), None if labels is None else labels.cpu(), calls, min(seconds)
+
+
+def _samples(
+    model: Student | Denoiser, noise: Tensor, cond: Cond, steps: int, solver: str, rng: Rng
+) -> tuple[Tensor, int]:
+    """Samples from given noise, and the network calls that they cost."""
+    if isinstance(model, Student):
+        return model(noise, cond, steps, rng), len(model.plans[steps].times)
+    counted = CountCalls(model)
+    grid = "uniform" if solver == "euler" else None
+    x = sample(counted, len(noise), solver=solver, steps=steps, grid=grid, cond=cond, noise=noise)
+    return x, counted.calls
+
+
+def _work(model: Student | Denoiser, steps: int) -> float:
+    """About what a row costs, in network calls over all samples; measuring quality costs about four."""
+    return 4.0 + (len(model.plans[steps].times) if isinstance(model, Student) else steps)
+
+
+def _numbered(students: Sequence[Student | Denoiser]) -> dict[str, Student | Denoiser]:
+    if len(students) == 1:
+        return {"student": students[0]}
+    return {f"student {i + 1}": student for i, student in enumerate(students)}
+
+
+def _features(data: Dataset) -> str:
+    """The bundled classifier that was trained on such pictures, else pixels."""
+    return data.name if data.name in ("digits", "fashion") else "pixels"
+
+
+def _shown(n: int, labels: Tensor | None, columns: int, shown: int) -> Tensor:
+    """The samples on the sheets: row by row, column ``c`` of class ``c`` where there are labels."""
+    if labels is None:
+        return torch.arange(min(shown, n))
+    each = [(labels == c).nonzero()[: shown // columns, 0] for c in range(columns)]
+    least = min(len(rows) for rows in each)
+    return torch.stack([rows[:least] for rows in each], dim=1).flatten()
+
+
+def real_pictures(reference: Dataset, columns: int, rows: int, seed: int) -> Tensor:
+    """Held-out data in the order of the sheets."""
+    order = Rng(seed, "real pictures").shuffled(len(reference))
+    labels = None if reference.labels is None else reference.labels[order]
+    return reference.read(order[_shown(len(reference), labels, columns, rows * columns)])

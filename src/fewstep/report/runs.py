@@ -1,0 +1,206 @@
+"""Training runs as a report tells them: what was trained, how it went, what a healthy course looks like.
+
+A run folder holds ``log.jsonl`` and ``model/``, or one such folder a stage; ``recipe.json``, where there is one, says
+what was asked for, so that a page can print the exact command that repeats the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fewstep.distill import RECIPES, recipe_class
+from fewstep.distill.method import Method
+from fewstep.hub import native
+
+RECIPE_FILE = "recipe.json"
+#: Settings that a command repeats where they are not the default.
+_SETTINGS = {"accumulate": 1, "averages": (0.1,), "device": "cpu"}
+
+
+@dataclass(frozen=True)
+class Note:
+    """What was asked for: ``recipe`` is a name of :data:`~fewstep.distill.RECIPES`, ``arguments`` the fields that
+    differ from its defaults, ``settings`` the trainer's; ``command`` is "distill" or "train"."""
+
+    command: str
+    recipe: str
+    arguments: Mapping[str, Any]
+    teacher: str
+    data: str
+    settings: Mapping[str, Any]
+
+    def shell(self, folder: str) -> str:
+        """The command that repeats the run."""
+        words = ["fewstep", self.command, self.recipe]
+        words += ["--teacher", self.teacher] if self.teacher else []
+        words += ["--data", self.data]
+        others = {k: v for k, v in self.settings.items() if k in _SETTINGS and _plain(v) != _SETTINGS[k]}
+        always = {k: self.settings[k] for k in ("budget", "batch", "seed") if k in self.settings}
+        for name, value in {**self.arguments, **always, **others}.items():
+            flag = name.replace("_", "-")
+            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", _words(value)]
+        return shlex.join([*words, "--out", folder])
+
+    def call(self) -> str:
+        """The same in Python, without a folder."""
+        arguments = ", ".join(f"{name}={_plain(value)!r}" for name, value in self.arguments.items())
+        others = "".join(f", {k}={self.settings[k]!r}" for k in ("budget", "batch", "seed") if k in self.settings)
+        recipe = f"fs.{recipe_class(self.recipe).__name__}({arguments})"
+        return f"fs.distill({self.teacher!r}, {recipe}, data={self.data!r}{others})"
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _words(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def read_note(folder: Path) -> Note | None:
+    """What the recipe in a run folder says, None when there is none; ValueError naming the file when it is damaged."""
+    path = folder / RECIPE_FILE
+    if not path.is_file():
+        return None
+    try:
+        written = json.loads(path.read_text())
+        recipe = str(written["method"])
+        defaults = {f.name: f.default for f in dataclasses.fields(recipe_class(recipe))}
+        changed = {
+            name: value
+            for name, value in dict(written["hyper_parameters"]).items()
+            if name not in defaults or _plain(value) != defaults[name]
+        }
+        return Note(
+            str(written["command"]), recipe, changed, str(written["start"].get("model", "")),
+            str(written["data"]["source"]), dict(written["settings"]),
+        )  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not the recipe of a run ({error}); delete it to report without it") from None
+
+
+@dataclass(frozen=True)
+class StageCourse:
+    """One stage of a run: its method by name, its records in order, its cost."""
+
+    method: str
+    records: tuple[Mapping[str, float], ...]
+    steps: int
+    images: int
+    seconds: float
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """``(seconds, values)`` of a logged scalar, where it was logged."""
+        kept = [r for r in self.records if key in r]
+        return [float(r["seconds"]) for r in kept], [float(r[key]) for r in kept]
+
+    def scalars(self) -> list[str]:
+        """The logged scalars, losses first, then as the log names them."""
+        found = dict.fromkeys(key for r in self.records for key in r if key not in ("step", "images", "seconds"))
+        return sorted(found, key=lambda key: (not key.endswith("/loss"), key.endswith("/grad_norm")))
+
+
+@dataclass(frozen=True)
+class RunCourse:
+    """A run: its name (the folder's), its stages, its note if it left one."""
+
+    name: str
+    folder: str
+    stages: tuple[StageCourse, ...]
+    note: Note | None = None
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def recipe(self) -> str:
+        """The recipe's name; of a run without a note, its last stage's method."""
+        return self.note.recipe if self.note else self.stages[-1].method
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A declared sign of health beside the measured course: medians over the first and the last tenth."""
+
+    key: str
+    sentence: str
+    first: float
+    last: float
+
+
+def signs(stage: StageCourse) -> list[Sign]:
+    """The method's signs of health with what this stage measured; a sign that was never logged is left out."""
+    found = []
+    for key, sentence in method_class(stage.method).healthy.items():
+        _, values = stage.curve(key)
+        if values:
+            tenth = max(1, math.ceil(len(values) / 10))
+            found.append(Sign(key, sentence, median(values[:tenth]), median(values[-tenth:])))
+    return found
+
+
+@cache
+def _methods() -> dict[str, type[Method]]:
+    return {type(stage).name: type(stage) for name in RECIPES for stage in recipe_class(name)().stages()}
+
+
+def method_class(name: str) -> type[Method]:
+    """The method behind a stage's name; ValueError naming the choices when this version knows none."""
+    if name not in _methods():
+        raise ValueError(f"method '{name}' is unknown; this version of fewstep knows {', '.join(_methods())}")
+    return _methods()[name]
+
+
+def read_run(folder: str | Path) -> RunCourse:
+    """A run folder; FileNotFoundError when no run has finished a stage in it."""
+    folder = Path(folder)
+    places = sorted(folder.glob("stage-*"), key=_stage) or [folder]
+    done = [place for place in places if (place / "model" / "config.json").is_file()]
+    if not done:
+        raise FileNotFoundError(f"{folder}: no finished run here (no model/config.json); run the same command again")
+    return RunCourse(folder.name, str(folder), tuple(_read_stage(place) for place in done), read_note(folder))
+
+
+def model_folder(folder: str | Path) -> Path:
+    """Where the finished model of a run lies: its own ``model/``, or that of its last stage."""
+    folder = Path(folder)
+    if (folder / "model").is_dir():
+        return folder / "model"
+    return sorted(folder.glob("stage-*/model"), key=lambda path: _stage(path.parent))[-1]
+
+
+def _stage(folder: Path) -> int:
+    number = folder.name.split("-")[1]
+    return int(number) if number.isdigit() else -1
+
+
+def _read_stage(folder: Path) -> StageCourse:
+    card = native.card(folder / "model")
+    return StageCourse(
+        str(card.get("method", "")),
+        tuple(read_records(folder / "log.jsonl")),
+        int(card.get("steps", 0)), int(card.get("images", 0)), float(card.get("seconds", 0)),
+    )  # fmt: skip
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    """The records of a run, without a last line that a kill cut short; none when there is no log."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

@@ -1,0 +1,146 @@
+"""Progressive Distillation: the halving algebra and whole ladders with students that can represent it exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewstep import grids
+from fewstep.denoisers import Denoiser
+from fewstep.distill.flow_map.progressive import (
+    ProgressiveDistillation,
+    ProgressiveLadder,
+    two_step_target,
+    weight,
+)
+from fewstep.distill.method import Batch, Networks, Progress
+from fewstep.distill.teacher_steps import ddim_step
+from fewstep.exact import Gaussian, three_modes
+from fewstep.flow_maps import Jump, ddim_move
+from fewstep.randomness import Rng
+from fewstep.schedules import FlowMatching, TrigFlow, VPCosine
+
+SCHEDULES = [VPCosine(), FlowMatching(), TrigFlow(sigma_data=0.7)]
+
+
+def triple(schedule, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Times ``t > mid > s`` for n samples, inside the schedule."""
+    u = torch.linspace(0.3, 0.95, n, dtype=torch.float64) * schedule.t_max
+    return u, u * 0.8, u * 0.6
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_one_step_with_the_target_lands_where_two_teacher_steps_land(schedule) -> None:
+    """DDIM with the target from z_t returns z_s to rounding, for a non-linear teacher."""
+    world = three_modes(schedule)
+    t, mid, s = triple(schedule, 40)
+    z_t = torch.randn(40, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target = two_step_target(world, z_t, t, mid, s)
+    z_s = ddim_step(world, ddim_step(world, z_t, t, mid), mid, s)
+    torch.testing.assert_close(ddim_move(z_t, target, t, s, schedule), z_s, atol=1e-13, rtol=1e-12)
+
+
+def test_last_interval_uses_the_second_data_prediction() -> None:
+    """At s = t_min the target is the teacher's data prediction at the middle of the step."""
+    schedule = FlowMatching()
+    world = three_modes(schedule)
+    t, mid, s = (torch.full((5,), v, dtype=torch.float64) for v in (0.5, 0.25, 0.0))
+    z_t = torch.randn(5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    z_mid = ddim_step(world, z_t, t, mid)
+    torch.testing.assert_close(two_step_target(world, z_t, t, mid, s), world(z_mid, mid), atol=0, rtol=0)
+
+
+def test_on_flow_matching_the_target_is_the_mean_of_two_velocities() -> None:
+    """On straight lines with equal half steps, ``(z_t - x_target) / t = (v_1 + v_2) / 2``: the shortcut target."""
+    schedule = FlowMatching()
+    world = three_modes(schedule)
+    t = torch.linspace(0.4, 1.0, 30, dtype=torch.float64)
+    s = t - 0.3
+    mid = (t + s) / 2
+    z_t = torch.randn(30, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    first = world.velocity(z_t, t)
+    second = world.velocity(z_t + (mid - t)[:, None] * first, mid)
+    target = two_step_target(world, z_t, t, mid, s)
+    torch.testing.assert_close((z_t - target) / t[:, None], (first + second) / 2, atol=1e-12, rtol=1e-12)
+
+
+class Halved(Denoiser):
+    """The student that fits its halving exactly: its data prediction *is* the target."""
+
+    def __init__(self, teacher: Denoiser, steps: int) -> None:
+        super().__init__(teacher.schedule, teacher.shape)
+        self.teacher, self.grid = teacher, grids.uniform(teacher.schedule, 2 * steps).flip(0)
+
+    def forward(self, x, t, cond=None):
+        i = torch.searchsorted(self.grid, torch.as_tensor(t, dtype=torch.float64).expand(len(x)).contiguous() - 1e-9)
+        return two_step_target(self.teacher, x, self.grid[i], self.grid[i - 1], self.grid[i - 2])
+
+
+@pytest.mark.parametrize("schedule", [VPCosine(log_snr_max=8.0), TrigFlow(t_min=1e-3, sigma_data=0.5)])
+def test_ladder_of_exact_students_is_the_ddim_composite(schedule) -> None:
+    """16 -> 8 -> 4 -> 2 -> 1 with exact students equals 16 DDIM steps of the teacher in one call; the distance to the
+    exact map is the base solver's and halves when the start is doubled."""
+    # The official rule replaces the target of the last interval by the second data prediction, which drops the
+    # noise still left at t_min, sigma(t_min) |eps| with |eps| = |x| / sigma <= 4 here.
+    world = Gaussian(schedule, torch.zeros(1, dtype=torch.float64), 0.25)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+
+    def one_step(start: int) -> torch.Tensor:
+        model: Denoiser = world
+        steps = start // 2
+        while steps >= 1:
+            model = Halved(model, steps)
+            steps //= 2
+        return Jump(model).to_data(x, schedule.t_max)
+
+    def ddim(steps: int) -> torch.Tensor:
+        times = grids.uniform(schedule, steps)
+        z = x
+        for t, s in zip(times[:-2], times[1:-1], strict=True):
+            z = ddim_step(world, z, t.expand(9), s.expand(9))
+        return world(z, times[-2].expand(9))
+
+    left = float(schedule.sigma(torch.tensor(schedule.t_min, dtype=torch.float64)))
+    assert left < 1e-3
+    torch.testing.assert_close(one_step(16), ddim(16), atol=4 * left, rtol=0)
+
+    exact = world.flow(x, schedule.t_max, schedule.t_min)
+    coarse, fine = (float((one_step(n) - exact).abs().max()) for n in (8, 16))
+    assert 1.6 < coarse / fine < 2.6
+
+
+def test_weights() -> None:
+    """max(SNR, 1), SNR + 1 and 1."""
+    schedule = VPCosine()
+    t = torch.tensor([0.25, 0.9], dtype=torch.float64)
+    snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
+    torch.testing.assert_close(weight(schedule, t, "snr-trunc"), torch.stack([snr[0], torch.ones_like(snr[0])]))
+    torch.testing.assert_close(weight(schedule, t, "snr+1"), snr + 1)
+    torch.testing.assert_close(weight(schedule, t, "constant"), torch.ones_like(t))
+
+
+def test_loss_vanishes_at_the_exact_student_and_nowhere_near_it() -> None:
+    """The update's loss is zero for the student that is the target; a scaled one has a loss."""
+    world = three_modes(TrigFlow(sigma_data=0.7))
+    method = ProgressiveDistillation(steps=4)
+    batch = Batch(world.sample(64, Rng(0)), None, Rng(1))
+
+    class Off(Halved):
+        def forward(self, x, t, cond=None):
+            return 1.01 * super().forward(x, t, cond)
+
+    for student, low, high in ((Halved(world, 4), 0.0, 1e-24), (Off(world, 4), 1e-5, 1.0)):
+        nets = Networks({"student": Jump(student), "teacher": world}, {})
+        (update,) = method.updates(nets, Batch(batch.x, None, Rng(1)), Progress())
+        assert low <= float(update.loss) <= high
+
+
+def test_ladder_stages() -> None:
+    """16 to 1 is 8, 4, 2, 1; guidance belongs to the first halving; impossible ladders are refused."""
+    stages = ProgressiveLadder(16, 1, guidance=3.0).stages()
+    assert [s.steps for s in stages] == [8, 4, 2, 1]
+    assert [s.guidance for s in stages] == [3.0, 1.0, 1.0, 1.0]
+    assert [s.steps for s in ProgressiveLadder(12, 3).stages()] == [6, 3]
+    for start, end in ((12, 1), (4, 4), (8, 3), (8, 0)):
+        with pytest.raises(ValueError, match="doubled"):
+            ProgressiveLadder(start, end)
