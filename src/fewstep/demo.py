@@ -25,7 +25,7 @@ from fewstep.distill.matching.dmd2 import DMD2
 from fewstep.distill.method import Recipe
 from fewstep.hub import native
 from fewstep.report import compare_models, page, read_run
-from fewstep.report.page import duration
+from fewstep.report.words import duration
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
 from fewstep.training.progress import Bar
@@ -54,6 +54,7 @@ TRAINING = 0.8  # of the minutes; the rest loads, samples and measures
 SAMPLES = 500  # of every model
 TEACHER_STEPS = (1, 2, 4, 8, 16)
 SEED = 0
+LOG_STEPS = 4  # the runs are short
 
 
 def main(
@@ -103,7 +104,7 @@ def main(
 def announce(console: Console, k: int, what: str, seconds: float, left: float) -> None:
     """A line before every stage: which one it is, how long it takes, how long everything still takes."""
     text = f"[{k + 1} of {len(STUDENTS) + 1}] {what} - {duration(seconds)}, all done in about {duration(left)}"
-    console.print(text, style="bold", highlight=False, markup=False)
+    console.print(text, style="bold", highlight=False, markup=False, soft_wrap=True)
 
 
 def trained(
@@ -121,7 +122,7 @@ def trained(
         versions(),
     )  # fmt: skip
     native.write_atomically(folder / NAME, record.to_json().encode())
-    settings = Settings(budget, batch=entry.batch, seed=SEED)
+    settings = Settings(budget, batch=entry.batch, seed=SEED, log_steps=LOG_STEPS)
     result = run_recipe(entry.recipe, teacher, data, settings, folder, show=True)
     if not isinstance(result.model, Student):
         raise TypeError(f"{entry.name} made a {type(result.model).__name__}: the demonstration compares students")

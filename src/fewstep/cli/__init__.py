@@ -1,6 +1,7 @@
 """The command line: ``fewstep COMMAND ...``.
 
-Every command is a module of this package with two functions, ``add_arguments(parser, words)`` and ``run(chosen)``.
+Every command is a module of this package with two functions, ``add_arguments(parser, words)`` and ``run(chosen)``, which may give an
+exit code.
 Modules are imported when their command is asked for and torch only when it is needed, so help is instant.  A user's
 mistake is one line on stderr and exit code 2; a bug keeps its traceback; Ctrl-C and SIGTERM end in 130 and 143.
 """
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = import_module(f"fewstep.cli.{command.module}")
             parser = Parser(name, module.__doc__ or command.summary)
             module.add_arguments(parser, words[1:])
-            module.run(parser.parse(words[1:]))
+            code = module.run(parser.parse(words[1:]))
             sys.stdout.flush()
     except SystemExit as done:  # argparse after --help
         return int(done.code or 0)
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if line is None:
             raise
         return complain(name, line, 2)
-    return 0
+    return int(code or 0)
 
 
 def complain(name: str, message: str, code: int) -> int:

@@ -70,6 +70,10 @@ class Parameter:
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def metavar(self) -> str:
+        return self.name.upper() if self.kind is str else metavar(self.kind)
+
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         """Adds the flag; a flag that is not given leaves no trace in the namespace."""
         shown = f"(default {as_words(self.default)})"
@@ -80,7 +84,7 @@ class Parameter:
             )
             return
         group.add_argument(
-            self.flag, dest=self.name, type=self.read, default=argparse.SUPPRESS, metavar=metavar(self.kind), help=text
+            self.flag, dest=self.name, type=self.read, default=argparse.SUPPRESS, metavar=self.metavar, help=text
         )
 
     def read(self, word: str) -> Any:

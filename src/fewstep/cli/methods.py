@@ -53,7 +53,8 @@ def about(method: str) -> str:
     """What a method's help starts with: its docstring, its paper and what here differs from it."""
     cls = recipe_class(method)
     paper = cls.paper
-    lines = [textwrap.fill(plain(cls.__doc__ or "").replace("``", ""), 100), ""]
-    lines.append(f"{paper.title} (arXiv {paper.arxiv}); equations: {paper.evidence}")
+    first = (cls.__doc__ or "").split("\n\n")[0]  # the rest explains the fields, whose flags are below
+    lines = [textwrap.fill(plain(first).replace("``", ""), 100), ""]
+    lines.append(f"{paper.title} (arXiv {paper.arxiv}); evidence: {paper.evidence}")
     lines += [textwrap.fill(f"differs: {text}", 100, subsequent_indent="  ") for text in paper.deviations]
     return "\n".join(lines)

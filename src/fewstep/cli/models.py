@@ -40,8 +40,8 @@ class Named:
         """The data it was made from: its card's, else the bundled set of its name."""
         if (self.folder / "config.json").is_file():
             source = native.card(self.folder).get("data")
-            if isinstance(source, dict):
-                return str(source["source"])
+            if source is not None:
+                return str(source["source"] if isinstance(source, dict) else source)
         return self.name if self.name in BUNDLED else None
 
 

@@ -7,12 +7,11 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from fewstep.cli.flags import as_words
 from fewstep.cli.runs import check_fit
+from fewstep.cli.terminal import console
 from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser
 from fewstep.distill.method import Method, Networks, Recipe
@@ -22,6 +21,9 @@ from fewstep.training.trainer import Run, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from rich.console import Console
+    from rich.table import Table
 
 ITERATIONS = 2
 MEGA = 1 << 20
@@ -33,35 +35,37 @@ class FirstPairs(Exception):
 
 def show(recipe: Recipe, teacher: Denoiser, data: Dataset, settings: Settings) -> None:
     """Print the plan; runs two iterations of the first stage on copies of the networks."""
-    check_fit(teacher, data, settings)
-    console = Console()
+    check_fit(teacher, data)
+    terminal = console()
     stages = recipe.stages()
-    console.print(f"[bold]{recipe.name}[/]: {recipe.paper.title} (arXiv {recipe.paper.arxiv})", highlight=False)
+    terminal.print(f"[bold]{recipe.name}[/]: {recipe.paper.title} (arXiv {recipe.paper.arxiv})", highlight=False)
     if len(stages) > 1:
-        console.print(f"{len(stages)} stages, each from what the last one made; the plan below is the first one's:")
+        terminal.print(f"{len(stages)} stages, each from what the last one made; the plan below is the first one's:")
         for k, stage in enumerate(stages):
             values = ", ".join(f"{name} {as_words(value)}" for name, value in vars(stage).items())
-            console.print(f"  {k}. {stage.name}: {values}", highlight=False)
+            terminal.print(f"  {k}. {stage.name}: {values}", highlight=False)
     stage = stages[0]
     preparing = preparation(stage, teacher, data, settings.seed)
     run = Run(stage, stage.networks(teacher.to(settings.device)), settings, Parallel())
-    console.print(networks_table(run.nets))
+    terminal.print(networks_table(run.nets))
     seconds = timed(run, stand_in(stage, teacher, data, settings))
-    console.print(f"memory:    {memory(run)}", highlight=False)
+    terminal.print(f"memory:    {memory(run)}", highlight=False)
     for line in durations(settings, seconds, preparing, len(stages)):
-        console.print(line, highlight=False)
-    bullets(console, "differs from the paper:", recipe.paper.deviations or ("nothing known",))
-    bullets(console, "a healthy run:", (f"{name} {text}" for name, text in stage.healthy.items()))
+        terminal.print(line, highlight=False)
+    bullets(terminal, "differs from the paper:", recipe.paper.deviations or ("nothing known",))
+    bullets(terminal, "a healthy run:", (f"{name} {text}" for name, text in stage.healthy.items()))
 
 
-def bullets(console: Console, title: str, lines: Iterable[str]) -> None:
-    console.print(f"\n{title}", style="bold", highlight=False)
+def bullets(terminal: Console, title: str, lines: Iterable[str]) -> None:
+    terminal.print(f"\n{title}", style="bold", highlight=False)
     for line in lines:
-        console.print(f"  - {line}", highlight=False)
+        terminal.print(f"  - {line}", highlight=False)
 
 
 def networks_table(nets: Networks) -> Table:
     """The networks of a method: their size, who trains them, whether they are averaged."""
+    from rich.table import Table
+
     table = Table("network", "is a", box=None, pad_edge=False)
     table.add_column("parameters", justify="right")
     for title in ("trained by", "averaged"):

@@ -19,7 +19,7 @@ import torch
 import fewstep
 from fewstep.cli.errors import UserError, suggestion
 from fewstep.cli.flags import as_words
-from fewstep.cli.settings import FREE
+from fewstep.cli.settings import FREE, SETTINGS
 from fewstep.data import Dataset
 from fewstep.training.budget import Budget
 
@@ -75,7 +75,8 @@ def read(path: Path) -> Record:
         for key in keys:
             if not isinstance(written[place].get(key), str):
                 raise UserError(f"{path}: '{place}.{key}' is missing or not a string")
-    return Record(**written)
+    known = {parameter.name: parameter.default for parameter in SETTINGS}
+    return Record(**written | {"settings": known | written["settings"]})
 
 
 def difference(old: Record, new: Record) -> str | None:

@@ -72,17 +72,17 @@ def settings_of(values: dict[str, Any], where: str) -> Settings:
         device=str(device_of(checked["device"])),
         save_seconds=checked["save_seconds"],
         log_steps=checked["log_steps"],
+        shard=checked["shard"],
+        tensorboard=checked["tensorboard"],
     )
 
 
-def check_fit(model: Denoiser, data: Dataset, settings: Settings) -> None:
+def check_fit(model: Denoiser, data: Dataset) -> None:
     """What the trainer would refuse later, before anything is written."""
     if tuple(data.shape) != tuple(model.shape):
         raise UserError(f"data '{data.name}' has samples {list(data.shape)}, the model makes {list(model.shape)}")
     if model.classes and (data.classes or 0) > model.classes:
         raise UserError(f"data '{data.name}' has {data.classes} classes, the model knows {model.classes}")
-    if settings.save_seconds < 0:
-        raise UserError(f"--save-seconds {settings.save_seconds:g} must not be negative")
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def told_by_trainer(out: Path) -> Iterator[None]:
 def execute(record: Record, recipe: Recipe, model: Denoiser, data: Dataset, out: Path, show: bool) -> Result:
     """Run a record in its folder, from the start or from where it stopped."""
     settings = settings_of(record.settings, "settings")
-    check_fit(model, data, settings)
+    check_fit(model, data)
     with told_by_trainer(out):
         if not main_process():
             return run_recipe(recipe, model.to(settings.device), data, settings, out, show=False)

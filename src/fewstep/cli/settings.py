@@ -20,9 +20,11 @@ SETTINGS = (
     Parameter("device", str, "cpu", "where to train: cpu, cuda, cuda:1, mps"),
     Parameter("save_seconds", float, 60.0, "seconds between checkpoints"),
     Parameter("log_steps", int, 10, "steps between lines of log.jsonl"),
+    Parameter("shard", bool, False, "cut the networks over the processes of torchrun, where they do not fit in one"),
+    Parameter("tensorboard", bool, False, "also write event files for TensorBoard"),
 )
 #: Settings that change where or how a run works, but not what it computes.
-FREE = ("device", "save_seconds", "log_steps")
+FREE = ("device", "save_seconds", "log_steps", "tensorboard")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

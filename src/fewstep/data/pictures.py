@@ -89,7 +89,7 @@ def decode(file: Path | BytesIO, name: str) -> np.ndarray:
                 solid = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(solid, picture.convert("RGBA"))
             grey = picture.mode in ("1", "L")
-            array = np.asarray(picture.convert("L" if grey else "RGB"))
+            array = np.array(picture.convert("L" if grey else "RGB"))
     except ValueError as error:
         raise ValueError(f"cannot read picture '{name}': {error}; 8-bit pictures are needed") from error
     except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
@@ -103,7 +103,7 @@ def stack(pictures: Iterable[tuple[str, np.ndarray]]) -> Tensor:
     channels = max(picture.shape[0] for picture in decoded)
     x = torch.empty((len(decoded), channels, *decoded[0].shape[1:]), dtype=torch.uint8)
     for i, picture in enumerate(decoded):
-        x[i] = torch.from_numpy(np.ascontiguousarray(picture))
+        x[i] = torch.from_numpy(picture)
     return x
 
 

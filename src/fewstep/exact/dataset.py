@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond
 from fewstep.exact.ode import probability_flow
-from fewstep.exact.world import Labelled
+from fewstep.exact.world import Labelled, normalised
 from fewstep.randomness import Rng
 from fewstep.schedules import Schedule
 
@@ -23,8 +23,11 @@ class FiniteData(Labelled):
 
     ``points`` is ``[N, *shape]``, ``labels`` ``[N]`` or None.  A call costs two ``[B, N]`` matrix products.  With
     ``width = 0`` the law at ``sigma = 0`` has no density and no finite score; the denoiser there is the nearest point.
+    The flow map is integrated in ``steps`` steps (:func:`probability_flow`); small widths and far points make it
+    stiff, so double them to see the error (64 leave 1e-10 on the 1,797 digits).
     """
 
+    steps = 64
     points: Tensor
 
     def __init__(
@@ -50,7 +53,7 @@ class FiniteData(Labelled):
 
     def moments(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         joint, variance = self._joint(x, alpha, sigma, cond)
-        centre = torch.softmax(joint, 1) @ self.points.to(x)
+        centre = normalised(joint) @ self.points.to(x)
         score = (alpha * centre - x) / variance
         return centre - alpha * self.width**2 * score, score
 
@@ -60,13 +63,11 @@ class FiniteData(Labelled):
         rest = (flat**2).sum(1) / variance[:, 0] + flat.shape[1] * torch.log(2 * math.pi * variance[:, 0])
         return torch.logsumexp(joint, 1) - rest / 2
 
-    def flow(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, steps: int = 64) -> Tensor:
-        """The flow map, integrated; ``steps`` as in :func:`probability_flow`.  Small widths and separated points make
-        it stiff: double ``steps`` to see the error."""
+    def flow(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
         largest = float(self.points.norm(dim=1).max()) + 2 * self.width
         finest = float(self.schedule.ratio(torch.tensor(self.schedule.t_min, dtype=torch.float64)))
         scales = max(self.width, finest, 1e-4 * largest), 2 * largest
-        return probability_flow(self, x.double(), t, s, cond, scales, steps).to(x)
+        return probability_flow(self, x.double(), t, s, cond, scales, self.steps).to(x)
 
     def sample(self, n: int, rng: Rng, cond: Cond = None) -> Tensor:
         part = self._parts(n, rng, cond)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond
 from fewstep.exact.ode import probability_flow
-from fewstep.exact.world import Labelled
+from fewstep.exact.world import Labelled, normalised
 from fewstep.randomness import Rng
 from fewstep.schedules import Schedule, VPLinear
 
@@ -24,9 +24,11 @@ class GaussianMixture(Labelled):
 
     ``means`` is ``[K, *shape]``; ``covariances`` is ``[K]`` (a variance each) or ``[K, d, d]`` over the flattened
     sample.  ``labels`` gives every component its class (several may share one), None for no classes.  The flow map is
-    integrated (:func:`probability_flow`; about 1e-12 on the ring of 8).  ValueError for covariances that are not
-    positive definite.
+    integrated in ``steps`` steps (:func:`probability_flow`; 2e-12 on the ring of 8, where 16 leave 2e-7).  ValueError
+    for covariances that are not positive definite.
     """
+
+    steps = 40
 
     means: Tensor
     basis: Tensor
@@ -68,14 +70,14 @@ class GaussianMixture(Labelled):
 
     def moments(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         joint, white = self._components(x, alpha, sigma, cond)
-        posterior = torch.softmax(joint, 1)
+        posterior = normalised(joint)
         basis, weighted = self.basis.to(x), posterior[..., None] * white
         shift = torch.einsum("bkj,kij->bi", self.variances.to(x) * weighted, basis)
         return posterior @ self.means.to(x) + alpha * shift, -torch.einsum("bkj,kij->bi", weighted, basis)
 
     def posterior(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The probability of each component given the state, ``[B, K]``."""
-        return torch.softmax(self._components(*self.columns(x, t), cond)[0], 1)
+        return normalised(self._components(*self.columns(x, t), cond)[0])
 
     def log_density(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         return torch.logsumexp(self._components(*self.columns(x, t), cond)[0], 1)
@@ -83,7 +85,7 @@ class GaussianMixture(Labelled):
     def flow(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
         spread = self.variances.sqrt()
         scales = float(spread.min()), max(float(self.means.norm(dim=1).max()), 2 * float(spread.max()))
-        return probability_flow(self, x.double(), t, s, cond, scales).to(x)
+        return probability_flow(self, x.double(), t, s, cond, scales, self.steps).to(x)
 
     def sample(self, n: int, rng: Rng, cond: Cond = None) -> Tensor:
         part = self._parts(n, rng, cond)

@@ -119,13 +119,14 @@ def load_pipeline(
     """
     diffusers = require("diffusers", "reading diffusers pipelines")
     folder = Path(path_or_id)
+    absent: dict[str, None] = {}
     if folder.is_dir():
-        _check_folder(folder)
+        absent = _check_folder(folder)
     elif folder.is_absolute() or str(path_or_id).startswith(".") or str(path_or_id).count("/") != 1:
         raise FileNotFoundError(f"{path_or_id}: no such folder (a hub id has the form owner/name)")
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(path_or_id), use_safetensors=True, local_files_only=local_only
+            str(path_or_id), use_safetensors=True, local_files_only=local_only, **absent
         )
     except OSError as error:
         if folder.is_dir():
@@ -140,8 +141,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _check_folder(folder: Path) -> None:
-    """One clear line for what would fail later: no pipeline here, or weights that only a pickle holds."""
+def _check_folder(folder: Path) -> dict[str, None]:
+    """One clear line for what would fail later: no pipeline here, code to run, or weights that only a pickle holds.
+
+    Gives the components that the folder was written without, which diffusers wants to be told of.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         if (folder / "config.json").is_file():
@@ -151,8 +155,11 @@ def _check_folder(folder: Path) -> None:
         components = json.loads(index.read_text())
     except ValueError as error:
         raise ValueError(f"{index}: not valid JSON ({error})") from None
+    if code := sorted(folder.rglob("*.py")):
+        raise ValueError(f"{code[0]}: a pipeline with code of its own is not read, because that code would be run")
     for name in components:
         refuse_pickles(folder / name)
+    return {name: None for name, value in components.items() if value == [None, None]}
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -85,7 +85,6 @@ HOSTS = {
     "DiTPipeline": Host(seeded=False),
     "StableDiffusionPipeline": Host("timesteps", eta=True, offsets=(1,)),
     "StableDiffusionXLPipeline": Host("timesteps", eta=True),
-    "LatentConsistencyModelPipeline": Host("timesteps"),
     "StableDiffusion3Pipeline": Host("sigmas", seeded=False, scales=False),
     "FluxPipeline": Host("sigmas", seeded=False, scales=False),
     "SanaPipeline": Host("sigmas", scales=False),
@@ -212,7 +211,7 @@ def _candidates(
     if not isinstance(schedule, DiscreteVP) or type(prediction) not in PREDICTION_TYPES:
         return
     betas = {**_beta_config(schedule, prediction, config), "steps_offset": host.offsets[-1]}
-    if all(plan.gamma == 0 for plan in plans.values()):
+    if all(plan.gamma == 0 or len(plan.times) == 1 for plan in plans.values()):
         spacings = [("trailing", 1), ("linspace", 1), *(("leading", offset) for offset in host.offsets)]
         for spacing, offset in spacings:
             grid = {**betas, "timestep_spacing": spacing, "steps_offset": offset}

@@ -54,13 +54,17 @@ def attach(
         raise ValueError(f"targets={targets}: no linear or convolution layer of this network has such a name")
     adapter.frozen = tuple(name for name, _ in net.named_parameters(remove_duplicate=False))
     for path in adapter.frozen:
+        # parameters of its own on the same memory: peft is going to freeze them
         module, name = _owner(net, path)
-        frozen = module.get_parameter(name).detach()
-        delattr(module, name)
-        module.register_buffer(name, frozen)
+        setattr(module, name, nn.Parameter(module.get_parameter(name).detach(), requires_grad=False))
     config = peft.LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)
     with torch.random.fork_rng(devices=[]):
         peft.inject_adapter_in_model(config, net)
+    for path, parameter in list(net.named_parameters(remove_duplicate=False)):
+        if not parameter.requires_grad:
+            module, name = _owner(net, path)
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
     for name, layer in _layers(net).items():
         generator = torch.Generator().manual_seed(derive_seed("lora", seed, name))
         first = layer.lora_A["default"].weight

@@ -74,7 +74,7 @@ class Recorder(nn.Module):
         self.times: list[tuple[float, ...]] = []
         self.outputs: list[Tensor] = []
 
-    def forward(self, x: Tensor, t: Tensor, cond: None = None, **extras: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extras: Tensor) -> Tensor:
         if set(extras) - {"s"}:
             raise ValueError(f"the student's network takes the extra inputs {sorted(extras)}; only s can be exported")
         self.inputs.append(x)
@@ -112,7 +112,8 @@ def plan_table(flow_map: FlowMap, plan: Plan) -> Table:
     # the flow map is copied with the recorder in the network's place: the memo makes deepcopy take it for a copy
     probe: FlowMap = copy.deepcopy(flow_map, {id(network_of(flow_map).net): recorder})
     noise = rng.normal(1, PROBE, dtype=torch.float64)
-    data = rollout(probe, noise, plan, None, rng)
+    # a condition that nobody reads, because guidance is left out where there is none
+    data = rollout(probe, noise, plan, torch.zeros(1, dtype=torch.long), rng)
     if len(recorder.inputs) != len(plan.times):
         raise ValueError(
             f"the student calls its network {len(recorder.inputs)} times in {len(plan.times)} steps (guidance?): "

@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.data import Dataset, held_out
 from fewstep.data import load as load_data
 from fewstep.denoisers import Cond, CountCalls, Denoiser
-from fewstep.metrics import Estimate, Quality, evaluate, load_features
+from fewstep.metrics import Estimate, Quality, accuracy, evaluate, load_features
 from fewstep.metrics.features import Features
 from fewstep.randomness import Rng
 from fewstep.report import machine
@@ -62,8 +62,8 @@ class Row:
 class Comparison:
     """What :func:`compare_models` found: the teacher's rows by rising steps, then the students'.
 
-    ``real`` are real pictures in the order of the columns of the sheets, ``columns`` the class names over them (empty
-    without classes).
+    ``floor`` is the Fréchet distance and ``real_accuracy`` the share recognised of real pictures.  ``real`` are real
+    pictures in the order of the columns of the sheets, ``columns`` the class names over them (empty without classes).
     """
 
     data: str
@@ -72,6 +72,7 @@ class Comparison:
     solver: str
     rows: tuple[Row, ...]
     floor: Estimate
+    real_accuracy: float | None
     columns: tuple[str, ...]
     real: Tensor = field(repr=False, compare=False)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -111,7 +112,7 @@ class Comparison:
         ]  # fmt: skip
         told: dict[str, Any] = {
             "data": self.data, "n": self.n, "seed": self.seed, "teacher_solver": self.solver,
-            "floor": asdict(self.floor), "rows": rows, "versions": dict(self.versions), "machine": dict(self.machine),
+            "floor": asdict(self.floor), "real_accuracy": self.real_accuracy, "rows": rows, "versions": dict(self.versions), "machine": dict(self.machine),
         }  # fmt: skip
         return json.dumps(told, indent=1)
 
@@ -223,7 +224,7 @@ def compare_models(
     show(1.0, "done")
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
     return Comparison(
-        train.name, n, seed, solver, tuple(found), found[0].quality.floor,
+        train.name, n, seed, solver, tuple(found), found[0].quality.floor, recognised(reference, measured_in),
         tuple(train.class_names[:columns]) if teacher.classes else (), real_pictures(reference, columns, rows, seed),
         machine.versions(), machine.machine(device),
     )  # fmt: skip
@@ -284,6 +285,12 @@ def _numbered(students: Sequence[Student | Denoiser]) -> dict[str, Student | Den
 def _features(data: Dataset) -> str:
     """The bundled classifier that was trained on such pictures, else pixels."""
     return data.name if data.name in ("digits", "fashion") else "pixels"
+
+
+def recognised(reference: Dataset, features: Features) -> float | None:
+    """The share of real pictures that the classifier of the features recognises, None where there is none."""
+    logits = features.classify(features(reference))
+    return None if logits is None or reference.labels is None else accuracy(logits, reference.labels)
 
 
 def _shown(n: int, labels: Tensor | None, columns: int, shown: int) -> Tensor:

@@ -66,8 +66,8 @@ def against_calls(
         if floor is not None:
             axes.axhline(floor, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=1)
             axes.annotate(
-                floor_name, (1, floor), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                textcoords="offset points", ha="right", color=FAINT,
+                floor_name, (0, floor), xycoords=("axes fraction", "data"), xytext=(1, 3),
+                textcoords="offset points", color=FAINT,
             )  # fmt: skip
         calls = sorted({p[0] for one in series for p in one.points})
         axes.set_xticks(calls, [f"{c:g}" for c in calls])

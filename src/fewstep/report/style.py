@@ -76,11 +76,12 @@ table.plain th { text-align: left; width: 11rem; vertical-align: top; }
   gap: 1.1rem 1.4rem; }
 .course { font-size: .82rem; line-height: 1.4; color: var(--faint); break-inside: avoid; }
 .course b { color: var(--ink); font-weight: 600; }
-.course .numbers { float: right; font-variant-numeric: tabular-nums; }
+.course .name { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; margin-bottom: .2rem;
+  font-variant-numeric: tabular-nums; }
 .course p { margin: .15rem 0 0; }
 ul.notes { padding-left: 1rem; margin: .35rem 0 0; } ul.notes li { margin-bottom: .25rem; }
 pre { font: .84rem/1.5 var(--mono); background: var(--panel); border-radius: 8px; padding: .9rem 1.05rem;
-  overflow-x: auto; max-width: 100%; tab-size: 4; }
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-family: var(--mono); font-size: .86em; }
 dl { max-width: 43rem; } dt { font-weight: 600; margin-top: .7rem; } dd { margin: .1rem 0 0; }
 details { margin: 1rem 0; } summary { cursor: pointer; font-size: .92rem; color: var(--link); }
@@ -100,6 +101,6 @@ footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line
   :root { --paper: #fff; --panel: #f5f5f5; --ink: #000; --faint: #444; --line: #bbb; --link: #000;
     --s0: #c2410c; --s1: #1d6fb8; --s2: #15803d; --s3: #7c3aed; --s4: #b03a7b; --s5: #8a6a00; }
   body { font-size: 10pt; } main { padding: 0; max-width: none; } .sheets .head { position: static; }
-  h2, h3 { break-after: avoid; } pre { white-space: pre-wrap; } tr { break-inside: avoid; }
+  h2, h3 { break-after: avoid; } tr { break-inside: avoid; }
 }
 """

@@ -32,7 +32,9 @@ class Budget:
         """From ``"500"``, ``"500 steps"``, ``"20k images"``, ``"90s"``, ``"2min"``, ``"1.5h"``."""
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(k|M)?\s*([a-zA-Z]*)\s*", text)
         if match is None or match[3].lower() not in _UNITS:
-            raise ValueError(f"budget '{text}' is not an amount of training; write 500steps, 20k images, 90s, 2min or 1h")
+            raise ValueError(
+                f"budget '{text}' is not an amount of training; write 500steps, 20k images, 90s, 2min or 1h"
+            )
         unit, factor = _UNITS[match[3].lower()]
         return cls(float(match[1]) * {None: 1, "k": 1e3, "M": 1e6}[match[2]] * factor, unit)
 
@@ -41,4 +43,5 @@ class Budget:
         return min(1.0, {"steps": steps, "images": images, "seconds": seconds}[self.unit] / self.amount)
 
     def __str__(self) -> str:
-        return f"{self.amount / 60:g}min" if self.unit == "seconds" and self.amount >= 60 else f"{self.amount:g}{self.unit}"
+        minutes = self.unit == "seconds" and self.amount >= 60
+        return f"{self.amount / 60:.15g}min" if minutes else f"{self.amount:.15g}{self.unit}"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import zlib
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,39 +61,75 @@ def load_module(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> Non
         raise ValueError(f"the checkpoint does not fit network '{name}': {first}") from None
 
 
-class Checkpoint:
-    """``checkpoint.safetensors`` in a run folder, written by the main process and read by all."""
+class Checkpoint(ABC):
+    """Where a run's state lies: a file in its folder that another kind of run does not take up."""
 
-    def __init__(self, folder: Path, main: bool = True) -> None:
-        self.path = folder / "checkpoint.safetensors"
-        self.main = main
+    file: ClassVar[str]
+    other: ClassVar[str]
+    hint: ClassVar[str]
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / self.file
+        if (folder / self.other).exists() and not self.path.exists():
+            raise ValueError(f"{folder / self.other}: {self.hint}, or choose another folder")
 
     def exists(self) -> bool:
         return self.path.exists()
 
+    @abstractmethod
     def write(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """Replace the checkpoint; a kill at any moment leaves the old one or the new one."""
+        """Replace the checkpoint; a kill at any moment leaves the old one or the new one.  All processes call."""
+
+    @abstractmethod
+    def counters(self) -> dict[str, Any]:
+        """What is not a tensor; ValueError naming the file when it is damaged."""
+
+    @abstractmethod
+    def tensors(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The saved tensors among ``like``, which may be filled in place; ValueError naming a damaged file."""
+
+    def damaged(self, error: BaseException) -> ValueError:
+        """The error for a file that cannot be read."""
+        return ValueError(f"{self.path}: damaged checkpoint ({error}); delete it to start this run again")
+
+
+class OneFile(Checkpoint):
+    """``checkpoint.safetensors``, written by the main process and read by all."""
+
+    file = "checkpoint.safetensors"
+    other = "checkpoint.json"
+    hint = "this run was started with shard=True; go on with that"
+
+    def __init__(self, folder: Path, main: bool = True) -> None:
+        super().__init__(folder)
+        self.main = main
+
+    def write(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
         if self.main:
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_tensors(self.path, plain, {"counters": json.dumps(counters), "crc32": str(checksum(plain))})
 
-    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and counters; ValueError naming the file when it is damaged."""
+    def counters(self) -> dict[str, Any]:
         try:
             with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            counters = json.loads(metadata["counters"])
-            if str(checksum(tensors)) != metadata["crc32"]:
-                raise ValueError("its checksum does not match")
+                return json.loads((file.metadata() or {})["counters"])
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.path}: damaged checkpoint ({error}); delete it to start this run again") from None
-        return tensors, counters
+            raise self.damaged(error) from None
+
+    def tensors(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if str(checksum(tensors)) != (file.metadata() or {})["crc32"]:
+                    raise ValueError("its checksum does not match")
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise self.damaged(error) from None
+        return tensors
 
 
 def checksum(tensors: dict[str, Tensor]) -> int:
     """CRC-32 of the bytes of all tensors, by name: safetensors itself does not see a flipped bit."""
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc

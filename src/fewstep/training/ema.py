@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class HalfLife(Profile):
         return 0.0 if n == 1 else 0.5 ** (1 / min(self.updates, n / 10))
 
 
+@cache
 def gamma_of(sigma_rel: float) -> float:
     """The exponent whose profile has width ``sigma_rel``: the positive root of
     ``sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1`` (EDM2, equation 123)."""
@@ -78,7 +80,7 @@ class Average:
     def update(self, weights: Sequence[Tensor]) -> None:
         """Take in the weights after an optimiser step."""
         self.updates += 1
-        torch._foreach_lerp_(self.weights, [w.detach() for w in weights], 1 - self.profile.decay(self.updates))
+        torch._foreach_lerp_(self.weights, list(weights), 1 - self.profile.decay(self.updates))
 
 
 def profile_overlap(n_a: Tensor, gamma_a: Tensor, n_b: Tensor, gamma_b: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ def reconstruct(
         raise ValueError(f"no snapshot at or before update {updates} to reconstruct an average from")
     n = torch.tensor([float(s[0]) for s in usable], dtype=torch.float64)
     gamma = torch.tensor([gamma_of(s[1]) for s in usable], dtype=torch.float64)
-    end, target = torch.tensor(float(updates), dtype=torch.float64), torch.tensor(gamma_of(sigma_rel), dtype=torch.float64)
+    end, target = torch.tensor([float(updates), gamma_of(sigma_rel)], dtype=torch.float64)
     gram = profile_overlap(n[:, None], gamma[:, None], n[None, :], gamma[None, :])
     right = profile_overlap(n, gamma, end.expand_as(n), target.expand_as(gamma))
     mix = torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0]

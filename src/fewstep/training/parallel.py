@@ -12,29 +12,34 @@ import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fewstep.distill.method import Networks
+from fewstep.training.checkpoint import Checkpoint, OneFile
+
 
 @dataclass(frozen=True)
 class Parallel:
-    """Rank and number of processes."""
+    """Rank and number of processes, and what they do together; here every process holds everything."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
-    def from_environment(cls, device: torch.device) -> Parallel:
+    def from_environment(cls, device: torch.device) -> Self:
         """Join the process group that ``torchrun`` describes; one process without it.
 
         On GPUs every process takes the one that ``torchrun`` numbered for it.
         """
         if "RANK" not in os.environ or not dist.is_available():
             return cls()
-        if device.type == "cuda" and device.index is None:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             atexit.register(leave)
@@ -45,8 +50,27 @@ class Parallel:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
+    def place(self, nets: Networks, device: torch.device) -> None:
+        """Put the networks of a method where they are trained."""
+        nets.to(device)
+
+    def settle(self, nets: Networks) -> None:
+        """Called between backward passes and the optimiser's step."""
+
+    def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of tensors that this process holds."""
+        return list(tensors)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor put together from the parts of all processes; all of them must ask."""
+        return tensor
+
+    def checkpoint(self, folder: Path) -> Checkpoint:
+        """Where a run in ``folder`` keeps its state."""
+        return OneFile(folder, self.main)
+
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes."""
+        """Replace each gradient by its mean over the processes."""
         if self.world == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -54,6 +78,10 @@ class Parallel:
         flat /= self.world
         pieces = flat.split([t.numel() for t in tensors])
         torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)])
+
+    def norm(self, gradients: Sequence[Tensor]) -> float:
+        """The norm of all gradients together."""
+        return float(torch.nn.utils.get_total_norm(gradients, foreach=True))
 
     def total(self, *values: float) -> list[float]:
         """The sum of each value over the processes (with 0 from all but one: that one's value)."""

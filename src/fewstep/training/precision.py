@@ -11,15 +11,18 @@ import torch
 Precision = Literal["auto", "fp32", "bf16"]
 
 
-def probe(device: torch.device, size: int = 256, repeats: int = 3) -> dict[str, float]:
-    """Best seconds of a small matrix product in each precision."""
+def probe(device: torch.device, repeats: int = 3) -> dict[str, float]:
+    """Best seconds of a small matrix product and a small convolution, forward and backward, in each precision."""
     best: dict[str, float] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.ones(size, size, dtype=dtype, device=device)
+        a = torch.ones(256, 256, dtype=dtype, device=device, requires_grad=True)
+        x = torch.ones(8, 32, 16, 16, dtype=dtype, device=device)
+        w = torch.ones(32, 32, 3, 3, dtype=dtype, device=device, requires_grad=True)
         seconds = []
-        for _ in range(repeats + 1):
+        for _ in range(repeats + 1):  # the first one warms up
             start = time.perf_counter()
-            (a @ a).sum().item()
+            ((a @ a).sum() + torch.nn.functional.conv2d(x, w).sum()).backward()
+            float(w.grad.sum() if w.grad is not None else 0.0)  # wait for the device
             seconds.append(time.perf_counter() - start)
         best[name] = min(seconds[1:])
     return best

@@ -1,37 +1,72 @@
-"""What a run tells: a line of JSON every so often for programs, a progress bar with time left for people."""
+"""What a run tells: a line of JSON every so often for programs, a progress bar with time left for people, and
+TensorBoard events on request."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from fewstep.hub.native import write_atomically
 
 
 class Records:
-    """``log.jsonl``: one object per logged step, in order; a resumed run drops the lines it will write again."""
+    """``log.jsonl``: one object per logged step, in order; a resumed run drops the lines it will write again.
 
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
+    ``lines`` holds all of them, also those before a resume; without a ``path`` they are kept in memory only.
+    """
+
+    def __init__(self, path: Path | None, step: int) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+        if path is None:
+            return
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
                     record = json.loads(line)
                 except ValueError:
                     continue  # a line cut short by a kill
-                if record.get("step", 0) <= step:
-                    kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept))
+                if record["step"] <= step:
+                    self.lines.append(record)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(dict(record)) + "\n")
-        self._file.flush()
+        self.lines.append(dict(record))
+        if self._file is not None:
+            self._file.write(json.dumps(self.lines[-1]) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoard:
+    """The same records as TensorBoard events, for those who ask; ModuleNotFoundError when it is not installed."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "tensorboard=True needs tensorboard: pip install tensorboard (log.jsonl holds the same numbers)"
+            ) from None
+        # events of a killed run after the checkpoint are hidden
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Bar:
@@ -42,7 +77,7 @@ class Bar:
         self._start = self._told = time.monotonic()
         self._first: float | None = None
         self._bar: Any = None
-        if show and sys.stderr.isatty():
+        if show and sys.stderr.isatty() and importlib.util.find_spec("rich"):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

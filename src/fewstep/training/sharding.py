@@ -14,108 +14,132 @@ fails.  Gathering follows PyTorch's defaults: no prefetching beyond it, no CPU o
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.distill.method import Networks
 from fewstep.hub.native import write_atomically
+from fewstep.training.checkpoint import Checkpoint
 from fewstep.training.parallel import Parallel
 
 
-def shard(nets: Networks, parallel: Parallel, device: torch.device) -> None:
-    """Cut every network of a method over the processes, in place.
+@dataclass(frozen=True)
+class Sharded(Parallel):
+    """Several processes of which every one holds a part."""
 
-    ValueError when a module has parameters outside the networks that it calls.
-    """
-    mesh = init_device_mesh(device.type, (parallel.world,))
-    # FSDP takes contiguous weights only, in the plain layout
-    nets.to(memory_format=torch.contiguous_format)
-    for name, module in nets.named_children():
-        inner = [m.net for m in module.modules() if isinstance(m, NetworkDenoiser)]
-        whole = inner or ([module] if any(True for _ in module.parameters()) else [])
-        for net in whole:
-            if isinstance(net, FSDPModule):
-                continue  # two roles of one network
-            for group in net.modules():
-                if isinstance(group, nn.ModuleList):
-                    for block in group:
-                        if any(True for _ in block.parameters()):
-                            fully_shard(block, mesh=mesh)
-            fully_shard(net, mesh=mesh)
-            register_fsdp_forward_method(net, "features")
-        for key, parameter in module.named_parameters():
-            if not isinstance(parameter, DTensor):
-                raise ValueError(f"shard=True: parameter {name}.{key} lies outside the network, it cannot be sharded")
+    def place(self, nets: Networks, device: torch.device) -> None:
+        """Cut every network; ValueError when a module has parameters outside the networks that it calls."""
+        nets.to(device)
+        for parameter in nets.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP takes no channels-last weights
+        mesh = init_device_mesh(device.type, (self.world,))
+        for name, module in nets.named_children():
+            inner = [m.net for m in module.modules() if isinstance(m, NetworkDenoiser)]
+            for net in inner or [module]:
+                cut(net, mesh)
+            for key, parameter in module.named_parameters():
+                if not isinstance(parameter, DTensor):
+                    raise ValueError(f"shard=True: parameter {name}.{key} lies outside the network, it cannot be cut")
 
+    def settle(self, nets: Networks) -> None:
+        """Free what passes without a backward left gathered: weights must not move under a gathered copy."""
+        for module in nets.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
-def reshard(nets: Networks) -> None:
-    """Free what forward passes without a backward left gathered: weights must not move under a gathered copy."""
-    for module in nets.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    def checkpoint(self, folder: Path) -> Checkpoint:
+        return Parts(folder, self)
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing: the backward pass of a cut network has averaged its gradients."""
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor put together on every process; all of them must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    def norm(self, gradients: Sequence[Tensor]) -> float:
+        return math.sqrt(self.total(super().norm(gradients) ** 2)[0])
 
 
-class ShardedCheckpoint:
-    """A checkpoint in parts: ``checkpoint.json`` (counters, and which folder is valid) is replaced when all parts of a
-    new ``checkpoint-<step>/`` are on disk, so that a kill at any moment leaves the old one or the new one."""
+def cut(net: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut one network into groups, in place; a network that plays two roles is cut once."""
+    if isinstance(net, FSDPModule) or not has_parameters(net):
+        return
+    lists = [module for module in net.modules() if isinstance(module, nn.ModuleList)]
+    for block in (block for blocks in lists for block in blocks):
+        if has_parameters(block):
+            fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    with suppress(ValueError):  # a network without features
+        register_fsdp_forward_method(net, "features")
+
+
+def has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+class Parts(Checkpoint):
+    """``checkpoint.json`` (counters, and which folder is valid), replaced when all parts of a new
+    ``checkpoint-<step>/`` are on disk.  Files that are missing or cut short are noticed, flipped bits are not."""
+
+    file = "checkpoint.json"
+    other = "checkpoint.safetensors"
+    hint = "this run was started without shard=True; go on without"
 
     def __init__(self, folder: Path, parallel: Parallel) -> None:
-        self.path = folder / "checkpoint.json"
+        super().__init__(folder)
         self.parallel = parallel
 
-    def exists(self) -> bool:
-        return self.path.exists()
-
     def write(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """Save the state of all processes; all of them must call."""
         parts = self.path.parent / f"checkpoint-{counters['steps']:09d}"
         if self.parallel.main:
             shutil.rmtree(parts, ignore_errors=True)
         self.parallel.barrier()
-        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        writer = HuggingFaceStorageWriter(str(parts), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=self.parallel.world == 1)
+        plain = {name: tensor.detach() for name, tensor in tensors.items()}
+        dcp.save(plain, storage_writer=HuggingFaceStorageWriter(str(parts), save_distributed=True))
         self.parallel.barrier()
         if self.parallel.main:
-            write_atomically(self.path, (json.dumps({"parts": parts.name, **counters}) + "\n").encode())
+            sizes = {file.name: file.stat().st_size for file in sorted(parts.iterdir())}
+            whole = {"parts": parts.name, "bytes": sizes, **counters}
+            write_atomically(self.path, (json.dumps(whole) + "\n").encode())
             for old in self.path.parent.glob("checkpoint-*"):
                 if old != parts:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def read(self, like: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Fill the tensors of ``like`` that were saved; ValueError naming the file when something is damaged."""
+    def counters(self) -> dict[str, Any]:
         try:
             counters = json.loads(self.path.read_text())
-            parts = self.path.parent / str(counters.pop("parts"))
-            if not parts.is_dir():
-                raise ValueError(f"{parts.name} is missing")
-            reader = HuggingFaceStorageReader(str(parts))
+            for name, size in counters["bytes"].items():
+                part = self.path.parent / counters["parts"] / name
+                if not part.is_file() or part.stat().st_size != size:
+                    raise ValueError(f"{counters['parts']}/{name} is missing or cut short")
+        except (KeyError, ValueError) as error:
+            raise self.damaged(error) from None
+        return counters
+
+    def tensors(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        reader = HuggingFaceStorageReader(str(self.path.parent / self.counters()["parts"]))
+        try:
             saved = reader.read_metadata().state_dict_metadata
-            found = {name: tensor for name, tensor in like.items() if name in saved}
-            for name, tensor in found.items():
-                if tuple(saved[name].size) != tuple(tensor.shape):
-                    raise ValueError(f"{name} has shape {list(saved[name].size)}, not {list(tensor.shape)}")
+            found = {name: tensor.detach() for name, tensor in like.items() if name in saved}
             dcp.load(found, storage_reader=reader)
-        except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
-            raise ValueError(f"{self.path}: damaged checkpoint ({error}); delete it to start this run again") from None
-        return found, counters
+        except (SafetensorError, RuntimeError, dcp.CheckpointException) as error:
+            raise self.damaged(error) from None
+        return found

@@ -17,6 +17,7 @@ from fewstep.flow_maps import EDMConsistency, Jump
 from fewstep.hub import native
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
+from fewstep.training.parallel import Parallel
 from fewstep.training.progress import Bar
 from fewstep.training.trainer import Result, Settings, train
 
@@ -31,7 +32,13 @@ def as_teacher(model: Student | Denoiser) -> Denoiser:
 
 
 def run_recipe(
-    recipe: Recipe, teacher: Denoiser, data: Dataset, settings: Settings, folder: Path | None = None, *, show: bool = True
+    recipe: Recipe,
+    teacher: Denoiser,
+    data: Dataset,
+    settings: Settings,
+    folder: Path | None = None,
+    *,
+    show: bool = True,
 ) -> Result:
     """Train every stage with an equal share of the budget; the last stage's :class:`Result`, with the cost of all.
 
@@ -58,21 +65,25 @@ def run_recipe(
 def run_stage(
     stage: Method, teacher: Denoiser, data: Dataset, settings: Settings, folder: Path | None, show: bool
 ) -> Result:
-    """One stage: prepare its data (once), train, save its model."""
+    """One stage: prepare its data (once), train, save its model.  Of several processes, the main one writes."""
+    main = Parallel.from_environment(torch.device(settings.device)).main
+    show = show and main
     if folder is None:
         return train(stage, teacher, prepared(stage, teacher, data, settings.seed, None, show), settings, show=show)
     folder.mkdir(parents=True, exist_ok=True)
-    source = prepared(stage, teacher, data, settings.seed, folder / "pairs.safetensors", show)
+    source = prepared(stage, teacher, data, settings.seed, folder / "pairs.safetensors", show, main)
     result = train(stage, teacher, source, settings, folder, show=show)
     cost = {"method": stage.name, "steps": result.steps, "images": result.images, "seconds": round(result.seconds, 1)}
-    native.save(result.model, folder / "model", cost)
+    if main:
+        native.save(result.model, folder / "model", cost)
     return result
 
 
 def prepared(
-    stage: Method, teacher: Denoiser, data: Dataset, seed: int, store: Path | None, show: bool
+    stage: Method, teacher: Denoiser, data: Dataset, seed: int, store: Path | None, show: bool, keep: bool = True
 ) -> Dataset:
-    """The stage's training data; a pair store is kept in the run folder and read back on resume."""
+    """The stage's training data; a pair store is kept in the run folder (by the process with ``keep``) and read back on
+    resume."""
     if store is not None and store.exists():
         saved = native.load_tensors(store)
         return Dataset("pairs", saved["x"], saved.get("labels"), noise=saved["noise"])
@@ -80,7 +91,7 @@ def prepared(
     with torch.no_grad():
         made = stage.prepare(teacher, data, seed, lambda done, total: bar.update(done / total))
     bar.close()
-    if store is not None and made.noise is not None:
+    if store is not None and keep and made.noise is not None:
         tensors = {"x": made.x, "noise": made.noise}
         native.save_tensors(store, tensors if made.labels is None else tensors | {"labels": made.labels})
     return made

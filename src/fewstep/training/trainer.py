@@ -6,20 +6,22 @@ backward as soon as it is yielded (so that one graph lives at a time), averages 
 processes, and steps the group that the update names.
 
 To resume a run, run the same command again: a run folder holds ``checkpoint.safetensors``, and data order and random
-draws are functions of the seed and the number of steps done.
+draws are functions of the seed and the number of steps done.  A step costs its passes and little else: multi-tensor
+norm, clip and averages, fused optimisers, numbers read from the device only when they are recorded.
 """
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,12 +31,13 @@ from fewstep.denoisers import Denoiser
 from fewstep.distill.method import Batch, Method, Networks, Optimiser, Progress, Update
 from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling.rollout import Student
-from fewstep.training import checkpoint
+from fewstep.training import checkpoint, snapshots
 from fewstep.training.budget import Budget
+from fewstep.training.checkpoint import Checkpoint
 from fewstep.training.ema import Average, Power, Profile
 from fewstep.training.parallel import Parallel
 from fewstep.training.precision import Precision, autocast, resolve
-from fewstep.training.progress import Bar, Records
+from fewstep.training.progress import Bar, Records, TensorBoard
 
 
 class NonFiniteError(RuntimeError):
@@ -53,7 +56,11 @@ class Interrupted(RuntimeError):
 class Settings:
     """How to train, whatever the method.
 
-    ``batch`` is the *global* batch: all processes and all ``accumulate`` micro-batches together.
+    ``batch`` is the *global* batch: all processes and all ``accumulate`` micro-batches together.  The first of
+    ``averages`` is what the run hands out; with two or more :class:`~fewstep.training.ema.Power` profiles the run
+    keeps ``snapshots/`` from which other widths are made afterwards (:mod:`fewstep.training.snapshots`).  ``shard``
+    cuts every network over the processes that ``torchrun`` started, for networks that do not fit in one
+    (:mod:`fewstep.training.sharding`).  ``tensorboard`` also writes event files to ``tensorboard/`` in the run folder.
     """
 
     budget: Budget = field(default_factory=lambda: Budget(1000))
@@ -65,6 +72,8 @@ class Settings:
     device: str = "cpu"
     save_seconds: float = 60.0
     log_steps: int = 10
+    shard: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
@@ -74,12 +83,14 @@ class Settings:
             )
         if self.log_steps < 1:
             raise ValueError(f"log_steps={self.log_steps} must be at least 1")
+        if self.save_seconds < 0:
+            raise ValueError(f"save_seconds={self.save_seconds:g} must not be negative (0 saves after every step)")
 
 
 @dataclass
 class Result:
     """What a run made: the student (or teacher), with the first average's weights when the method has one, and its
-    cost."""
+    cost.  ``records`` are the lines of ``log.jsonl``, those before a resume included."""
 
     model: Student | Denoiser
     steps: int
@@ -92,33 +103,36 @@ class Run:
     """One training run in memory: networks, optimisers, averages and counters."""
 
     def __init__(self, method: Method, nets: Networks, settings: Settings, parallel: Parallel) -> None:
+        parts = settings.accumulate * parallel.world
+        if settings.batch % parts:
+            raise ValueError(f"batch={settings.batch} does not divide over {parts} parts (processes x accumulate)")
         self.method, self.nets, self.settings, self.parallel = method, nets, settings, parallel
         self.device = torch.device(settings.device)
-        nets.to(self.device)
-        self.precision = resolve(settings.precision, self.device)
+        parallel.place(nets, self.device)
+        fast = resolve(settings.precision, self.device) == "bf16"
+        self.precision: Literal["fp32", "bf16"] = "bf16" if parallel.agree(fast) else "fp32"
         self.optimisers = {name: make_optimiser(group, nets, name) for name, group in nets.groups.items()}
+        self.parameters = {name: nets.group_parameters(name) for name in nets.groups}
+        self.averaged = {name: list(nets.get_submodule(name).parameters()) for name in nets.ema}
         self.averages = {
-            name: [Average(profile, self.weights(name)) for profile in settings.averages] for name in nets.ema
+            name: [Average(profile, weights) for profile in settings.averages]
+            for name, weights in self.averaged.items()
         }
         self.steps = 0
         self.seconds = 0.0
-
-    def weights(self, name: str) -> list[Tensor]:
-        return list(self.nets.get_submodule(name).parameters())
 
     def progress(self) -> Progress:
         images = self.steps * self.settings.batch
         return Progress(self.steps, images, self.settings.budget.fraction(self.steps, images, self.seconds))
 
-    def step(self, data: Dataset) -> dict[str, float]:
-        """One iteration of the method; returns its logged scalars."""
+    def step(self, data: Dataset) -> dict[str, Tensor | float]:
+        """One iteration of the method; returns its logged scalars, for :meth:`numbers`."""
         progress = self.progress()
         pending = [self.method.updates(self.nets, batch, progress) for batch in self.batches(data)]
-        logs: dict[str, float] = {}
+        logs: dict[str, Tensor | float] = {}
         while updates := self.backward(pending):
-            self.apply(updates[0].group, progress, logs)
-            for name, value in mean_logs(updates).items():
-                logs[name] = value
+            logs |= mean_logs(updates)
+            logs |= self.apply(updates, progress)
             if updates[0].then is not None:
                 updates[0].then()
         self.steps += 1
@@ -127,16 +141,15 @@ class Run:
     def batches(self, data: Dataset) -> Iterator[Batch]:
         """This process's micro-batches of the current iteration."""
         settings, parts = self.settings, self.settings.accumulate * self.parallel.world
-        if settings.batch % parts:
-            raise ValueError(f"batch={settings.batch} does not divide over {parts} parts (processes x accumulate)")
         indices = epoch_indices(len(data), self.steps * settings.batch, settings.batch, settings.seed)
+        # dropout is the one draw that a network makes itself, from PyTorch's own generator
+        torch.manual_seed(derive_seed(settings.seed, "dropout", self.steps, self.parallel.rank))
         for micro in range(settings.accumulate):
             part = self.parallel.rank * settings.accumulate + micro
             mine = indices.chunk(parts)[part]
             labels = None if data.labels is None else data.labels[mine].to(self.device)
             noise = None if data.noise is None else data.noise[mine].to(self.device)
             rng = Rng(settings.seed, "step", self.steps, part=part, parts=parts, device=self.device)
-            torch.manual_seed(derive_seed(settings.seed, "dropout", self.steps, part))
             yield Batch(data.read(mine).to(self.device), labels, rng, noise)
 
     def backward(self, pending: list[Iterator[Update]]) -> list[Update]:
@@ -148,59 +161,106 @@ class Run:
             if update is None:
                 continue
             if not updates:
-                self.nets.zero_grad(set_to_none=True)
+                self.forget_gradients()
             (update.loss / len(pending) if len(pending) > 1 else update.loss).backward()
             updates.append(update)
         if updates and len(updates) != len(pending):
             raise RuntimeError(f"{self.method.name}: micro-batches yielded different numbers of updates")
+        self.parallel.settle(self.nets)
         return updates
 
-    def apply(self, group: str, progress: Progress, logs: dict[str, float]) -> None:
+    def forget_gradients(self) -> None:
+        for parameters in self.parameters.values():
+            for parameter in parameters:
+                parameter.grad = None
+
+    def apply(self, updates: list[Update], progress: Progress) -> dict[str, Tensor | float]:
         """Average gradients over processes, check and clip them, step the group's optimiser and averages."""
+        group = updates[0].group
         spec, optimiser = self.nets.groups[group], self.optimisers[group]
-        gradients = [p.grad for p in optimiser.param_groups[0]["params"] if p.grad is not None]
+        gradients = self.parallel.local([p.grad for p in self.parameters[group] if p.grad is not None])
         self.parallel.average(gradients)
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        size = float(norm)
+        size = self.parallel.norm(gradients)
         if not math.isfinite(size):
-            raise NonFiniteError(self.name_of_bad(group))
+            raise NonFiniteError(self.diagnosis(updates))
         if spec.clip is not None and size > spec.clip:
             torch._foreach_mul_(gradients, spec.clip / size)
-        optimiser.param_groups[0]["lr"] = spec.lr * rate(spec, progress)
+        lr = spec.lr * rate(spec, progress)
+        optimiser.param_groups[0]["lr"] = lr
         optimiser.step()
-        logs[f"{group}/grad_norm"] = size
         for name in spec.modules:
             for average in self.averages.get(name, ()):
-                average.update(self.weights(name))
+                average.update(self.averaged[name])
+        return {f"{group}/grad_norm": size, f"{group}/lr": lr}
 
-    def name_of_bad(self, group: str) -> str:
-        """Which gradient is not finite."""
-        for name in self.nets.groups[group].modules:
-            for key, parameter in self.nets.get_submodule(name).named_parameters():
-                if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                    return (
-                        f"step {self.steps}: the gradient of {name}.{key} is not finite; lower the learning rate or "
-                        "look at the data (the last checkpoint is from before this step)"
-                    )
-        return f"step {self.steps}: the gradient norm of group '{group}' overflowed"
+    def diagnosis(self, updates: list[Update]) -> str:
+        """Which tensors stopped being numbers: a weight, else the loss, else a gradient."""
+        group = updates[0].group
+        advice = "(the last checkpoint is from before this step)"
+        named = dict(self.nets.named_parameters())
+        if bad := self.not_finite(named):
+            return f"step {self.steps}: the weight {bad[0]} is not finite {advice}"
+        members = set(map(id, self.parameters[group]))
+        bad = self.not_finite({n: p.grad for n, p in named.items() if id(p) in members and p.grad is not None})
+        gradients = f"the gradient of {bad[0]} ({len(bad)} in all) is" if bad else f"the gradient norm of '{group}' is"
+        losses = [float(u.loss) for u in updates]
+        if not all(map(math.isfinite, losses)):
+            return (
+                f"step {self.steps}: the loss of '{group}' is {losses[0]:g} and {gradients} not finite; all weights "
+                f"are, so look at the data and the loss {advice}"
+            )
+        return f"step {self.steps}: {gradients} not finite; lower the learning rate or look at the data {advice}"
 
-    def save(self, path: Path) -> None:
-        """Write the checkpoint."""
+    def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The names of the tensors that hold anything but numbers, in any process's part."""
+        flags = [float(not torch.isfinite(part).all()) for part in self.parallel.local(list(tensors.values()))]
+        return [name for name, flag in zip(tensors, self.parallel.total(*flags), strict=True) if flag]
+
+    def numbers(self, logs: dict[str, Tensor | float]) -> dict[str, float]:
+        """Logged scalars as numbers, averaged over the processes."""
+        values = self.parallel.total(*(float(value) / self.parallel.world for value in logs.values()))
+        return dict(zip(logs, values, strict=True))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that moves, as named tensors."""
         tensors: dict[str, Tensor] = {}
         for name in self.kept():
             tensors |= checkpoint.module_tensors(name, self.nets.get_submodule(name))
         for name, optimiser in self.optimisers.items():
             tensors |= checkpoint.optimiser_tensors(name, optimiser)
-        counters: dict[str, Any] = {"steps": self.steps, "seconds": self.seconds, "averages": {}}
         for name, averages in self.averages.items():
-            counters["averages"][name] = [a.updates for a in averages]
             for i, average in enumerate(averages):
                 tensors |= {f"average/{name}/{i}/{j}": w for j, w in enumerate(average.weights)}
-        checkpoint.write(path, tensors, counters)
+        return tensors
 
-    def load(self, path: Path) -> None:
-        """Take up a checkpoint."""
-        tensors, counters = checkpoint.read(path)
+    def identity(self, data: Dataset) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        return {
+            "method": repr(self.method), "data": f"{data.name} ({len(data)} samples)", "batch": self.settings.batch,
+            "seed": self.settings.seed, "averages": repr(self.settings.averages),
+        }  # fmt: skip
+
+    def save(self, saved: Checkpoint, data: Dataset) -> None:
+        """Write the checkpoint."""
+        updates = {name: [a.updates for a in averages] for name, averages in self.averages.items()}
+        counters = {
+            "steps": self.steps, "seconds": self.seconds, "averages": updates, "precision": self.precision,
+            "run": self.identity(data),
+        }  # fmt: skip
+        saved.write(self.state(), counters)
+
+    @torch.no_grad()
+    def load(self, saved: Checkpoint, data: Dataset) -> None:
+        """Take up a checkpoint; ValueError when it is damaged or belongs to another run."""
+        counters = saved.counters()
+        for name, value in self.identity(data).items():
+            if counters["run"][name] != value:
+                raise ValueError(
+                    f"{saved.path}: this folder holds a run with {name} {counters['run'][name]}, not {value}; repeat "
+                    "its command to resume it, or choose another folder"
+                )
+        self.allocate_moments()
+        tensors = saved.tensors(self.state())
         for name in self.kept():
             checkpoint.load_module(name, self.nets.get_submodule(name), tensors)
         for name, optimiser in self.optimisers.items():
@@ -208,23 +268,55 @@ class Run:
         for name, averages in self.averages.items():
             for i, average in enumerate(averages):
                 average.updates = counters["averages"][name][i]
-                average.weights = [
-                    tensors[f"average/{name}/{i}/{j}"].to(self.device) for j in range(len(average.weights))
-                ]
+                for j, weight in enumerate(average.weights):
+                    weight.copy_(tensors[f"average/{name}/{i}/{j}"])
         self.steps, self.seconds = counters["steps"], counters["seconds"]
+        if self.settings.precision == "auto":
+            self.precision = counters["precision"]  # a second measurement could choose otherwise
+
+    def allocate_moments(self) -> None:
+        """Give the optimisers the state that a checkpoint is read into, by a step that loading undoes."""
+        for group, optimiser in self.optimisers.items():
+            for parameter in self.parameters[group]:
+                parameter.grad = torch.zeros_like(parameter)
+            optimiser.step()
+        self.forget_gradients()
 
     def kept(self) -> list[str]:
         """The networks that a checkpoint holds: those that train and those the method moves."""
         trained = [name for group in self.nets.groups.values() for name in group.modules]
         return sorted({*trained, *self.nets.moved})
 
+    def snapshot(self, folder: Path) -> None:
+        """Store the power-function averages under the names that the method's product gives its parameters."""
+        product = {id(p): name for name, p in self.method.student(self.nets).named_parameters()}
+        held: dict[float, dict[str, Tensor]] = {}
+        updates = 0
+        for name, averages in self.averages.items():
+            for average in averages:
+                if isinstance(average.profile, Power):
+                    updates = average.updates
+                    pairs = zip(self.averaged[name], average.weights, strict=True)
+                    found = {product[id(p)]: self.parallel.whole(w) for p, w in pairs if id(p) in product}
+                    held.setdefault(average.profile.sigma_rel, {}).update(found)
+        if len(held) >= 2 and updates and self.parallel.main:
+            snapshots.write(folder, self.steps, updates, held)
+
     @torch.no_grad()
-    def finish(self) -> Student | Denoiser:
-        """The method's product, with averaged weights where it has them, in evaluation mode."""
+    def finish(self, plain: Networks) -> Student | Denoiser:
+        """The method's product, with averaged weights where it has them, in evaluation mode.
+
+        ``plain`` are the networks to put it in: the run's own, or uncut ones when it is sharded.
+        """
         for name, averages in self.averages.items():
             if averages and averages[0].updates:
-                torch._foreach_copy_(self.weights(name), averages[0].weights)
-        return self.method.student(self.nets).requires_grad_(False).eval()
+                local = self.parallel.local
+                torch._foreach_copy_(local(self.averaged[name]), local(averages[0].weights))
+        if plain is not self.nets:
+            for name in self.kept():
+                weights = self.nets.get_submodule(name).state_dict()
+                plain.get_submodule(name).load_state_dict({k: self.parallel.whole(w) for k, w in weights.items()})
+        return self.method.student(plain).requires_grad_(False).eval()
 
 
 def make_optimiser(spec: Optimiser, nets: Networks, group: str) -> torch.optim.Optimizer:
@@ -249,12 +341,12 @@ def rate(spec: Optimiser, progress: Progress) -> float:
     return warm * left
 
 
-def mean_logs(updates: list[Update]) -> dict[str, float]:
-    """The loss and logged scalars of one update, averaged over micro-batches."""
+def mean_logs(updates: list[Update]) -> dict[str, Tensor | float]:
+    """The loss and logged scalars of one update, averaged over micro-batches; nothing is read from the device."""
     group = updates[0].group
-    logs = {f"{group}/loss": sum(float(u.loss.detach()) for u in updates) / len(updates)}
+    logs: dict[str, Tensor | float] = {f"{group}/loss": sum(u.loss.detach() for u in updates) / len(updates)}
     for name in updates[0].logs:
-        logs[f"{group}/{name}"] = sum(float(u.logs[name]) for u in updates) / len(updates)
+        logs[f"{group}/{name}"] = sum(u.logs[name] for u in updates) / len(updates)
     return logs
 
 
@@ -280,13 +372,24 @@ def stop_on_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; ValueError when another run has it."""
+    """Hold the folder's lock and clear what a killed run was writing; ValueError when another run has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "run.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{folder}: another run is training in this folder; wait for it or choose another") from None
+            message = f"{folder}: another run is training in this folder; wait for it or choose another"
+            raise ValueError(message) from None
+        for pattern in (".*.safetensors.*", ".*.json*.*"):
+            for unfinished in folder.rglob(pattern):
+                unfinished.unlink()
+        yield
+
+
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    """Leave PyTorch's global generator, which new layers and dropout draw from, as it was."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
         yield
 
 
@@ -303,7 +406,8 @@ def train(
 
     With a ``folder`` the run is recorded (``log.jsonl``), saved every ``save_seconds`` and resumed when the folder
     already holds a checkpoint.  Raises :class:`Interrupted` after SIGTERM or Ctrl-C (saved), :class:`NonFiniteError`
-    when a gradient stops being finite, ValueError for settings that cannot work.
+    when a gradient stops being finite, ValueError for settings that cannot work, a damaged checkpoint, and a folder
+    that another run holds or has left.
     """
     if tuple(data.shape) != tuple(teacher.shape):
         raise ValueError(f"data '{data.name}' has samples {list(data.shape)}, the teacher makes {list(teacher.shape)}")
@@ -311,57 +415,87 @@ def train(
         raise ValueError(f"data '{data.name}' has {data.classes} classes, the teacher knows {teacher.classes}")
     if not teacher.classes:
         data = Dataset(data.name, data.x, None, (), data.noise)
-    parallel = Parallel.from_environment(torch.device(settings.device))
-    run = Run(method, method.networks(teacher), settings, parallel)
-    if folder is None or not parallel.main:
-        saved = None if folder is None else folder / "checkpoint.safetensors"
-        return loop(run, data, saved, None, show and parallel.main)
-    with only_run_in(folder):
-        return loop(run, data, folder / "checkpoint.safetensors", folder / "log.jsonl", show)
+    if settings.tensorboard and folder is None:
+        raise ValueError("tensorboard=True writes into the run folder: give one")
+    device = torch.device(settings.device)
+    parallel = processes(settings, device)
+
+    def networks() -> Networks:
+        torch.manual_seed(derive_seed(settings.seed, "networks"))
+        return method.networks(copy.deepcopy(teacher) if settings.shard else teacher)
+
+    lock = only_run_in(folder) if folder is not None and parallel.main else nullcontext()
+    with own_random_state(device), lock:
+        run = Run(method, networks(), settings, parallel)
+        records = loop(run, data, folder, show and parallel.main)
+        model = run.finish(networks() if settings.shard else run.nets)
+    return Result(model, run.steps, run.steps * settings.batch, run.seconds, records)
 
 
-def loop(run: Run, data: Dataset, saved: Path | None, log: Path | None, show: bool) -> Result:
-    """Step until the budget is used, saving, recording and listening for signals on the way."""
+def processes(settings: Settings, device: torch.device) -> Parallel:
+    """What ``torchrun`` started; ValueError when there is nothing to cut networks over."""
+    if not settings.shard:
+        return Parallel.from_environment(device)
+    from fewstep.training.sharding import Sharded  # a second of imports that few runs need
+
+    parallel = Sharded.from_environment(device)
+    if parallel.world == 1:
+        raise ValueError("shard=True cuts networks over several processes: start them with torchrun --nproc-per-node")
+    return parallel
+
+
+def loop(run: Run, data: Dataset, folder: Path | None, show: bool) -> list[dict[str, Any]]:
+    """Step until the budget is used, saving, recording and listening for signals on the way; the records."""
+    settings, parallel = run.settings, run.parallel
+    saved = None if folder is None else parallel.checkpoint(folder)
     if saved is not None and saved.exists():
-        run.load(saved)
-    records = Records(log, run.steps) if log is not None else None
+        run.load(saved, data)
+    if parallel.total(run.steps)[0] != run.steps * parallel.world:
+        raise ValueError(f"{folder}: the processes found different checkpoints; all must see the same run folder")
+    records = Records(folder / "log.jsonl" if folder is not None and parallel.main else None, run.steps)
+    outputs: list[Records | TensorBoard] = [records]
+    if folder is not None and parallel.main:
+        snapshots.forget_after(folder / "snapshots", run.steps)
+        if settings.tensorboard:
+            outputs.append(TensorBoard(folder / "tensorboard", run.steps))
     bar = Bar(run.method.name, show)
-    kept: list[dict[str, Any]] = []
-    recent: dict[str, float] = {}  # since the last record: a group that moves in one step of five is recorded too
-    start, before = time.perf_counter(), run.seconds
-    last_save = start
+    said = ""
+    recent: dict[str, Tensor | float] = {}  # since the last record, so that a group that moves seldom is in it too
+    start, before, last_save = time.perf_counter(), run.seconds, time.perf_counter()
     with stop_on_signals() as caught:
         try:
-            while run.progress().fraction < 1:
-                logs = run.step(data)
-                recent |= logs
-                run.seconds = run.parallel.agree(before + time.perf_counter() - start)
-                if run.steps % run.settings.log_steps == 0 or run.steps == 1:
-                    images = run.steps * run.settings.batch
-                    record = {"step": run.steps, "images": images, "seconds": round(run.seconds, 3), **recent}
+            while (fraction := run.progress().fraction) < 1:
+                recent |= run.step(data)
+                now = time.perf_counter()
+                # the main process's clock counts; a signal to any process stops all
+                mine = (before + now - start, now - last_save > settings.save_seconds) if parallel.main else (0.0, 0.0)
+                run.seconds, due, signals = parallel.total(*mine, len(caught))
+                after = run.progress().fraction
+                if run.steps % settings.log_steps == 0 or run.steps == 1 or after == 1:
+                    images = run.steps * settings.batch
+                    record = {"step": run.steps, "images": images, "seconds": round(run.seconds, 3)}
+                    record |= run.numbers(recent)
                     recent = {}
-                    kept.append(record)
-                    if records is not None:
-                        records.write(record)
-                bar.update(run.progress().fraction, note(logs))
-                stopping = bool(run.parallel.agree(float(len(caught))))
-                due = time.perf_counter() - last_save > run.settings.save_seconds
-                if saved is not None and run.parallel.main and (stopping or due):
-                    run.save(saved)
+                    for output in outputs:
+                        output.write(record)
+                    said = losses(record)
+                bar.update(after, said)
+                if folder is not None and snapshots.due(fraction, after):
+                    run.snapshot(folder / "snapshots")
+                if saved is not None and (due or signals or after == 1):
+                    run.save(saved, data)
                     last_save = time.perf_counter()
-                if stopping:
-                    where = f"saved in {saved.parent}; the same command resumes" if saved else "nothing was saved"
+                if signals:
+                    where = f"saved in {folder}; the same command resumes" if saved else "nothing was saved"
                     raise Interrupted(f"stopped after {run.steps} steps, {where}", *caught[:1])
-            if saved is not None and run.parallel.main:
-                run.save(saved)
         finally:
             bar.close()
-            if records is not None:
-                records.close()
-    run.parallel.barrier()
-    return Result(run.finish(), run.steps, run.steps * run.settings.batch, run.seconds, kept)
+            for output in outputs:
+                output.close()
+    return records.lines
 
 
-def note(logs: dict[str, float]) -> str:
-    """The losses of a step, for the progress bar."""
-    return "  ".join(f"{name.removesuffix('/loss')} {value:.3g}" for name, value in logs.items() if name.endswith("/loss"))
+def losses(record: dict[str, Any]) -> str:
+    """The losses of a record, for the progress bar."""
+    found = {name.removesuffix("/loss"): value for name, value in record.items() if name.endswith("/loss")}
+    return "  ".join(f"{group} {value:.3g}" for group, value in found.items())

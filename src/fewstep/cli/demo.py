@@ -1,0 +1,23 @@
+"""Train two students of a bundled teacher and write a page that compares them, in a few minutes on a laptop."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from fewstep.cli.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    parser.usage = "fewstep demo [--minutes X] [--out FOLDER]"
+    parser.add_argument("--minutes", metavar="X", type=float, default=5.0, help="how long it may take (default 5)")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("fewstep-demo"), help="default fewstep-demo")
+
+
+def run(chosen: argparse.Namespace) -> None:
+    if not 0 < chosen.minutes < float("inf"):
+        raise UserError(f"--minutes {chosen.minutes:g} must be positive")
+    from fewstep import demo
+
+    demo.main(out=chosen.out, minutes=chosen.minutes)

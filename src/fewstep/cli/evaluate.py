@@ -1,0 +1,150 @@
+"""Quality and cost against the number of steps.
+
+  fewstep evaluate runs/dmd2-digits                    every plan of the student, beside its teacher
+  fewstep evaluate digits --data digits --steps 1 2 4 8
+  fewstep evaluate my-student --teacher digits --n 2000
+
+All models start from the same noise and labels and are measured in the same features.  The data default to those that
+the model was made from, the teacher to the one that the run's recipe names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fewstep.cli.errors import UserError, choose
+
+if TYPE_CHECKING:
+    from fewstep.cli.models import Named
+    from fewstep.data import Dataset
+
+#: The teacher is also measured here, to show all that it can do.
+TEACHER_STEPS = 16
+TEACHER_ALONE = (1, 2, 4, 8, 16)
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    parser.usage = "fewstep evaluate MODEL [flags]"
+    parser.add_argument("model", metavar="MODEL", help="a bundled model, a model or run folder")
+    parser.add_argument("--data", metavar="DATA", help="what to compare with (default: what it was made from)")
+    parser.add_argument("--steps", metavar="N", type=int, nargs="+", help="default: all plans; of a teacher 1 2 4 8 16")
+    parser.add_argument("--n", metavar="N", type=int, default=500, help="samples of each (default 500)")
+    parser.add_argument("--teacher", metavar="MODEL", help="whose figures to show beside it; 'none' for nobody's")
+    parser.add_argument("--solver", metavar="NAME", default="unipc", help="of teachers (default unipc)")
+    parser.add_argument("--features", metavar="NAME", help="pixels, digits, fashion, ... (default: those of the data)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
+    parser.add_argument("--device", metavar="DEVICE", default="cpu", help="default cpu")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="keep all figures in this file")
+
+
+def run(chosen: argparse.Namespace) -> None:
+    from fewstep.cli.models import named_model
+    from fewstep.cli.terminal import console
+    from fewstep.hub.native import write_atomically
+    from fewstep.sampling import SOLVERS
+
+    choose("solver", chosen.solver, sorted(SOLVERS))
+    found = named_model(chosen.model)
+    teacher = teacher_of(found, chosen.teacher)
+    source = chosen.data or found.data or (teacher.data if teacher else None)
+    if source is None:
+        raise UserError(f"--data is missing, and '{chosen.model}' does not say what it was made from")
+    comparison = compare(found, teacher, *parts_of(source), chosen)
+    console().print(comparison.table())
+    measured = comparison.rows[0].quality
+    print(f"{measured.features} features against {measured.reference}; {comparison.machine['processor']}")
+    if chosen.json is not None:
+        write_atomically(chosen.json.absolute(), (comparison.to_json() + "\n").encode())
+
+
+def teacher_of(found: Named, asked: str | None) -> Named | None:
+    """The model to show beside a student: the one that was asked for, else the one that made it if it is still there."""
+    from fewstep.cli.models import named_model
+    from fewstep.hub import native
+    from fewstep.sampling import Student
+
+    if asked is not None:
+        return None if asked == "none" else named_model(asked)
+    if not isinstance(found.model, Student) or not (found.folder / "config.json").is_file():
+        return None
+    start = native.card(found.folder).get("teacher")
+    if start is None:
+        return None
+    name, weights = (start["model"], start["sha256"]) if isinstance(start, dict) else (start, None)
+    try:
+        teacher = named_model(str(name))
+    except FileNotFoundError as error:
+        print(f"without its teacher's figures: {error}")
+        return None
+    if weights not in (None, teacher.sha256):
+        print(f"without its teacher's figures: '{teacher.name}' has other weights than when it taught")
+        return None
+    return teacher
+
+
+def parts_of(source: str) -> tuple[Dataset, Dataset]:
+    """``(training, reference)``: the held-out part where there is one, else a part put aside."""
+    from fewstep.cli.models import training_data
+    from fewstep.data import load
+    from fewstep.report.comparison import parts
+
+    train = training_data(source)
+    try:
+        return train, load(source, "test")
+    except (FileNotFoundError, ValueError):
+        print(f"'{source}' has no held-out part: a fifth of it is the reference, which the model may have seen")
+        return parts(train)
+
+
+def compare(found: Named, teacher: Named | None, train: Dataset, reference: Dataset, chosen: argparse.Namespace):
+    """The rows of a comparison, teacher first."""
+    from fewstep.cli.runs import device_of
+    from fewstep.cli.terminal import progress
+    from fewstep.metrics import evaluate, load_features
+    from fewstep.report import Comparison, Row, machine
+    from fewstep.report.comparison import Remembered, timed_samples
+    from fewstep.sampling import Student
+
+    device = device_of(chosen.device)
+    jobs = []
+    if isinstance(found.model, Student):
+        jobs = [(found, "student", steps) for steps in plans(found.model, chosen.steps)]
+    else:
+        jobs = [(found, "teacher", steps) for steps in asked_steps(chosen.steps or TEACHER_ALONE)]
+    if teacher is not None:
+        steps = sorted({*(steps for _, _, steps in jobs), TEACHER_STEPS})
+        jobs = [(teacher, "teacher", k) for k in steps] + jobs
+    name = chosen.features or (train.name if train.name in ("digits", "fashion") else "pixels")
+    features = Remembered(load_features(name))
+    rows = []
+    with progress("evaluate") as show:
+        for i, (named, role, steps) in enumerate(jobs):
+            show(i / len(jobs), f"{named.stem}, {steps} steps")
+            model = named.model.to(device)
+            x, labels, calls, seconds = timed_samples(
+                model, steps, chosen.n, chosen.seed, chosen.solver, 100, model.classes or 10
+            )
+            quality = evaluate(x, labels, reference, train, features, seed=chosen.seed)
+            rows.append(Row(named.stem, role, steps, calls, seconds, quality, x[:0]))
+    return Comparison(
+        train.name, chosen.n, chosen.seed, chosen.solver, tuple(rows), rows[0].quality.floor, (),
+        reference.read(slice(0, 0)), machine.versions(), machine.machine(device),
+    )  # fmt: skip
+
+
+def asked_steps(steps: Sequence[int]) -> list[int]:
+    for k in steps:
+        if k < 1:
+            raise UserError(f"--steps {k} must be at least 1")
+    return sorted(set(steps))
+
+
+def plans(student, asked: Sequence[int] | None) -> list[int]:
+    """The asked numbers of steps, all of the student's when none were."""
+    for k in asked or ():
+        if k not in student.plans:
+            raise UserError(f"--steps {k}: this student has plans for {', '.join(map(str, student.plans))} steps")
+    return sorted(set(asked or student.plans))

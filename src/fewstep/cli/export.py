@@ -1,0 +1,50 @@
+"""Write a model as a folder that plain diffusers opens, or as fewstep's own.
+
+  fewstep export runs/dmd2-digits my-student
+  fewstep export runs/dmd2-digits my-student --native
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from fewstep.cli.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    parser.usage = "fewstep export MODEL FOLDER [flags]"
+    parser.add_argument("model", metavar="MODEL", help="a bundled model, a model or run folder")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder")
+    parser.add_argument("--native", action="store_true", help="fewstep's own format, two files, instead of diffusers'")
+    parser.add_argument("--with-code", action="store_true", help="with the student's own scheduler, even where a plain one fits")
+
+
+def run(chosen: argparse.Namespace) -> None:
+    from fewstep.cli.models import named_model
+
+    found = named_model(chosen.model)
+    if chosen.native:
+        if chosen.with_code:
+            raise UserError("--native folders hold no code: leave --with-code out")
+        write_native(found, chosen.folder)
+        return
+    from fewstep.hub import export, export_with_code
+
+    written = (export_with_code if chosen.with_code else export)(found.model, chosen.folder)
+    print(f"{written.folder}: a {written.pipeline} with {written.scheduler}")
+    print(f"README.md there says how to call it, in {', '.join(map(str, written.calls)) or 'any number of'} steps")
+    if written.code:
+        print("it brings its own code: open it with trust_remote_code=True")
+
+
+def write_native(found, folder: Path) -> None:
+    """A copy of the model with its card."""
+    from fewstep.hub import native
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: not an empty folder; choose a new one or remove it first")
+    card = native.card(found.folder) if (found.folder / "config.json").is_file() else {}
+    native.save(found.model, folder, card)
+    print(f"{folder}: config.json and model.safetensors; open it with fewstep.load('{folder}')")

@@ -1,0 +1,216 @@
+"""Pictures from a model, as a PNG grid.
+
+  fewstep sample digits --solver unipc --steps 5          a teacher, with any solver
+  fewstep sample runs/dmd2-digits --n 100                 a student, in the steps it was made for
+  fewstep sample digits --class 3,5 --guidance 2
+  fewstep sample my-pipeline --prompt "a red boat"        a diffusers folder with text encoders
+  fewstep sample --list                                   the names of solvers and time grids
+
+An --out that ends in .npz keeps the numbers, of samples that are not pictures too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.cli.errors import UserError, choose
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fewstep.cli.models import Named
+    from fewstep.denoisers import Denoiser
+    from fewstep.sampling import Student
+
+#: A preview of wider pictures would not fit a terminal.
+PREVIEW_SIDE = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    parser.usage = "fewstep sample MODEL [flags]"
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a bundled model, a model or run folder, a pipeline")
+    parser.add_argument("--steps", metavar="N", type=int, help="default 10; of a student the fewest it has a plan for")
+    parser.add_argument("--solver", metavar="NAME", help="of a teacher (default unipc)")
+    parser.add_argument("--grid", metavar="NAME", help="a teacher's time grid (default: balanced)")
+    parser.add_argument("--n", metavar="N", type=int, default=40, help="how many (default 40)")
+    parser.add_argument("--class", metavar="K,..", dest="labels", help="class numbers, cycled (default: all classes)")
+    parser.add_argument("--guidance", metavar="X", type=float, help="classifier-free guidance of a teacher, 1 for none")
+    parser.add_argument("--prompt", metavar="TEXT", help="for a pipeline with text encoders")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
+    parser.add_argument("--device", metavar="DEVICE", default="cpu", help="default cpu")
+    parser.add_argument("--out", metavar="FILE", type=Path, help=".png or .npz (default: the model's name and .png)")
+    parser.add_argument("--columns", metavar="N", type=int, default=10, help="of the grid (default 10)")
+    parser.add_argument(
+        "--preview", action=argparse.BooleanOptionalAction, help="small pictures in the terminal (default: if it is one)"
+    )
+    parser.add_argument("--list", action="store_true", help="print the solvers and grids and stop")
+
+
+def run(chosen: argparse.Namespace) -> None:
+    if chosen.list:
+        print_names()
+        return
+    if chosen.model is None:
+        raise UserError("MODEL is missing: a bundled model (digits), a model or run folder, a pipeline's folder")
+    for flag in ("n", "columns"):
+        if getattr(chosen, flag) < 1:
+            raise UserError(f"--{flag} {getattr(chosen, flag)} must be at least 1")
+    from fewstep.cli.models import named_model
+
+    found = named_model(chosen.model)
+    out = output_file(chosen.out or Path(f"{found.stem}.png"), found.model)
+    x, what = draw(found, chosen)
+    write(out, x, chosen.columns)
+    preview(x, chosen)
+    print(f"{what}\n{out}")
+
+
+def print_names() -> None:
+    from fewstep.grids import GRIDS
+    from fewstep.sampling import SOLVERS
+
+    print("solvers: " + ", ".join(sorted(SOLVERS)))
+    print("grids:   " + ", ".join(sorted({*GRIDS, "balanced"})))
+
+
+def output_file(out: Path, model: Student | Denoiser) -> Path:
+    """Where the samples go, checked before they are made."""
+    from fewstep.report.pictures import is_picture
+
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {out}: the name must end in .png (a grid of pictures) or .npz (numbers)")
+    if out.suffix == ".png" and not is_picture(tuple(model.shape)) and len(model.shape) != 3:
+        raise UserError(f"samples of shape {list(model.shape)} are not pictures: give --out FILE.npz")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist")
+    return out
+
+
+def draw(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, str]:
+    """The samples, and one line on what they cost."""
+    from fewstep.cli.runs import device_of
+    from fewstep.sampling import Student
+
+    model = found.model.to(device_of(chosen.device))
+    start = time.perf_counter()
+    if isinstance(model, Student):
+        x, steps, calls = from_student(model, chosen)
+    else:
+        x, steps, calls = from_teacher(model, found, chosen)
+    x = x.float().cpu()  # the copy waits for the device
+    seconds = time.perf_counter() - start
+    cost = f"{steps} step{'s' * (steps > 1)}, {calls} network call{'s' * (calls > 1)} each"
+    return x, f"{len(x)} samples: {cost}, {seconds:.2f} s, {1000 * seconds / len(x):.1f} ms a sample"
+
+
+def from_student(student: Student, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
+    """Samples, steps and network calls of a student's own plan."""
+    for flag in ("solver", "grid", "guidance", "prompt"):
+        if getattr(chosen, flag) is not None:
+            raise UserError(f"--{flag} is for teachers: '{chosen.model}' is a student and samples in its own way")
+    steps = chosen.steps if chosen.steps is not None else next(iter(student.plans))
+    if steps not in student.plans:
+        raise UserError(f"--steps {steps}: this student has plans for {', '.join(map(str, student.plans))} steps")
+    x = student.sample(chosen.n, labels(chosen, student.classes), steps=steps, seed=chosen.seed)
+    return x, steps, len(student.plans[steps].times)
+
+
+def from_teacher(model: Denoiser, found: Named, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
+    """Samples, steps and network calls of a solver."""
+    from fewstep.denoisers import CountCalls
+    from fewstep.grids import GRIDS
+    from fewstep.sampling import SOLVERS, sample
+
+    steps = 10 if chosen.steps is None else chosen.steps
+    solver = choose("solver", chosen.solver or "unipc", sorted(SOLVERS))
+    grid = None if chosen.grid is None else choose("grid", chosen.grid, sorted({*GRIDS, "balanced"}))
+    counted = CountCalls(model)
+    if (found.folder / "model_index.json").is_file():
+        x = from_pipeline(found, counted, chosen, solver=solver, steps=steps, grid=grid)
+    else:
+        if chosen.prompt is not None:
+            raise UserError(f"--prompt: '{chosen.model}' is not a pipeline with text encoders")
+        if chosen.guidance is not None and not model.classes:
+            raise UserError(f"--guidance {chosen.guidance:g}: '{chosen.model}' has no classes to guide to")
+        x = sample(
+            counted, chosen.n, solver=solver, steps=steps, grid=grid, cond=labels(chosen, model.classes),
+            seed=chosen.seed, guidance=chosen.guidance,
+        )  # fmt: skip
+    return x, steps, counted.calls
+
+
+def from_pipeline(found: Named, counted: Denoiser, chosen: argparse.Namespace, **how: Any) -> Tensor:
+    """Pictures of a diffusers pipeline: its text encoders for the prompt, its autoencoder for the result."""
+    from fewstep.hub import load_pipeline
+    from fewstep.sampling import sample
+
+    pipeline = load_pipeline(found.folder)
+    if chosen.prompt is not None:
+        cond: Any = pipeline.embed([chosen.prompt] * chosen.n)
+    else:
+        cond = labels(chosen, counted.classes)
+    x = sample(counted, chosen.n, cond=cond, seed=chosen.seed, guidance=chosen.guidance, **how)
+    return pipeline.decode(x)
+
+
+def labels(chosen: argparse.Namespace, classes: int | None) -> Tensor | None:
+    """``--class`` as labels ``[n]``, cycled; None when it was not given."""
+    import torch
+
+    if chosen.labels is None:
+        return None
+    if not classes:
+        raise UserError(f"--class {chosen.labels}: '{chosen.model}' is unconditional, it has no classes")
+    try:
+        asked = [int(word) for word in chosen.labels.split(",")]
+    except ValueError:
+        raise UserError(f"--class {chosen.labels}: give class numbers such as 3 or 0,1,2") from None
+    for label in asked:
+        if not 0 <= label < classes:
+            raise UserError(f"--class {label}: '{chosen.model}' has the classes 0 to {classes - 1}")
+    return torch.tensor(asked).repeat(-(-chosen.n // len(asked)))[: chosen.n]
+
+
+def write(out: Path, x: Tensor, columns: int) -> None:
+    """A PNG grid, or the numbers."""
+    import numpy as np
+
+    from fewstep.hub.native import write_atomically
+    from fewstep.report.pictures import sheet
+
+    if out.suffix == ".png":
+        write_atomically(out, sheet(x, min(columns, len(x)), side=56))
+        return
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, samples=x.numpy())
+    write_atomically(out, buffer.getvalue())
+
+
+def preview(x: Tensor, chosen: argparse.Namespace) -> None:
+    """A few small pictures as half blocks, two pixels a character."""
+    wanted = sys.stdout.isatty() if chosen.preview is None else chosen.preview
+    if not wanted or x.ndim != 4 or x.shape[1] not in (1, 3) or x.shape[3] > PREVIEW_SIDE:
+        return
+    from fewstep.cli.terminal import console
+
+    terminal = console()
+    from rich.text import Text
+
+    shown = x[: max(1, min(chosen.columns, terminal.width // (x.shape[3] + 1)))]
+    levels = ((shown.clamp(-1, 1) + 1) * 127.5).round().int().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).tolist()
+    for row in range(0, x.shape[2], 2):
+        line = Text()
+        for picture in levels:
+            upper, lower = picture[row], picture[min(row + 1, x.shape[2] - 1)]
+            for (r, g, b), (s, h, c) in zip(upper, lower, strict=True):
+                line.append("▀", style=f"rgb({r},{g},{b}) on rgb({s},{h},{c})")
+            line.append(" ")
+        terminal.print(line)

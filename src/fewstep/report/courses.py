@@ -1,0 +1,74 @@
+"""The section on training: how each student was made and whether its run looks healthy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from fewstep.report import plots
+from fewstep.report.comparison import Comparison
+from fewstep.report.runs import RunCourse, Sign, StageCourse, method_class, signs
+from fewstep.report.words import colour, duration, number, swatch
+
+#: Beside the declared signs a stage shows its losses; gradient norms and counters stay in the log.
+_NOT_SHOWN = ("grad_norm", "scales", "warmup")
+
+
+def training(comparison: Comparison, runs: Sequence[RunCourse]) -> str:
+    """How each student was trained, and whether the run looks healthy."""
+    if not runs:
+        return ""
+    parts = [
+        "<section>\n<h2>How they were trained</h2>\n<p>Every method says what a healthy run looks like. Here is that, "
+        "beside what was measured: faint every record, strong a running mean; numbers are medians over the first and "
+        "the last tenth of the run.</p>"
+    ]
+    parts += [one_run(comparison, run) for run in runs]
+    return "\n".join([*parts, "</section>"])
+
+
+def one_run(comparison: Comparison, run: RunCourse) -> str:
+    steps, images = sum(s.steps for s in run.stages), sum(s.images for s in run.stages)
+    paper = method_class(run.stages[-1].method).paper
+    parts = [
+        f"<h3>{swatch(comparison, run.name)}{escape(run.name)}</h3>",
+        f'<p>{escape(paper.title)} (<a href="https://arxiv.org/abs/{paper.arxiv}">arXiv {paper.arxiv}</a>; evidence: '
+        f"{paper.evidence}). {steps:,} steps, {images:,} pictures seen, {duration(run.seconds)}"
+        + (f", in {len(run.stages)} stages" if len(run.stages) > 1 else "")
+        + ".</p>",
+    ]
+    for k, stage in enumerate(run.stages):
+        if len(run.stages) > 1:
+            parts.append(f'<p class="faint">Stage {k + 1}: {escape(stage.method)}, {duration(stage.seconds)}</p>')
+        drawn = courses(stage, colour(comparison, run.name))
+        if k + 1 == len(run.stages):
+            drawn.append(deviations(run))
+        parts.append(f'<div class="courses">{"".join(drawn)}</div>')
+    return "\n".join(parts)
+
+
+def deviations(run: RunCourse) -> str:
+    """What the methods of a run do otherwise than their papers."""
+    texts = dict.fromkeys(text for stage in run.stages for text in method_class(stage.method).paper.deviations)
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts) or "<li>nothing known</li>"
+    return f'<div class="course"><b>What differs from the paper</b><ul class="notes">{items}</ul></div>'
+
+
+def courses(stage: StageCourse, tint: str) -> list[str]:
+    """A drawing of each logged scalar: the declared signs first, then the other losses."""
+    declared = {sign.key: sign for sign in signs(stage)}
+    others = (key for key in stage.scalars() if key not in declared and key.split("/")[-1] not in _NOT_SHOWN)
+    drawn = []
+    for key in (*declared, *others):
+        seconds, values = stage.curve(key)
+        if len(values) > 1:
+            drawn.append(one_course(key, plots.course(seconds, values, tint), declared.get(key)))
+    return drawn or ['<div class="course">The stage was too short to record a course.</div>']
+
+
+def one_course(key: str, drawing: str, sign: Sign | None) -> str:
+    numbers = "" if sign is None else f"<span>{number(sign.first)} → {number(sign.last)}</span>"
+    healthy = "" if sign is None else f"<p>Healthy: {escape(sign.sentence)}.</p>"
+    return f'<div class="course"><div class="name"><b>{escape(key)}</b>{numbers}</div>{drawing}{healthy}</div>'
+
+

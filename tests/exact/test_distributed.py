@@ -1,0 +1,219 @@
+"""The same run on one process and on two, replicated and sharded, agrees; and a stopped one resumes."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.data.dataset import Dataset
+from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+from fewstep.distill.consistency.cm import ConsistencyDistillation
+from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.distill.denoising import Denoising
+from fewstep.distill.matching.dmd2 import DMD2
+from fewstep.distill.method import Method
+from fewstep.hub.native import load_tensors, save_tensors
+from fewstep.networks import MLP, UNet
+from fewstep.schedules import EDM
+from fewstep.training.budget import Budget
+from fewstep.training.ema import Power
+from fewstep.training.snapshots import read
+from fewstep.training.trainer import Interrupted, Result, Settings, train
+
+STEPS, STOP = 6, 3
+METHODS: dict[str, Method] = {
+    # step 0 and 2 move three networks with two optimisers, the others two networks with one
+    "dmd2": DMD2(steps=2, critic_steps=2, gan_weight=0.1, discriminator_weight=0.1, lr=1e-3, critic_lr=1e-3),
+    "cm": ConsistencyDistillation(lr=1e-3, mu=0.5),
+    "scm": ContinuousConsistencyDistillation(lr=1e-3),
+    "unet": Denoising(lr=1e-3),
+}
+
+
+def teacher(name: str) -> NetworkDenoiser:
+    """A network that no symmetry makes easy: every weight differs from its neutral start."""
+    gen = torch.Generator().manual_seed(3)
+    shape = (1, 8, 8) if name == "unet" else (2,)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        net = UNet((1, 8, 8), (8, 16), 1, 16, classes=3) if name == "unet" else MLP((2,), 16, 2, classes=3)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=gen))
+    return NetworkDenoiser(net, EDM(), EDMPrediction(), shape, 3)
+
+
+@dataclass(frozen=True)
+class Points(Dataset):
+    """Data that send this process SIGTERM when it reads for step ``stop_at``."""
+
+    stop_at: int = -1
+
+    def read(self, indices: Tensor | slice) -> Tensor:
+        reads = READS[0]
+        READS[0] += 1
+        if reads == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().read(indices)
+
+
+READS = [0]
+
+
+def points(name: str, stop_at: int = -1) -> Dataset:
+    gen = torch.Generator().manual_seed(4)
+    shape = (1, 8, 8) if name == "unet" else (2,)
+    READS[0] = 0
+    return Points("points", torch.randn(40, *shape, generator=gen), torch.arange(40) % 3, stop_at=stop_at)
+
+
+def settings(shard: bool = False, batch: int = 16) -> Settings:
+    return Settings(
+        Budget(STEPS), batch, precision="fp32", averages=(Power(0.1), Power(0.05)), log_steps=1, shard=shard,
+        save_seconds=1e9,
+    )  # fmt: skip
+
+
+def keep(result: Result, place: Path) -> None:
+    save_tensors(place / "result.safetensors", dict(result.model.state_dict()))
+    (place / "records.json").write_text(json.dumps(result.records))
+
+
+def process(rank: int, port: int, folder: Path) -> None:
+    """One of two processes: every method replicated and sharded, once to the end and once stopped and resumed."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    for name, method in METHODS.items():
+        for shard in (False, True):
+            place = folder / f"{name}-{'sharded' if shard else 'replicated'}"
+            # only the second process is told to stop
+            data = points(name, STOP if rank == 1 else -1)
+            try:
+                train(method, teacher(name), data, settings(shard), place, show=False)
+            except Interrupted as stopped:
+                (place / f"stopped-{rank}").write_text(str(stopped))
+            result = train(method, teacher(name), points(name), settings(shard), place, show=False)
+            if rank == 0:
+                keep(result, place)
+    if rank == 0:
+        (folder / "one-error").write_text(refused(folder / "cm-replicated", shard=True))
+        (folder / "parts-error").write_text(refused(folder / "cm-sharded", shard=False))
+
+
+def refused(place: Path, shard: bool) -> str:
+    """What a run of the other kind says about this one's folder (before any process waits for another)."""
+    from fewstep.training.parallel import Parallel
+    from fewstep.training.sharding import Sharded
+
+    try:
+        (Sharded if shard else Parallel)(0, 2).checkpoint(place)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the runs of two gloo processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=process, args=(rank, port, folder)) for rank in (0, 1)]
+    for child in children:
+        child.start()
+    deadline = time.monotonic() + 300
+    while any(child.is_alive() for child in children) and time.monotonic() < deadline:
+        if any(child.exitcode for child in children):
+            break
+        time.sleep(0.05)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+        child.join()
+    assert codes == [0, 0]
+    yield folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """The same runs on one process, never stopped."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        name: train(method, teacher(name), points(name), settings(), folder / name, show=False)
+        for name, method in METHODS.items()
+    }
+
+
+def relative(a: float, b: float) -> float:
+    return abs(a - b) / max(abs(a), abs(b), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_make_the_run_of_one(name: str, kind: str, runs: Path, alone: dict[str, Result]) -> None:
+    """Losses and gradient norms to 1e-5 at every step, and weights at the end, through a stop and a resume."""
+    place = runs / f"{name}-{kind}"
+    records: list[dict[str, Any]] = json.loads((place / "records.json").read_text())
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    for mine, other in zip(records, alone[name].records, strict=True):
+        for key in mine:
+            if key.endswith(("/loss", "/grad_norm")):
+                assert relative(mine[key], other[key]) < 1e-5, (mine["step"], key)
+    weights = load_tensors(place / "result.safetensors")
+    expected = alone[name].model.state_dict()
+    assert weights.keys() == expected.keys()
+    for key, tensor in expected.items():
+        # Adam divides by tiny second moments: a last bit of a gradient can be a hundredth of an update
+        assert (weights[key] - tensor).abs().max() < 2e-5, key
+
+
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_a_signal_to_one_process_stops_all(kind: str, runs: Path) -> None:
+    """SIGTERM to the second process only: both stop after the same step, saved."""
+    said = {(runs / f"cm-{kind}" / f"stopped-{rank}").read_text() for rank in (0, 1)}
+    assert len(said) == 1
+    assert f"stopped after {STOP + 1} steps, saved in" in said.pop()
+
+
+def test_a_sharded_checkpoint_is_in_parts_and_nothing_is_pickled(runs: Path) -> None:
+    """One safetensors file a process under the folder that checkpoint.json names, and no other folder."""
+    place = runs / "dmd2-sharded"
+    named = json.loads((place / "checkpoint.json").read_text())["parts"]
+    assert [path.name for path in place.glob("checkpoint-*")] == [named]
+    files = sorted(path.name for path in (place / named).iterdir())
+    assert len(files) == 2 and all(file.endswith(".safetensors") for file in files)
+
+
+def test_the_kinds_of_checkpoint_are_not_mixed(runs: Path) -> None:
+    """A replicated run does not take up a sharded one's folder, nor the other way round."""
+    assert "checkpoint.safetensors: this run was started without shard=True" in (runs / "one-error").read_text()
+    assert "checkpoint.json: this run was started with shard=True" in (runs / "parts-error").read_text()
+
+
+def test_snapshots_of_a_sharded_run_are_whole(runs: Path, alone: dict[str, Result]) -> None:
+    """The averages that a sharded run keeps for later are full tensors, equal to the replicated run's."""
+    here, there = read(runs / "cm-sharded"), read(runs / "cm-replicated")
+    assert [s[:2] for s in here] == [s[:2] for s in there] and len(here) == 2 * STEPS
+    for (_, _, cut), (_, _, full) in zip(here, there, strict=True):
+        assert cut.keys() == full.keys() == dict(alone["cm"].model.named_parameters()).keys()
+        for key, tensor in full.items():
+            assert (cut[key] - tensor).abs().max() < 1e-6, key
+
+
+def test_sharding_needs_several_processes() -> None:
+    """On one process ``shard=True`` is a mistake and says how to start."""
+    with pytest.raises(ValueError, match="torchrun"):
+        train(METHODS["cm"], teacher("cm"), points("cm"), settings(shard=True), show=False)

@@ -1,0 +1,464 @@
+"""Students written to folders: a process in which fewstep cannot be imported opens them and makes the same images.
+
+Every folder is written first; one process of plain diffusers then opens them all and leaves its raw samples (before
+clipping to pictures and before decoding) in a file, which the tests compare with the students' own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+diffusers = pytest.importorskip("diffusers")
+
+from fewstep.denoisers import Clipped, EDMPrediction, Guided, NetworkDenoiser, TrigPrediction  # noqa: E402
+from fewstep.flow_maps import EDMConsistency, FlowMap, Jump  # noqa: E402
+from fewstep.hub.adapters import TextAdapter  # noqa: E402
+from fewstep.hub.diffusers import Exported, export, export_with_code, from_pipeline, load_pipeline, wrap  # noqa: E402
+from fewstep.hub.source import standalone  # noqa: E402
+from fewstep.hub.tables import plan_table, scheduler_table  # noqa: E402
+from fewstep.networks import MLP, UNet  # noqa: E402
+from fewstep.randomness import Rng, derive_seed  # noqa: E402
+from fewstep.sampling.rollout import Plan, Student  # noqa: E402
+from fewstep.schedules import EDM, DiscreteVP, TrigFlow  # noqa: E402
+
+PROMISE = 1e-4  # the largest difference allowed between images, in float32
+BATCH = 3
+
+PLAIN_PROCESS = """
+import functools, json, sys
+
+class NoFewstep:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "fewstep":
+            raise ImportError("fewstep is not here")
+
+sys.meta_path.insert(0, NoFewstep())
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+out = {}
+for case in json.loads(sys.argv[1]):
+    index = json.load(open(case["folder"] + "/model_index.json"))
+    absent = {name: None for name, value in index.items() if value == [None, None]}  # text encoders
+    code = {"trust_remote_code": True} if case["code"] else {}
+    pipe = DiffusionPipeline.from_pretrained(case["folder"], **code, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    plain = pipe.scheduler.step
+    seen = []
+
+    @functools.wraps(plain)  # pipelines look at the arguments that step takes
+    def step(*args, **kwargs):
+        result = plain(*args, **kwargs)
+        seen.append(result[0] if isinstance(result, tuple) else result.prev_sample)
+        return result
+
+    pipe.scheduler.step = step
+    inputs = load_file(case["inputs"])
+    for steps, call in case["calls"].items():
+        seen.clear()
+        torch.manual_seed(case["seed"])
+        pipe(**call, **inputs, generator=torch.Generator().manual_seed(case["seed"]))
+        out[case["name"] + "/" + steps] = seen[-1].contiguous()
+save_file(out, sys.argv[2])
+assert not [name for name in sys.modules if name.partition(".")[0] == "fewstep"]
+"""
+
+
+@dataclass
+class Case:
+    """A student, where it was written, and what both sides are called with."""
+
+    student: Student
+    exported: Exported
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # of the pipeline
+    call: dict[str, Any] = field(default_factory=dict)
+    cond: Any = None
+    noise: Tensor | None = None  # standard normal; None: drawn first from the generator
+    pack: bool = False
+    unseeded: bool = False  # the pipeline gives its scheduler no generator: noise comes from torch's global one
+
+    @torch.no_grad()
+    def expected(self, steps: int, seed: int) -> Tensor:
+        """The student's own images, from the generator that the pipeline gets."""
+        rng = Rng("case")
+        rng.generator.manual_seed(seed)
+        noise = self.noise
+        if noise is None:
+            noise = rng.normal(BATCH, *self.student.shape) / self.exported.start
+        if self.unseeded:
+            rng.generator.manual_seed(seed)
+        data = self.student(noise, self.cond, steps, rng)
+        return diffusers.FluxPipeline._pack_latents(data, BATCH, *data.shape[1:]) if self.pack else data
+
+
+def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Our networks start at zero; here they must not."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return net.requires_grad_(False)
+
+
+def unet2d(**changes: Any) -> Any:
+    config = {
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "norm_num_groups": 4, "attention_head_dim": 4, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return diffusers.UNet2DModel(**{**config, **changes})
+
+
+def autoencoder() -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 8), latent_channels=4, norm_num_groups=2, sample_size=16, shift_factor=0.3,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def stable_diffusion() -> Any:
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=4, cross_attention_dim=6, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
+        set_alpha_to_one=False, prediction_type="v_prediction",
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        vae=autoencoder(), unet=unet, scheduler=scheduler, text_encoder=None, tokenizer=None, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def sd3() -> Any:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
+        joint_attention_dim=6, caption_projection_dim=8, pooled_projection_dim=5, out_channels=4, pos_embed_max_size=8,
+    )  # fmt: skip
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(),
+        text_encoder=None, text_encoder_2=None, text_encoder_3=None, tokenizer=None, tokenizer_2=None, tokenizer_3=None,
+    )  # fmt: skip
+
+
+def flux() -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=6, pooled_projection_dim=5, axes_dims_rope=(4, 2, 2), guidance_embeds=True,
+    )  # fmt: skip
+    return diffusers.FluxPipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0), vae=autoencoder(),
+        text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+    )  # fmt: skip
+
+
+def dit() -> Any:
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=1000, norm_num_groups=4,
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
+    return diffusers.DiTPipeline(transformer, autoencoder(), scheduler)
+
+
+def gentle(**changes: Any) -> Any:
+    """A scheduler under which untrained networks make images of ordinary size."""
+    return diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, **changes)
+
+
+def plans(flow_map: FlowMap, times: dict[int, list[float]], gamma: float) -> Student:
+    return Student(flow_map, {n: Plan(tuple(t), gamma) for n, t in times.items()}).requires_grad_(False)
+
+
+TRAILING = {1: [999.0], 2: [999.0, 499.0], 4: [999.0, 749.0, 499.0, 249.0]}
+UNEVEN = {3: [999.0, 610.0, 150.0]}
+
+
+def make_cases(root: Path) -> dict[str, Case]:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(5)
+    prompt, pooled = torch.randn(BATCH, 7, 6, generator=generator), torch.randn(BATCH, 5, generator=generator)
+    noise = torch.randn(BATCH, 4, 8, 8, generator=generator)
+    cases: dict[str, Case] = {}
+
+    # --- diffusers networks that one of diffusers' own schedulers serves
+    pixel = from_pipeline(diffusers.DDIMPipeline(unet2d(), gentle())).denoiser
+    student = plans(Jump(pixel), TRAILING, 0.0)
+    cases["unet2d-ddim"] = Case(student, export(student, root / "unet2d-ddim"), call={"batch_size": BATCH})
+
+    student = plans(Jump(pixel), {1: [999.0]}, 1.0)
+    cases["unet2d-one"] = Case(student, export(student, root / "unet2d-one"), call={"batch_size": BATCH})
+
+    loaded = from_pipeline(stable_diffusion())
+    text = {"prompt_embeds": prompt}
+    for name, times, gamma in (
+        ("sd-ddim", TRAILING, 0.0), ("sd-noisy", TRAILING, 1.0),
+        ("sd-uneven-ddim", UNEVEN, 0.0), ("sd-uneven", UNEVEN, 1.0),
+    ):  # fmt: skip
+        student = plans(Jump(loaded.denoiser), times, gamma)
+        written = export(student, root / name)
+        inputs = {**text, "latents": written.start * noise}
+        cases[name] = Case(student, written, inputs, {"output_type": "latent"}, text, noise)
+
+    cond = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
+    straight = from_pipeline(sd3())
+    for name, gamma in (("sd3-euler", 0.0), ("sd3-noisy", 1.0)):
+        times = {n: straight.grid(n)[:-1].tolist() for n in (1, 2, 4)}
+        student = plans(Jump(straight.denoiser), times, gamma)
+        inputs = {**cond, "latents": noise}
+        cases[name] = Case(student, export(student, root / name), inputs, {"output_type": "latent"}, cond, noise)
+    tokens = from_pipeline(flux(), size=(8, 8))
+    student = plans(Jump(tokens.denoiser), {n: tokens.grid(n)[:-1].tolist() for n in (1, 4)}, 0.0)
+    inputs = {**cond, "latents": diffusers.FluxPipeline._pack_latents(noise, BATCH, 4, 8, 8)}
+    size = {"height": 16, "width": 16, "output_type": "latent"}
+    cases["flux-euler"] = Case(student, export(student, root / "flux-euler"), inputs, size, cond, noise, pack=True)
+
+    classes = from_pipeline(dit())
+    labels = torch.tensor([7, 0, 999])
+    student = plans(Jump(classes.denoiser), TRAILING, 0.0)
+    written = export(student, root / "dit-ddim")
+    cases["dit-ddim"] = Case(student, written, call={"class_labels": labels.tolist()}, cond=labels)
+
+    # --- diffusers networks that need the student's own scheduler
+    student = plans(Jump(pixel), TRAILING, 1.0)
+    cases["unet2d-noisy"] = Case(student, export(student, root / "unet2d-noisy"), call={"batch_size": BATCH})
+    student = plans(Jump(loaded.denoiser.on(TrigFlow())), {2: [1.5, 0.8]}, 0.5)
+    written = export(student, root / "sd-trig")
+    cases["sd-trig"] = Case(student, written, {**text, "latents": noise}, {"output_type": "latent"}, text, noise)
+    student = plans(Jump(loaded.denoiser), TRAILING, 1.0)
+    written = export_with_code(student, root / "sd-code")
+    cases["sd-code"] = Case(student, written, {**text, "latents": noise}, {"output_type": "latent"}, text, noise)
+    student = plans(Jump(classes.denoiser), UNEVEN, 1.0)
+    written = export(student, root / "dit-noisy")
+    cases["dit-noisy"] = Case(student, written, call={"class_labels": labels.tolist()}, cond=labels, unseeded=True)
+
+    # --- our own networks
+    trig = TrigFlow()
+    net = randomised(UNet((1, 8, 8), (8, 16), 1, 16, classes=4, double_norm=True))
+    denoiser = NetworkDenoiser(net, trig, TrigPrediction(), (1, 8, 8), 4)
+    student = plans(Jump(denoiser), {1: [trig.t_max], 2: [trig.t_max, 1.1]}, 1.0)
+    cases["own-unet"] = own(student, export(student, root / "own-unet"))
+    net = randomised(UNet((1, 8, 8), (8, 16), 1, 16, extras=("s",)))
+    denoiser = NetworkDenoiser(net, trig, TrigPrediction(), (1, 8, 8))
+    student = plans(Jump(denoiser, two_times=True), {1: [trig.t_max], 3: [trig.t_max, 1.2, 0.5]}, 0.4)
+    cases["own-two-times"] = own(student, export(student, root / "own-two-times"))
+    edm = EDM(0.01, 20.0)
+    denoiser = NetworkDenoiser(randomised(MLP((2,), 16, 2)), edm, EDMPrediction(), (2,))
+    student = plans(EDMConsistency(denoiser), {1: [20.0], 2: [20.0, 0.7]}, 1.0)
+    cases["own-mlp"] = own(student, export(student, root / "own-mlp"))
+    return cases
+
+
+def own(student: Student, exported: Exported) -> Case:
+    """Our own networks are called with the number of samples only: noise and labels are the pipeline's own."""
+    labels = torch.arange(BATCH) % student.classes if student.classes else None
+    return Case(student, exported, call={"batch_size": BATCH, "output_type": "latent"}, cond=labels)
+
+
+SEED = derive_seed(11, "sample")  # what Student.sample(seed=11) draws from
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Case], dict[str, Tensor]]:
+    """The cases, and what plain diffusers made of their folders."""
+    root = tmp_path_factory.mktemp("exported")
+    cases = make_cases(root)
+    orders = []
+    for name, case in cases.items():
+        save_file(case.inputs, root / f"{name}.safetensors")
+        orders.append({
+            "name": name, "folder": str(case.exported.folder), "code": case.exported.code, "seed": SEED,
+            "inputs": str(root / f"{name}.safetensors"),
+            "calls": {steps: {**call, **case.call} for steps, call in case.exported.calls.items()},
+        })  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN_PROCESS, json.dumps(orders), str(root / "out.safetensors")],
+        env={**os.environ, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return cases, load_file(root / "out.safetensors")
+
+
+PLAIN = {
+    "unet2d-ddim": ("DDIMPipeline", "DDIMScheduler"),
+    "unet2d-one": ("DDIMPipeline", "DDIMScheduler"),
+    "sd-ddim": ("StableDiffusionPipeline", "DDIMScheduler"),
+    "sd-noisy": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd-uneven": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd-uneven-ddim": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd3-euler": ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"),
+    "sd3-noisy": ("StableDiffusion3Pipeline", "FlowMatchLCMScheduler"),
+    "flux-euler": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
+    "dit-ddim": ("DiTPipeline", "DDIMScheduler"),
+}
+WITH_CODE = {
+    "unet2d-noisy": "StudentPipeline",
+    "sd-trig": "StableDiffusionPipeline",
+    "sd-code": "StableDiffusionPipeline",
+    "dit-noisy": "DiTPipeline",
+    "own-unet": "StudentPipeline",
+    "own-two-times": "StudentPipeline",
+    "own-mlp": "StudentPipeline",
+}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *WITH_CODE])
+def test_plain_diffusers_makes_the_students_images(name: str, made: Any) -> None:
+    """Every plan of every exported student: the images of a process without fewstep are the student's own."""
+    cases, plain = made
+    case = cases[name]
+    for steps in case.student.plans:
+        expected = case.expected(steps, SEED)
+        assert 0.05 < float(expected.abs().max()) < 50  # images of ordinary size, not zeros
+        assert float((plain[f"{name}/{steps}"] - expected).abs().max()) < PROMISE, steps
+
+
+def test_plain_folders_hold_no_code(made: Any) -> None:
+    """Where a scheduler of diffusers serves, the folder holds weights and configs only; else code to be trusted."""
+    cases, _ = made
+    for name, (pipeline, scheduler) in PLAIN.items():
+        written = cases[name].exported
+        assert (written.pipeline, written.scheduler, written.code) == (pipeline, scheduler, False), name
+        assert not list(written.folder.rglob("*.py"))
+    for name, pipeline in WITH_CODE.items():
+        written = cases[name].exported
+        assert (written.pipeline, written.scheduler, written.code) == (pipeline, "StudentScheduler", True), name
+        assert "fewstep" not in {
+            line.split()[1].partition(".")[0]
+            for file in written.folder.rglob("*.py")
+            for line in file.read_text().splitlines()
+            if line.startswith(("import ", "from "))
+        }
+
+
+def test_same_seed_same_images(made: Any) -> None:
+    """Student.sample(seed) and a pipeline whose generator has the derived seed draw the same pictures."""
+    cases, plain = made
+    for name in ("own-unet", "own-two-times", "unet2d-noisy"):
+        for steps in cases[name].student.plans:
+            sampled = cases[name].student.sample(BATCH, steps=steps, seed=11)
+            assert float((plain[f"{name}/{steps}"] - sampled).abs().max()) < PROMISE
+
+
+def test_readme_names_the_call(made: Any) -> None:
+    """The folder says with which arguments each plan is called, and how far the plain start is off."""
+    cases, _ = made
+    text = (cases["sd-noisy"].exported.folder / "README.md").read_text()
+    assert "num_inference_steps=4, eta=1.0, guidance_scale=1.0" in text and "trust_remote_code" not in text
+    assert f"{cases['sd-noisy'].exported.start:.6f}" in text
+    assert "trust_remote_code=True" in (cases["own-unet"].exported.folder / "README.md").read_text()
+
+
+def test_denoiser_goes_back_into_its_pipeline(tmp_path: Path) -> None:
+    """A trained denoiser is exported into the pipeline it came from, its scheduler and autoencoder kept."""
+    pipe = stable_diffusion()
+    denoiser = from_pipeline(pipe).denoiser
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.mul_(1.01)
+    written = export(denoiser, tmp_path / "model")
+    again = load_pipeline(written.folder)
+    x, prompt = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 6)
+    assert (written.pipeline, written.scheduler) == ("StableDiffusionPipeline", "DDIMScheduler")
+    assert torch.equal(again.denoiser(x, 300.0, prompt), denoiser(x, 300.0, prompt))
+    assert torch.allclose(again.decode(x), from_pipeline(pipe).decode(x), atol=1e-6)
+
+
+def test_bare_denoiser_gets_deterministic_plans(tmp_path: Path) -> None:
+    """A denoiser without a pipeline is exported with DDIM plans of 10, 20 and 50 steps."""
+    written = export(wrap(unet2d(), gentle()), tmp_path / "vp")
+    assert sorted(written.calls) == [10, 20, 50] and not written.code
+    net = NetworkDenoiser(randomised(MLP((2,), 16, 2)), EDM(), EDMPrediction(), (2,))
+    assert export(net, tmp_path / "edm").code
+
+
+def test_students_share_their_teachers_pipeline() -> None:
+    """Copying a denoiser copies its network, not the autoencoder and text encoders of the pipeline it came from."""
+    import copy
+
+    teacher = from_pipeline(stable_diffusion()).denoiser
+    student = copy.deepcopy(teacher)
+    assert isinstance(student.net, TextAdapter) and student.net.origin is teacher.net.origin
+    assert student.net.model is not teacher.net.model
+
+
+def test_tables_measure_what_schedulers_do() -> None:
+    """TCD with eta = 0 is our deterministic plan and with eta = 1 our re-noising plan, row by row; neither is the
+    other, and an LCM scheduler, which ends on clean data instead of the first level, is neither."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    denoiser = wrap(unet2d(), diffusers.DDIMScheduler(**betas))
+    for gamma in (0.0, 1.0):
+        table = plan_table(Jump(denoiser), Plan(tuple(TRAILING[4]), gamma))
+        tcd = diffusers.TCDScheduler(**betas, original_inference_steps=4)
+        count = {"num_inference_steps": 4}
+        schedulers = {eta: scheduler_table(tcd, count, {"eta": eta}, True) for eta in (0.0, 1.0)}
+        lcm = diffusers.LCMScheduler(**betas, original_inference_steps=4)
+        assert schedulers[gamma].agrees(table) and not schedulers[1.0 - gamma].agrees(table)
+        assert not scheduler_table(lcm, count, {}, True).agrees(table)
+
+
+def test_nonlinear_and_guided_students_are_refused(tmp_path: Path) -> None:
+    """Clipping, guidance and foreign networks get one line that says why, and nothing is written."""
+    denoiser = wrap(unet2d(), gentle())
+    refused = {
+        "not linear": Jump(Clipped(denoiser)),
+        "calls its network 2 times": Jump(Guided(denoiser, 2.0)),
+        "neither a diffusers model": Jump(NetworkDenoiser(nn.Conv2d(1, 1, 1), EDM(), EDMPrediction(), (1, 8, 8))),
+    }
+    for reason, flow_map in refused.items():
+        with pytest.raises(ValueError, match=reason):
+            export(plans(flow_map, {1: [flow_map.schedule.t_max]}, 0.0), tmp_path / "new")
+    text = wrap(stable_diffusion().unet, gentle())
+    with pytest.raises(ValueError, match="no pipeline to go back into"):
+        export(plans(Jump(text), TRAILING, 1.0), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        export(plans(Jump(denoiser), TRAILING, 0.0), tmp_path / "full")
+
+
+def test_unknown_number_of_steps_is_refused() -> None:
+    """The exported scheduler names the numbers of steps that it has plans for."""
+    from fewstep.hub.student_scheduler import StudentScheduler
+
+    row = {"times": [1.0], "state": 0.0, "network": 1.0, "noise": 0.0}
+    scheduler = StudentScheduler(plans={"1": {"start": 1.0, "calls": [row]}})
+    with pytest.raises(ValueError, match=r"num_inference_steps=5: this student has plans for \[1\] steps"):
+        scheduler.set_timesteps(5)
+
+
+@pytest.mark.parametrize(("cls", "arguments"), [(UNet, ((1, 8, 8), (8, 16), 1, 16)), (MLP, ((2,), 8, 1))])
+def test_standalone_source_is_the_network(cls: type, arguments: tuple[Any, ...]) -> None:
+    """The self-contained source defines the same network without importing fewstep."""
+    source = standalone(cls)
+    names: dict[str, Any] = {}
+    exec(compile(source, "standalone", "exec"), names)
+    net = randomised(cls(*arguments))
+    copy = names[cls.__name__](*arguments)
+    copy.load_state_dict(net.state_dict())
+    x, t = torch.randn(2, *net.shape), torch.rand(2)
+    assert "fewstep" not in source and torch.equal(copy(x, t), net(x, t))
+
+
+def test_zero_terminal_snr_survives_the_way_back(tmp_path: Path) -> None:
+    """A table that ends at alpha = 0 is exported as one: the folder is read as the same schedule."""
+    denoiser = wrap(unet2d(), gentle(rescale_betas_zero_snr=True))
+    written = export(plans(Jump(denoiser), TRAILING, 0.0), tmp_path / "model")
+    again = load_pipeline(written.folder).denoiser.schedule
+    assert isinstance(again, DiscreteVP) and isinstance(denoiser.schedule, DiscreteVP)
+    mine, theirs = (torch.tensor(s.alphas_cumprod, dtype=torch.float64) for s in (denoiser.schedule, again))
+    assert written.scheduler == "DDIMScheduler" and float((mine - theirs).abs().max()) < 1e-6

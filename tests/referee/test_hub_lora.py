@@ -1,0 +1,169 @@
+"""LoRA students: trained as denoisers, loaded by plain diffusers pipelines."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser  # noqa: E402
+from fewstep.distill.method import Networks, Optimiser, copy_of  # noqa: E402
+from fewstep.flow_maps import Jump  # noqa: E402
+from fewstep.hub import lora  # noqa: E402
+from fewstep.hub.diffusers import export, from_pipeline  # noqa: E402
+from fewstep.networks import MLP  # noqa: E402
+from fewstep.sampling.rollout import Plan, Student  # noqa: E402
+from fewstep.schedules import EDM  # noqa: E402
+
+
+@pytest.fixture
+def pipe() -> Any:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=4, cross_attention_dim=6, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 8), latent_channels=4, norm_num_groups=2, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = diffusers.TCDScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        original_inference_steps=4, steps_offset=1,
+    )  # fmt: skip
+    made = diffusers.StableDiffusionPipeline(
+        vae=vae, unet=unet, scheduler=scheduler, text_encoder=None, tokenizer=None, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def trained(denoiser: Denoiser, **choices: Any) -> Denoiser:
+    """A LoRA copy with weights that are not zero, as after training."""
+    student = lora.attach(denoiser, rank=3, **choices)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return student.requires_grad_(False)
+
+
+X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+PROMPT = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(3))
+CONVOLUTIONS = ("to_q", "to_v", "conv1", "proj_in")
+
+
+@pytest.mark.parametrize("choices", [{}, {"alpha": 7.0}, {"targets": CONVOLUTIONS, "alpha": 1.0}])
+def test_plain_pipeline_loads_the_student(pipe: Any, tmp_path: Path, choices: dict[str, Any]) -> None:
+    """load_lora_weights of a plain pipeline reproduces the student's images, whatever alpha and targets are."""
+    teacher = from_pipeline(pipe).denoiser
+    before = teacher(X, 500.0, PROMPT)
+    student = Student(Jump(trained(teacher, **choices)), {4: Plan((999.0, 749.0, 499.0, 249.0), 0.0)})
+    lora.save(student, tmp_path)
+    expected = student(X, PROMPT).detach()
+    call = {"prompt_embeds": PROMPT, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    start = float(teacher.schedule.sigma(torch.tensor(999.0, dtype=torch.float64)))
+    without = pipe(**call, latents=start * X).images
+    pipe.load_lora_weights(tmp_path)
+    theirs = pipe(**call, latents=start * X).images
+    assert float((theirs - expected).abs().max()) < 1e-4
+    assert float((without - expected).abs().max()) > 0.1
+    assert float(before.abs().max()) > 0.1
+
+
+def test_student_starts_as_its_teacher_and_shares_its_weights(pipe: Any) -> None:
+    """An untrained copy equals the teacher exactly, and its frozen weights are the teacher's memory."""
+    teacher = from_pipeline(pipe).denoiser
+    student = lora.attach(teacher, rank=4)
+    assert torch.equal(student(X, 500.0, PROMPT), teacher(X, 500.0, PROMPT))
+    mine = {tensor.data_ptr() for tensor in student.buffers()}
+    assert all(parameter.data_ptr() in mine for parameter in teacher.parameters())
+    names = [name for name, _ in student.named_parameters()]
+    assert names and all("lora_" in name for name in names)
+    assert all(parameter.requires_grad for parameter in teacher.parameters())  # left as it was
+    again = lora.attach(teacher, rank=4)
+    first = {name: value for name, value in student.named_parameters() if "lora_A" in name}
+    other = dict(again.named_parameters())
+    assert all(torch.equal(value, other[name]) for name, value in first.items())
+    other = dict(lora.attach(teacher, rank=4, seed=1).named_parameters())
+    assert not any(torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_methods_train_the_low_rank_weights_only(pipe: Any) -> None:
+    """Under a method's networks and optimiser the copy moves, its teacher and its frozen weights do not."""
+    teacher = from_pipeline(pipe).denoiser
+    student = copy_of(lora.attach(teacher, rank=2))
+    nets = Networks({"teacher": teacher, "student": Jump(student)}, {"student": Optimiser(("student",), 1e-2)})
+    parameters = nets.group_parameters("student")
+    frozen, start = [b.clone() for b in student.buffers()], [p.clone() for p in teacher.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=1e-2)
+    for _ in range(2):  # the first step moves the second factor, which is zero, the next one moves both
+        optimiser.zero_grad()
+        student(X, 500.0, PROMPT).square().mean().backward()
+        optimiser.step()
+    assert sum(p.numel() for p in parameters) < 0.2 * sum(b.numel() for b in frozen)
+    assert all(float(p.grad.abs().max()) > 0 for p in parameters if p.grad is not None)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, student.buffers(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(start, teacher.parameters(), strict=True))
+    assert float((student(X, 500.0, PROMPT) - teacher(X, 500.0, PROMPT)).abs().max()) > 1e-3
+
+
+def test_merged_is_the_student_as_an_ordinary_network(pipe: Any, tmp_path: Path) -> None:
+    """Merging gives the same function with the teacher's parameter names; the merged student is exported whole."""
+    teacher = from_pipeline(pipe).denoiser
+    student = trained(teacher)
+    weights = copy.deepcopy(teacher.state_dict())
+    plain = lora.merged(student)
+    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in teacher.named_parameters()]
+    assert float((plain(X, 500.0, PROMPT) - student(X, 500.0, PROMPT)).abs().max()) < 1e-5
+    assert all(torch.equal(value, weights[name]) for name, value in teacher.state_dict().items())
+    with pytest.raises(ValueError, match=r"lora\.merged"):
+        export(student, tmp_path / "model")
+    written = export(plain, tmp_path / "model")
+    saved = load_file(written.folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert not [name for name in saved if "lora" in name or "base_layer" in name]
+
+
+def test_saved_weights_are_read_back(pipe: Any, tmp_path: Path) -> None:
+    """load gives the student that save wrote, alpha included."""
+    teacher = from_pipeline(pipe).denoiser
+    student = trained(teacher, alpha=5.0)
+    lora.save(student, tmp_path)
+    again = lora.load(teacher, tmp_path)
+    assert float((again(X, 500.0, PROMPT) - student(X, 500.0, PROMPT)).abs().max()) < 1e-5
+
+
+def test_bad_requests_get_one_line(pipe: Any, tmp_path: Path) -> None:
+    """Wrong ranks, targets, networks and files are named."""
+    teacher = from_pipeline(pipe).denoiser
+    with pytest.raises(ValueError, match="rank=0"):
+        lora.attach(teacher, rank=0)
+    with pytest.raises(ValueError, match="no linear or convolution layer"):
+        lora.attach(teacher, rank=2, targets=("to_nothing",))
+    with pytest.raises(ValueError, match="already"):
+        lora.attach(lora.attach(teacher, rank=2), rank=2)
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        lora.save(teacher, tmp_path)
+    with pytest.raises(ValueError, match="MLP is not a diffusers model"):
+        lora.attach(NetworkDenoiser(MLP((2,), 8, 1), EDM(), EDMPrediction(), (2,)), rank=2)
+    with pytest.raises(FileNotFoundError, match="no such weights file"):
+        lora.load(teacher, tmp_path)
+    path = lora.save(trained(teacher), tmp_path)
+    tensors: dict[str, Tensor] = load_file(path)
+    name = next(name for name in tensors if name.endswith("lora_B.weight"))
+    save_file({**tensors, name: tensors[name][:1]}, path)
+    with pytest.raises(ValueError, match="has shape"):
+        lora.load(teacher, tmp_path)
+    save_file({key.replace(".to_q.", ".to_x."): value for key, value in tensors.items()}, path)
+    with pytest.raises(ValueError, match="no layer"):
+        lora.load(teacher, tmp_path)
