@@ -85,7 +85,7 @@ def test_edm_and_trig_are_one_preconditioning_up_to_sign(schedule, gen):
 
 
 def test_edm_table_of_the_paper():
-    """Karras et al. 2022, table 1, at sigma = 2 with sigma_data = 0.5; and the target has unit variance for such data."""
+    """Karras et al. 2022, table 1, at sigma = 2 with sigma_data = 0.5; the target has unit variance."""
     two = torch.tensor([2.0], dtype=torch.float64)
     skip, out, c_in = EDMPrediction().coefficients(EDM(), two)
     assert float(skip) == pytest.approx(0.25 / 4.25) and float(out) == pytest.approx(1 / math.sqrt(4.25))
@@ -96,9 +96,14 @@ def test_edm_table_of_the_paper():
 
 def test_time_scale_and_types(gen):
     """The network's time input is scaled, stays float32 for half-precision states and float64 for float64 ones."""
-    for dtype, expected in ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+    for dtype, expected in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ):
         net = Fixed(torch.zeros(2, 3, dtype=dtype))
-        out = NetworkDenoiser(net, FlowMatching(), Velocity(time_scale=1000.0), (3,))(torch.ones(2, 3, dtype=dtype), 0.25)
+        model = NetworkDenoiser(net, FlowMatching(), Velocity(time_scale=1000.0), (3,))
+        out = model(torch.ones(2, 3, dtype=dtype), 0.25)
         assert out.dtype == dtype and net.seen[0].dtype == dtype and net.seen[1].dtype == expected
         assert net.seen[1].tolist() == [250.0, 250.0]
 
@@ -108,7 +113,10 @@ def worlds(schedule):
     return (
         Gaussian(schedule, torch.tensor([0.3, -1.0]), covariance),
         GaussianMixture(
-            schedule, torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [-1.0, 0.5]]), torch.stack([covariance, covariance / 4])
+            schedule,
+            torch.tensor([1.0, 2.0]),
+            torch.tensor([[1.0, 0.0], [-1.0, 0.5]]),
+            torch.stack([covariance, covariance / 4]),
         ),
     )
 
@@ -148,7 +156,7 @@ def test_a_network_on_another_schedule(prediction, gen):
 
 
 def test_noise_score_and_velocity_follow_from_the_denoiser(schedule, gen):
-    """x = alpha D + sigma eps, score = -eps / sigma, velocity = alpha' D + sigma' eps for a denoiser that gives D only."""
+    """x = alpha D + sigma eps, score = -eps / sigma, velocity = alpha' D + sigma' eps where only D is given."""
     t, x = times(schedule, gen, 16), torch.randn(16, 3, generator=gen, dtype=torch.float64)
     x0 = torch.randn(16, 3, generator=gen, dtype=torch.float64)
     model = NetworkDenoiser(Fixed(x0), schedule, PREDICTIONS["x0"](), (3,))

@@ -66,7 +66,7 @@ def test_a_new_target_time_changes_nothing_at_first(schedule, prediction, gen):
     """A two-times network with the teacher's weights and a zero-initialised input s equals the teacher, to 1e-6, until
     that input is trained."""
     teacher = random_network(gen, schedule, prediction)
-    net = MLP((3,), width=16, blocks=2, classes=4, extras=("s",))
+    net = MLP((3,), width=16, blocks=2, classes=4, extras=("s",)).requires_grad_(False)
     missing = net.load_state_dict(teacher.net.state_dict(), strict=False)
     assert missing.unexpected_keys == [] and missing.missing_keys == ["conditioning.extras.s.weight"]
     student = Jump(NetworkDenoiser(net, schedule, prediction, (3,), 4), two_times=True)

@@ -75,7 +75,9 @@ def test_inner_time_and_kernel_add_up(schedule, gamma, gen):
     sigma_r, sigma_s = schedule.sigma(times)
     torch.testing.assert_close((a * sigma_r) ** 2 + sd**2, sigma_s**2, rtol=1e-10, atol=0)
     if gamma < 1:
-        assert float(schedule.ratio(times)[0] / schedule.ratio(times)[1]) == pytest.approx((1 - gamma**2) ** 0.5, rel=1e-7)
+        assert float(schedule.ratio(times)[0] / schedule.ratio(times)[1]) == pytest.approx(
+            (1 - gamma**2) ** 0.5, rel=1e-7
+        )
     else:
         assert r == schedule.t_min
 
@@ -125,14 +127,13 @@ def test_gradient_through_one_call_only(gamma, at, gen):
     for i, t in enumerate(TIMES):
         net = student if i == at else frozen
         s = TIMES[i + 1] if i < 3 else 0.0
-        if gamma == 0 or i == 3:
-            x = net.jump(x, t, s)
-        else:
-            x = (1 - s) * net.jump(x, t, 0.0) + s * rng.normal_like(x)
+        renoised = gamma == 1 and i < 3
+        x = (1 - s) * net.jump(x, t, 0.0) + s * rng.normal_like(x) if renoised else net.jump(x, t, s)
     torch.testing.assert_close(out, x, rtol=1e-12, atol=1e-12)
-    for ours, expected in zip(gradient(student, out.sum()), gradient(student, x.sum()), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
-    assert any(float(g.abs().max()) > 1e-3 for g in gradient(student, x.sum()))
+    expected = gradient(student, x.sum())
+    assert any(float(g.abs().max()) > 1e-3 for g in expected)
+    for ours, theirs in zip(gradient(student, out.sum()), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_gradient_at_a_stop_sees_no_graph_before(gen):
@@ -149,8 +150,9 @@ def test_gradient_at_a_stop_sees_no_graph_before(gen):
 
 
 def test_students_sample_in_the_steps_they_know(gen):
-    """Plans by number of steps, the fewest by default, labels cycled, equal seeds equal samples; also without weights."""
+    """Plans by number of steps, the fewest by default, labels cycled, equal seeds equal samples; no weights needed."""
     data = FiniteData(FlowMatching(t_min=0.01), torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.5]]), 0.1, [0, 1, 2])
+    data.steps = 12  # to see which point a sample ends near
     student = Student(ExactFlowMap(data), {2: Plan((1.0, 0.5)), 1: Plan((1.0,))})
     x = student.sample(9, seed=3)
     assert x.shape == (9, 2) and torch.equal(x, student.sample(9, steps=1, seed=3))

@@ -27,12 +27,12 @@ from fewstep.training.ema import Power
 from fewstep.training.progress import Records
 from fewstep.training.trainer import Interrupted, Settings, train
 
-STEPS = 160
+STEPS = 120
 METHOD = DMD2(critic_steps=3, gan_weight=0.1, lr=1e-3, critic_lr=1e-3)  # three networks, two optimisers, a GAN
 
 #: Children start from a server that has imported everything once.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fewstep.training.trainer", "fewstep.distill.matching.dmd2"])
+CONTEXT.set_forkserver_preload(["pytest", "fewstep.training.trainer", "fewstep.distill.matching.dmd2"])
 
 
 @dataclass(frozen=True)

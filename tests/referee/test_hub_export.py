@@ -32,7 +32,7 @@ from fewstep.randomness import Rng, derive_seed  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
 from fewstep.schedules import EDM, DiscreteVP, TrigFlow  # noqa: E402
 
-PROMISE = 1e-4  # the largest difference allowed between images, in float32
+CLOSE = 1e-5  # between float32 images of size 1 to 4 (the promise is 1e-4; 1.1e-6 was measured)
 BATCH = 3
 
 PLAIN_PROCESS = """
@@ -235,6 +235,9 @@ def make_cases(root: Path) -> dict[str, Case]:
     # --- diffusers networks that need the student's own scheduler
     student = plans(Jump(pixel), TRAILING, 1.0)
     cases["unet2d-noisy"] = Case(student, export(student, root / "unet2d-noisy"), call={"batch_size": BATCH})
+    variance = wrap(unet2d(num_class_embeds=4, out_channels=2), gentle())
+    student = plans(Jump(variance), TRAILING, 0.0)
+    cases["unet2d-classes"] = own(student, export(student, root / "unet2d-classes"))
     student = plans(Jump(loaded.denoiser.on(TrigFlow())), {2: [1.5, 0.8]}, 0.5)
     written = export(student, root / "sd-trig")
     cases["sd-trig"] = Case(student, written, {**text, "latents": noise}, {"output_type": "latent"}, text, noise)
@@ -306,6 +309,7 @@ PLAIN = {
 }
 WITH_CODE = {
     "unet2d-noisy": "StudentPipeline",
+    "unet2d-classes": "StudentPipeline",
     "sd-trig": "StableDiffusionPipeline",
     "sd-code": "StableDiffusionPipeline",
     "dit-noisy": "DiTPipeline",
@@ -323,7 +327,7 @@ def test_plain_diffusers_makes_the_students_images(name: str, made: Any) -> None
     for steps in case.student.plans:
         expected = case.expected(steps, SEED)
         assert 0.05 < float(expected.abs().max()) < 50  # images of ordinary size, not zeros
-        assert float((plain[f"{name}/{steps}"] - expected).abs().max()) < PROMISE, steps
+        assert float((plain[f"{name}/{steps}"] - expected).abs().max()) < CLOSE, steps
 
 
 def test_plain_folders_hold_no_code(made: Any) -> None:
@@ -350,7 +354,7 @@ def test_same_seed_same_images(made: Any) -> None:
     for name in ("own-unet", "own-two-times", "unet2d-noisy"):
         for steps in cases[name].student.plans:
             sampled = cases[name].student.sample(BATCH, steps=steps, seed=11)
-            assert float((plain[f"{name}/{steps}"] - sampled).abs().max()) < PROMISE
+            assert float((plain[f"{name}/{steps}"] - sampled).abs().max()) < CLOSE
 
 
 def test_readme_names_the_call(made: Any) -> None:
@@ -421,6 +425,8 @@ def test_nonlinear_and_guided_students_are_refused(tmp_path: Path) -> None:
     for reason, flow_map in refused.items():
         with pytest.raises(ValueError, match=reason):
             export(plans(flow_map, {1: [flow_map.schedule.t_max]}, 0.0), tmp_path / "new")
+    with pytest.raises(ValueError, match="export the denoiser inside"):
+        export(Guided(from_pipeline(stable_diffusion()).denoiser, 2.0), tmp_path / "new")
     text = wrap(stable_diffusion().unet, gentle())
     with pytest.raises(ValueError, match="no pipeline to go back into"):
         export(plans(Jump(text), TRAILING, 1.0), tmp_path / "new")

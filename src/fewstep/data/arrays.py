@@ -67,7 +67,7 @@ def npz_names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
         raise ValueError(f"'{path}' is not an .npz file, or is damaged or cut short") from error
 
 
@@ -75,7 +75,7 @@ def npz_array(path: Path, name: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive[name]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"'{path}': array '{name}' is damaged or cut short") from error
     except ValueError as error:
         raise ValueError(f"'{path}': array '{name}' is not a plain numeric array; objects are not unpickled") from error

@@ -36,7 +36,7 @@ def arrow_errors(path: Path) -> Iterator[None]:
         raise ImportError(f"reading '{path}' needs pyarrow: pip install 'fewstep[data]'") from error
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise ValueError(f"'{path}' is not a readable table (damaged or cut short)") from error
 
 

@@ -97,7 +97,8 @@ class GaussianMixture(Labelled):
 class Mixture1D(GaussianMixture):
     """A mixture on the line: samples of shape ``[1]``, flow map in closed form by quantiles.
 
-    ``means`` and ``sds`` are ``[K]``.  The flow map can be differentiated in the state and in both times (once).
+    ``means`` and ``sds`` are ``[K]``.  The flow map can be differentiated in the state and in both times (once).  It
+    keeps its digits far into both tails, but not where the density between two modes is below about 1e-12.
     """
 
     def __init__(
@@ -110,54 +111,59 @@ class Mixture1D(GaussianMixture):
     ) -> None:
         super().__init__(schedule, weights, means.reshape(-1, 1), sds.reshape(-1) ** 2, labels)
 
-    def _tails(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of a smaller and of a larger state, ``[B, 1]`` each: exact far into both tails."""
-        z, prior = self._standardised(x, alpha, sigma), self.log_prior(cond, x)
-        below = torch.logsumexp(prior + torch.special.log_ndtr(z), 1, keepdim=True)
-        return below, torch.logsumexp(prior + torch.special.log_ndtr(-z), 1, keepdim=True)
-
-    def _standardised(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (x - alpha * self.means.T.to(x)) / self._spread(alpha, sigma)
-
-    def _spread(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return torch.sqrt(alpha**2 * self.variances.T.to(alpha) + sigma**2)
+    def _standardised(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Deviations ``[B, K]`` from every component's mean in its standard deviations, and these."""
+        spread = torch.sqrt(alpha**2 * self.variances.T.to(x) + sigma**2)
+        return (x - alpha * self.means.T.to(x)) / spread, spread
 
     def cdf(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The distribution function of the noised law, of the shape of ``x``."""
-        return self._tails(*self.columns(x, t), cond)[0].exp()
+        z, _ = self._standardised(*self.columns(x, t))
+        return _log_tail(self.log_prior(cond, x), z).exp()
 
     def flow(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
         flat, alpha, sigma = self.columns(x.double(), t)
         _, alpha_s, sigma_s = self.columns(flat, s)
-        below, above = self._tails(flat, alpha, sigma, cond)
-        lower_half = (below < above).detach()  # each half works with its own, smaller tail: no cancellation
+        prior, (z, _) = self.log_prior(cond, flat), self._standardised(flat, alpha, sigma)
+        # Each half of the line works with its own, smaller tail, on a log scale: digits are kept arbitrarily far out.
+        side = torch.where(_log_tail(prior, z) < _log_tail(prior, -z), 1.0, -1.0).to(flat)
+        level = _log_tail(prior, side * z)
 
         def excess(y: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
             """Increasing in ``y`` and zero at the quantile."""
-            under, over = self._tails(y, alpha, sigma, cond)
-            return torch.where(lower_half, under - below, above - over)
+            return side * (_log_tail(prior, side * self._standardised(y, alpha, sigma)[0]) - level)
 
         held = alpha_s.detach(), sigma_s.detach()
-        root = self._bisect(excess, self._standardised(flat, alpha, sigma).detach(), *held)
-        # One Newton step finishes the digits; with the root and the slope held it also has the derivatives of the
-        # implicit function, in x and in both times.
-        under, over = self._tails(root, *held, cond)
-        density = self._components(root, *held, cond)[0].logsumexp(1, keepdim=True)
-        slope = torch.exp(density - torch.where(lower_half, under, over))
-        return (root - excess(root, alpha_s, sigma_s) / slope).to(x)
+        root, width = self._bisect(lambda y: excess(y, *held).detach(), z.detach(), *held)
+        for _ in range(2):  # Newton finishes the digits
+            root = root.detach()
+            tail = _log_tail(prior, side * self._standardised(root, *held)[0])
+            density = torch.logsumexp(self._components(root, *held, cond)[0], 1, keepdim=True)
+            slope = torch.exp(density - tail).clamp_min(1e-300)  # between far modes it underflows: no step, not 0 / 0
+            # With the root and the slope held, a step has the derivatives of the implicit function.
+            root = root - (excess(root, alpha_s, sigma_s) / slope).clamp(-width, width)
+        return root.to(x)
 
     def _bisect(
-        self, excess: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, alpha: Tensor, sigma: Tensor
-    ) -> Tensor:
-        """The root of ``excess``, bracketed by the smallest and largest standardised deviation of any component."""
-        centre, spread = alpha * self.means.T.to(alpha), self._spread(alpha, sigma)
+        self, excess: Callable[[Tensor], Tensor], z: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The root of ``excess`` and a bound on its error; ``z`` is the standardised deviations of the start, whose
+        smallest and largest bracket those of the end."""
+        centre = alpha * self.means.T.to(z)
+        spread = self._standardised(centre[:, :1], alpha, sigma)[1]
         low = (centre + spread * z.amin(1, keepdim=True)).amin(1, keepdim=True)
         high = (centre + spread * z.amax(1, keepdim=True)).amax(1, keepdim=True)
-        for _ in range(60):
+        error = 1e-6 * (high - low + spread.amax(1, keepdim=True))
+        for _ in range(30):
             middle = (low + high) / 2
-            short = excess(middle, alpha, sigma).detach() < 0
+            short = excess(middle) < 0
             low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-        return (low + high) / 2
+        return (low + high) / 2, error
+
+
+def _log_tail(log_prior: Tensor, z: Tensor) -> Tensor:
+    """Log of the mixture's distribution function at standardised deviations ``z`` ``[B, K]``, as ``[B, 1]``."""
+    return torch.logsumexp(log_prior + torch.special.log_ndtr(z), 1, keepdim=True)
 
 
 def three_modes(schedule: Schedule | None = None, labels: list[int] | None = None) -> Mixture1D:

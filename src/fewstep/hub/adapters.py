@@ -178,9 +178,7 @@ class UNet2DCondition(TextAdapter):
     @classmethod
     def embed(cls, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
         device = pipe._execution_device
-        encoded = pipe.encode_prompt(
-            prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        encoded = pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
         if pipe.unet.config.addition_embed_type != "text_time":
             return {"prompt_embeds": encoded[0]}
         embeds, pooled = encoded[0], encoded[2]

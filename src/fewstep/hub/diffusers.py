@@ -155,9 +155,11 @@ def _check_folder(folder: Path) -> dict[str, None]:
         components = json.loads(index.read_text())
     except ValueError as error:
         raise ValueError(f"{index}: not valid JSON ({error})") from None
-    if code := sorted(folder.rglob("*.py")):
-        raise ValueError(f"{code[0]}: a pipeline with code of its own is not read, because that code would be run")
-    for name in components:
+    for name, value in components.items():
+        if isinstance(value, list):
+            code = folder / ("." if name == "_class_name" else name) / f"{value[0]}.py"
+            if code.is_file():
+                raise ValueError(f"{code}: a pipeline with code of its own is not read, because that code would be run")
         refuse_pickles(folder / name)
     return {name: None for name, value in components.items() if value == [None, None]}
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from fewstep import grids
-from fewstep.denoisers import Denoiser, NetworkDenoiser, Prediction
+from fewstep.denoisers import Denoiser, NetworkDenoiser, OnSchedule, Prediction
 from fewstep.flow_maps import Jump
 from fewstep.hub.adapters import Adapter, UNet2D
 from fewstep.hub.native import save_tensors, write_atomically
@@ -105,6 +105,8 @@ def export(model: Student | Denoiser, folder: str | Path) -> Exported:
     net = _exportable(model)
     if isinstance(model, Denoiser):
         if isinstance(net, Adapter) and net.origin is not None:
+            if not isinstance(model, NetworkDenoiser | OnSchedule):
+                raise ValueError(f"a {type(model).__name__} is not a network: export the denoiser inside it")
             return _write_plain(net, net.origin.pipe.scheduler, type(net.origin.pipe), {}, 1.0, target)
         model = _with_plans(model)
     tables = {steps: plan_table(model.flow_map, plan) for steps, plan in model.plans.items()}
@@ -174,8 +176,11 @@ def _plain_scheduler(
     """A diffusers scheduler with the coefficients of every table, and the arguments of each call; None when there is
     none, or when the pipeline starts too far from where the student starts."""
     pipeline = _pipeline_class(net).__name__
-    if pipeline not in HOSTS or (isinstance(net, UNet2D) and net.classes is not None):
+    if pipeline not in HOSTS:
         return None
+    config = net.model.config
+    if isinstance(net, UNet2D) and (net.classes is not None or config.out_channels != config.in_channels):
+        return None  # DDIMPipeline knows neither labels nor learned variances
     host = HOSTS[pipeline]
     if any(abs(table.start - 1) > START_SLACK for table in tables.values()):
         return None

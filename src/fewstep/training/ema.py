@@ -98,7 +98,9 @@ def reconstruct(
     """The average of width ``sigma_rel`` at ``updates``, as the least-squares combination of stored ones.
 
     ``snapshots`` are ``(updates, sigma_rel, weights)`` of power-function averages saved along the run; only those at
-    or before ``updates`` are used.  The combination is solved in profile space (EDM2, section 3.2), in float64.
+    or before ``updates`` are used.  The combination is solved in profile space (EDM2, section 3.2), in float64, with
+    coefficients that sum to 1: the paper's free ones miss 1 by the residual of the fit, which multiplies the weights
+    themselves and not only their changes.  ValueError when there is nothing to combine.
     """
     usable = [s for s in snapshots if s[0] <= updates]
     if not usable:
@@ -108,7 +110,11 @@ def reconstruct(
     end, target = torch.tensor([float(updates), gamma_of(sigma_rel)], dtype=torch.float64)
     gram = profile_overlap(n[:, None], gamma[:, None], n[None, :], gamma[None, :])
     right = profile_overlap(n, gamma, end.expand_as(n), target.expand_as(gamma))
-    mix = torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0]
+    # sum to 1: the last snapshot, plus differences to it
+    last = torch.eye(len(usable), dtype=torch.float64)[-1]
+    steps = torch.eye(len(usable), dtype=torch.float64)[:, :-1] - last[:, None]
+    along = torch.linalg.lstsq(steps.T @ gram @ steps, (steps.T @ (right - gram @ last))[:, None], driver="gelsd")
+    mix = last + (steps @ along.solution)[:, 0]
     columns = zip(*(s[2] for s in usable), strict=True)
     return [
         sum((c * w.double() for c, w in zip(mix, column, strict=True)), torch.zeros(())).to(column[0].dtype)

@@ -120,23 +120,23 @@ class Run:
         }
         self.steps = 0
         self.seconds = 0.0
+        # scalars since the last record, so that a group that moves in one step of five is in every record
+        self.recent: dict[str, Tensor | float] = {}
 
     def progress(self) -> Progress:
         images = self.steps * self.settings.batch
         return Progress(self.steps, images, self.settings.budget.fraction(self.steps, images, self.seconds))
 
-    def step(self, data: Dataset) -> dict[str, Tensor | float]:
-        """One iteration of the method; returns its logged scalars, for :meth:`numbers`."""
+    def step(self, data: Dataset) -> None:
+        """One iteration of the method."""
         progress = self.progress()
         pending = [self.method.updates(self.nets, batch, progress) for batch in self.batches(data)]
-        logs: dict[str, Tensor | float] = {}
         while updates := self.backward(pending):
-            logs |= mean_logs(updates)
-            logs |= self.apply(updates, progress)
+            self.recent |= mean_logs(updates)
+            self.recent |= self.apply(updates, progress)
             if updates[0].then is not None:
                 updates[0].then()
         self.steps += 1
-        return logs
 
     def batches(self, data: Dataset) -> Iterator[Batch]:
         """This process's micro-batches of the current iteration."""
@@ -203,7 +203,7 @@ class Run:
         members = set(map(id, self.parameters[group]))
         bad = self.not_finite({n: p.grad for n, p in named.items() if id(p) in members and p.grad is not None})
         gradients = f"the gradient of {bad[0]} ({len(bad)} in all) is" if bad else f"the gradient norm of '{group}' is"
-        losses = [float(u.loss) for u in updates]
+        losses = [float(u.loss.detach()) for u in updates]
         if not all(map(math.isfinite, losses)):
             return (
                 f"step {self.steps}: the loss of '{group}' is {losses[0]:g} and {gradients} not finite; all weights "
@@ -216,10 +216,16 @@ class Run:
         flags = [float(not torch.isfinite(part).all()) for part in self.parallel.local(list(tensors.values()))]
         return [name for name, flag in zip(tensors, self.parallel.total(*flags), strict=True) if flag]
 
-    def numbers(self, logs: dict[str, Tensor | float]) -> dict[str, float]:
-        """Logged scalars as numbers, averaged over the processes."""
-        values = self.parallel.total(*(float(value) / self.parallel.world for value in logs.values()))
-        return dict(zip(logs, values, strict=True))
+    def record(self) -> dict[str, Any]:
+        """What there is to tell since the last record, averaged over the processes."""
+        counted = {"step": self.steps, "images": self.steps * self.settings.batch, "seconds": round(self.seconds, 3)}
+        logs, self.recent = self.numbers(), {}
+        return {**counted, **logs}
+
+    def numbers(self) -> dict[str, float]:
+        """The recent scalars as numbers, averaged over the processes."""
+        values = self.parallel.total(*(float(value) / self.parallel.world for value in self.recent.values()))
+        return dict(zip(self.recent, values, strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that moves, as named tensors."""
@@ -244,8 +250,8 @@ class Run:
         """Write the checkpoint."""
         updates = {name: [a.updates for a in averages] for name, averages in self.averages.items()}
         counters = {
-            "steps": self.steps, "seconds": self.seconds, "averages": updates, "precision": self.precision,
-            "run": self.identity(data),
+            "steps": self.steps, "seconds": self.seconds, "averages": updates, "recent": self.numbers(),
+            "precision": self.precision, "run": self.identity(data),
         }  # fmt: skip
         saved.write(self.state(), counters)
 
@@ -270,7 +276,7 @@ class Run:
                 average.updates = counters["averages"][name][i]
                 for j, weight in enumerate(average.weights):
                     weight.copy_(tensors[f"average/{name}/{i}/{j}"])
-        self.steps, self.seconds = counters["steps"], counters["seconds"]
+        self.steps, self.seconds, self.recent = counters["steps"], counters["seconds"], counters["recent"]
         if self.settings.precision == "auto":
             self.precision = counters["precision"]  # a second measurement could choose otherwise
 
@@ -460,22 +466,18 @@ def loop(run: Run, data: Dataset, folder: Path | None, show: bool) -> list[dict[
             outputs.append(TensorBoard(folder / "tensorboard", run.steps))
     bar = Bar(run.method.name, show)
     said = ""
-    recent: dict[str, Tensor | float] = {}  # since the last record, so that a group that moves seldom is in it too
     start, before, last_save = time.perf_counter(), run.seconds, time.perf_counter()
     with stop_on_signals() as caught:
         try:
             while (fraction := run.progress().fraction) < 1:
-                recent |= run.step(data)
+                run.step(data)
                 now = time.perf_counter()
                 # the main process's clock counts; a signal to any process stops all
                 mine = (before + now - start, now - last_save > settings.save_seconds) if parallel.main else (0.0, 0.0)
                 run.seconds, due, signals = parallel.total(*mine, len(caught))
                 after = run.progress().fraction
                 if run.steps % settings.log_steps == 0 or run.steps == 1 or after == 1:
-                    images = run.steps * settings.batch
-                    record = {"step": run.steps, "images": images, "seconds": round(run.seconds, 3)}
-                    record |= run.numbers(recent)
-                    recent = {}
+                    record = run.record()
                     for output in outputs:
                         output.write(record)
                     said = losses(record)

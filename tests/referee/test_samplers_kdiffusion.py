@@ -1,0 +1,109 @@
+"""Our samplers against k-diffusion's, on the same exact model and the same noise levels, in float64.
+
+Both compute in float64, so they agree to rounding: states start at size 80, hence 1e-12 relative to that.
+"""
+
+import pytest
+import torch
+from kdiffusion import sampling
+
+from fewstep.exact import three_modes
+from fewstep.grids import karras, log_snr
+from fewstep.randomness import Rng
+from fewstep.sampling import DDIM, NATIVE, Churn, DPMSolverPP2M, RungeKutta, solve
+from fewstep.sampling.runge_kutta import EULER, HEUN2, MIDPOINT
+from fewstep.schedules import EDM
+
+SCHEDULE = EDM(t_max=120.0)  # room above the first level for churn
+WORLD = three_modes(SCHEDULE)
+START = 80 * torch.randn(16, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TOLERANCE = 80 * 1e-12
+
+
+def random_levels(steps):
+    gen = torch.Generator().manual_seed(1)
+    gaps = (1 + 2 * torch.rand(steps, generator=gen, dtype=torch.float64)).cumsum(0)
+    return 80 * (0.002 / 80) ** torch.cat([gaps.new_zeros(1), gaps / gaps[-1]])
+
+
+def below_80(grid, steps):
+    return grid(EDM(), steps)
+
+
+GRIDS = {
+    "karras": below_80(karras, 12),
+    "log-uniform": below_80(log_snr, 12),
+    "random": random_levels(12),
+    "karras-to-zero": torch.cat([below_80(karras, 11), torch.zeros(1, dtype=torch.float64)]),
+}
+
+
+class SharedNoise(Rng):
+    """Hands out given noises in order."""
+
+    def __init__(self, noises):
+        super().__init__(0)
+        self.noises = iter(noises)
+
+    def normal_like(self, x):
+        return next(self.noises)
+
+
+@pytest.fixture(params=GRIDS)
+def sigmas(request):
+    return GRIDS[request.param]
+
+
+def model(x, sigma):
+    return WORLD(x, sigma)
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        ("sample_euler", RungeKutta(EULER, NATIVE)),
+        ("sample_euler", DDIM()),
+        ("sample_heun", RungeKutta(HEUN2)),
+        ("sample_dpmpp_2m", DPMSolverPP2M()),
+    ],
+)
+def test_deterministic_samplers(name, solver, sigmas):
+    """Euler, Heun and DPM-Solver++ 2M, step for step, on any grid."""
+    theirs = getattr(sampling, name)(model, START, sigmas, disable=True)
+    assert float((solve(WORLD, START, sigmas, solver) - theirs).abs().max()) < TOLERANCE
+
+
+def test_dpm_2_is_a_midpoint_in_another_variable(sigmas):
+    """Their DPM-Solver-2 puts the midpoint at the geometric mean of the levels, ours at the arithmetic one: related,
+    not equal.  Guards against comparing a sampler with itself."""
+    theirs = sampling.sample_dpm_2(model, START, sigmas, disable=True)
+    assert float((solve(WORLD, START, sigmas, RungeKutta(MIDPOINT)) - theirs).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ancestral_euler_is_ddim_with_eta(eta, sigmas):
+    """``sample_euler_ancestral`` = DDIM(eta) with the same noise."""
+    noises = torch.randn(12, 16, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    theirs_noise, ours_noise = iter(noises), SharedNoise(noises)
+    theirs = sampling.sample_euler_ancestral(
+        model, START, sigmas, disable=True, eta=eta, noise_sampler=lambda a, b: next(theirs_noise)
+    )
+    ours = solve(WORLD, START, sigmas, DDIM(eta=eta), rng=ours_noise)
+    assert float((ours - theirs).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sample_heun", "sample_euler"])
+def test_churn(name, sigmas):
+    """Heun and Euler with churn, with the noise that torch's global generator gives them."""
+    churn = Churn(amount=4.0, low=0.05, high=50.0, inflation=1.007)
+    torch.manual_seed(0)
+    theirs = getattr(sampling, name)(
+        model, START, sigmas, disable=True, s_churn=4.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.007
+    )
+    torch.manual_seed(0)
+    noises = [torch.randn_like(START) for _ in range(12)]  # they draw at every step, we where the churn acts
+    inside = [z for z, sigma in zip(noises, sigmas[:-1].tolist(), strict=True) if 0.05 <= sigma <= 50]
+    tableau = {"sample_heun": HEUN2, "sample_euler": EULER}[name]
+    ours = solve(WORLD, START, sigmas, RungeKutta(tableau, churn=churn), rng=SharedNoise(inside))
+    assert len(inside) > 3
+    assert float((ours - theirs).abs().max()) < TOLERANCE
