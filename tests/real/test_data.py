@@ -232,6 +232,15 @@ def test_pictures_of_every_kind(tmp_path: Path):
     assert load(tmp_path / "turned").x[0, 0].tolist() == np.rot90(np.asarray(wide), -1).tolist()
 
 
+def test_numbered_classes_keep_their_numbers(tmp_path: Path):
+    """Folders 0 to 10 are the labels 0 to 10, not 0, 1, 10, 2, ..."""
+    for i in range(11):
+        (tmp_path / str(i)).mkdir()
+        Image.new("L", (2, 2), i).save(tmp_path / str(i) / "x.png")
+    data = load(tmp_path)
+    assert data.labels.tolist() == data.x[:, 0, 0, 0].tolist() == list(range(11))
+
+
 def test_a_folder_named_train_can_be_a_class(tmp_path: Path):
     """Vehicles "plane" and "train" are classes; "train" and "val" are parts, and classes follow the training part."""
     for name in ("plane", "train", "parts/train/b", "parts/train/a", "parts/val/b"):

@@ -235,9 +235,9 @@ def make_cases(root: Path) -> dict[str, Case]:
     # --- diffusers networks that need the student's own scheduler
     student = plans(Jump(pixel), TRAILING, 1.0)
     cases["unet2d-noisy"] = Case(student, export(student, root / "unet2d-noisy"), call={"batch_size": BATCH})
-    variance = wrap(unet2d(num_class_embeds=4, out_channels=2), gentle())
-    student = plans(Jump(variance), TRAILING, 0.0)
-    cases["unet2d-classes"] = own(student, export(student, root / "unet2d-classes"))
+    for name, changes in (("unet2d-classes", {"num_class_embeds": 4}), ("unet2d-variance", {"out_channels": 2})):
+        student = plans(Jump(wrap(unet2d(**changes), gentle())), TRAILING, 0.0)
+        cases[name] = own(student, export(student, root / name))
     student = plans(Jump(loaded.denoiser.on(TrigFlow())), {2: [1.5, 0.8]}, 0.5)
     written = export(student, root / "sd-trig")
     cases["sd-trig"] = Case(student, written, {**text, "latents": noise}, {"output_type": "latent"}, text, noise)
@@ -310,6 +310,7 @@ PLAIN = {
 WITH_CODE = {
     "unet2d-noisy": "StudentPipeline",
     "unet2d-classes": "StudentPipeline",
+    "unet2d-variance": "StudentPipeline",
     "sd-trig": "StableDiffusionPipeline",
     "sd-code": "StableDiffusionPipeline",
     "dit-noisy": "DiTPipeline",
@@ -460,9 +461,13 @@ def test_standalone_source_is_the_network(cls: type, arguments: tuple[Any, ...])
     assert "fewstep" not in source and torch.equal(copy(x, t), net(x, t))
 
 
-def test_zero_terminal_snr_survives_the_way_back(tmp_path: Path) -> None:
-    """A table that ends at alpha = 0 is exported as one: the folder is read as the same schedule."""
-    denoiser = wrap(unet2d(), gentle(rescale_betas_zero_snr=True))
+@pytest.mark.parametrize("with_pipeline", [True, False])
+def test_zero_terminal_snr_survives_the_way_back(tmp_path: Path, with_pipeline: bool) -> None:
+    """A table that ends at alpha = 0 is exported as one, from the config of its pipeline or from the numbers alone:
+    the folder is read as the same schedule."""
+    scheduler = gentle(rescale_betas_zero_snr=True)
+    pipe = diffusers.DDIMPipeline(unet2d(), scheduler)
+    denoiser = from_pipeline(pipe).denoiser if with_pipeline else wrap(unet2d(), scheduler)
     written = export(plans(Jump(denoiser), TRAILING, 0.0), tmp_path / "model")
     again = load_pipeline(written.folder).denoiser.schedule
     assert isinstance(again, DiscreteVP) and isinstance(denoiser.schedule, DiscreteVP)

@@ -1,0 +1,57 @@
+# Everything runs in environments of its own; nothing is installed outside this folder.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY := passive
+
+.PHONY: demo test lint docs bench clean
+
+## The demonstration: a bundled teacher made fast by several methods, and a page that shows it (about six minutes).
+demo: $(VENV)/core
+	$(BIN)/fewstep demo --out report.html
+
+## All tests (about fifteen minutes on two cores).
+test: $(VENV)/test
+	$(BIN)/python -m pytest
+
+## Style, types and the direction of imports.
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/check_imports.py
+
+## The documentation site, in site/.
+docs: $(VENV)/docs
+	$(BIN)/python tools/make_docs.py
+	$(BIN)/mkdocs build --strict
+
+## Speed, as ratios in one run.
+bench: $(VENV)/test
+	$(BIN)/python benchmarks/speed_samplers.py
+	$(BIN)/python benchmarks/speed_training.py
+
+clean:
+	rm -rf $(VENV) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/core: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fewstep needs Python 3.11 or newer; say which one with: make PYTHON=python3.11 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+# k-diffusion is a referee of the tests: one file of it, without the packages it pulls in.
+$(VENV)/test: $(VENV)/core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
+	touch $@
+
+$(VENV)/dev: $(VENV)/core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
