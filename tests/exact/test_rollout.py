@@ -137,8 +137,9 @@ def test_gradient_through_one_call_only(gamma, at, gen):
 
 
 def test_gradient_at_a_stop_sees_no_graph_before(gen):
-    """DMD2's step: stop and grad_at at the same call make the gradient of that call on a constant state."""
-    student, noise = model(), torch.randn(5, 2, generator=gen, dtype=torch.float64)
+    """DMD2's step: stop and grad_at at the same call make the gradient of that call on a constant state,
+    also when the noise itself is differentiable."""
+    student, noise = model(), torch.randn(5, 2, generator=gen, dtype=torch.float64, requires_grad=True)
     states = {}
     out = rollout(
         student, noise, Plan(TIMES), rng=Rng(0), stop=2, grad_at=2, on_step=lambda i, x, y: states.update({i: (x, y)})

@@ -79,7 +79,7 @@ def decode(file: Path | BytesIO, name: str) -> np.ndarray:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ImportError("reading picture files needs Pillow: pip install 'fewstep[data]'") from error
+        raise ImportError("reading picture files needs Pillow: pip install pillow") from error
     try:
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened)

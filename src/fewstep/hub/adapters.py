@@ -42,8 +42,8 @@ class Origin:
 class Adapter(nn.Module):
     """A diffusers model behind the signature of fewstep's networks.
 
-    ``model`` is the diffusers model, ``origin`` the pipeline it came from (None for a bare model), ``classes`` the
-    number of class labels (None without).
+    ``model`` is the diffusers model, ``origin`` the pipeline it came from (None for a bare model), ``size`` the height
+    and width of one sample (default: the config's), ``classes`` the number of class labels (None without).
     """
 
     #: The component's name in diffusers pipelines.
@@ -54,23 +54,73 @@ class Adapter(nn.Module):
     #: Names of the weights that LoRA froze (they are buffers then), see :mod:`fewstep.hub.lora`.
     frozen: tuple[str, ...] = ()
 
-    def __init__(self, model: Any, origin: Origin | None = None) -> None:
+    def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.model = model
         self.origin = origin
+        self.size = self.config_size() if size is None else size
 
     @property
     def channels(self) -> int:
         """The channels of one sample."""
         return int(self.model.config.in_channels)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of one sample, from the model's config; ValueError when it names none."""
+    def config_size(self) -> tuple[int, int]:
+        """Height and width of one sample in the model's config; ValueError when it names none."""
         size = self.model.config.sample_size
         if size is None:
             raise ValueError(f"{type(self.model).__name__}: its config has no sample_size; pass size=(height, width)")
         return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def patch(self) -> int:
+        """The side of the patch that makes one token."""
+        return int(self.model.config.patch_size)
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """The shape of one sample's :meth:`features`."""
+        config = self.model.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return (width, self.size[0] // self.patch, self.size[1] // self.patch)
+
+    def bottleneck(self) -> nn.Module:
+        """The module whose output :meth:`features` gives: the middle one."""
+        blocks = self.model.transformer_blocks
+        middle: nn.Module = blocks[len(blocks) // 2]
+        return middle
+
+    def features(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Tensor:
+        """Activations in the middle of the network ``[B, C, h, w]``, for discriminators.
+
+        Costs a whole forward pass: stopping in the middle would leave a sharded model in the middle, too.
+        """
+        seen: list[Any] = []
+        handle = self.bottleneck().register_forward_hook(lambda module, given, out: seen.append(out))
+        try:
+            self(x, t, cond, **extras)
+        finally:
+            handle.remove()
+        out: Tensor = seen[0][-1] if isinstance(seen[0], tuple) else seen[0]
+        if out.ndim == 4:
+            return out
+        return out.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, x.shape[3] // self.patch))
+
+
+class UNetAdapter(Adapter):
+    """Common to U-Nets: the bottleneck is the lowest resolution."""
+
+    component = "unet"
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        channels = self.model.config.block_out_channels
+        height, width = (-(-side // 2 ** (len(channels) - 1)) for side in self.size)
+        return (channels[-1], height, width)
+
+    def bottleneck(self) -> nn.Module:
+        middle: nn.Module = self.model.mid_block
+        return middle
 
 
 class LabelAdapter(Adapter):
@@ -92,13 +142,11 @@ class LabelAdapter(Adapter):
         return cond
 
 
-class UNet2D(LabelAdapter):
+class UNet2D(UNetAdapter, LabelAdapter):
     """UNet2DModel: unconditional, or conditional on class labels."""
 
-    component = "unet"
-
-    def __init__(self, model: Any, origin: Origin | None = None) -> None:
-        super().__init__(model, origin)
+    def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
+        super().__init__(model, origin, size)
         self.classes = model.config.num_class_embeds
         self.integer_times = model.config.time_embedding_type == "learned"
 
@@ -111,8 +159,8 @@ class UNet2D(LabelAdapter):
 class DiT(LabelAdapter):
     """DiTTransformer2DModel: conditional on class labels, with a null label after the last class."""
 
-    def __init__(self, model: Any, origin: Origin | None = None) -> None:
-        super().__init__(model, origin)
+    def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
+        super().__init__(model, origin, size)
         self.classes = self.null = model.config.num_embeds_ada_norm
         for block in model.transformer_blocks:
             # in training mode the model would drop labels by itself, with unseeded randomness
@@ -148,14 +196,12 @@ class TextAdapter(Adapter):
         raise NotImplementedError
 
 
-class UNet2DCondition(TextAdapter):
+class UNet2DCondition(UNetAdapter, TextAdapter):
     """UNet2DConditionModel: Stable Diffusion 1 and 2, and SDXL with its pooled embedding and sizes.
 
     ``w`` ``[B]`` is the guidance weight of LCM-style students (models with ``time_cond_proj_dim``); it is the
     pipelines' ``guidance_scale - 1``.
     """
-
-    component = "unet"
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None, w: Tensor | None = None) -> Tensor:
         given = self.conditions(cond, x)
@@ -226,8 +272,11 @@ class Flux(TextAdapter):
         return int(self.model.config.in_channels) // 4
 
     @property
-    def size(self) -> tuple[int, int]:
-        # the config names no size; 128 latents (1024 pixels) is the size these models were made for
+    def patch(self) -> int:
+        return 2
+
+    def config_size(self) -> tuple[int, int]:
+        # it names none; 128 latents (1024 pixels) is the size these models were made for
         return (128, 128)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None, w: Tensor | None = None) -> Tensor:
@@ -295,9 +344,9 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 
-def adapt(model: Any, origin: Origin | None = None) -> Adapter:
+def adapt(model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> Adapter:
     """The adapter around a diffusers model; ValueError when its class is not known."""
     name = type(model).__name__
     if name not in ADAPTERS:
         raise ValueError(f"diffusers model class '{name}' is unknown; fewstep reads {', '.join(ADAPTERS)}")
-    return ADAPTERS[name](model, origin)
+    return ADAPTERS[name](model, origin, size)

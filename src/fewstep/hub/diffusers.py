@@ -177,12 +177,12 @@ def from_pipeline(pipe: Any, *, size: tuple[int, int] | None = None) -> LoadedPi
     name = next((n for n in ("unet", "transformer") if pipe.components.get(n) is not None), None)
     if name is None:
         raise ValueError(f"{type(pipe).__name__}: no unet or transformer among its components")
-    net = adapt(pipe.components[name], Origin(pipe, name))
+    net = adapt(pipe.components[name], Origin(pipe, name), size)
     if isinstance(net, TextAdapter) and _has_text_encoder(pipe):
         with torch.no_grad():
             net.set_null(net.embed(pipe, [""]))
     reading = read_scheduler(pipe.scheduler)
-    return LoadedPipeline(_denoiser(net, reading, size), reading, pipe)
+    return LoadedPipeline(_denoiser(net, reading), reading, pipe)
 
 
 def load_model(
@@ -207,9 +207,9 @@ def load_model(
 
 def wrap(model: Any, scheduler: Any, *, size: tuple[int, int] | None = None) -> NetworkDenoiser:
     """A diffusers model in memory as a denoiser, on the schedule of a diffusers scheduler object."""
-    return _denoiser(adapt(model), read_scheduler(scheduler), size)
+    return _denoiser(adapt(model, size=size), read_scheduler(scheduler))
 
 
-def _denoiser(net: Adapter, reading: Reading, size: tuple[int, int] | None) -> NetworkDenoiser:
-    shape = (net.channels, *(net.size if size is None else size))
+def _denoiser(net: Adapter, reading: Reading) -> NetworkDenoiser:
+    shape = (net.channels, *net.size)
     return NetworkDenoiser(net, reading.schedule, reading.prediction, shape, net.classes).eval()

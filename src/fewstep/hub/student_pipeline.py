@@ -18,7 +18,7 @@ class StudentPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
 
-    def __init__(self, unet, scheduler, shape: tuple = (), classes: int = 0) -> None:
+    def __init__(self, unet, scheduler, shape: list | tuple = (), classes: int = 0) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(shape=list(shape), classes=classes)

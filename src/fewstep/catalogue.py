@@ -1,0 +1,218 @@
+"""The catalogue: every system that fewstep is for, with what it needs, what it gives and whether it works here.
+
+A row that says ``works`` names its class, its test against a known answer, its test on real data and its page; a test
+holds it to that.  ``evidence`` says how well our reading is backed: ``verified`` against the authors' code, ``from
+paper text``, or ``reconstructed`` where the paper leaves a choice.  Planned rows have none yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from fewstep.distill.method import Evidence
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class System:
+    """One published system.  ``needs`` and ``steps`` are a few words for people; the paths are relative to the
+    repository."""
+
+    key: str
+    name: str
+    year: int
+    arxiv: str
+    family: str
+    needs: str
+    steps: str
+    about: str
+    state: Literal["planned", "works"] = "planned"
+    cls: str | None = None
+    evidence: Evidence | None = None
+    exact_test: str | None = None
+    real_test: str | None = None
+    docs_page: str | None = None
+
+
+REAL = "tests/real/test_students.py"
+
+
+def works(row: System, cls: str, evidence: Evidence, test: str, page: str) -> System:
+    """The row of a system that works."""
+    return System(
+        row.key, row.name, row.year, row.arxiv, row.family, row.needs, row.steps, row.about, "works",
+        f"fewstep.distill.{cls}", evidence, f"tests/exact/{test}", REAL, f"docs/systems/{page}",
+    )  # fmt: skip
+
+
+S = System
+SYSTEMS: tuple[System, ...] = (
+    # few steps now: no training
+    S("deis", "DEIS", 2022, "2204.13902", "solvers", "teacher", "5-20",
+      "exponential integrators with polynomial extrapolation of the noise prediction"),
+    S("dpm-solver++", "DPM-Solver++", 2022, "2211.01095", "solvers", "teacher", "10-20",
+      "high-order exponential solvers in data prediction, for guided sampling (2M is here already)"),
+    S("dpm-solver-v3", "DPM-Solver-v3", 2023, "2310.13268", "solvers", "teacher, a little data", "5-20",
+      "a solver whose linear terms are fitted to statistics of the network"),
+    S("dualfast", "DualFast", 2025, "2506.13058", "solvers", "teacher", "5-20",
+      "reduces the network's own error by mixing in a cached, noisier prediction"),
+    S("dpm-ot", "DPM-OT", 2023, "2307.11308", "solvers", "teacher, data", "5-20",
+      "jumps from noise to an intermediate latent by semi-discrete optimal transport"),
+    S("lsd", "LSD and LSD+", 2025, "2509.19962", "solvers", "discrete teacher", "4-64",
+      "learns the sampler's coefficients and times for discrete diffusion"),
+    S("analog-bits", "Analog Bits", 2022, "2208.04202", "solvers", "data", "10-100",
+      "discrete data as real-valued bits, with self-conditioning"),
+    S("autoguidance", "Autoguidance", 2024, "2406.02507", "solvers", "teacher and a worse one", "any",
+      "guides a model away from a smaller, less trained version of itself"),
+    S("lowdiff", "LowDiff", 2025, "2509.15342", "solvers", "data", "any",
+      "one network over growing resolutions, each conditioned on the one below"),
+    # consistency
+    works(S("cm", "Consistency Models", 2023, "2303.01469", "consistency", "teacher or data", "1, 2, 4",
+            "maps every point of a trajectory to its end, distilled or from data alone"),
+          "consistency.cm:ConsistencyDistillation", "verified", "test_cm.py", "consistency-models.md"),
+    S("ict", "iCT", 2023, "2310.14189", "consistency", "data", "1, 2",
+      "consistency training without a teacher, with better weights, distances and grids"),
+    works(S("scm", "sCM", 2024, "2410.11081", "consistency", "teacher or data", "1, 2",
+            "continuous-time consistency made stable: TrigFlow, normalised tangents, warm-up"),
+          "consistency.scm:ContinuousConsistencyDistillation", "from paper text", "test_scm.py", "scm.md"),
+    S("ctm", "CTM", 2023, "2310.02279", "consistency", "teacher, data", "1 and more",
+      "one network for every jump along a trajectory, with a GAN"),
+    S("scott", "SCott", 2024, "2403.01505", "consistency", "teacher, data", "1-4",
+      "consistency distillation with a stochastic teacher solver"),
+    S("mlcm", "MLCM", 2024, "2406.05768", "consistency", "teacher", "2-8",
+      "consistency in a few segments of the trajectory, for latent models"),
+    S("hyper-sd", "Hyper-SD", 2024, "2404.13686", "consistency", "teacher, data", "1-8",
+      "trajectory-segmented consistency, then feedback and score distillation"),
+    S("tbcm", "TBCM", 2025, "2511.20410", "consistency", "teacher", "1-4",
+      "continuous-time consistency on states of the teacher's own trajectories: no images"),
+    S("sana-sprint", "SANA-Sprint", 2025, "2503.09641", "consistency", "flow teacher, data", "1-4",
+      "a flow-matching teacher as a TrigFlow one, continuous-time consistency and a GAN"),
+    S("rcm", "rCM", 2025, "2510.08431", "consistency", "teacher, data", "1-4",
+      "continuous-time consistency regularised by score distillation, at scale"),
+    # distribution matching
+    S("dmd", "DMD", 2023, "2311.18828", "matching", "teacher, pairs", "1",
+      "a one-step generator along the difference of two scores, with a regression on pairs"),
+    works(S("dmd2", "DMD2", 2024, "2405.14867", "matching", "teacher, data", "1, 4",
+            "distribution matching without pairs: two time scales, a GAN, simulated inputs"),
+          "matching.dmd2:DMD2", "verified", "test_dmd2.py", "dmd2.md"),
+    S("msd", "MSD", 2024, "2410.23274", "matching", "teacher, data", "1",
+      "several smaller students, each for a part of the conditions"),
+    S("f-distill", "f-distill", 2025, "2502.15681", "matching", "teacher, data", "1",
+      "distribution matching for any f-divergence, by a weight on each sample"),
+    S("sim", "SIM", 2024, "2410.16794", "matching", "teacher", "1",
+      "score-implicit matching: distances between scores with a tractable gradient"),
+    S("swiftbrush", "SwiftBrush", 2023, "2312.05239", "matching", "text teacher", "1",
+      "variational score distillation for one-step text-to-image, without images"),
+    S("disback", "DisBack", 2024, "2408.15991", "matching", "teacher", "1",
+      "records how a teacher degrades into the student and follows that path back"),
+    S("tdm", "TDM", 2025, "2503.06674", "matching", "teacher", "1-4",
+      "matches distributions along the student's trajectory, step by step"),
+    S("phased-dmd", "Phased DMD", 2025, "2510.27684", "matching", "teacher", "4",
+      "distribution matching phase by phase over intervals of noise"),
+    S("flash-dmd", "Flash-DMD", 2025, "2511.20549", "matching", "teacher, data, reward", "4",
+      "time-dependent distribution matching with reinforcement learning beside it"),
+    # tuning
+    S("hipa", "HiPA", 2023, "2311.18158", "tuning", "text teacher", "1",
+      "a low-rank adapter that adds the high frequencies one step lacks"),
+    S("diversity", "Distilling Diversity and Control", 2025, "2503.10637", "tuning", "teacher and student", "1-8",
+      "the base model for the first step, the student for the rest; control adapters carry over"),
+    S("pso", "PSO", 2024, "2410.03190", "tuning", "student, preferences", "1-4",
+      "preference tuning of few-step students by pairs of samples"),
+    # flow maps and rectified flow
+    S("ayf", "Align Your Flow", 2025, "2506.14603", "flow maps", "teacher", "1-8",
+      "continuous-time flow maps with autoguidance, Eulerian and Lagrangian"),
+    S("freeflow", "FreeFlow", 2025, "2511.19428", "flow maps", "teacher", "1",
+      "flow maps from noise alone: prediction and correction without data"),
+    S("caf", "Constant Acceleration Flow", 2024, "2411.00322", "flow maps", "pairs", "1",
+      "paths with a learned constant acceleration instead of straight lines"),
+    works(S("rectified-flow", "Rectified Flow", 2022, "2209.03003", "flow maps", "data or teacher", "1 and more",
+            "straightens a flow by training it on its own noise-data pairs"),
+          "flow_map.rectified_flow:Reflow", "verified", "test_rectified_flow.py", "rectified-flow.md"),
+    works(S("instaflow", "InstaFlow", 2023, "2309.06380", "flow maps", "conditional teacher", "1",
+            "conditional reflow, then distillation on the reflowed model's pairs"),
+          "flow_map.rectified_flow:InstaFlow", "from paper text", "test_rectified_flow.py", "rectified-flow.md"),
+    S("slimflow", "SlimFlow", 2024, "2407.12718", "flow maps", "pairs", "1",
+      "reflow into a smaller network, annealed from random to teacher pairs"),
+    S("boot", "BOOT", 2023, "2306.05544", "flow maps", "teacher", "1",
+      "bootstraps the map from noise to every time, without data"),
+    works(S("pd", "Progressive Distillation", 2022, "2202.00512", "flow maps", "teacher, data", "1, 2, 4, ...",
+            "halves the number of DDIM steps, again and again"),
+          "flow_map.progressive:ProgressiveLadder", "verified", "test_progressive.py", "progressive-distillation.md"),
+    S("guided-distillation", "On Distillation of Guided Models", 2022, "2210.03142", "flow maps", "guided teacher", "1-16",
+      "guidance as an input of one network, then progressive distillation"),
+    S("mdt-dist", "MDT-dist", 2025, "2509.04406", "flow maps", "3-D flow teacher", "1, 2",
+      "few-step flow for 3-D generation by matching velocities and their distribution"),
+    S("meanflow", "MeanFlow", 2025, "2505.13447", "flow maps", "data", "1, 2",
+      "the mean velocity between two times, learned from data"),
+    S("shortcut", "Shortcut Models", 2024, "2410.12557", "flow maps", "data", "1 and more",
+      "one network for every step size, two half steps as the target of one"),
+    # other modalities
+    S("tgs", "TriplaneGaussian", 2023, "2312.09147", "scenes", "pictures of objects", "1",
+      "a triplane and points decoded into 3-D Gaussians from one picture"),
+    S("prolificdreamer", "ProlificDreamer", 2023, "2305.16213", "scenes", "text teacher", "-",
+      "variational score distillation of a scene through its renderer"),
+    S("consistent3d", "Consistent3D", 2024, "2401.09050", "scenes", "text teacher", "-",
+      "consistency distillation sampling with fixed noise for text to 3-D"),
+    S("streamdit", "StreamDiT", 2025, "2507.03745", "video", "video teacher", "8",
+      "streaming video with a moving window of noise levels, multistep distillation"),
+    S("efficient-vdit", "Efficient-vDiT", 2025, "2502.06155", "video", "video teacher", "4-8",
+      "tiled attention and multistep consistency distillation"),
+    S("ditto-2", "DITTO-2", 2024, "2405.20289", "audio", "music teacher", "1-20",
+      "controls music by optimising the noise through a distilled sampler"),
+    # few examples, small students, language
+    S("rs2", "RS2", 2023, "2305.18424", "condense", "labelled data", "-",
+      "a fresh random subset every epoch, the baseline to beat"),
+    S("ast", "AST", 2023, "2310.10541", "condense", "labelled data", "-",
+      "dataset distillation along smooth expert trajectories"),
+    S("cv-dd", "CV-DD", 2025, "2501.07575", "condense", "labelled data", "-",
+      "dataset distillation by a committee of models with batch-specific soft labels"),
+    S("pca", "PCA", 2025, "2502.06434", "condense", "labelled data", "-",
+      "prune, combine and augment images, with hard labels only"),
+    S("dq", "Dataset Quantization", 2023, "2308.10524", "condense", "labelled data", "-",
+      "bins of diverse samples, sampled evenly, with patches dropped"),
+    S("rad", "RAD", 2022, "2210.01213", "condense", "unlabelled data, teacher", "-",
+      "queries the teacher where the student gains most, robustly"),
+    S("diswot", "DisWOT", 2023, "2303.15678", "students", "teacher", "-",
+      "searches a student architecture without training, by similarity to the teacher"),
+    S("distillspec", "DistillSpec", 2023, "2310.08461", "language", "draft and target models", "-",
+      "distils the draft model so that speculative decoding accepts more"),
+    S("redi", "REDI", 2025, "2505.24850", "language", "right and wrong traces", "-",
+      "learns from wrong reasoning traces too, with an asymmetric loss"),
+)  # fmt: skip
+
+
+def systems_table() -> Table:
+    """The catalogue as a table for the terminal, what works first."""
+    from rich.table import Table
+
+    table = Table("key", "system", "needs", "calls", "state", "what it does", title=f"{len(SYSTEMS)} systems")
+    for row in sorted(SYSTEMS, key=lambda row: row.state != "works"):
+        state = "[green]works[/]" if row.state == "works" else "planned"
+        table.add_row(row.key, f"{row.name} ({row.year})", row.needs, row.steps, state, row.about)
+    return table
+
+
+def markdown() -> str:
+    """The catalogue as a page of the documentation."""
+    working = sum(row.state == "works" for row in SYSTEMS)
+    lines = [
+        "# Catalogue",
+        "",
+        "This page is made from `fewstep.catalogue` by `tools/make_docs.py`.",
+        "",
+        f"{len(SYSTEMS)} systems; {working} work, the others are planned.  *Evidence* says how our reading is backed: "
+        "`verified` against the authors' code, `from paper text`, or `reconstructed`.",
+    ]
+    for family in dict.fromkeys(row.family for row in SYSTEMS):
+        lines += ["", f"## {family.capitalize()}", "", "| system | needs | calls | state | evidence | what it does |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for row in (row for row in SYSTEMS if row.family == family):
+            page = f"[{row.name}]({row.docs_page.removeprefix('docs/')})" if row.docs_page else row.name
+            paper = f"{page} ({row.year}, arXiv {row.arxiv})"
+            lines.append(
+                f"| {paper} | {row.needs} | {row.steps} | {row.state} | {row.evidence or '-'} | {row.about} |"
+            )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,65 @@
+"""The catalogue says what is true."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from fewstep.catalogue import SYSTEMS, System, markdown, systems_table
+from fewstep.distill.method import Recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def lacking(row: System) -> list[str]:
+    """What a row that says ``works`` does not have."""
+    missing = [
+        field
+        for field in ("exact_test", "real_test", "docs_page")
+        if not (path := getattr(row, field)) or not (ROOT / path).is_file()
+    ]
+    if row.evidence is None:
+        missing.append("evidence")
+    module, _, name = (row.cls or ":").partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return [*missing, "cls"]
+    return missing if issubclass(found, Recipe) and found.paper.evidence == row.evidence else [*missing, "cls"]
+
+
+@pytest.mark.parametrize("row", [r for r in SYSTEMS if r.state == "works"], ids=lambda r: r.key)
+def test_a_system_that_works_has_all_it_claims(row: System) -> None:
+    """Class, exact test, real-data test, page and evidence exist."""
+    assert lacking(row) == []
+
+
+def test_the_check_can_fail() -> None:
+    """A row without anything lacks everything."""
+    row = System("x", "X", 2024, "0", "f", "n", "1", "a", "works")
+    assert set(lacking(row)) == {"exact_test", "real_test", "docs_page", "evidence", "cls"}
+
+
+def test_keys_are_unique_and_the_page_is_up_to_date() -> None:
+    """No two rows share a key or a paper, planned rows claim nothing, and docs/catalogue.md is what the table says."""
+    assert len({r.key for r in SYSTEMS}) == len({r.arxiv for r in SYSTEMS}) == len(SYSTEMS) >= 55
+    for row in SYSTEMS:
+        if row.state == "planned":
+            assert (row.cls, row.evidence, row.exact_test, row.real_test, row.docs_page) == (None,) * 5
+    assert (ROOT / "docs" / "catalogue.md").read_text() == markdown()
+    assert systems_table().row_count == len(SYSTEMS)
+
+
+def test_the_import_check_finds_a_wrong_direction(tmp_path: Path) -> None:
+    """tools/check_imports.py names file, line and import, also inside a function."""
+    import runpy
+
+    check = runpy.run_path(str(ROOT / "tools" / "check_imports.py"))["violations"]
+    (tmp_path / "sampling").mkdir()
+    (tmp_path / "sampling" / "bad.py").write_text("def f():\n    from fewstep.training import trainer\n")
+    (tmp_path / "grids.py").write_text("from fewstep import schedules\nfrom fewstep.cli import main\n")
+    assert [line.split(": ", 1)[1] for line in check(tmp_path)] == [
+        "grids must not import fewstep.cli", "sampling must not import fewstep.training",
+    ]  # fmt: skip
