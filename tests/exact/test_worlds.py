@@ -146,10 +146,13 @@ def test_finite_data_against_brute_force(width, gen):
 
 
 def test_finite_data_without_width_ends_on_its_points(gen):
-    """At no noise at all the denoiser is the nearest point, and the flow from noise ends on the points."""
-    world = FiniteData(FlowMatching(), POINTS)
+    """At no noise at all the denoiser is the nearest point; the flow from noise ends on the points, and its error at 24
+    steps is below 1e-8 (measured 3e-10; a scale that does not resolve the last noise leaves 1e-4)."""
+    world = FiniteData(FlowMatching(t_min=1e-3), POINTS)
     assert torch.equal(world(POINTS + 0.1, 0.0), POINTS)
-    ends = world.flow(torch.randn(8, 2, generator=gen, dtype=torch.float64), 1.0, 1e-3)
+    x = torch.randn(8, 2, generator=gen, dtype=torch.float64)
+    ends, rough = world.flow(x, 1.0, 1e-3), coarse(world, 24).flow(x, 1.0, 1e-3)
+    torch.testing.assert_close(rough, ends, rtol=0, atol=1e-8)
     gap = (ends[:, None] - POINTS).norm(dim=2).amin(1)
     assert float(gap.max()) < 5e-3  # a distance of about sigma = 1e-3 is left at t = 1e-3
     assert bool(torch.isfinite(world.flow(ends, 1e-3, 0.0)).all())
@@ -339,6 +342,23 @@ def test_samples_follow_the_law(name):
         mean, square = w @ m / w.sum(), torch.einsum("k,kij->ij", w, second) / w.sum()
         assert float(((x.mean(0) - mean) / (x.std(0) / n**0.5)).abs().max()) < 5
         assert float(((products.mean(0) - square) / (products.std(0) / n**0.5)).abs().max()) < 5
+
+
+def test_three_dimensions(gen):
+    """Where the eigenvectors are not their own transpose: density, score and covariance of the samples against
+    torch.distributions, of the Gaussian and of a mixture of one."""
+    root, n = torch.randn(3, 3, generator=gen, dtype=torch.float64), 40_000
+    covariance, mean = root @ root.T + 0.1 * torch.eye(3, dtype=torch.float64), root[0]
+    law = MultivariateNormal(0.7 * mean, 0.49 * covariance + 0.09 * torch.eye(3, dtype=torch.float64))
+    plain = Gaussian(FlowMatching(), mean, covariance)
+    for world in (plain, GaussianMixture(FlowMatching(), torch.ones(1), mean[None], covariance[None])):
+        x = torch.randn(6, 3, generator=gen, dtype=torch.float64)
+        torch.testing.assert_close(world.log_density(x, 0.3), law.log_prob(x), rtol=1e-12, atol=1e-12)
+        expected = (0.7 * mean - x) @ law.precision_matrix
+        torch.testing.assert_close(world.score(x, 0.3), expected, rtol=1e-9, atol=1e-9)
+        gaps = world.sample(n, Rng(6, "three")) - mean
+        products = gaps[:, :, None] * gaps[:, None]
+        assert float(((products.mean(0) - covariance) / (products.std(0) / n**0.5)).abs().max()) < 5
 
 
 def test_line_samples_by_kolmogorov_smirnov():

@@ -404,19 +404,18 @@ def test_flow_transformers_take_their_pipelines_prompts() -> None:
 
 def test_features_are_those_of_the_middle() -> None:
     """Discriminators get activations of the promised shape that follow the input, from every kind of network."""
-    noise = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     text = {**FLOW_COND, **POOLED}
     labels = torch.tensor([0, 1])
     networks = [
         (from_pipeline(stable_diffusion(unet2d_condition(), ddim())).denoiser, FLOW_COND),
         (wrap(dit().double(), ddim()), labels),
         (from_pipeline(sd3()).denoiser, text),
-        (from_pipeline(flux(), size=(8, 8)).denoiser, text),
+        (from_pipeline(flux(), size=(8, 16)).denoiser, text),
         (from_pipeline(sana()).denoiser, FLOW_COND),
         (wrap(unet2d(in_channels=4, out_channels=4, num_class_embeds=2).double(), ddim()), labels),
     ]
     for denoiser, cond in networks:
-        x = noise.clone().requires_grad_()
+        x = torch.randn(2, *denoiser.shape, dtype=torch.float64, requires_grad=True)
         features = denoiser.net.features(x, torch.full((2,), 500.0), cond)
         assert features.shape == (2, *denoiser.net.feature_shape), type(denoiser.net)
         (gradient,) = torch.autograd.grad(features.square().sum(), x)

@@ -1,7 +1,7 @@
 """Our samplers against diffusers' schedulers, on the same exact model and the same noise levels.
 
-diffusers keeps its levels in float32 and so its coefficients: agreement is to about 1e-6 of the state's size (more
-where a scheduler divides by small steps in lambda).  The model is evaluated at the scheduler's own sigmas, not at its
+diffusers keeps its levels in float32 and so its coefficients: agreement is to about 1e-6 (measured: 3e-7 to 1e-6 for
+2M, UniPC and Euler; more where a scheduler subtracts float32 products near 1).  The model is evaluated at the scheduler's own sigmas, not at its
 rounded timesteps, which alone would leave errors near 1e-3.
 """
 
@@ -43,10 +43,10 @@ SPACINGS = {"trailing": {"timestep_spacing": "trailing"}, "karras": {"use_karras
 
 
 def states(denoiser, x, times, solver, rng=None):
-    """The state after every step."""
+    """The state after every step: what each later call of a one-call solver is given, and the result."""
     seen = []
-    solve(denoiser, x, times, solver, rng=rng, hooks=Hooks(after=lambda i, x: seen.append(x) or x))
-    return seen
+    end = solve(denoiser, x, times, solver, rng=rng, hooks=Hooks(input=lambda k, x, t: seen.append(x) or (x, t)))
+    return [*seen[1:], end]
 
 
 def assert_close(ours, theirs, tolerance):
@@ -75,18 +75,25 @@ def test_dpm_solver_pp_2m(kind, solver, steps, spacing):
     scheduler = DPMSolverMultistepScheduler(**BETAS, **SPACINGS[spacing], solver_order=2, solver_type=kind)
     theirs, times = run_vp(scheduler, steps, NOISE)
     assert float(times[-1]) == 0
-    assert_close(states(three_modes(CIRCLE), NOISE, times, solver), theirs, 3e-6)
+    assert_close(states(three_modes(CIRCLE), NOISE, times, solver), theirs, 2e-6)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_unipc(order, variant, spacing):
-    """Orders 1 to 3, both B(h), with corrector and lower orders at the end."""
+    """Orders 1 to 3, both B(h), with corrector and lower orders at the end, state by state.
+
+    With bh1 their last step to sigma = 0 is NaN (B = h = inf); ours is the exact first-order step, and is left out.
+    """
     scheduler = UniPCMultistepScheduler(**BETAS, **SPACINGS[spacing], solver_order=order, solver_type=variant)
     theirs, times = run_vp(scheduler, 12, NOISE)
-    ours = solve(three_modes(CIRCLE), NOISE, times, UniPC(p=order, variant=variant))
-    assert float((ours - theirs[-1]).abs().max()) < 3e-5
+    ours = states(three_modes(CIRCLE), NOISE, times, UniPC(p=order, variant=variant))
+    assert bool(torch.isfinite(ours[-1]).all())
+    if variant == "bh1":
+        assert not bool(torch.isfinite(theirs[-1]).any())
+        ours, theirs = ours[:-1], theirs[:-1]
+    assert_close(ours, theirs, 2e-6)
 
 
 @pytest.mark.parametrize("scheduler_type", [EulerDiscreteScheduler, HeunDiscreteScheduler])
@@ -108,7 +115,7 @@ def test_euler_and_heun(scheduler_type, spacing):
     tableau = {EulerDiscreteScheduler: EULER, HeunDiscreteScheduler: HEUN2}[scheduler_type]
     frame = {EulerDiscreteScheduler: NATIVE}.get(scheduler_type)
     solver = RungeKutta(tableau, frame) if frame else RungeKutta(tableau)
-    assert float((solve(world, start, times, solver) - x).abs().max()) < 2e-5  # states of size 100
+    assert float((solve(world, start, times, solver) - x).abs().max()) < 1e-6  # of states that start at 150
 
 
 class SharedNoise(Rng):
@@ -134,7 +141,7 @@ def test_ddim(eta):
         x = scheduler.step(world.eps(x, float(timestep)), timestep, x, eta=eta, variance_noise=z).prev_sample
         seen.append(x)
     ours = states(world, NOISE, scheduler.timesteps.double(), DDIM(eta=eta), SharedNoise(noises))
-    assert_close(ours, seen, 1e-5)  # 1 - alphas_cumprod loses digits in float32
+    assert_close(ours, seen, 6e-6)  # 1 - alphas_cumprod loses digits in float32
 
 
 @pytest.mark.parametrize(("variance", "solver"), [("fixed_small", DDIM(eta=1.0)), ("fixed_large", DDPMLarge())])
@@ -151,7 +158,7 @@ def test_ddpm(variance, solver):
     gen = torch.Generator().manual_seed(3)
     noises = [torch.randn(32, 1, generator=gen, dtype=torch.float64) for _ in range(99)]
     ours = states(world, NOISE, scheduler.timesteps.double(), solver, SharedNoise(noises))
-    assert_close(ours, seen, 1e-4)  # beta = 1 - ratio of two float32 products near 1
+    assert_close(ours, seen, 6e-5)  # beta = 1 - ratio of two float32 products near 1
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -165,4 +172,4 @@ def test_flow_match_euler(shift):
         x = scheduler.step(world.velocity(x, float(scheduler.sigmas[k])), timestep, x).prev_sample
         seen.append(x)
     ours = states(world, NOISE, scheduler.sigmas.double(), RungeKutta(EULER, NATIVE))
-    assert_close(ours, seen, 2e-6)
+    assert_close(ours, seen, 5e-7)

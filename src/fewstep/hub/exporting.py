@@ -13,6 +13,7 @@ A README in the folder says how to call it: the numbers of steps that there are 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -338,12 +339,15 @@ def _write_network(net: Any, folder: Path) -> list[str]:
         "from diffusers.models.modeling_utils import ModelMixin\n",
         1,
     )
-    (folder / "student_network.py").write_text(source + NETWORK_CLASS.format(name=name))
+    source += NETWORK_CLASS.format(name=name)
+    # diffusers copies such files to one shared place: different networks need different names
+    module = f"student_network_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    (folder / f"{module}.py").write_text(source)
     config = {"_class_name": "StudentNetwork", "_diffusers_version": _version(), "arguments": net.config}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {f"net.{key}": value for key, value in net.state_dict().items()}
     save_tensors(folder / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
-    return ["student_network", "StudentNetwork"]
+    return [module, "StudentNetwork"]
 
 
 def _version() -> str:
