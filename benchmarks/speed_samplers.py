@@ -2,11 +2,11 @@
 
     python benchmarks/speed_samplers.py [--steps 40] [--repeats 40]
 
-A state of four numbers and a model that halves it: what is left is the sampler's own work.  Every sampler is timed over a
-whole trajectory; the time of its model calls alone is subtracted, the rest is divided by the steps.  Ours includes
-the making of its table (``solve``); the column "table made" is the loop alone (``run``).  diffusers' ``set_timesteps`` is
-left out.  Times are the least of many repeats, so that other work on the machine matters little; the ratios are what
-to read.
+A state of four numbers and a model that halves it: what is left is the sampler's own work.  Every sampler is timed
+over a whole trajectory; the time of its model calls alone is subtracted, the rest is divided by the steps.  Ours
+includes the making of its table (``solve``); the column "table made" is the loop alone (``run``).  diffusers'
+``set_timesteps`` is left out.  Times are the least of many repeats, so that other work on the machine matters little;
+the ratios are what to read.
 
 Needs diffusers, and k-diffusion installed without its dependencies (see tests/referee/kdiffusion.py).
 """

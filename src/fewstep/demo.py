@@ -76,7 +76,8 @@ def main(
     start = time.perf_counter()
     model, source = api.load(teacher), load_data(data)
     console = Console(stderr=True)
-    console.print(f"teacher '{teacher}', {len(STUDENTS)} students, about {duration(60 * minutes)} in all", highlight=False)
+    text = f"teacher '{teacher}', {len(STUDENTS)} students, about {duration(60 * minutes)} in all"
+    console.print(text, highlight=False, markup=False)
     students: dict[str, Student] = {}
     left = 60 * minutes
     for k, entry in enumerate(STUDENTS):
@@ -86,9 +87,11 @@ def main(
         left -= seconds
     announce(console, len(STUDENTS), f"measuring: {samples} samples of each model", left, left)
     bar = Bar("measure")
-    found = compare_models(
-        model, students, data, samples, SEED, teacher_steps=TEACHER_STEPS, show=lambda done, what: bar.update(done, what)
-    )
+
+    def show(done: float, what: str) -> None:
+        bar.update(done, what)
+
+    found = compare_models(model, students, data, samples, SEED, teacher_steps=TEACHER_STEPS, show=show)
     bar.close()
     courses = [read_run(Path(runs) / entry.name) for entry in STUDENTS]
     path = page.write(found, Path(out), courses, commands=f"fewstep demo --minutes {minutes:g}")

@@ -9,8 +9,8 @@ from fewstep.exact import ExactFlowMap, Gaussian
 from fewstep.flow_maps import Jump
 from fewstep.randomness import Rng
 from fewstep.sampling import (
-    DPMSolverPP2M,
     Colourisation,
+    DPMSolverPP2M,
     Edited,
     Inpainting,
     Plan,
@@ -41,7 +41,11 @@ def world(schedule):
 
 HALF = torch.zeros(4, 4)
 HALF[:, :2] = 1
-MEASUREMENTS = {"inpainting": Inpainting(HALF), "colourisation": Colourisation(), "super-resolution": SuperResolution(2)}
+MEASUREMENTS = {
+    "inpainting": Inpainting(HALF),
+    "colourisation": Colourisation(),
+    "super-resolution": SuperResolution(2),
+}
 
 
 @pytest.fixture(params=MEASUREMENTS)

@@ -31,6 +31,7 @@ from fewstep.sampling import (
 )
 from fewstep.sampling.coefficients import chi, psi, vandermonde
 from fewstep.sampling.runge_kutta import EULER, HEUN2, RK4
+from fewstep.sampling.stochastic import NO_CHURN
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear
 
 FAMILIES = {
@@ -210,7 +211,7 @@ def test_unipc_variants_differ_only_by_the_half_weights():
     assert tables[0][1].stages[0].row != tables[1][1].stages[0].row
 
 
-def edm_heun(denoiser, x, sigmas, churn=Churn(), noise=()):
+def edm_heun(denoiser, x, sigmas, churn=NO_CHURN, noise=()):
     """Karras et al. 2022, algorithm 2, as printed."""
     noise = iter(noise)
     for sigma, after in pairwise(sigmas.tolist()):
@@ -383,7 +384,7 @@ def test_a_start_at_pure_noise_is_finite(name):
 
 
 def test_the_first_step_from_pure_noise_has_no_memory():
-    """An output at lambda = -inf carries no slope: the second step of 2M is first order, as is UniPC's first corrector."""
+    """An output at lambda = -inf carries no slope: 2M's second step is of order 1, UniPC does not correct its first."""
     levels = Levels.of(FlowMatching(), balanced(FlowMatching(), 5))
     table = DPMSolverPP2M().table(levels)
     assert [len(step.stages[0].row.c) for step in table.steps] == [1, 1, 2, 2, 1]

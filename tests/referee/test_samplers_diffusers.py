@@ -1,8 +1,8 @@
 """Our samplers against diffusers' schedulers, on the same exact model and the same noise levels.
 
 diffusers keeps its levels in float32 and so its coefficients: agreement is to about 1e-6 (measured: 3e-7 to 1e-6 for
-2M, UniPC and Euler; more where a scheduler subtracts float32 products near 1).  The model is evaluated at the scheduler's own sigmas, not at its
-rounded timesteps, which alone would leave errors near 1e-3.
+2M, UniPC and Euler; more where a scheduler subtracts float32 products near 1).  The model is evaluated at the
+scheduler's own sigmas, not at its rounded timesteps, which alone would leave errors near 1e-3.
 """
 
 import math

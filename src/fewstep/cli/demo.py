@@ -10,9 +10,10 @@ from fewstep.cli.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    parser.usage = "fewstep demo [--minutes X] [--out FOLDER]"
+    parser.usage = "fewstep demo [--minutes X] [--out FILE]"
     parser.add_argument("--minutes", metavar="X", type=float, default=5.0, help="how long it may take (default 5)")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("fewstep-demo"), help="default fewstep-demo")
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="default report.html")
+    parser.add_argument("--runs", metavar="FOLDER", type=Path, default=Path("runs/demo"), help="default runs/demo")
 
 
 def run(chosen: argparse.Namespace) -> None:
@@ -20,4 +21,4 @@ def run(chosen: argparse.Namespace) -> None:
         raise UserError(f"--minutes {chosen.minutes:g} must be positive")
     from fewstep import demo
 
-    demo.main(out=chosen.out, minutes=chosen.minutes)
+    demo.main(chosen.out, chosen.minutes, chosen.runs)

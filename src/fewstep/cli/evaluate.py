@@ -11,19 +11,26 @@ the model was made from, the teacher to the one that the run's recipe names.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.cli.errors import UserError, choose
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fewstep.cli.models import Named
     from fewstep.data import Dataset
+    from fewstep.metrics import Quality
+    from fewstep.sampling import Student
 
 #: The teacher is also measured here, to show all that it can do.
 TEACHER_STEPS = 16
 TEACHER_ALONE = (1, 2, 4, 8, 16)
+BATCH = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -40,10 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--json", metavar="FILE", type=Path, help="keep all figures in this file")
 
 
+@dataclass(frozen=True)
+class Row:
+    """One model at one number of steps; ``calls`` and ``seconds`` are those of one sample."""
+
+    model: str
+    steps: int
+    calls: int
+    seconds: float
+    quality: Quality
+
+
 def run(chosen: argparse.Namespace) -> None:
     from fewstep.cli.models import named_model
     from fewstep.cli.terminal import console
     from fewstep.hub.native import write_atomically
+    from fewstep.report import machine
     from fewstep.sampling import SOLVERS
 
     choose("solver", chosen.solver, sorted(SOLVERS))
@@ -52,12 +71,43 @@ def run(chosen: argparse.Namespace) -> None:
     source = chosen.data or found.data or (teacher.data if teacher else None)
     if source is None:
         raise UserError(f"--data is missing, and '{chosen.model}' does not say what it was made from")
-    comparison = compare(found, teacher, *parts_of(source), chosen)
-    console().print(comparison.table())
-    measured = comparison.rows[0].quality
-    print(f"{measured.features} features against {measured.reference}; {comparison.machine['processor']}")
+    train, reference = parts_of(source)
+    rows = measured(jobs(found, teacher, chosen), train, reference, chosen)
+    console().print(table(rows, f"{train.name}, {chosen.n} samples of each"))
+    quality = rows[0].quality
+    print(
+        f"{quality.features} features against {quality.reference}; real samples have a Fréchet distance of "
+        f"{quality.floor.value:.2f}; memorised is near 1 for fresh samples and 0 for copies"
+    )
     if chosen.json is not None:
-        write_atomically(chosen.json.absolute(), (comparison.to_json() + "\n").encode())
+        told = {
+            "data": source, "n": chosen.n, "seed": chosen.seed, "rows": [asdict(row) for row in rows],
+            "versions": machine.versions(), "machine": machine.machine(chosen.device),
+        }  # fmt: skip
+        write_atomically(chosen.json, (json.dumps(told, indent=1) + "\n").encode())
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The figures for the terminal."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    shown = Table(title=title, box=SIMPLE)
+    shown.add_column("model")
+    for head in ("steps", "calls", "Fréchet", "accuracy", "recall", "memorised", "ms each"):
+        shown.add_column(head, justify="right")
+    before = rows[0].model
+    for row in rows:
+        if row.model != before:
+            shown.add_section()
+            before = row.model
+        found = row.quality
+        shown.add_row(
+            row.model, str(row.steps), str(row.calls), f"{found.frechet.value:.2f} ± {found.frechet.error:.2f}",
+            "-" if found.accuracy is None else f"{found.accuracy:.3f}", f"{found.recall:.3f}",
+            f"{found.memorisation.ratio:.2f}", f"{1000 * row.seconds:.2f}",
+        )  # fmt: skip
+    return shown
 
 
 def teacher_of(found: Named, asked: str | None) -> Named | None:
@@ -99,40 +149,46 @@ def parts_of(source: str) -> tuple[Dataset, Dataset]:
         return parts(train)
 
 
-def compare(found: Named, teacher: Named | None, train: Dataset, reference: Dataset, chosen: argparse.Namespace):
-    """The rows of a comparison, teacher first."""
+def jobs(found: Named, teacher: Named | None, chosen: argparse.Namespace) -> list[tuple[Named, int]]:
+    """Which models are measured at how many steps, the teacher first."""
+    from fewstep.sampling import Student
+
+    if isinstance(found.model, Student):
+        own = plans(found.model, chosen.steps)
+    else:
+        own = asked_steps(chosen.steps or TEACHER_ALONE)
+    beside = [] if teacher is None else [(teacher, k) for k in sorted({*own, TEACHER_STEPS})]
+    return [*beside, *((found, k) for k in own)]
+
+
+def measured(
+    work: Sequence[tuple[Named, int]], train: Dataset, reference: Dataset, chosen: argparse.Namespace
+) -> list[Row]:
+    """The rows of the table, all from the same noise and labels."""
     from fewstep.cli.runs import device_of
     from fewstep.cli.terminal import progress
     from fewstep.metrics import evaluate, load_features
-    from fewstep.report import Comparison, Row, machine
     from fewstep.report.comparison import Remembered, timed_samples
-    from fewstep.sampling import Student
 
     device = device_of(chosen.device)
-    jobs = []
-    if isinstance(found.model, Student):
-        jobs = [(found, "student", steps) for steps in plans(found.model, chosen.steps)]
-    else:
-        jobs = [(found, "teacher", steps) for steps in asked_steps(chosen.steps or TEACHER_ALONE)]
-    if teacher is not None:
-        steps = sorted({*(steps for _, _, steps in jobs), TEACHER_STEPS})
-        jobs = [(teacher, "teacher", k) for k in steps] + jobs
+    for named, _ in work:
+        if tuple(named.model.shape) != train.shape:
+            raise UserError(
+                f"'{named.name}' makes samples {list(named.model.shape)}, data '{train.name}' has {list(train.shape)}"
+            )
     name = chosen.features or (train.name if train.name in ("digits", "fashion") else "pixels")
-    features = Remembered(load_features(name))
+    features = Remembered(load_features(name, device))
     rows = []
     with progress("evaluate") as show:
-        for i, (named, role, steps) in enumerate(jobs):
-            show(i / len(jobs), f"{named.stem}, {steps} steps")
+        for i, (named, steps) in enumerate(work):
+            show(i / len(work), f"{named.stem}, {steps} steps")
             model = named.model.to(device)
             x, labels, calls, seconds = timed_samples(
-                model, steps, chosen.n, chosen.seed, chosen.solver, 100, model.classes or 10
+                model, steps, chosen.n, chosen.seed, chosen.solver, BATCH, model.classes or 0
             )
             quality = evaluate(x, labels, reference, train, features, seed=chosen.seed)
-            rows.append(Row(named.stem, role, steps, calls, seconds, quality, x[:0]))
-    return Comparison(
-        train.name, chosen.n, chosen.seed, chosen.solver, tuple(rows), rows[0].quality.floor, (),
-        reference.read(slice(0, 0)), machine.versions(), machine.machine(device),
-    )  # fmt: skip
+            rows.append(Row(named.stem, steps, calls, seconds, quality))
+    return rows
 
 
 def asked_steps(steps: Sequence[int]) -> list[int]:
@@ -142,7 +198,7 @@ def asked_steps(steps: Sequence[int]) -> list[int]:
     return sorted(set(steps))
 
 
-def plans(student, asked: Sequence[int] | None) -> list[int]:
+def plans(student: Student, asked: Sequence[int] | None) -> list[int]:
     """The asked numbers of steps, all of the student's when none were."""
     for k in asked or ():
         if k not in student.plans:

@@ -15,7 +15,7 @@ def console() -> Console:
     try:
         from rich.console import Console
     except ModuleNotFoundError:
-        raise ImportError("tables need rich: pip install 'fewstep[cli]'") from None
+        raise ImportError("tables need rich: pip install rich") from None
     return Console()
 
 

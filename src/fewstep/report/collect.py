@@ -25,9 +25,10 @@ def report_runs(
 ) -> Path:
     """Compare the students of finished runs with their teacher on one page; gives back its path.
 
-    ``teacher`` and ``data`` are names or paths; by default those that the runs noted (``recipe.json``), which must agree.
-    A run that made the teacher shows its course only, and a folder without a finished run is named at the foot of the
-    page.  Raises FileNotFoundError when no run is finished, ValueError when runs disagree or say too little.
+    ``teacher`` and ``data`` are names or paths; by default those that the runs noted (``recipe.json``), which must
+    agree.  A run that made the teacher shows its course only, and a folder without a finished run is named at the
+    foot of the page.  Raises FileNotFoundError when no run is finished, ValueError when runs disagree or say too
+    little.
     """
     runs, left_out = finished(folders)
     teacher = teacher or common(runs, "teacher")

@@ -72,11 +72,11 @@ class Comparison:
     solver: str
     rows: tuple[Row, ...]
     floor: Estimate
-    real_accuracy: float | None
     columns: tuple[str, ...]
     real: Tensor = field(repr=False, compare=False)
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
+    real_accuracy: float | None = None
 
     @property
     def teacher(self) -> list[Row]:
@@ -112,7 +112,8 @@ class Comparison:
         ]  # fmt: skip
         told: dict[str, Any] = {
             "data": self.data, "n": self.n, "seed": self.seed, "teacher_solver": self.solver,
-            "floor": asdict(self.floor), "real_accuracy": self.real_accuracy, "rows": rows, "versions": dict(self.versions), "machine": dict(self.machine),
+            "floor": asdict(self.floor), "real_accuracy": self.real_accuracy, "rows": rows,
+            "versions": dict(self.versions), "machine": dict(self.machine),
         }  # fmt: skip
         return json.dumps(told, indent=1)
 
@@ -224,9 +225,9 @@ def compare_models(
     show(1.0, "done")
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
     return Comparison(
-        train.name, n, seed, solver, tuple(found), found[0].quality.floor, recognised(reference, measured_in),
+        train.name, n, seed, solver, tuple(found), found[0].quality.floor,
         tuple(train.class_names[:columns]) if teacher.classes else (), real_pictures(reference, columns, rows, seed),
-        machine.versions(), machine.machine(device),
+        machine.versions(), machine.machine(device), recognised(reference, measured_in),
     )  # fmt: skip
 
 

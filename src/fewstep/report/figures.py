@@ -35,8 +35,8 @@ def quality(comparison: Comparison) -> str:
     figures = "".join(f"<figure>{drawing}</figure>" for drawing in drawings)
     return (
         "<section>\n<h2>Quality against network calls</h2>\n<p>A network call is what sampling costs. The teacher gets "
-        f"better with the calls it is given (solver: {escape(comparison.solver)}); a student was trained to be good with "
-        "few. Bars are one standard error of drawing other samples.</p>\n"
+        f"better with the calls it is given (solver: {escape(comparison.solver)}); a student was trained to be good "
+        "with few. Bars are one standard error of drawing other samples.</p>\n"
         f'<ul class="legend">{legend}</ul>\n<div class="plots">{figures}</div>\n</section>'
     )
 

@@ -149,7 +149,7 @@ def _style() -> AbstractContextManager[None]:
         import matplotlib
     except ModuleNotFoundError:
         raise ModuleNotFoundError("a report draws its plots with matplotlib: pip install 'fewstep[report]'") from None
-    parameters: dict[str, Any] = {
+    parameters: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "fewstep", "font.size": 8.5, "axes.titlesize": 9.5,
         "axes.titleweight": "bold", "text.color": INK, "axes.labelcolor": FAINT, "axes.titlecolor": INK,
         "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,26 +27,15 @@ from fewstep.sampling.hooks import NO_HOOKS, Hooks
 OutputKind = Literal["x0", "eps"]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """``x' = a x + sum_j c[j] m_j + n z`` with the outputs ``m`` newest first."""
 
     a: float
     c: tuple[float, ...] = ()
     n: float = 0.0
 
-    def __call__(self, x: Tensor, outputs: Iterable[Tensor] = (), rng: Rng | None = None) -> Tensor:
-        new = x * self.a
-        for c, m in zip(self.c, outputs, strict=False):
-            new.add_(m, alpha=c)
-        if self.n:
-            assert rng is not None  # run() refuses noisy tables without rng
-            new.add_(rng.normal_like(x), alpha=self.n)
-        return new
 
-
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One model call at ``time`` and the row that moves the start of the step on.
 
     ``correct`` replaces the start of this step before the move: a row on the start of the step before, with the
@@ -59,8 +47,7 @@ class Stage:
     correct: Row | None = None
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """The stages of one step; ``lift`` (churn) first raises the state to the noisier time of the first stage."""
 
     stages: tuple[Stage, ...]
@@ -79,11 +66,10 @@ class Table:
         self.steps = tuple(steps)
         self.output = output
         stages = [stage for step in self.steps for stage in step.stages]
-        rows = [row for stage in stages for row in (stage.row, stage.correct) if row is not None]
-        lifts = [step.lift for step in self.steps if step.lift is not None]
+        self._rows = [row for step in self.steps for row in _in_order(step) if row is not None]
         self.calls = len(stages)
-        self.memory = max(len(row.c) for row in rows)
-        self.noisy = any(row.n for row in rows + lifts)
+        self.memory = max(len(row.c) for row in self._rows)
+        self.noisy = any(row.n for row in self._rows)
         self._times = torch.tensor([stage.time for stage in stages], dtype=torch.float64)
         alpha, sigma = self.schedule.alpha(self._times), self.schedule.sigma(self._times)
         self._to_eps = list(zip((1 / sigma).tolist(), (-alpha / sigma).tolist(), strict=True))
@@ -92,12 +78,37 @@ class Table:
         """The time of every call as a float64 vector ``[B]`` on the device of ``x``."""
         return self._times.to(x.device).unsqueeze(1).repeat(1, len(x)).unbind(0)
 
+    def scales(self, x: Tensor) -> Iterator[Tensor]:
+        """The ``a`` of every row in the order of use, as 0-d tensors: multiplying by one takes half the time that
+        wrapping a Python number takes.  At least float32, also for states in half precision."""
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return iter(torch.tensor([row.a for row in self._rows], dtype=kind).unbind(0))
+
     def stored(self, k: int, x0: Tensor, x: Tensor) -> Tensor:
         """What call ``k``, which predicted ``x0`` from ``x``, leaves in the history."""
         if self.output == "x0":
             return x0
         on_x, on_x0 = self._to_eps[k]
         return (x * on_x).add_(x0, alpha=on_x0)
+
+
+def _in_order(step: Step) -> Iterator[Row | None]:
+    """The rows of a step in the order of use."""
+    yield step.lift
+    for stage in step.stages:
+        yield stage.correct
+        yield stage.row
+
+
+def update(row: Row, scale: Tensor, x: Tensor, outputs: Iterable[Tensor], rng: Rng | None) -> Tensor:
+    """The state that ``row`` makes; ``scale`` is its ``a``."""
+    new = x * scale
+    for c, m in zip(row.c, outputs, strict=False):
+        new.add_(m, alpha=c)
+    if row.n:
+        assert rng is not None  # run() refuses noisy tables without rng
+        new.add_(rng.normal_like(x), alpha=row.n)
+    return new
 
 
 class Solver(ABC):
@@ -146,12 +157,12 @@ def run(
         raise ValueError("this solver draws fresh noise at its steps: pass rng")
     if hooks.start is not None:
         x = hooks.start(x)
-    times = table.times(x)
+    times, scales = table.times(x), table.scales(x)
     history: deque[Tensor] = deque(maxlen=table.memory)
     base, k = x, 0
     for i, step in enumerate(table.steps):
         if step.lift is not None:
-            x = step.lift(x, (), rng)
+            x = update(step.lift, next(scales), x, (), rng)
         before, base = base, x
         for stage in step.stages:
             shown, t = (x, times[k]) if hooks.input is None else hooks.input(k, x, times[k])
@@ -163,10 +174,10 @@ def run(
                 m = hooks.history(k, m, history)
             history.appendleft(m)
             if stage.correct is not None:
-                base = stage.correct(before, history, rng)
+                base = update(stage.correct, next(scales), before, history, rng)
                 if hooks.after is not None:
                     base = hooks.after(i - 1, base)
-            x = stage.row(base, history, rng)
+            x = update(stage.row, next(scales), base, history, rng)
             k += 1
         if hooks.after is not None:
             x = hooks.after(i, x)

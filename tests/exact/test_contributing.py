@@ -1,0 +1,129 @@
+"""CONTRIBUTING.md: what it tells people to write is written here, and works."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fewstep.distill.flow_map
+from fewstep.cli import main
+from fewstep.data import Dataset
+from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.distill import RECIPES
+from fewstep.networks import MLP
+from fewstep.sampling.coefficients import Levels, first_order, psi
+from fewstep.sampling.engine import Row
+from fewstep.sampling.multistep import DPMSolverPP2MTaylor
+from fewstep.schedules import Schedule, TrigFlow, VPLinear
+from fewstep.training.budget import Budget
+from fewstep.training.stages import run_recipe
+from fewstep.training.trainer import Settings
+
+PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+MODULE = "fewstep.distill.flow_map.pair_regression"
+
+
+def block(title: str) -> str:
+    """The code block of the page whose first line is ``# title``."""
+    found = re.findall(rf"```python\n# {re.escape(title)}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(found) == 1, f"{len(found)} code blocks titled {title}"
+    return found[0]
+
+
+def defined(title: str, **names: Any) -> dict[str, Any]:
+    """What a block defines, given the names that its file imports."""
+    space = {"__name__": __name__, "dataclass": dataclass, "Tensor": Tensor, "torch": torch, **names}
+    exec(compile(block(title), f"{PAGE.name}: {title}", "exec", dont_inherit=True), space)
+    return space
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The page's method as a module of the package, with its line in RECIPES."""
+    (tmp_path / "pair_regression.py").write_text(block("src/fewstep/distill/flow_map/pair_regression.py"))
+    package = fewstep.distill.flow_map
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    for name, place in eval("{" + block("RECIPES") + "}").items():
+        monkeypatch.setitem(RECIPES, name, place)
+    yield importlib.import_module(MODULE)
+    del sys.modules[MODULE]
+    del package.pair_regression  # type: ignore[attr-defined]
+
+
+def test_schedule() -> None:
+    """The derivatives are those of the coefficients, the power is 1, and ``time_at`` inverts ``log_snr``."""
+    schedule = defined("schedule", Schedule=Schedule)["LinearSigma"]()
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64).requires_grad_()
+    for value, slope in ((schedule.alpha(t), schedule.d_alpha(t)), (schedule.sigma(t), schedule.d_sigma(t))):
+        torch.testing.assert_close(torch.autograd.grad(value.sum(), t)[0], slope, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, torch.ones_like(t))
+    torch.testing.assert_close(schedule.time_at(schedule.log_snr(t)), t, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_solver_is_exact_for_quadratics(power: int) -> None:
+    """With ``D = lambda^k``, k = 0, 1, 2, on an uneven grid the row is ``alpha_t int exp(lambda - lambda_t) lambda^k``."""
+    names = {"DPMSolverPP2MTaylor": DPMSolverPP2MTaylor, "Levels": Levels, "Row": Row}
+    solver = defined("solver", **names, first_order=first_order, psi=psi)["DPMSolverPP3M"]()
+    levels = Levels.of(VPLinear(), torch.tensor([1.0, 0.8, 0.55, 0.3], dtype=torch.float64))
+    s, t = levels.log_snr[2], levels.log_snr[3]
+
+    def primitive(u: float) -> float:
+        """Of ``exp(u) u^k``."""
+        return math.exp(u) * (1, u - 1, u**2 - 2 * u + 2)[power]
+
+    row = solver.row(levels, 2, 3)
+    assert row.a == pytest.approx(levels.sigma[3] / levels.sigma[2], rel=1e-14)
+    said = sum(c * levels.log_snr[2 - j] ** power for j, c in enumerate(row.c))
+    exact = levels.alpha[3] * math.exp(-t) * (primitive(t) - primitive(s))
+    assert said == pytest.approx(exact, rel=1e-11)
+
+
+def test_the_test_of_the_page(installed: Any) -> None:
+    """The page's own test passes, and there is one."""
+    space = defined("tests/exact/test_pair_regression.py")
+    tests = [value for name, value in space.items() if name.startswith("test_")]
+    assert tests
+    for test in tests:
+        test()
+
+
+def test_method_trains(installed: Any, tmp_path: Path) -> None:
+    """A short run on a small teacher brings the student nearer to the pairs than the teacher's own single call."""
+    torch.manual_seed(0)
+    net = MLP((2,), 32, 1, 3)
+    for p in net.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    schedule = TrigFlow(t_max=1.56, sigma_data=0.7)
+    teacher = NetworkDenoiser(net, schedule, TrigPrediction(sigma_data=0.7), (2,), 3).eval()
+    method = installed.PairRegression(pairs=256, ode_steps=8, lr=3e-3)
+    data = Dataset("points", torch.zeros(12, 2), torch.arange(12) % 3)
+    settings = Settings(budget=Budget(60), batch=64, precision="fp32")
+    student = run_recipe(method, teacher, data, settings, tmp_path / "run", show=False).model
+    pairs = method.prepare(teacher, data, 0, lambda done, total: None)
+
+    def error(model: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float((model(pairs.noise, pairs.labels) - pairs.x).square().mean())
+
+    before = error(method.student(method.networks(teacher)))
+    assert error(student) < before / 2
+
+
+def test_method_has_its_command(installed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line in RECIPES is enough for a command with typed flags and help from the docstring."""
+    assert main(["distill", "pair-regression", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "--ode-steps" in told and "made once, before training" in told and "arXiv 2101.02388" in told
+    assert main(["distill", "pair-regression", "--teacher", "digits", "--ode-steps", "few"]) == 2
+    assert "--ode-steps" in capsys.readouterr().err
