@@ -234,8 +234,11 @@ class NetworkDenoiser(Denoiser):
 
     ``extras`` are the further inputs that a student's network takes (the target time ``s``, a guidance weight, a step
     size): keyword tensors that are handed through.  The network is called in the type of ``x``, its time input
-    stays float32 (float64 for float64 states).
+    stays float32 (float64 for float64 states).  Discriminators on its features need ``net.features`` and
+    ``net.feature_shape`` too.
     """
+
+    net: Any
 
     def __init__(
         self,

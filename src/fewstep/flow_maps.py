@@ -7,19 +7,18 @@
 
 so ``jump(x, t, t) = x`` whatever the network says, ``s = t_min`` is a consistency model, and ``t = t_max``,
 ``s = t_min`` a one-step generator.  With the variance-exploding schedule this is CTM's ``(s/t) x + (1 - s/t) g``; on
-TrigFlow with ``s = 0`` it is sCM's ``cos t x - sin t sigma_data F``.  A student made from a teacher, ``Jump(copy of the teacher)``,
-equals the teacher's own DDIM move until it is trained.
+TrigFlow with ``s = 0`` it is sCM's ``cos t x - sin t sigma_data F``.  A student made from a teacher,
+``Jump(copy of the teacher)``, equals the teacher's own DDIM move until it is trained.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
-from fewstep.schedules import Schedule, align, as_time
+from fewstep.schedules import EDM, Schedule, align, as_time
 
 
 class FlowMap(nn.Module, ABC):
@@ -90,6 +89,8 @@ class EDMConsistency(FlowMap):
     """
 
     def __init__(self, denoiser: Denoiser, sigma_data: float = 0.5) -> None:
+        if not isinstance(denoiser.schedule, EDM):
+            raise TypeError(f"EDMConsistency is written on EDM, the denoiser is on {type(denoiser.schedule).__name__}")
         super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes)
         self.denoiser = denoiser
         self.sigma_data = sigma_data

@@ -62,13 +62,13 @@ def power(schedule: Schedule, steps: int, kappa: float = 2.0, end: float | None 
 
 def log_snr(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
     """Equally spaced in lambda = log(alpha / sigma)."""
-    first, last = schedule.log_snr(torch.stack(_ends(schedule, end)))
+    first, last = -_reach(schedule, end).log()
     return _with_ends(schedule.time_at(first + _unit(steps) * (last - first)), schedule, end)
 
 
 def karras(schedule: Schedule, steps: int, rho: float = 7.0, end: float | None = None) -> Tensor:
     """Equally spaced in ``(sigma / alpha) ** (1 / rho)`` (Karras et al. 2022, eq. 5), mapped back to time."""
-    first, last = schedule.ratio(torch.stack(_ends(schedule, end))) ** (1 / rho)
+    first, last = _reach(schedule, end) ** (1 / rho)
     ratio = (first + _unit(steps) * (last - first)) ** rho
     return _with_ends(schedule.time_at(-torch.log(ratio)), schedule, end)
 
@@ -97,6 +97,12 @@ def to_zero(grid: Tensor) -> Tensor:
     """The same grid with its last time replaced by 0: the last step becomes a plain "denoise", for schedules whose
     ``sigma(0)`` is zero."""
     return check_grid(torch.cat([grid[:-1], grid.new_zeros(1)]))
+
+
+def _reach(schedule: Schedule, end: float | None) -> Tensor:
+    """The noise levels ``sigma / alpha`` at the two ends, inside [0.002, 80]: beyond lie pure noise and pure data, to
+    which schedules that reach them (flow matching) take one step from there."""
+    return schedule.ratio(torch.stack(_ends(schedule, end))).clamp(0.002, 80.0)
 
 
 def _with_ends(grid: Tensor, schedule: Schedule, end: float | None) -> Tensor:

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -283,7 +284,7 @@ class DiscreteVP(Schedule):
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
-        if len(table) < 2 or any(not 0 < b < a < 1 for a, b in zip(table[:-1], table[1:], strict=True)):
+        if len(table) < 2 or any(not 0 < b < a < 1 for a, b in pairwise(table)):
             raise ValueError("DiscreteVP: alphas_cumprod must be at least two values, strictly decreasing, in (0, 1)")
         if not self.t_max:
             object.__setattr__(self, "t_max", float(len(table) - 1))

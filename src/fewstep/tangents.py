@@ -17,7 +17,8 @@ Field = Callable[[Tensor, Tensor], Tensor]  # (x [B, ...], t [B]) -> [B, ...]
 def tangent(field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     """``(F(x, t), dF(x, t)[dx, dt])`` in one pass, without a graph."""
     with torch.no_grad():
-        return torch.func.jvp(field, (x, t), (dx, dt))
+        value, slope = torch.func.jvp(field, (x, t), (dx, dt))  # type: ignore[misc]
+    return value, slope
 
 
 def finite_difference(

@@ -44,7 +44,9 @@ class Denoising(Method):
     """
 
     name: ClassVar[str] = "denoising"
-    paper: ClassVar[Paper] = Paper("Elucidating the Design Space of Diffusion-Based Generative Models", "2206.00364", "verified")
+    paper: ClassVar[Paper] = Paper(
+        "Elucidating the Design Space of Diffusion-Based Generative Models", "2206.00364", "verified"
+    )
     healthy: ClassVar[dict[str, str]] = {"loss": "falls quickly, then slowly; it does not reach 0"}
 
     lr: float = 1e-3
@@ -58,7 +60,9 @@ class Denoising(Method):
         return LogNormal(self.noise_mean, self.noise_std)
 
     def networks(self, teacher: Denoiser) -> Networks:
-        optimiser = Optimiser(("model",), self.lr, clip=self.clip, warmup=self.warmup, decay="cosine", betas=(0.9, 0.99))
+        optimiser = Optimiser(
+            ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
+        )
         return Networks({"model": copy_of(teacher)}, {"model": optimiser}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:

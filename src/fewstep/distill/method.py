@@ -9,19 +9,28 @@ already moved, and a test drives it without a trainer.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from fewstep.denoisers import Cond, Denoiser
 from fewstep.data.dataset import Dataset
+from fewstep.denoisers import Cond, Denoiser
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
 
 Show = Callable[[int, int], None]  # work done, work in all
+
+#: Least values of hyper-parameters; a name means the same in every method.
+LEAST = {
+    "lr": 0, "critic_lr": 0, "warmup": 0, "gan_weight": 0, "discriminator_weight": 0, "noise_std": 0, "reflows": 0,
+    "steps": 1, "critic_steps": 1, "pairs": 1, "ode_steps": 1, "grid_times": 2, "s0": 2, "s1": 2,
+}  # fmt: skip
+POSITIVE = ("sigma_data", "clip", "c", "mu0")
+SHARES = ("mu", "mu0", "label_dropout", "tangent_warmup")
 
 Evidence = Literal["verified", "from paper text", "reconstructed"]
 
@@ -119,18 +128,40 @@ class Networks(nn.Module):
             module.requires_grad_(name in trained)
             module.train(name in trained)
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def group_parameters(self, group: str) -> list[nn.Parameter]:
         """The parameters that an update of ``group`` moves."""
         return [p for name in self.groups[group].modules for p in self.get_submodule(name).parameters()]
 
 
+def check_range(where: str, name: str, value: float) -> None:
+    """ValueError when a hyper-parameter of this name cannot have this value."""
+    if not math.isfinite(value):
+        raise ValueError(f"{where}={value} must be finite")
+    if name in POSITIVE and value <= 0:
+        raise ValueError(f"{where}={value:g} must be positive")
+    if name in SHARES and not 0 <= value <= 1:
+        raise ValueError(f"{where}={value:g} must lie in [0, 1]")
+    if value < LEAST.get(name, -math.inf):
+        raise ValueError(f"{where}={value:g} must be at least {LEAST[name]}")
+
+
 @dataclass(frozen=True)
 class Recipe(ABC):
     """Stages run one after the other, each starting from what the last one made; every :class:`Method` is a recipe of
-    one stage.  Subclasses are frozen dataclasses of hyper-parameters."""
+    one stage.  Subclasses are frozen dataclasses of hyper-parameters; ValueError for impossible ones."""
 
     name: ClassVar[str]
     paper: ClassVar[Paper]
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float):
+                    check_range(f"{type(self).__name__}: {name}", name, number)
 
     @abstractmethod
     def stages(self) -> list[Method]:

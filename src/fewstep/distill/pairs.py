@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def solve_heun(teacher: Denoiser, noise: Tensor, steps: int, cond: Tensor | None
     view = teacher.on(schedule)
     times = karras(schedule, steps)
     x = schedule.prior(noise)
-    for t, s in zip(times[:-2], times[1:-1], strict=True):
+    for t, s in pairwise(times[:-1]):
         x = heun_step(view, x, t.expand(len(x)), s.expand(len(x)), cond)
     return view(x, times[-2].expand(len(x)), cond)
 

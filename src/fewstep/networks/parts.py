@@ -15,6 +15,8 @@ class PositionalEmbedding(nn.Module):
     consistency losses, and large Fourier scales make it explode (Lu & Song 2024, section 4.1).
     """
 
+    frequencies: Tensor
+
     def __init__(self, width: int, low: float = 0.25, high: float = 16.0) -> None:
         super().__init__()
         frequencies = torch.logspace(math.log10(low), math.log10(high), width // 2)

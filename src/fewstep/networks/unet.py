@@ -66,7 +66,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(here))
         self.leave_norm = nn.GroupNorm(8, here)
         self.leave = zeroed(nn.Conv2d(here, 4 * image, 3, padding=1))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
         hidden = self.enter(nn.functional.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))

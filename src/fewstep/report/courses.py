@@ -10,8 +10,8 @@ from fewstep.report.comparison import Comparison
 from fewstep.report.runs import RunCourse, Sign, StageCourse, method_class, signs
 from fewstep.report.words import colour, duration, number, swatch
 
-#: Beside the declared signs a stage shows its losses; gradient norms and counters stay in the log.
-_NOT_SHOWN = ("grad_norm", "scales", "warmup")
+#: Beside the declared signs a stage shows its losses; these stay in the log.
+_NOT_SHOWN = ("grad_norm", "lr", "scales", "warmup")
 
 
 def training(comparison: Comparison, runs: Sequence[RunCourse]) -> str:

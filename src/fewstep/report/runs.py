@@ -39,23 +39,30 @@ class Note:
     settings: Mapping[str, Any]
 
     def shell(self, folder: str) -> str:
-        """The command that repeats the run."""
-        words = ["fewstep", self.command, self.recipe]
-        words += ["--teacher", self.teacher] if self.teacher else []
-        words += ["--data", self.data]
+        """The command that repeats the run, in lines of at most about 90 characters."""
         others = {k: v for k, v in self.settings.items() if k in _SETTINGS and _plain(v) != _SETTINGS[k]}
         always = {k: self.settings[k] for k in ("budget", "batch", "seed") if k in self.settings}
-        for name, value in {**self.arguments, **always, **others}.items():
+        flags: dict[str, Any] = {"teacher": self.teacher} if self.teacher else {}
+        flags |= {"data": self.data, **self.arguments, **always, **others, "out": folder}
+        lines = [f"fewstep {self.command} {self.recipe}"]
+        for name, value in flags.items():
             flag = name.replace("_", "-")
-            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", _words(value)]
-        return shlex.join([*words, "--out", folder])
+            if isinstance(value, bool):
+                text = f"--{flag}" if value else f"--no-{flag}"
+            else:
+                text = f"--{flag} {shlex.quote(_words(value))}"
+            if len(lines[-1]) + len(text) < 88:
+                lines[-1] += f" {text}"
+            else:
+                lines.append(text)
+        return " \\\n    ".join(lines)
 
     def call(self) -> str:
         """The same in Python, without a folder."""
         arguments = ", ".join(f"{name}={_plain(value)!r}" for name, value in self.arguments.items())
         others = "".join(f", {k}={self.settings[k]!r}" for k in ("budget", "batch", "seed") if k in self.settings)
         recipe = f"fs.{recipe_class(self.recipe).__name__}({arguments})"
-        return f"fs.distill({self.teacher!r}, {recipe}, data={self.data!r}{others})"
+        return f"fs.distill(\n    {self.teacher!r}, {recipe}, data={self.data!r}{others},\n)"
 
 
 def _plain(value: Any) -> Any:

@@ -151,6 +151,11 @@ class ConsistencyTraining(_ConsistencyModel):
     s1: int = 150
     mu0: float = 0.9
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.s1 < self.s0:
+            raise ValueError(f"ConsistencyTraining: s1={self.s1} must be at least s0={self.s0}: the grid grows")
+
     def scales(self, progress: Progress) -> int:
         squared = progress.fraction * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2
         return math.ceil(math.sqrt(squared) - 1) + 1

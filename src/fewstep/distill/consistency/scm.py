@@ -43,7 +43,9 @@ def consistency_tangent(
     tangents ``(cos t sin t v, cos t sin t)``, so it returns ``J`` itself and stays in range at both ends.
     """
     schedule = denoiser.schedule
-    sd = float(schedule.sigma_data)
+    if not isinstance(schedule, TrigFlow):
+        raise TypeError(f"the tangent is written on TrigFlow, the denoiser is on {type(schedule).__name__}")
+    sd = schedule.sigma_data
     cos, sin = align(t.cos(), x), align(t.sin(), x)
     f_minus, j = tangent(
         lambda x_, t_: denoiser.velocity(x_, t_, cond) / sd, x, t, cos * sin * v, t.cos() * t.sin()

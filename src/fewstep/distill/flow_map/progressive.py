@@ -75,10 +75,6 @@ class ProgressiveDistillation(Method):
     weighting: Weighting = "snr-trunc"
     guidance: float = 1.0
 
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: a halving ends at one step or more")
-
     def networks(self, teacher: Denoiser) -> Networks:
         student = Jump(copy_of(teacher))
         optimiser = Optimiser(("student",), self.lr, clip=1.0, decay="linear")
@@ -114,6 +110,7 @@ class ProgressiveLadder(Recipe):
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rounds = self.start // self.end if self.end > 0 else 0
         if self.start != rounds * self.end or rounds < 2 or rounds & (rounds - 1):
             raise ValueError(f"start={self.start} must be end={self.end} doubled at least once")

@@ -40,7 +40,9 @@ def straight_pair(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
     return STRAIGHT.add_noise(x, z, t)
 
 
-def teacher_pairs(stage: Reflow | ReflowDistillation, teacher: Denoiser, data: Dataset, seed: int, show: Show) -> Dataset:
+def teacher_pairs(
+    stage: Reflow | ReflowDistillation, teacher: Denoiser, data: Dataset, seed: int, show: Show
+) -> Dataset:
     """The pair store of a stage, with the labels of the data."""
     labels = None if data.labels is None else data.labels[torch.arange(stage.pairs) % len(data)]
     return make_pairs(guided(teacher, stage.guidance), stage.pairs, labels, stage.ode_steps, seed, show)
@@ -148,10 +150,6 @@ class InstaFlow(Recipe):
     guidance: float = 1.0
     distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
     lr: float = 3e-4
-
-    def __post_init__(self) -> None:
-        if self.reflows < 0 or self.steps < 1:
-            raise ValueError(f"reflows={self.reflows} must be at least 0 and steps={self.steps} at least 1")
 
     def stages(self) -> list[Method]:
         first = [

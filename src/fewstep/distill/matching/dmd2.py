@@ -13,6 +13,7 @@ trained on the inputs that its own rollout produces (backward simulation).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -79,15 +80,11 @@ class DMD2(Method):
                 raise TypeError("the GAN of DMD2 needs a network with features; set gan_weight=0 for other denoisers")
             modules["head"] = FeatureHead(teacher.net.feature_shape)
         critic = ("critic", "head") if self.gan_weight else ("critic",)
-        shared = {"kind": "adamw", "weight_decay": 0.01, "clip": self.clip, "warmup": self.warmup}
-        return Networks(
-            modules,
-            {
-                "student": Optimiser(("student",), self.lr, decay="linear", **shared),
-                "critic": Optimiser(critic, self.critic_lr, **shared),
-            },
-            ema=("student",),
+        student = Optimiser(
+            ("student",), self.lr, "adamw", weight_decay=0.01, clip=self.clip, warmup=self.warmup, decay="linear"
         )
+        follower = dataclasses.replace(student, modules=critic, lr=self.critic_lr, decay="constant")
+        return Networks(modules, {"student": student, "critic": follower}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         x = self.draw(nets, batch, trainable=progress.step % self.critic_steps == 0)
