@@ -17,7 +17,6 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load": "fewstep.api",
     "distill": "fewstep.api",
-    "train": "fewstep.api",
     "compare": "fewstep.api",
     "save": "fewstep.api",
     "sample": "fewstep.sampling",
@@ -44,5 +43,10 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from fewstep.api import compare, distill, load, save, train
-    from fewstep.sampling import Plan, Student, sample
+    from fewstep.api import compare as compare
+    from fewstep.api import distill as distill
+    from fewstep.api import load as load
+    from fewstep.api import save as save
+    from fewstep.sampling import Plan as Plan
+    from fewstep.sampling import Student as Student
+    from fewstep.sampling import sample as sample

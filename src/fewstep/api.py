@@ -88,9 +88,6 @@ def distill(
     return run_recipe(recipe, model, _data(data), chosen, place, show=show).model
 
 
-train = distill
-
-
 def save(model: Student | Denoiser, folder: str | Path, card: dict[str, Any] | None = None) -> Path:
     """Write a fewstep folder (config.json and model.safetensors) that :func:`load` reads."""
     return native.save(model, folder, card)
@@ -100,5 +97,5 @@ def compare(teacher: Denoiser | str, *students: Student | str, data: str, n: int
     """Teacher and students on the same seeds and features: quality, cost and pictures; ``.save("report.html")``."""
     from fewstep.report import compare_models
 
-    models = [load(m) if isinstance(m, str) else m for m in (teacher, *students)]
+    models: list[Any] = [load(m) if isinstance(m, str) else m for m in (teacher, *students)]
     return compare_models(models[0], models[1:], data=data, n=n, seed=seed)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.schedules import Schedule
+from fewstep.schedules import LOG_SNR_BOUND, Schedule
 
 Grid = Callable[[Schedule, int], Tensor]
 
@@ -100,9 +100,11 @@ def to_zero(grid: Tensor) -> Tensor:
 
 
 def _reach(schedule: Schedule, end: float | None) -> Tensor:
-    """The noise levels ``sigma / alpha`` at the two ends, inside [0.002, 80]: beyond lie pure noise and pure data, to
-    which schedules that reach them (flow matching) take one step from there."""
-    return schedule.ratio(torch.stack(_ends(schedule, end))).clamp(0.002, 80.0)
+    """The noise levels ``sigma / alpha`` at the two ends.  Pure noise and pure data, which flow matching reaches, are
+    infinitely far away: the levels are spaced between EDM's 80 and 0.002 there, and the ends follow in one step."""
+    log_snr = schedule.log_snr(torch.stack(_ends(schedule, end)))
+    ratio = torch.exp(-log_snr)
+    return torch.where(log_snr.abs() < LOG_SNR_BOUND, ratio, ratio.clamp(0.002, 80.0))
 
 
 def _with_ends(grid: Tensor, schedule: Schedule, end: float | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -69,16 +70,16 @@ def test_the_help_of_a_method_explains_it(method: str, capsys: pytest.CaptureFix
     assert f"{paper.title} (arXiv {paper.arxiv}); evidence: {paper.evidence}" in text
     for deviation in paper.deviations:
         assert deviation in text
-    for name in recipe_class(method).__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in text
+    for field in dataclasses.fields(recipe_class(method)):
+        assert f"--{field.name.replace('_', '-')} " in text
 
 
 def test_the_help_of_train_follows_the_network(capsys: pytest.CaptureFixture[str]) -> None:
     """The flags of a network, a schedule and a prediction appear when that one is chosen."""
     assert main(["train", "--network", "mlp", "--schedule=VPLinear", "--prediction", "eps", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--beta-max" in text and "--width" in text
-    assert "--channels" not in text and "--sigma-data" not in text
+    assert "  --beta-max" in text and "  --width" in text
+    assert "  --channels" not in text and "  --sigma-data" not in text
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--channels" in text and "--sigma-data" in text and "--noise-mean" in text
+    assert "  --channels" in text and "  --sigma-data" in text and "  --noise-mean" in text

@@ -9,7 +9,8 @@ from fewstep.report import plots
 from fewstep.report.comparison import Comparison, Row
 from fewstep.report.words import colour, milliseconds, plus_minus, swatch
 
-Column = tuple[str, Callable[[Row], str]]  # the title of a table's column and what it shows of a row
+#: The title of a table's column, what it shows of a row, and its class: a "roomy" column is left out on narrow screens.
+Column = tuple[str, Callable[[Row], str], str]
 
 
 def quality(comparison: Comparison) -> str:
@@ -43,25 +44,27 @@ def quality(comparison: Comparison) -> str:
 
 def cost_table(comparison: Comparison) -> str:
     """Every row with its cost and its quality; the further measures are folded away."""
-    with_accuracy = any(row.accuracy is not None for row in comparison.rows)
 
     def model(row: Row) -> str:
         return swatch(comparison, row.model) + escape(row.model)
 
-    cost: list[Column] = [("model", model), ("network<br>calls", lambda row: str(row.calls))]
-    cost += [("ms per<br>picture", lambda row: milliseconds(row.seconds))]
-    cost += [("pictures<br>a&nbsp;second", lambda row: f"{1 / row.seconds:,.0f}")]
-    cost += [("Fréchet<br>distance", lambda row: plus_minus(row.quality.frechet))]
-    if with_accuracy:
-        cost += [("class<br>recognised", lambda row: plus_minus(row.accuracy, 3) if row.accuracy else "")]
+    cost: list[Column] = [
+        ("model", model, ""),
+        ("network<br>calls", lambda row: str(row.calls), ""),
+        ("ms per<br>picture", lambda row: milliseconds(row.seconds), ""),
+        ("pictures<br>a&nbsp;second", lambda row: f"{1 / row.seconds:,.0f}", "roomy"),
+        ("Fréchet<br>distance", lambda row: plus_minus(row.quality.frechet), ""),
+    ]
+    if any(row.accuracy is not None for row in comparison.rows):
+        cost.append(("class<br>recognised", lambda row: plus_minus(row.accuracy, 3) if row.accuracy else "", ""))
     more: list[Column] = [
-        ("model", model),
-        ("network<br>calls", lambda row: str(row.calls)),
-        ("kernel<br>distance", lambda row: plus_minus(row.quality.kernel, 3)),
-        ("precision", lambda row: f"{row.quality.precision:.2f}"),
-        ("recall", lambda row: f"{row.quality.recall:.2f}"),
-        ("diversity", lambda row: f"{row.quality.diversity:.2f}"),
-        ("near<br>copies", lambda row: f"{100 * row.quality.memorisation.close:.0f}&nbsp;%"),
+        ("model", model, ""),
+        ("network<br>calls", lambda row: str(row.calls), ""),
+        ("kernel<br>distance", lambda row: plus_minus(row.quality.kernel, 3), ""),
+        ("precision", lambda row: f"{row.quality.precision:.2f}", ""),
+        ("recall", lambda row: f"{row.quality.recall:.2f}", ""),
+        ("diversity", lambda row: f"{row.quality.diversity:.2f}", "roomy"),
+        ("near<br>copies", lambda row: f"{100 * row.quality.memorisation.close:.0f}&nbsp;%", ""),
     ]
     first = comparison.rows[0].quality
     return (
@@ -76,13 +79,14 @@ def cost_table(comparison: Comparison) -> str:
 
 
 def table(comparison: Comparison, columns: Sequence[Column]) -> str:
-    """The rows of a comparison; a column is a title and what it shows of a row."""
+    """The rows of a comparison."""
+    described = [(title, shown, f' class="{kind}"' if kind else "") for title, shown, kind in columns]
     best, lines = comparison.best(), []
     for row, after in zip(comparison.rows, [*comparison.rows[1:], None], strict=True):
         kind = " ".join(["rule"] * (after is not None and after.role != row.role) + ["best"] * (row is best))
-        cells = "".join(f"<td>{shown(row)}</td>" for _, shown in columns)
+        cells = "".join(f"<td{css}>{shown(row)}</td>" for _, shown, css in described)
         lines.append(f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>")
-    header = "".join(f'<th scope="col">{title}</th>' for title, _ in columns)
+    header = "".join(f'<th scope="col"{css}>{title}</th>' for title, _, css in described)
     body = "\n".join(lines)
     return (
         f'<div class="scroll"><table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'

@@ -69,8 +69,6 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.rule td { border-bottom: 2px solid var(--line); }
 tr.best td { font-weight: 650; }
 td small { color: var(--faint); font-weight: 400; }
-table.plain td { white-space: normal; text-align: left; vertical-align: top; }
-table.plain th { text-align: left; width: 11rem; vertical-align: top; }
 
 .courses { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17.5rem), 1fr));
   gap: 1.1rem 1.4rem; }
@@ -81,7 +79,7 @@ table.plain th { text-align: left; width: 11rem; vertical-align: top; }
 .course p { margin: .15rem 0 0; }
 ul.notes { padding-left: 1rem; margin: .35rem 0 0; } ul.notes li { margin-bottom: .25rem; }
 pre { font: .84rem/1.5 var(--mono); background: var(--panel); border-radius: 8px; padding: .9rem 1.05rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+  overflow-x: auto; }
 code { font-family: var(--mono); font-size: .86em; }
 dl { max-width: 43rem; } dt { font-weight: 600; margin-top: .7rem; } dd { margin: .1rem 0 0; }
 details { margin: 1rem 0; } summary { cursor: pointer; font-size: .92rem; color: var(--link); }
@@ -95,12 +93,12 @@ footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line
   .sheets .head > :first-child { display: none; }
   .caption b { display: inline; margin-right: .5em; }
   .labels span { writing-mode: vertical-rl; transform: rotate(180deg); justify-self: center; font-size: .7rem; }
-  th, td { padding: .4rem .5rem; } table.plain th { width: 7rem; }
+  th, td { padding: .4rem .5rem; } td small { display: block; } th.roomy, td.roomy { display: none; }
 }
 @media print {
   :root { --paper: #fff; --panel: #f5f5f5; --ink: #000; --faint: #444; --line: #bbb; --link: #000;
     --s0: #c2410c; --s1: #1d6fb8; --s2: #15803d; --s3: #7c3aed; --s4: #b03a7b; --s5: #8a6a00; }
   body { font-size: 10pt; } main { padding: 0; max-width: none; } .sheets .head { position: static; }
-  h2, h3 { break-after: avoid; } tr { break-inside: avoid; }
+  h2, h3 { break-after: avoid; } pre { white-space: pre-wrap; } tr { break-inside: avoid; }
 }
 """

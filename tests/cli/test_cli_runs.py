@@ -1,0 +1,293 @@
+"""Training by command: run folders, recipes, resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import Done
+from fewstep import api
+from fewstep.cli import records
+from fewstep.data import load as load_data
+from fewstep.denoisers import NetworkDenoiser
+from fewstep.distill import RECIPES, recipe_class
+from fewstep.hub import native
+from fewstep.sampling import Student
+from fewstep.schedules import FlowMatching
+
+Cli = Callable[..., Done]
+
+#: A run of a second or less.
+SHORT = ("--budget", "6steps", "--batch", "16", "--precision", "fp32", "--log-steps", "2", "--quiet")
+#: What would otherwise take long before the first iteration.
+SMALL = {name: ("--pairs", "32", "--ode-steps", "2") for name in ("reflow", "instaflow")}
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_every_method_runs_and_its_recipe_repeats_it_bit_for_bit(method: str, cli: Cli) -> None:
+    """``distill METHOD`` leaves a run folder, and ``distill --recipe`` on its recipe makes the same bytes of weights."""
+    cli("distill", method, "--teacher", "digits", "--out", "first", *SHORT, *SMALL.get(method, ()))
+    first = Path("first")
+    assert {"recipe.json", "log.jsonl", "model"} <= {path.name for path in first.iterdir()}
+    stages = len(recipe_class(method)().stages())
+    assert (first / "checkpoint.safetensors").is_file() == (stages == 1)
+    assert len(list(first.glob("stage-*/checkpoint.safetensors"))) == (stages if stages > 1 else 0)
+    cli("distill", "--recipe", "first/recipe.json", "--out", "second", "--quiet")
+    assert weights(Path("second")) == weights(first)
+    assert Path("second/recipe.json").read_bytes() == (first / "recipe.json").read_bytes()
+    model = api.load("first")
+    samples = model.sample(4) if isinstance(model, Student) else api.load("first")(torch.zeros(2, 1, 8, 8), 0.5)
+    assert bool(torch.isfinite(samples).all())
+
+
+def test_a_recipe_records_everything(cli: Cli) -> None:
+    """The recipe holds the method with all values, the weights' and the data's SHA-256, the settings, the versions."""
+    done = cli("distill", "dmd2", "--teacher", "digits", "--critic-steps", "2", "--seed", "5", *SHORT)
+    recipe = json.loads(Path("runs/dmd2-digits/recipe.json").read_text())
+    teacher = api.locate("digits") / "model.safetensors"
+    assert recipe["command"] == "distill" and recipe["method"] == "dmd2"
+    assert recipe["start"] == {"model": "digits", "sha256": hashlib.sha256(teacher.read_bytes()).hexdigest()}
+    assert recipe["hyper_parameters"] == records.plain(vars(recipe_class("dmd2")(critic_steps=2)))
+    data = load_data("digits")
+    assert recipe["data"] == {
+        "source": "digits", "samples": len(data), "shape": [1, 8, 8], "sha256": records.data_sha256(data)
+    }  # fmt: skip
+    assert recipe["settings"]["budget"] == "6steps" and recipe["settings"]["seed"] == 5
+    assert recipe["settings"]["precision"] == "fp32"
+    assert recipe["versions"]["torch"] == torch.__version__
+    assert "6 steps, 96 samples" in done.out
+    card = native.card("runs/dmd2-digits/model")
+    assert card["recipe"] == "dmd2" and card["steps"] == 6 and card["teacher"] == recipe["start"]
+
+
+def test_data_have_different_sums_when_a_label_moves() -> None:
+    """The data's SHA-256 covers samples, labels and shape."""
+    data = load_data("digits")
+    assert data.labels is not None
+    other = data.subset(slice(None))
+    assert records.data_sha256(other) == records.data_sha256(data)
+    moved = data.labels.clone()
+    moved[0] = (moved[0] + 1) % 10
+    sums = {
+        records.data_sha256(data),
+        records.data_sha256(type(data)(data.name, data.x, moved)),
+        records.data_sha256(type(data)(data.name, data.x, None)),
+        records.data_sha256(type(data)(data.name, data.x.flatten(2), data.labels)),
+    }
+    assert len(sums) == 4
+
+
+def test_precision_auto_is_resolved_once(cli: Cli) -> None:
+    """The recipe holds what "auto" measured, and the same command takes that instead of measuring again."""
+    words = ("distill", "cm", "--teacher", "digits", "--out", "run", "--budget", "3steps", "--batch", "16", "--quiet")
+    cli(*words)
+    path = Path("run/recipe.json")
+    recipe = json.loads(path.read_text())
+    assert recipe["settings"]["precision"] in ("fp32", "bf16")
+    other = {"fp32": "bf16", "bf16": "fp32"}[recipe["settings"]["precision"]]
+    cli(*words)
+    done = cli(*words, "--precision", other, code=2)
+    assert f"--precision is {recipe['settings']['precision']} there and {other} here" in done.err
+
+
+def test_the_same_command_goes_on(cli: Cli) -> None:
+    """A finished run is left as it is by the same command, and the free settings may change."""
+    words = ("distill", "cm", "--teacher", "digits", "--out", "run", *SHORT)
+    cli(*words)
+    before = weights(Path("run"))
+    log = Path("run/log.jsonl").read_text()
+    cli(*words)
+    cli(*words, "--save-seconds", "5")
+    cli("distill", "--recipe", "run/recipe.json", "--quiet")  # a recipe in a run folder is that run
+    assert weights(Path("run")) == before
+    assert Path("run/log.jsonl").read_text() == log
+
+
+def test_another_recipe_in_the_folder_is_refused(cli: Cli) -> None:
+    """Every part of a recipe that differs is named, and the run is not touched."""
+    words = ("distill", "cm", "--teacher", "digits", "--out", "run", *SHORT)
+    cli(*words)
+    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    cli("distill", "cm", "--teacher", "digits", "--out", "other", *SHORT)
+    for extra, named in {
+        ("--budget", "7steps"): "--budget is 6steps there and 7steps here",
+        ("--lr", "0.5"): "--lr is 0.0004 there and 0.5 here",
+        ("--steps", "1"): "--steps is 1,2,4 there and 1 here",
+        ("--seed", "1"): "--seed is 0 there and 1 here",
+        ("--batch", "8"): "--batch is 16 there and 8 here",
+        ("--averages", "0.05,0.1"): "--averages is 0.1 there and 0.05,0.1 here",
+        ("--teacher", "other"): "the teacher is 'digits' (sha256",
+    }.items():
+        done = cli(*words, *extra, code=2)
+        assert f"run holds another run: {named}" in done.err
+    done = cli("distill", "dmd2", "--teacher", "digits", "--out", "run", *SHORT, code=2)
+    assert "method is cm there and dmd2 here" in done.err
+    assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
+
+
+def test_equal_amounts_are_one_budget(cli: Cli) -> None:
+    """"6steps" and "6 steps" are the same run."""
+    words = ("distill", "cm", "--teacher", "digits", "--out", "run", *SHORT)
+    cli(*words)
+    cli(*words, "--budget", "6 steps")
+
+
+def test_a_recipe_that_never_began_may_be_changed(cli: Cli) -> None:
+    """A mistake that only shows after the recipe was written does not lock its folder."""
+    Path("run").mkdir()
+    cli("distill", "cm", "--teacher", "digits", "--out", "run", *SHORT)
+    recipe = Path("run/recipe.json").read_text()
+    for path in sorted(Path("run").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    Path("run/recipe.json").write_text(recipe)
+    cli("distill", "cm", "--teacher", "digits", "--out", "run", *SHORT, "--lr", "0.001")
+    assert json.loads(Path("run/recipe.json").read_text())["hyper_parameters"]["lr"] == 0.001
+
+
+def test_a_recipe_refuses_other_weights_and_other_data(cli: Cli) -> None:
+    """A recipe whose teacher or data changed since is not run on something else."""
+    cli("distill", "cm", "--teacher", "digits", "--out", "run", *SHORT)
+    cli("distill", "cm", "--teacher", "digits", "--out", "student", *SHORT)
+    done = cli("distill", "--recipe", "run/recipe.json", "--teacher", "student", "--out", "new", code=2)
+    assert "another teacher than 'student'" in done.err
+    done = cli("distill", "--recipe", "run/recipe.json", "--data", "fashion", "--out", "new", code=2)
+    assert "another data set than 'fashion'" in done.err
+    done = cli("distill", "--recipe", "run/recipe.json", "--lr", "1", "--out", "new", code=2)
+    assert "'--lr' is not an argument" in done.err or "already says --lr" in done.err
+    done = cli("distill", "--recipe", "run/recipe.json", "--batch", "8", "--out", "new", code=2)
+    assert "--recipe already says --batch" in done.err
+    assert not Path("new").exists()
+
+
+def test_a_recipe_finds_its_teacher_elsewhere(cli: Cli) -> None:
+    """The same weights under another name are the same teacher."""
+    native.save(api.load("digits"), "copy")
+    cli("distill", "cm", "--teacher", "digits", "--out", "run", *SHORT)
+    cli("distill", "--recipe", "run/recipe.json", "--teacher", "copy", "--out", "moved", "--quiet")
+    assert weights(Path("moved")) == weights(Path("run"))
+
+
+def test_a_recipe_of_several_stages_has_one_model_and_one_log(cli: Cli) -> None:
+    """The last stage's weights are the run's, and the joined log counts on through the stages."""
+    cli("distill", "pd", "--teacher", "digits", "--start", "4", "--out", "run", *SHORT)
+    stages = sorted(Path("run").glob("stage-*"))
+    assert [stage.name for stage in stages] == ["stage-0-pd-halving", "stage-1-pd-halving"]
+    assert weights(stages[-1]) == weights(Path("run"))
+    assert native.card("run/model")["method"] == "pd-halving" and native.card("run/model")["recipe"] == "pd"
+    log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["stage"]) for line in log] == [(1, 0), (2, 0), (4, 1), (5, 1)]
+    seconds = [line["seconds"] for line in log]
+    assert seconds == sorted(seconds)
+    assert list(api.load("run").plans) == [1]
+
+
+def test_train_makes_a_teacher(cli: Cli) -> None:
+    """``train`` builds the network that the flags describe, for the shape and classes of the data, and repeats it."""
+    shape = ("--network", "unet", "--channels", "8,16", "--blocks", "1", "--width", "16")
+    noise = ("--schedule", "FlowMatching", "--prediction", "velocity", "--t-min", "0.001", "--method", "flow-matching")
+    cli("train", "tiny", "--data", "digits", *shape, *noise, "--lr", "0.002", *SHORT)
+    model = api.load("runs/tiny")
+    assert isinstance(model, NetworkDenoiser)
+    assert model.net.config["channels"] == [8, 16] and model.net.config["blocks"] == 1
+    assert model.schedule == FlowMatching(t_min=0.001)
+    assert model.classes == 10 and model.shape == (1, 8, 8)
+    cli("train", "--recipe", "runs/tiny/recipe.json", "--out", "again", "--quiet")
+    assert weights(Path("again")) == weights(Path("runs/tiny"))
+    recipe = json.loads(Path("runs/tiny/recipe.json").read_text())
+    assert recipe["command"] == "train" and recipe["hyper_parameters"]["lr"] == 0.002
+    done = cli("train", "tiny", "--data", "digits", *shape, *noise, *SHORT, code=2)
+    assert "--lr is 0.002 there and 0.001 here" in done.err
+    done = cli("train", "tiny", "--data", "digits", "--network", "mlp", *noise, "--lr", "0.002", *SHORT, code=2)
+    assert "the network's" in done.err
+
+
+def test_train_without_labels(cli: Cli) -> None:
+    """``--unconditional`` leaves the labels out; schedule and prediction share ``--sigma-data``."""
+    cli("train", "t", "--data", "digits", "--network", "mlp", "--width", "16", "--unconditional", "--sigma-data", "0.7", *SHORT)
+    model = api.load("runs/t")
+    assert model.classes is None
+    assert model.schedule.sigma_data == model.prediction.sigma_data == 0.7
+
+
+def test_the_seed_draws_the_initial_weights(cli: Cli) -> None:
+    """Two seeds, two networks; the same seed, the same one."""
+    mlp = ("--data", "digits", "--network", "mlp", "--width", "16", "--budget", "1steps", "--batch", "4", "--quiet")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        cli("train", name, *mlp, "--lr", "0", "--precision", "fp32", "--seed", seed)
+    assert weights(Path("runs/a")) == weights(Path("runs/b"))
+    assert weights(Path("runs/a")) != weights(Path("runs/c"))
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(cli: Cli) -> None:
+    """Networks with their parameter counts, who trains, memory, time, deviations, signs of health."""
+    done = cli("distill", "dmd2", "--teacher", "digits", "--dry-run", "--budget", "300steps", "--batch", "32")
+    text = " ".join(done.out.split())
+    count = sum(p.numel() for p in api.load("digits").parameters())
+    assert f"student Jump {count:,} adamw, lr 0.0002 linear, clip 10 yes" in text
+    assert f"teacher NetworkDenoiser {count:,} frozen" in text
+    assert "critic NetworkDenoiser" in text and "head FeatureHead" in text
+    # gradients: student and critic and head; Adam's two moments; one average of the student
+    head = 26241  # measured: the digits network has 160 features
+    assert f"gradients {4 * (2 * count + head) / 2**20:.1f}" in text
+    assert f"averages {4 * count / 2**20:.1f}" in text
+    moments = 2 * 4 * (2 * count + head) / 2**20
+    assert f"optimisers {moments:.1f}" in text
+    assert "about 300 iterations, 9,600 samples" in text and "iteration: " in text and "2 timed" in text
+    paper = recipe_class("dmd2").paper
+    assert paper.arxiv in text and all(deviation in text for deviation in paper.deviations)
+    assert "critic/discriminator_accuracy between 0.5 and 0.8" in text
+    assert list(Path().iterdir()) == []
+
+
+def test_a_dry_run_of_several_stages_times_the_pairs(cli: Cli) -> None:
+    """A recipe of stages lists them, and the time to make the first one's pairs is told."""
+    done = cli("distill", "instaflow", "--teacher", "digits", "--dry-run", "--budget", "1min")
+    assert "2 stages" in done.out and "0. reflow:" in done.out and "1. reflow-distil:" in done.out
+    assert "pairs:     about" in done.out and "split over 2 stages" in done.out
+
+
+@pytest.mark.parametrize("command", ["distill cm --teacher digits", "train t --network mlp --width 16 --data digits"])
+def test_train_and_distill_have_dry_runs(command: str, cli: Cli) -> None:
+    """Budgets in time and images are told in iterations too."""
+    done = cli(*command.split(), "--dry-run", "--budget", "2k images", "--batch", "50")
+    assert "about 40 iterations, 2,000 samples" in " ".join(done.out.split())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_goes_on_to_the_same_weights(number: int, code: int, cli: Cli) -> None:
+    """SIGTERM and Ctrl-C end in a message and the usual exit code; the same command makes the bytes of an
+    undisturbed run."""
+    words = ["distill", "cm", "--teacher", "digits", "--budget", "400steps", "--batch", "16", "--precision", "fp32"]
+    words += ["--log-steps", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, "-m", "fewstep.cli", *words, "--out", "stopped"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        log = Path("stopped/log.jsonl")
+        while not (log.is_file() and log.stat().st_size) and run.poll() is None:
+            time.sleep(0.01)
+        run.send_signal(number)
+        _, err = run.communicate(timeout=60)
+    assert run.returncode == code, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("fewstep distill: stopped after ") and last.endswith("the same command resumes")
+    steps = int(last.split()[4])
+    assert 0 < steps < 400
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "going on where this run stopped" in again.stdout
+    subprocess.run([*command[:-1], "whole"], check=True, capture_output=True, env=environment)
+    assert weights(Path("stopped")) == weights(Path("whole"))
