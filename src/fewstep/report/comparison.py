@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.data import Dataset, held_out
 from fewstep.data import load as load_data
 from fewstep.denoisers import Cond, CountCalls, Denoiser
-from fewstep.metrics import Estimate, Quality, accuracy, evaluate, load_features
+from fewstep.metrics import Estimate, Evaluator, Quality, accuracy, load_features
 from fewstep.metrics.features import Features
 from fewstep.randomness import Rng
 from fewstep.report import machine
@@ -150,29 +150,6 @@ class Comparison:
         return page.write(self, Path(path), runs, title, commands)
 
 
-class Remembered(Features):
-    """Features that keep what they made of whole data sets, which every model is compared with."""
-
-    def __init__(self, inner: Features) -> None:
-        self.inner, self.id = inner, inner.id
-        self._kept: list[tuple[Dataset, Tensor]] = []
-
-    def embed(self, x: Tensor) -> Tensor:
-        return self.inner.embed(x)
-
-    def classify(self, features: Tensor) -> Tensor | None:
-        return self.inner.classify(features)
-
-    def __call__(self, samples: Tensor | Dataset) -> Tensor:
-        if not isinstance(samples, Dataset):
-            return self.inner(samples)
-        for data, features in self._kept:
-            if data is samples:
-                return features
-        self._kept.append((samples, self.inner(samples)))
-        return self._kept[-1][1]
-
-
 def compare_models(
     teacher: Denoiser,
     students: Sequence[Student | Denoiser] | Mapping[str, Student | Denoiser],
@@ -206,8 +183,8 @@ def compare_models(
     for name, model in {"the teacher": teacher, **named}.items():
         if tuple(model.shape) != train.shape:
             raise ValueError(f"{name} makes samples {list(model.shape)}, data '{train.name}' has {list(train.shape)}")
-    measure = features if isinstance(features, Features) else load_features(features or _features(train))
-    measured_in = Remembered(measure)
+    chosen = features if isinstance(features, Features) else load_features(features or _features(train))
+    judge = Evaluator(reference, train, chosen, seed=seed)
     columns = min(teacher.classes or 10, 10)
     shown = rows * columns
 
@@ -219,15 +196,15 @@ def compare_models(
     for i, (name, role, model, steps) in enumerate(jobs):
         show(sum(work[:i]) / sum(work), f"{name}, {steps} step{'s' * (steps > 1)}")
         way = solver if role == "teacher" else "euler"
-        x, labels, calls, seconds = timed_samples(model, steps, n, seed, way, batch, max(columns, teacher.classes or 0))
-        quality = evaluate(x, labels, reference, train, measured_in, seed=seed)
-        found.append(Row(name, role, steps, calls, seconds, quality, x[_shown(n, labels, columns, shown)].clamp(-1, 1)))
+        x, labels, calls, seconds = timed_samples(model, steps, n, seed, way, batch)
+        pictures = x[_shown(n, labels, columns, shown)].clamp(-1, 1)
+        found.append(Row(name, role, steps, calls, seconds, judge(x, labels), pictures))
     show(1.0, "done")
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
     return Comparison(
         train.name, n, seed, solver, tuple(found), found[0].quality.floor,
         tuple(train.class_names[:columns]) if teacher.classes else (), real_pictures(reference, columns, rows, seed),
-        machine.versions(), machine.machine(device), recognised(reference, measured_in),
+        machine.versions(), machine.machine(device), recognised(judge),
     )  # fmt: skip
 
 
@@ -240,7 +217,7 @@ def parts(data: str | Path | Dataset) -> tuple[Dataset, Dataset]:
 
 @torch.no_grad()
 def timed_samples(
-    model: Student | Denoiser, steps: int, n: int, seed: int, solver: str, batch: int, classes: int
+    model: Student | Denoiser, steps: int, n: int, seed: int, solver: str, batch: int
 ) -> tuple[Tensor, Tensor | None, int, float]:
     """``(samples, labels, calls, seconds per sample)`` of ``n`` samples made ``batch`` at a time.
 
@@ -288,10 +265,10 @@ def _features(data: Dataset) -> str:
     return data.name if data.name in ("digits", "fashion") else "pixels"
 
 
-def recognised(reference: Dataset, features: Features) -> float | None:
-    """The share of real pictures that the classifier of the features recognises, None where there is none."""
-    logits = features.classify(features(reference))
-    return None if logits is None or reference.labels is None else accuracy(logits, reference.labels)
+def recognised(judge: Evaluator) -> float | None:
+    """The share of the reference that the classifier of the features recognises, None where there is none."""
+    logits, labels = judge.features.classify(judge.real), judge.reference.labels
+    return None if logits is None or labels is None else accuracy(logits, labels)
 
 
 def _shown(n: int, labels: Tensor | None, columns: int, shown: int) -> Tensor:

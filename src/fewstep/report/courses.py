@@ -70,5 +70,3 @@ def one_course(key: str, drawing: str, sign: Sign | None) -> str:
     numbers = "" if sign is None else f"<span>{number(sign.first)} → {number(sign.last)}</span>"
     healthy = "" if sign is None else f"<p>Healthy: {escape(sign.sentence)}.</p>"
     return f'<div class="course"><div class="name"><b>{escape(key)}</b>{numbers}</div>{drawing}{healthy}</div>'
-
-

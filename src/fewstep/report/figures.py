@@ -88,8 +88,4 @@ def table(comparison: Comparison, columns: Sequence[Column]) -> str:
         lines.append(f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>")
     header = "".join(f'<th scope="col"{css}>{title}</th>' for title, _, css in described)
     body = "\n".join(lines)
-    return (
-        f'<div class="scroll"><table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
-    )
-
-
+    return f'<div class="scroll"><table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'

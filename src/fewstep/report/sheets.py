@@ -19,7 +19,7 @@ def sheets(comparison: Comparison) -> str:
     columns = len(comparison.columns) or 10
     full = comparison.teacher[-1]
     parts = [
-        '<section>\n<h2>The same noise, every model</h2>\n<p>Each column starts from the same noise'
+        "<section>\n<h2>The same noise, every model</h2>\n<p>Each column starts from the same noise"
         + (" and asks for the same class" if comparison.columns else "")
         + " for all models, so look down a column: a student that follows its teacher makes the same picture, one that "
         "only matches the distribution is free to make another good one. Nothing was picked by hand.</p>",
@@ -51,5 +51,3 @@ def one_sheet(name: str, note: str, pictures: Tensor, columns: int, mark: str = 
         f'<div class="sheet"><div class="caption"><b>{mark}{escape(name)}</b>{note}</div>'
         f'<img src="{uri}" alt="{alt}"></div>'
     )
-
-

@@ -53,8 +53,8 @@ a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: .
 .sheets h3 { margin: 1.5rem 0 .55rem; padding-top: .8rem; border-top: 1px solid var(--line); }
 .sheets h3:first-of-type { border-top: 0; padding-top: 0; margin-top: .4rem; }
 
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); gap: 1rem 1.6rem; }
-figure { margin: 0; break-inside: avoid; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem 1.6rem; }
+figure { margin: 0; max-width: 36rem; break-inside: avoid; }
 figure svg, .course svg { display: block; width: 100%; height: auto; overflow: visible; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .86rem; margin: .6rem 0 1rem; padding: 0;
   list-style: none; }
@@ -86,19 +86,21 @@ details { margin: 1rem 0; } summary { cursor: pointer; font-size: .92rem; color:
 footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .82rem;
   color: var(--faint); }
 
-@media (max-width: 44rem) {
+@media screen and (max-width: 44rem) {
   body { font-size: 1rem; } main { padding: 1.8rem 1rem 3rem; } .lede { font-size: 1.1rem; }
   .tiles { grid-template-columns: 1fr 1fr; gap: .6rem; } .tile { padding: .75rem .8rem; } .tile b { font-size: 1.3rem; }
   .sheet, .sheets .head { grid-template-columns: minmax(0, 1fr); row-gap: .3rem; }
   .sheets .head > :first-child { display: none; }
   .caption b { display: inline; margin-right: .5em; }
   .labels span { writing-mode: vertical-rl; transform: rotate(180deg); justify-self: center; font-size: .7rem; }
-  th, td { padding: .4rem .5rem; } td small { display: block; } th.roomy, td.roomy { display: none; }
+  table { font-size: .8rem; } th, td { padding: .4rem .3rem; } th:last-child, td:last-child { padding-right: 0; }
+  td small { display: block; } th.roomy, td.roomy { display: none; }
 }
 @media print {
   :root { --paper: #fff; --panel: #f5f5f5; --ink: #000; --faint: #444; --line: #bbb; --link: #000;
     --s0: #c2410c; --s1: #1d6fb8; --s2: #15803d; --s3: #7c3aed; --s4: #b03a7b; --s5: #8a6a00; }
   body { font-size: 10pt; } main { padding: 0; max-width: none; } .sheets .head { position: static; }
+  .tiles { grid-template-columns: repeat(4, 1fr); } .plots { grid-template-columns: 1fr 1fr; }
   h2, h3 { break-after: avoid; } pre { white-space: pre-wrap; } tr { break-inside: avoid; }
 }
 """

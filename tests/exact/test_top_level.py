@@ -1,0 +1,30 @@
+"""The names of the package itself."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import fewstep as fs
+from fewstep.data import Dataset
+from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.networks import MLP
+from fewstep.schedules import TrigFlow
+
+
+def test_distill_is_a_function_whatever_was_imported() -> None:
+    """``fs.distill`` trains after its sub-package was imported too, which stays importable under its own name."""
+    module = importlib.import_module("fewstep.distill.method")
+    assert fs.distill.method is module  # type: ignore[attr-defined]
+    teacher = NetworkDenoiser(MLP((2,), 8, 1), TrigFlow(), TrigPrediction(), (2,))
+    data = Dataset("points", torch.zeros(8, 2))
+    student = fs.distill(teacher, fs.DMD2(gan_weight=0.0), data, "2steps", batch=4, show=False)
+    assert student.sample(3).shape == (3, 2)
+
+
+@pytest.mark.parametrize("name", fs.__all__)
+def test_every_name_exists(name: str) -> None:
+    """What ``__all__`` promises can be reached."""
+    assert getattr(fs, name) is not None
