@@ -10,6 +10,10 @@ from fewstep.data import load as load_data
 from fewstep.denoisers import Denoiser
 from fewstep.distill.method import Recipe
 from fewstep.hub import native
+from fewstep.hub.models import BUNDLED as BUNDLED
+from fewstep.hub.models import bundled_models as bundled_models
+from fewstep.hub.models import load as load
+from fewstep.hub.models import locate as locate
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
 from fewstep.training.stages import run_recipe
@@ -17,48 +21,6 @@ from fewstep.training.trainer import Settings
 
 if TYPE_CHECKING:
     from fewstep.report import Comparison
-
-BUNDLED = Path(__file__).parent / "assets" / "models"
-
-
-def bundled_models() -> list[str]:
-    """The names of the models that ship with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
-
-
-def locate(name: str | Path) -> Path:
-    """The folder that holds a model: a bundled one, a fewstep or diffusers folder, or the model of a run folder.
-
-    Raises FileNotFoundError when there is none.
-    """
-    folder = BUNDLED / str(name)
-    if not (folder / "config.json").is_file():
-        folder = Path(name)
-    for place in (folder / "model", folder):
-        if (place / "config.json").is_file() or (place / "model_index.json").is_file():
-            return place
-    if (folder / "recipe.json").is_file():
-        raise FileNotFoundError(f"{folder}: this run has no model yet; the command that started it finishes it")
-    raise FileNotFoundError(
-        f"model '{name}': neither a bundled model ({', '.join(bundled_models())}) nor a folder with config.json or "
-        "model_index.json"
-    )
-
-
-def load(name: str | Path) -> Any:
-    """A model: a bundled name ("digits", "fashion", "fashion-1step"), a fewstep folder (or a run folder, whose model
-    is taken), or a folder with a diffusers pipeline.  Nothing is downloaded.
-
-    Returns a :class:`~fewstep.denoisers.Denoiser` or a :class:`~fewstep.sampling.Student`.  Raises FileNotFoundError
-    or ValueError naming what is wrong.
-    """
-    folder = locate(name)
-    if (folder / "config.json").is_file():
-        return native.load(folder)
-    from fewstep.hub.diffusers import load_pipeline
-
-    return load_pipeline(folder).denoiser
-
 
 def _data(data: str | Dataset) -> Dataset:
     return load_data(data) if isinstance(data, str) else data

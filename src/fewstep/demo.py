@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fewstep import api
 from fewstep.cli.records import NAME, Record, data_sha256, versions, weights_sha256
+from fewstep.cli.runs import told_by_trainer
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
 from fewstep.distill.consistency.cm import ConsistencyDistillation
@@ -83,7 +84,9 @@ def main(
     for k, entry in enumerate(STUDENTS):
         seconds = round(60 * minutes * TRAINING * entry.share, 1)
         announce(console, k, f"{entry.name}: {entry.about}", seconds, left)
-        students[entry.name] = trained(entry, model, source, Path(runs) / entry.name, seconds, teacher, data)
+        folder = Path(runs) / entry.name
+        with told_by_trainer(folder):
+            students[entry.name] = trained(entry, model, source, folder, seconds, teacher, data)
         left -= seconds
     announce(console, len(STUDENTS), f"measuring: {samples} samples of each model", left, left)
     bar = Bar("measure")

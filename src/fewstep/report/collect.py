@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib import import_module
 from pathlib import Path
 
 from fewstep.hub import native
+from fewstep.hub.models import load
 from fewstep.report import page
 from fewstep.report.comparison import Show, compare_models
 from fewstep.report.runs import RunCourse, model_folder, read_run
@@ -34,8 +34,6 @@ def report_runs(
     runs, left_out = finished(folders)
     teacher = teacher or common(runs, "teacher")
     data = data or common(runs, "data")
-    # the loader that knows bundled names stands above this package, so it is taken when it is needed
-    load = import_module("fewstep.api").load
     places = {run.name: Path(run.folder) for run in runs if Path(run.folder).resolve() != Path(teacher).resolve()}
     students = {name: native.load(model_folder(place)) for name, place in places.items()}
     found = compare_models(load(teacher), students, data, n, seed, show=show)

@@ -10,7 +10,7 @@ _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", 
 
 
 def calls(count: int) -> str:
-    """ "one network call", "16 network calls"."""
+    """As in "one network call", "16 network calls"."""
     return f"{_WORDS[count] if count < len(_WORDS) else count} network call{'s' * (count != 1)}"
 
 
@@ -20,7 +20,7 @@ def number(value: float) -> str:
 
 
 def estimate(value: Estimate) -> str:
-    """ "1.23 ± 0.04", both to the digits that the error allows."""
+    """Value and error to the digits that the error allows, as in "1.23 ± 0.04"."""
     digits = 0 if value.error >= 10 else 1 if value.error >= 1 else 2
     return f"{value.value:.{digits}f}&nbsp;±&nbsp;{value.error:.{digits}f}"
 
@@ -35,12 +35,12 @@ def milliseconds(seconds: float) -> str:
 
 
 def factor(ratio: float) -> str:
-    """ "1.4&times;", "18&times;"."""
+    """A ratio of costs, with a decimal where it says something."""
     return f"{ratio:.0f}&times;" if ratio >= 10 else f"{ratio:.1f}&times;"
 
 
 def duration(seconds: float) -> str:
-    """ "45 s", "1 min 40 s", "3.2 h"."""
+    """As in "45 s", "1 min 40 s", "3.2 h"."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     if seconds < 3600:
