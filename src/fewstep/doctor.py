@@ -138,6 +138,5 @@ def checksums(folder: Path) -> dict[str, str]:
         found[path.with_suffix(".safetensors").name] = json.loads(path.read_text())["sha256"]
     for path in folder.glob("models/*/config.json"):
         card = json.loads(path.read_text()).get("card", {})
-        if "sha256" in card:
-            found[f"models/{path.parent.name}/model.safetensors"] = card["sha256"]
+        found[f"models/{path.parent.name}/model.safetensors"] = card.get("sha256", "")
     return found

@@ -133,7 +133,7 @@ def test_evaluate_measures_student_and_teacher(cli: Cli, run_folder: Path) -> No
         ("digits", 1), ("digits", 2), ("digits", 4), ("digits", 16), ("cm-digits", 1), ("cm-digits", 2), ("cm-digits", 4)
     ]  # fmt: skip
     assert told["data"] == "digits"
-    x, labels, calls, _ = timed_samples(fs.load(run_folder), 2, 60, 0, "unipc", 100, 10)
+    x, labels, calls, _ = timed_samples(fs.load(run_folder), 2, 60, 0, "unipc", 100)
     quality = evaluate(x, labels, load_data("digits", "test"), load_data("digits"), load_features("digits"))
     row = told["rows"][5]
     assert row["calls"] == calls == 2

@@ -107,6 +107,8 @@ def draw(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, str]:
         x, steps, calls = from_teacher(model, found, chosen)
     x = x.float().cpu()  # the copy waits for the device
     seconds = time.perf_counter() - start
+    if not bool(x.isfinite().all()):
+        raise UserError(f"'{chosen.model}' made samples that are not finite: its weights are damaged, or training diverged")
     cost = f"{steps} step{'s' * (steps > 1)}, {calls} network call{'s' * (calls > 1)} each"
     return x, f"{len(x)} samples: {cost}, {seconds:.2f} s, {1000 * seconds / len(x):.1f} ms a sample"
 

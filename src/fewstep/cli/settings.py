@@ -53,10 +53,11 @@ def refuse_beside_recipe(chosen: argparse.Namespace, others: Iterable[Parameter]
 
 
 def word_after(flag: str, words: Sequence[str], default: str) -> str:
-    """The value of ``flag`` in the words, before they are parsed: other flags depend on it."""
+    """The (last) value of ``flag`` in the words, before they are parsed: other flags depend on it."""
+    found = default
     for i, word in enumerate(words):
         if word == flag and i + 1 < len(words):
-            return words[i + 1]
-        if word.startswith(flag + "="):
-            return word.partition("=")[2]
-    return default
+            found = words[i + 1]
+        elif word.startswith(flag + "="):
+            found = word.partition("=")[2]
+    return found

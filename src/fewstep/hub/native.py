@@ -179,6 +179,8 @@ def load(folder: str | Path) -> Any:
         model = build(config["model"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a model description of this version of fewstep ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     weights = load_tensors(folder / "model.safetensors")
     expected = model.state_dict()
     for name, tensor in expected.items():

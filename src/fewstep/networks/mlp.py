@@ -25,6 +25,8 @@ class MLP(nn.Module):
         extras: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        if blocks < 0:
+            raise ValueError(f"MLP: blocks={blocks} must not be negative")
         self.shape = tuple(shape)
         self.config = {
             "shape": list(shape), "width": width, "blocks": blocks, "classes": classes, "extras": list(extras)

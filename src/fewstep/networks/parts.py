@@ -19,6 +19,8 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, width: int, low: float = 0.25, high: float = 16.0) -> None:
         super().__init__()
+        if width < 2 or width % 2:
+            raise ValueError(f"width={width} must be an even number, at least 2")
         frequencies = torch.logspace(math.log10(low), math.log10(high), width // 2)
         self.register_buffer("frequencies", frequencies, persistent=False)
 

@@ -29,6 +29,10 @@ class UNet(nn.Module):
         double_norm: bool = False,
     ) -> None:
         super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"UNet: samples of shape {list(shape)} are not pictures [C, H, W]; use an MLP")
+        if blocks < 1 or min(channels) < 8 or any(c % 8 for c in channels):
+            raise ValueError(f"UNet: blocks={blocks} must be at least 1, channels={list(channels)} multiples of 8")
         image, height, side = shape
         fold = 2 ** len(channels)
         if height % fold or side % fold:

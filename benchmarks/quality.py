@@ -1,0 +1,213 @@
+"""How good few-step students become in a given time, beside their teacher, over several seeds.
+
+    python benchmarks/quality.py --data digits --budget 60s --out results.json
+    python benchmarks/quality.py --data fashion --methods cm dmd2 --seeds 0 1 2 --budget 3min --out fashion.json
+
+Every method trains from the same teacher with every seed; students are measured at all their numbers of steps, the
+teacher at the same numbers and at its full steps.  A row is Fréchet distance (features of the data's classifier, else
+pixels) and class accuracy, mean and standard deviation over the seeds, with the cost of sampling and of training.  Rows
+that the results file holds already are not made again, and a training run that was stopped goes on, so the same command
+finishes a benchmark that was interrupted.  Beside FILE.json stands FILE.md, the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep import api
+from fewstep.data import load as load_data
+from fewstep.denoisers import Denoiser
+from fewstep.distill import RECIPES, recipe_class
+from fewstep.distill.consistency.cm import ConsistencyDistillation
+from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.distill.flow_map.progressive import ProgressiveLadder
+from fewstep.distill.flow_map.rectified_flow import InstaFlow
+from fewstep.distill.matching.dmd2 import DMD2
+from fewstep.distill.method import Recipe
+from fewstep.hub.native import write_atomically
+from fewstep.metrics import Evaluator, load_features
+from fewstep.report import machine
+from fewstep.report.comparison import timed_samples
+from fewstep.sampling.rollout import Student
+from fewstep.training.budget import Budget
+from fewstep.training.stages import run_recipe
+from fewstep.training.trainer import Settings
+
+#: Hyper-parameters and batch of each method, by data; what is not named here runs with its defaults and a batch of 64.
+SETUPS: dict[str, dict[str, tuple[Recipe, int]]] = {
+    "digits": {
+        "cm": (ConsistencyDistillation(sigma_data=0.75, lr=1e-3), 128),
+        "scm": (ContinuousConsistencyDistillation(sigma_data=0.75), 128),
+        "dmd2": (DMD2(), 128),
+        "instaflow": (InstaFlow(pairs=4096, ode_steps=16), 128),
+        "pd": (ProgressiveLadder(start=16), 128),
+    },
+    "fashion": {
+        "cm": (ConsistencyDistillation(sigma_data=0.7, lr=1e-3), 64),
+        "scm": (ContinuousConsistencyDistillation(sigma_data=0.7), 64),
+        "dmd2": (DMD2(critic_steps=2), 32),
+        "instaflow": (InstaFlow(reflows=0, pairs=1024, ode_steps=8), 64),
+        "pd": (ProgressiveLadder(start=8), 64),
+    },
+}
+SOLVER = "unipc"
+FULL_STEPS = 16
+FEW_STEPS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model with one seed at one number of steps; ``key`` says what made it."""
+
+    key: str
+    model: str
+    seed: int
+    steps: int
+    calls: int
+    frechet: float
+    error: float
+    floor: float
+    accuracy: float | None
+    milliseconds: float
+    training_seconds: float
+    training_steps: int
+
+
+def main() -> None:
+    chosen = arguments()
+    train, reference = load_data(chosen.data), load_data(chosen.data, "test")
+    teacher: Denoiser = api.load(chosen.teacher or chosen.data)
+    features = chosen.features or (train.name if train.name in ("digits", "fashion") else "pixels")
+    judge = Evaluator(reference, train, load_features(features))
+    done = read(chosen.out)
+
+    def measure(model: Student | Denoiser, key: str, name: str, seed: int, cost: tuple[float, int]) -> None:
+        """Add a model's rows to the file, all at once: a key that is there is complete."""
+        for steps in steps_of(model, name):
+            x, labels, calls, seconds = timed_samples(model, steps, chosen.n, seed, SOLVER, 100)
+            quality = judge(x, labels)
+            made = Result(
+                key, name, seed, steps, calls, quality.frechet.value, quality.frechet.error, quality.floor.value,
+                quality.accuracy, 1000 * seconds, *cost,
+            )  # fmt: skip
+            done[f"{key} steps={steps}"] = made
+        write(chosen.out, done, vars(chosen) | {"features": features})
+
+    where = f"{chosen.teacher or chosen.data} on {train.name}, n={chosen.n}, {features}"
+    finished = {row.key for row in done.values()}
+    for seed in chosen.seeds:
+        key = f"teacher {where} seed={seed}"
+        if key not in finished:
+            measure(teacher, key, "teacher", seed, (0.0, 0))
+    for seed in chosen.seeds:
+        for name in chosen.methods:
+            recipe, batch = setup(name, train.name)
+            key = f"{recipe!r} batch={batch} {chosen.budget} from {where} seed={seed}"
+            if key in finished:
+                print(f"{name}, seed {seed}: done before")
+                continue
+            print(f"{name}, seed {seed}: {chosen.budget}")
+            # the whole key names the folder: a run with other settings must not take up this one's checkpoint
+            folder = chosen.runs / train.name / f"{name}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
+            settings = Settings(Budget.parse(chosen.budget), batch=batch, seed=seed)
+            result = run_recipe(recipe, teacher, train, settings, folder)
+            measure(result.model, key, name, seed, (result.seconds, result.steps))
+    text = table(list(done.values()), where)
+    write_atomically(chosen.out.with_suffix(".md").absolute(), text.encode())
+    print(text)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, fashion, or the path of a data set with a test part")
+    parser.add_argument("--teacher", help="a model or run folder (default: the bundled teacher of the data)")
+    parser.add_argument("--features", help="default: the classifier of digits and fashion, else pixels")
+    parser.add_argument("--methods", nargs="+", default=["cm", "scm", "dmd2", "instaflow", "pd"], choices=RECIPES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--budget", default="60s", help="of every run: 60s, 2min, 500steps")
+    parser.add_argument("--n", type=int, default=1000, help="samples of each model (default 1000)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="where the runs train")
+    parser.add_argument("--out", type=Path, default=Path("results.json"))
+    chosen = parser.parse_args()
+    Budget.parse(chosen.budget)
+    return chosen
+
+
+def setup(name: str, data: str) -> tuple[Recipe, int]:
+    """The recipe of a method on this data and its batch."""
+    known = SETUPS.get(data, {})
+    return known[name] if name in known else (recipe_class(name)(), 64)
+
+
+def steps_of(model: Student | Denoiser, name: str) -> tuple[int, ...]:
+    """The numbers of steps at which a model is measured."""
+    if isinstance(model, Student):
+        return tuple(model.plans)
+    return (*FEW_STEPS, FULL_STEPS) if name == "teacher" else FEW_STEPS
+
+
+def read(path: Path) -> dict[str, Result]:
+    """The rows of a results file by what they are."""
+    if not path.is_file():
+        return {}
+    rows = [Result(**row) for row in json.loads(path.read_text())["rows"]]
+    return {f"{row.key} steps={row.steps}": row for row in rows}
+
+
+def write(path: Path, done: dict[str, Result], asked: dict[str, Any]) -> None:
+    """Replace the results file."""
+    told = {
+        "asked": {name: str(value) for name, value in asked.items()},
+        "versions": machine.versions(),
+        "machine": machine.machine(),
+        "rows": [asdict(row) for row in done.values()],
+    }
+    write_atomically(path.absolute(), (json.dumps(told, indent=1, allow_nan=False) + "\n").encode())
+
+
+def table(rows: list[Result], where: str) -> str:
+    """Mean and standard deviation over the seeds, as Markdown: the teacher first, then by calls and quality."""
+    groups: dict[tuple[str, str, int], list[Result]] = {}
+    for row in rows:
+        what = row.key.partition(" seed=")[0]
+        if what.endswith(where):
+            groups.setdefault((what, row.model, row.steps), []).append(row)
+    ordered = sorted(groups.values(), key=lambda g: (g[0].model != "teacher", g[0].calls, mean(r.frechet for r in g)))
+    lines = [
+        f"{where}; real against real {mean(r.floor for g in ordered for r in g):.2f}",
+        "",
+        "| model | calls | Fréchet | class accuracy | ms a picture | training | steps | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for group in ordered:
+        known = [row.accuracy for row in group if row.accuracy is not None]
+        trained = mean(row.training_seconds for row in group)
+        steps = mean(row.training_steps for row in group)
+        cells = [
+            group[0].model, str(group[0].calls), spread([row.frechet for row in group], 2),
+            spread(known, 3) if known else "-", f"{mean(row.milliseconds for row in group):.3g}",
+            f"{trained:.0f} s" if trained else "-", f"{steps:.0f}" if steps else "-", str(len(group)),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation over seeds; the value alone of one seed."""
+    value = f"{statistics.fmean(values):.{digits}f}"
+    return value if len(values) < 2 else f"{value} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()
