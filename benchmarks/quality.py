@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import api
+from fewstep.cli.records import weights_sha256
 from fewstep.data import load as load_data
 from fewstep.denoisers import Denoiser
 from fewstep.distill import RECIPES, recipe_class
@@ -100,25 +101,27 @@ def main() -> None:
             done[f"{key} steps={steps}"] = made
         write(chosen.out, done, vars(chosen) | {"features": features})
 
-    where = f"{chosen.teacher or chosen.data} on {train.name}, n={chosen.n}, {features}"
+    name = chosen.teacher or chosen.data
+    weights = weights_sha256(api.locate(name))[:8]  # a teacher that was trained again is another teacher
+    where = f"teacher {name} ({weights}) on {train.name}, n={chosen.n}, features {features}"
     finished = {row.key for row in done.values()}
     for seed in chosen.seeds:
-        key = f"teacher {where} seed={seed}"
+        key = f"{where} seed={seed}"
         if key not in finished:
             measure(teacher, key, "teacher", seed, (0.0, 0))
     for seed in chosen.seeds:
-        for name in chosen.methods:
-            recipe, batch = setup(name, train.name)
-            key = f"{recipe!r} batch={batch} {chosen.budget} from {where} seed={seed}"
+        for method in chosen.methods:
+            recipe, batch = setup(method, train.name)
+            key = f"{recipe!r} batch={batch} {chosen.budget} {where} seed={seed}"
             if key in finished:
-                print(f"{name}, seed {seed}: done before")
+                print(f"{method}, seed {seed}: done before")
                 continue
-            print(f"{name}, seed {seed}: {chosen.budget}")
+            print(f"{method}, seed {seed}: {chosen.budget}")
             # the whole key names the folder: a run with other settings must not take up this one's checkpoint
-            folder = chosen.runs / train.name / f"{name}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
+            folder = chosen.runs / train.name / f"{method}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
             settings = Settings(Budget.parse(chosen.budget), batch=batch, seed=seed)
             result = run_recipe(recipe, teacher, train, settings, folder)
-            measure(result.model, key, name, seed, (result.seconds, result.steps))
+            measure(result.model, key, method, seed, (result.seconds, result.steps))
     text = table(list(done.values()), where)
     write_atomically(chosen.out.with_suffix(".md").absolute(), text.encode())
     print(text)

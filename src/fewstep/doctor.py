@@ -97,8 +97,8 @@ def torchvision() -> Finding:
     reason = (tried.stderr.strip().splitlines() or ["no reason given"])[-1]
     return Finding(
         "bad", "torchvision",
-        f"cannot be imported ({reason}) and breaks diffusers, transformers and peft with it: pip uninstall torchvision, "
-        f"or install the build for PyTorch {torch.__version__}",
+        f"cannot be imported ({reason}) and breaks diffusers, transformers and peft: pip uninstall torchvision, or "
+        f"install the build for PyTorch {torch.__version__}",
     )  # fmt: skip
 
 

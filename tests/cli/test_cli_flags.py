@@ -47,7 +47,8 @@ def parsed(cls: type, *words: str) -> dict[str, object]:
 
 def test_every_type_reads_its_words() -> None:
     """All field types that methods use, from words on a command line; flags that are not given leave no trace."""
-    words = "--rate 0.25 --count 7 --many 1,2,4 --pair 0.5,0.75 --maybe 2 --choice two --no-flag --word y".split()
+    words = ["--rate=0.25", "--count", "7", "--many", "1,2,4", "--pair=0.5,0.75", "--maybe", "2", "--choice", "two"]
+    words += ["--no-flag", "--word", "y"]
     expected = Everything(0.25, 7, (1, 2, 4), (0.5, 0.75), 2.0, "two", False, "y")
     assert Everything(**parsed(Everything, *words)) == expected  # type: ignore[arg-type]
     assert parsed(Everything) == {}

@@ -20,7 +20,8 @@ INSTANT = [[], ["--help"], ["--version"], *([name, "--help"] for name in COMMAND
 @pytest.mark.parametrize("words", INSTANT, ids=" ".join)
 def test_help_does_not_import_torch(words: list[str]) -> None:
     """Neither torch nor rich is loaded for a help text: they are most of the start-up time."""
-    script = f"import sys; from fewstep.cli import main; assert main({words}) == 0; assert not {{'torch', 'rich'}} & set(sys.modules)"
+    script = f"from fewstep.cli import main; import sys; assert main({words}) == 0; "
+    script += "assert not {'torch', 'rich'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 10

@@ -30,7 +30,7 @@ Cli = Callable[..., Any]
 #: A run of a second or less.
 SHORT = ("--budget", "6steps", "--batch", "16", "--precision", "fp32", "--log-steps", "2", "--quiet")
 #: What would otherwise take long before the first iteration.
-SMALL = {name: ("--pairs", "32", "--ode-steps", "2") for name in ("reflow", "instaflow")}
+SMALL = dict.fromkeys(("reflow", "instaflow"), ("--pairs", "32", "--ode-steps", "2"))
 
 
 def weights(folder: Path) -> bytes:
@@ -39,7 +39,7 @@ def weights(folder: Path) -> bytes:
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_every_method_runs_and_its_recipe_repeats_it_bit_for_bit(method: str, cli: Cli) -> None:
-    """``distill METHOD`` leaves a run folder, and ``distill --recipe`` on its recipe makes the same bytes of weights."""
+    """``distill METHOD`` leaves a run folder, and ``distill --recipe`` on its recipe makes the same weights."""
     cli("distill", method, "--teacher", "digits", "--out", "first", *SHORT, *SMALL.get(method, ()))
     first = Path("first")
     assert {"recipe.json", "log.jsonl", "model"} <= {path.name for path in first.iterdir()}
@@ -140,7 +140,7 @@ def test_another_recipe_in_the_folder_is_refused(cli: Cli) -> None:
 
 
 def test_equal_amounts_are_one_budget(cli: Cli) -> None:
-    """"6steps" and "6 steps" are the same run."""
+    """ "6steps" and "6 steps" are the same run."""
     words = ("distill", "cm", "--teacher", "digits", "--out", "run", *SHORT)
     cli(*words)
     cli(*words, "--budget", "6 steps")
@@ -219,7 +219,8 @@ def test_train_makes_a_teacher(cli: Cli) -> None:
 
 def test_train_without_labels(cli: Cli) -> None:
     """``--unconditional`` leaves the labels out; schedule and prediction share ``--sigma-data``."""
-    cli("train", "t", "--data", "digits", "--network", "mlp", "--width", "16", "--unconditional", "--sigma-data", "0.7", *SHORT)
+    small = ("--network", "mlp", "--width", "16", "--sigma-data", "0.7")
+    cli("train", "t", "--data", "digits", "--unconditional", *small, *SHORT)
     model = api.load("runs/t")
     assert model.classes is None
     assert model.schedule.sigma_data == model.prediction.sigma_data == 0.7

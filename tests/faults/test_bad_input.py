@@ -347,7 +347,9 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
     "weights of another shape": (
         lambda: retensor(lambda t: t.update({"net.enter.weight": torch.zeros(2, 2)})), SAMPLE, "is of shape [2, 2]",
     ),
-    "a tensor is missing": (lambda: retensor(lambda t: t.pop("net.enter.weight")), SAMPLE, "'net.enter.weight' is missing"),
+    "a tensor is missing": (
+        lambda: retensor(lambda t: t.pop("net.enter.weight")), SAMPLE, "'net.enter.weight' is missing",
+    ),
     "a tensor too many": (
         lambda: retensor(lambda t: t.update(more=torch.zeros(1))), SAMPLE, "'more' does not belong to this model",
     ),
@@ -368,7 +370,8 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
         lambda: edit("teacher/config.json", lambda c: c["model"].update(kind="oracle")), SAMPLE, "teacher/config.json",
     ),
     "a config of an unknown schedule": (
-        lambda: edit("teacher/config.json", lambda c: c["model"]["schedule"].update(name="VPSquare")), SAMPLE, "VPSquare",
+        lambda: edit("teacher/config.json", lambda c: c["model"]["schedule"].update(name="VPSquare")), 
+        SAMPLE, "schedule 'VPSquare' is unknown",
     ),
     "a config with a strange argument": (
         lambda: edit("teacher/config.json", lambda c: c["model"]["network"].update(depth=3)), SAMPLE, "config.json",
@@ -395,13 +398,16 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
         lambda: edit("run/recipe.json", lambda r: r.update(method="cm-train")), AGAIN, "did you mean 'cm-training'?",
     ),
     "a recipe with a misspelt hyper-parameter": (
-        lambda: edit("run/recipe.json", lambda r: r["hyper_parameters"].update(sigma=1.0)), AGAIN, "method cm has no 'sigma'",
+        lambda: edit("run/recipe.json", lambda r: r["hyper_parameters"].update(sigma=1.0)), AGAIN,
+        "method cm has no 'sigma'",
     ),
     "a recipe with a word for a number": (
-        lambda: edit("run/recipe.json", lambda r: r["hyper_parameters"].update(lr="fast")), AGAIN, "lr: 'fast' is not a finite",
+        lambda: edit("run/recipe.json", lambda r: r["hyper_parameters"].update(lr="fast")), AGAIN,
+        "lr: 'fast' is not a finite number",
     ),
     "a recipe with a fraction for steps": (
-        lambda: edit("run/recipe.json", lambda r: r["hyper_parameters"].update(steps=[1.5])), AGAIN, "'1.5' is not a whole",
+        lambda: edit("run/recipe.json", lambda r: r["hyper_parameters"].update(steps=[1.5])), AGAIN,
+        "'1.5' is not a whole number",
     ),
     "a recipe with an impossible value": (
         lambda: edit("run/recipe.json", lambda r: r["hyper_parameters"].update(mu=-1.0)), AGAIN, "mu=-1 must lie in",
@@ -410,10 +416,12 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
         lambda: edit("run/recipe.json", lambda r: r["start"].pop("model")), AGAIN, "'start.model' is missing",
     ),
     "a recipe of another teacher": (
-        lambda: edit("run/recipe.json", lambda r: r["start"].update(sha256="0" * 64)), AGAIN, "another teacher than 'digits'",
+        lambda: edit("run/recipe.json", lambda r: r["start"].update(sha256="0" * 64)), AGAIN,
+        "another teacher than 'digits'",
     ),
     "a recipe of other data": (
-        lambda: edit("run/recipe.json", lambda r: r["data"].update(sha256="0" * 64)), AGAIN, "another data set than 'digits'",
+        lambda: edit("run/recipe.json", lambda r: r["data"].update(sha256="0" * 64)), AGAIN,
+        "another data set than 'digits'",
     ),
     "a recipe with a strange setting": (
         lambda: edit("run/recipe.json", lambda r: r["settings"].update(baches=3)), AGAIN, "settings has no 'baches'",
@@ -439,9 +447,7 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
 
 
 @pytest.mark.parametrize("fault", FILES)
-def test_files_that_are_not_what_they_should_be(
-    fault: str, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_are_not_what_they_should_be(fault: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Damaged, foreign and contradictory files are named, never unpickled, and nothing is touched."""
     damage, words, said = FILES[fault]
     damage()
@@ -454,7 +460,8 @@ def test_files_that_are_not_what_they_should_be(
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 @pytest.mark.parametrize(
-    "words", [f"distill cm --teacher digits --out new {QUICK}", "sample digits --out grid.png", "export run new --native"]
+    "words",
+    [f"distill cm --teacher digits --out new {QUICK}", "sample digits --out grid.png", "export run new --native"],
 )
 def test_a_full_disk(
     where: str, words: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -1,9 +1,9 @@
 """The command line: ``fewstep COMMAND ...``.
 
-Every command is a module of this package with two functions, ``add_arguments(parser, words)`` and ``run(chosen)``, which may give an
-exit code.
-Modules are imported when their command is asked for and torch only when it is needed, so help is instant.  A user's
-mistake is one line on stderr and exit code 2; a bug keeps its traceback; Ctrl-C and SIGTERM end in 130 and 143.
+Every command is a module of this package with two functions, ``add_arguments(parser, words)`` and ``run(chosen)``,
+which may give an exit code.  Modules are imported when their command is asked for and torch only when it is needed, so
+help is instant.  A user's mistake is one line on stderr and exit code 2; a bug keeps its traceback; Ctrl-C and SIGTERM
+end in 130 and 143.
 """
 
 from __future__ import annotations
@@ -124,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"fewstep {__version__}")
         return 0
+    # libraries below (diffusers) would talk between our lines
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     name = "fewstep"
     try:
         with sigterm_raises():
@@ -140,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return complain(name, "stopped", 128 + signal.SIGINT)
     except Stopped as stopped:
-        return complain(name, str(stopped), 128 + stopped.number)
+        return complain(name, str(stopped), 1)
     except BrokenPipeError:
         # what is still buffered must not fail again when Python flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -111,7 +111,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 
 def teacher_of(found: Named, asked: str | None) -> Named | None:
-    """The model to show beside a student: the one that was asked for, else the one that made it if it is still there."""
+    """The model to show beside a student: the one asked for, else the one that made it, if it is still there."""
     from fewstep.cli.models import named_model
     from fewstep.hub import native
     from fewstep.sampling import Student

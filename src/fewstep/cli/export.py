@@ -2,6 +2,8 @@
 
   fewstep export runs/dmd2-digits my-student
   fewstep export runs/dmd2-digits my-student --native
+
+The folder must be new, or empty.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("model", metavar="MODEL", help="a bundled model, a model or run folder")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder")
     parser.add_argument("--native", action="store_true", help="fewstep's own format, two files, instead of diffusers'")
-    parser.add_argument("--with-code", action="store_true", help="with the student's own scheduler, even where a plain one fits")
+    parser.add_argument(
+        "--with-code", action="store_true", help="with the student's own scheduler, even if a plain one fits"
+    )
 
 
 def run(chosen: argparse.Namespace) -> None:

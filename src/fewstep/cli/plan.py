@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,10 +98,8 @@ def preparation(stage: Method, teacher: Denoiser, data: Dataset, seed: int) -> f
         share = done / total
         raise FirstPairs
 
-    try:
+    with suppress(FirstPairs):
         stage.prepare(teacher, data, seed, first)
-    except FirstPairs:
-        pass
     return (time.perf_counter() - start) / share
 
 
@@ -152,7 +151,8 @@ def durations(settings: Settings, seconds: float, preparing: float | None, stage
     lines = [f"iteration: {seconds:.3g} s ({ITERATIONS} timed, batch {settings.batch})"]
     if preparing is not None:
         lines.append(f"pairs:     about {duration(preparing)} before the first iteration")
-    steps = {"steps": budget.amount, "images": budget.amount / settings.batch, "seconds": budget.amount / seconds}[budget.unit]
+    each = {"steps": 1.0, "images": settings.batch, "seconds": seconds}[budget.unit]
+    steps = budget.amount / each
     total = budget.amount if budget.unit == "seconds" else steps * seconds
     shared = f", split over {stages} stages" if stages > 1 else ""
     lines.append(

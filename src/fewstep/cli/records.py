@@ -1,8 +1,8 @@
 """``recipe.json``: everything that a run is made of, as plain data that runs again.
 
 A record holds the command, the method with all its hyper-parameters, the teacher (or the network to be trained from
-scratch), the data, the settings and the versions.  Weights and data are known by their SHA-256, so that a recipe is never
-run on something else unnoticed.
+scratch), the data, the settings and the versions.  Weights and data are known by their SHA-256, so that a recipe is
+never run on something else unnoticed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fewstep.training.budget import Budget
 
 FORMAT = 1
 NAME = "recipe.json"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -92,7 +93,9 @@ def difference(old: Record, new: Record) -> str | None:
 
 def parts(record: Record) -> dict[str, tuple[Any, str]]:
     """What must agree for one run to be the continuation of another: name -> (what is compared, what is shown)."""
-    found: dict[str, tuple[Any, str]] = {name: (vars(record)[name], vars(record)[name]) for name in ("command", "method")}
+    found: dict[str, tuple[Any, str]] = {
+        "command": (record.command, record.command), "method": (record.method, record.method)
+    }  # fmt: skip
     if record.command == "train":
         found |= {f"the network's {k}": (plain(v), as_words(plain(v))) for k, v in flat(record.start).items()}
     else:

@@ -2,6 +2,8 @@
 
   fewstep report runs/*
   fewstep report runs/dmd2-digits runs/cm-digits --out digits.html --n 2000
+
+The page needs no other file and no network.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A training run of the command line: its folder, its record, and what happens in between.
 
 A run folder holds ``recipe.json``, ``log.jsonl``, ``checkpoint.safetensors`` and ``model/``; the stages of a recipe of
-several lie in ``stage-<k>-<name>/`` beside the finished ``model/``.  The same recipe in the same folder is the same run,
-resumed; another one is refused.
+several lie in ``stage-<k>-<name>/`` beside the finished ``model/``.  The same recipe in the same folder is the same
+run, resumed; another one is refused.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def execute(record: Record, recipe: Recipe, model: Denoiser, data: Dataset, out:
 
 
 def join_logs(out: Path) -> None:
-    """The logs of the stages as one ``log.jsonl``, with the stage in each line and steps, images and seconds going on."""
+    """The logs of the stages as one ``log.jsonl``: the stage in each line, steps, images and seconds going on."""
     stages = sorted(out.glob("stage-*/log.jsonl"), key=lambda path: int(path.parent.name.split("-")[1]))
     if not stages:
         return

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from fewstep.cli.models import Named
     from fewstep.denoisers import Denoiser
+    from fewstep.hub import LoadedPipeline
     from fewstep.sampling import Student
 
 #: A preview of wider pictures would not fit a terminal.
@@ -46,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="default cpu")
     parser.add_argument("--out", metavar="FILE", type=Path, help=".png or .npz (default: the model's name and .png)")
     parser.add_argument("--columns", metavar="N", type=int, default=10, help="of the grid (default 10)")
-    parser.add_argument(
-        "--preview", action=argparse.BooleanOptionalAction, help="small pictures in the terminal (default: if it is one)"
-    )
+    parser.add_argument("--preview", action=argparse.BooleanOptionalAction, help="small pictures in the terminal")
     parser.add_argument("--list", action="store_true", help="print the solvers and grids and stop")
 
 
@@ -104,28 +103,31 @@ def draw(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, str]:
     if isinstance(model, Student):
         x, steps, calls = from_student(model, chosen)
     else:
-        x, steps, calls = from_teacher(model, found, chosen)
+        x, steps, calls = from_teacher(model, chosen)
+    pipeline = pipeline_of(model)
+    if pipeline is not None:
+        x = pipeline.decode(x)
     x = x.float().cpu()  # the copy waits for the device
     seconds = time.perf_counter() - start
     if not bool(x.isfinite().all()):
-        raise UserError(f"'{chosen.model}' made samples that are not finite: its weights are damaged, or training diverged")
+        raise UserError(f"'{chosen.model}' made samples that are not finite: its weights are damaged or have diverged")
     cost = f"{steps} step{'s' * (steps > 1)}, {calls} network call{'s' * (calls > 1)} each"
     return x, f"{len(x)} samples: {cost}, {seconds:.2f} s, {1000 * seconds / len(x):.1f} ms a sample"
 
 
 def from_student(student: Student, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
     """Samples, steps and network calls of a student's own plan."""
-    for flag in ("solver", "grid", "guidance", "prompt"):
+    for flag in ("solver", "grid", "guidance"):
         if getattr(chosen, flag) is not None:
             raise UserError(f"--{flag} is for teachers: '{chosen.model}' is a student and samples in its own way")
     steps = chosen.steps if chosen.steps is not None else next(iter(student.plans))
     if steps not in student.plans:
         raise UserError(f"--steps {steps}: this student has plans for {', '.join(map(str, student.plans))} steps")
-    x = student.sample(chosen.n, labels(chosen, student.classes), steps=steps, seed=chosen.seed)
+    x = student.sample(chosen.n, condition(chosen, student), steps=steps, seed=chosen.seed)
     return x, steps, len(student.plans[steps].times)
 
 
-def from_teacher(model: Denoiser, found: Named, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
+def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
     """Samples, steps and network calls of a solver."""
     from fewstep.denoisers import CountCalls
     from fewstep.grids import GRIDS
@@ -135,32 +137,33 @@ def from_teacher(model: Denoiser, found: Named, chosen: argparse.Namespace) -> t
     solver = choose("solver", chosen.solver or "unipc", sorted(SOLVERS))
     grid = None if chosen.grid is None else choose("grid", chosen.grid, sorted({*GRIDS, "balanced"}))
     counted = CountCalls(model)
-    if (found.folder / "model_index.json").is_file():
-        x = from_pipeline(found, counted, chosen, solver=solver, steps=steps, grid=grid)
-    else:
-        if chosen.prompt is not None:
-            raise UserError(f"--prompt: '{chosen.model}' is not a pipeline with text encoders")
-        if chosen.guidance is not None and not model.classes:
-            raise UserError(f"--guidance {chosen.guidance:g}: '{chosen.model}' has no classes to guide to")
-        x = sample(
-            counted, chosen.n, solver=solver, steps=steps, grid=grid, cond=labels(chosen, model.classes),
-            seed=chosen.seed, guidance=chosen.guidance,
-        )  # fmt: skip
+    if chosen.guidance is not None and chosen.prompt is None and not model.classes:
+        raise UserError(f"--guidance {chosen.guidance:g}: '{chosen.model}' has no classes to guide to")
+    x = sample(
+        counted, chosen.n, solver=solver, steps=steps, grid=grid, cond=condition(chosen, model), seed=chosen.seed,
+        guidance=chosen.guidance,
+    )  # fmt: skip
     return x, steps, counted.calls
 
 
-def from_pipeline(found: Named, counted: Denoiser, chosen: argparse.Namespace, **how: Any) -> Tensor:
-    """Pictures of a diffusers pipeline: its text encoders for the prompt, its autoencoder for the result."""
-    from fewstep.hub import load_pipeline
-    from fewstep.sampling import sample
+def pipeline_of(model: Student | Denoiser) -> LoadedPipeline | None:
+    """The diffusers pipeline that a model's network came from, with its text encoders and its autoencoder."""
+    from fewstep.hub import from_pipeline
+    from fewstep.hub.adapters import Adapter
+    from fewstep.hub.tables import network_of
 
-    pipeline = load_pipeline(found.folder)
-    if chosen.prompt is not None:
-        cond: Any = pipeline.embed([chosen.prompt] * chosen.n)
-    else:
-        cond = labels(chosen, counted.classes)
-    x = sample(counted, chosen.n, cond=cond, seed=chosen.seed, guidance=chosen.guidance, **how)
-    return pipeline.decode(x)
+    net = network_of(model).net
+    return from_pipeline(net.origin.pipe) if isinstance(net, Adapter) and net.origin is not None else None
+
+
+def condition(chosen: argparse.Namespace, model: Student | Denoiser) -> Any:
+    """What to make: an embedded ``--prompt``, or labels, or None for whatever comes."""
+    if chosen.prompt is None:
+        return labels(chosen, model.classes)
+    pipeline = pipeline_of(model)
+    if pipeline is None:
+        raise UserError(f"--prompt: '{chosen.model}' is not a pipeline with text encoders")
+    return pipeline.embed([chosen.prompt] * chosen.n)
 
 
 def labels(chosen: argparse.Namespace, classes: int | None) -> Tensor | None:

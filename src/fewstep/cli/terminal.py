@@ -26,11 +26,7 @@ def progress(title: str) -> Iterator[Callable[[float, str], None]]:
 
     bar = Bar(title)
 
-    def show(done: float, what: str) -> None:
-        bar.note = what
-        bar.update(done)
-
     try:
-        yield show
+        yield bar.update
     finally:
         bar.close()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.cli import methods
 from fewstep.cli.errors import UserError, choose
-from fewstep.cli.flags import Parameter, as_words, given, of_constructor, of_dataclass
+from fewstep.cli.flags import Parameter, given, of_constructor, of_dataclass
 from fewstep.cli.settings import add_run_arguments, refuse_beside_recipe, settings_given, word_after
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def fresh_model(chosen: argparse.Namespace, data: Dataset) -> dict[str, Any]:
     def build(cls: Any, parameters: list[Parameter], **more: Any) -> Any:
         return cls(**more, **{p.name: values[p.name] for p in parameters if p.name in values})
 
-    network, schedule, prediction = NETWORKS[chosen.network], native.SCHEDULES[chosen.schedule], PREDICTIONS[chosen.prediction]
+    network, prediction = NETWORKS[chosen.network], PREDICTIONS[chosen.prediction]
+    schedule = native.SCHEDULES[chosen.schedule]
     net = build(network, of_constructor(network, FROM_DATA), shape=data.shape, classes=classes)
     return native.describe(
         NetworkDenoiser(
@@ -110,15 +111,15 @@ def run(chosen: argparse.Namespace) -> None:
     from fewstep.cli import models, plan, records, runs
 
     if chosen.recipe is not None:
-        others = [*model_parameters(**{what: getattr(chosen, what) for what in DEFAULTS}), *methods.parameters(chosen.method)]
-        refuse_beside_recipe(chosen, others)
+        shape = model_parameters(**{what: getattr(chosen, what) for what in DEFAULTS})
+        refuse_beside_recipe(chosen, [*shape, *methods.parameters(chosen.method)])
         record = runs.reopened(chosen.recipe, "train", chosen)
         recipe = methods.build(choose("method", record.method, METHODS), record.hyper_parameters)
         data = models.training_data(record.data["source"])
         runs.check_source("data set", record.data["source"], record.data["sha256"], records.data_sha256(data))
     else:
         if chosen.name is None:
-            raise UserError("NAME is missing: what to call the model, for example 'fewstep train teacher --data digits'")
+            raise UserError("NAME is missing: what to call the model, as in 'fewstep train teacher --data digits'")
         if chosen.data is None:
             raise UserError("--data is missing: digits, fashion, or the path of a data set")
         recipe = methods.build(chosen.method, given(methods.parameters(chosen.method), chosen))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -77,7 +78,13 @@ def epoch_indices(n: int, start: int, count: int, seed: int) -> Tensor:
     chosen: list[Tensor] = []
     while count > 0:
         epoch, offset = divmod(start, n)
-        order = Rng(seed, "epoch", epoch).shuffled(n)[offset : offset + count]
+        order = epoch_order(n, epoch, seed)[offset : offset + count]
         chosen.append(order)
         start, count = start + len(order), count - len(order)
     return torch.cat(chosen)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, epoch: int, seed: int) -> Tensor:
+    """The permutation of one epoch, kept while it is read: it takes 10 ms to draw for a million samples."""
+    return Rng(seed, "epoch", epoch).shuffled(n)

@@ -15,13 +15,17 @@ Only the first channels of an output are kept, as many as the input has: what fo
 
 from __future__ import annotations
 
+import json
 import math
+from operator import attrgetter
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond
+from fewstep.hub.requires import require
 
 
 class Origin:
@@ -350,3 +354,38 @@ def adapt(model: Any, origin: Origin | None = None, size: tuple[int, int] | None
     if name not in ADAPTERS:
         raise ValueError(f"diffusers model class '{name}' is unknown; fewstep reads {', '.join(ADAPTERS)}")
     return ADAPTERS[name](model, origin, size)
+
+
+def described(net: Adapter) -> dict[str, Any]:
+    """A diffusers model as plain data for fewstep's own folders: its class and config, and the folder of the pipeline
+    it came from, where its text encoders and autoencoder are.
+
+    TypeError for a model with LoRA layers, whose weights are kept by :mod:`fewstep.hub.lora`.
+    """
+    if net.frozen:
+        raise TypeError("a network with LoRA layers is not saved whole: merge them with lora.merged, or use lora.save")
+    folder = None if net.origin is None else Path(net.origin.pipe.name_or_path or "").resolve()
+    return {
+        "class": type(net.model).__name__,
+        "config": json.loads(net.model.to_json_string()),
+        "size": list(net.size),
+        "pipeline": str(folder) if folder is not None and (folder / "model_index.json").is_file() else None,
+    }
+
+
+def rebuilt(description: dict[str, Any]) -> Adapter:
+    """The model of :func:`described` with fresh weights (or, where its pipeline still is, with the pipeline's).
+
+    Raises ValueError for a class that is not known.
+    """
+    name, size, folder = description["class"], tuple(description["size"]), description["pipeline"]
+    if name not in ADAPTERS:
+        raise ValueError(f"diffusers model class '{name}' is unknown; fewstep reads {', '.join(ADAPTERS)}")
+    if folder is not None and (Path(folder) / "model_index.json").is_file():
+        from fewstep.hub.diffusers import load_pipeline
+
+        found = load_pipeline(folder, size=size).denoiser.net
+        if isinstance(found, ADAPTERS[name]):
+            return found
+    model_class = attrgetter(name)(require("diffusers", "reading a student of a diffusers model"))
+    return adapt(model_class.from_config(description["config"]), size=size)

@@ -22,11 +22,14 @@ from torch import nn
 from fewstep import schedules
 from fewstep.denoisers import PREDICTIONS, Denoiser, NetworkDenoiser, OnSchedule, Prediction
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
+from fewstep.hub.adapters import Adapter, described, rebuilt
 from fewstep.networks import NETWORKS
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule
 
 FORMAT = 1
+#: The network name of models that are diffusers' own.
+DIFFUSERS = "diffusers"
 SCHEDULES: dict[str, type[Schedule]] = {
     cls.__name__: cls
     for cls in (
@@ -96,21 +99,37 @@ def describe(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, OnSchedule):
         return {"kind": "on-schedule", "inner": describe(model.inner), "schedule": _schedule(model.schedule)}
     if isinstance(model, NetworkDenoiser):
-        network = {cls: name for name, cls in NETWORKS.items()}.get(type(model.net))
-        if network is None:
-            raise TypeError(
-                f"a {type(model.net).__name__} is not one of fewstep's reference networks ({', '.join(NETWORKS)}); "
-                "save it with its own library, or export it to diffusers"
-            )
         return {
             "kind": "denoiser",
             "schedule": _schedule(model.schedule),
             "prediction": {"name": _PREDICTION_NAMES[type(model.prediction)], **dataclasses.asdict(model.prediction)},
-            "network": {"name": network, **model.net.config},
+            "network": _network(model.net),
             "shape": list(model.shape),
             "classes": model.classes,
         }
     raise TypeError(f"cannot describe a {type(model).__name__}: only students, flow maps and network denoisers")
+
+
+def _network(net: nn.Module) -> dict[str, Any]:
+    if isinstance(net, Adapter):
+        return {"name": DIFFUSERS, **described(net)}
+    name = {cls: name for name, cls in NETWORKS.items()}.get(type(net))
+    if name is None:
+        raise TypeError(
+            f"a {type(net).__name__} is neither one of fewstep's reference networks ({', '.join(NETWORKS)}) nor a "
+            "diffusers model; save it with its own library"
+        )
+    config: dict[str, Any] = net.config  # type: ignore[assignment]
+    return {"name": name, **config}
+
+
+def _build_network(config: dict[str, Any]) -> nn.Module:
+    arguments = dict(config)
+    name = arguments.pop("name")
+    if name == DIFFUSERS:
+        return rebuilt(arguments)
+    network: nn.Module = _choose(NETWORKS, name, "network")(**_tuples(arguments))
+    return network
 
 
 def _schedule(schedule: Schedule) -> dict[str, Any]:
@@ -133,9 +152,9 @@ def build(config: dict[str, Any]) -> Any:
     if kind == "on-schedule":
         return OnSchedule(build(config["inner"]), _build_schedule(config["schedule"]))
     if kind == "denoiser":
-        prediction, network = dict(config["prediction"]), dict(config["network"])
+        prediction = dict(config["prediction"])
         head: type[Prediction] = _choose(PREDICTIONS, prediction.pop("name"), "prediction")
-        net = _choose(NETWORKS, network.pop("name"), "network")(**_tuples(network))
+        net = _build_network(config["network"])
         return NetworkDenoiser(
             net, _build_schedule(config["schedule"]), head(**prediction), tuple(config["shape"]), config["classes"]
         )

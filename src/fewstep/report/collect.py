@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from fewstep.hub import native
@@ -43,7 +45,10 @@ def report_runs(
 
 
 def finished(folders: Iterable[str | Path]) -> tuple[list[RunCourse], list[str]]:
-    """The runs that are done, and a sentence on each folder that holds none; FileNotFoundError when none is."""
+    """The runs that are done, and a sentence on each folder that holds none; FileNotFoundError when none is.
+
+    Runs of the same name go by their folders.
+    """
     runs: list[RunCourse] = []
     left_out: list[str] = []
     for folder in folders:
@@ -53,7 +58,8 @@ def finished(folders: Iterable[str | Path]) -> tuple[list[RunCourse], list[str]]
             left_out.append(str(error))
     if not runs:
         raise FileNotFoundError(left_out[0] if left_out else "no run folders were given: fewstep report runs/*")
-    return runs, left_out
+    times = Counter(run.name for run in runs)
+    return [run if times[run.name] == 1 else replace(run, name=run.folder) for run in runs], left_out
 
 
 def common(runs: list[RunCourse], what: str) -> str:

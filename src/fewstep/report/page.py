@@ -45,7 +45,9 @@ def html(
     commands: str = "",
     left_out: Sequence[str] = (),
 ) -> str:
-    """The page as text."""
+    """The page as text; ValueError for a comparison without the teacher."""
+    if not comparison.teacher:
+        raise ValueError("the comparison has no rows of the teacher, beside which a page shows its students")
     title = title or headline(comparison)
     sections = [
         head(comparison, runs, title),
@@ -96,10 +98,10 @@ def summary(comparison: Comparison, runs: Sequence[RunCourse]) -> str:
             f"{number(full.quality.frechet.value)} from real pictures (lower is better); {floor}."
         )
     same = teacher_at(comparison, best.calls)
-    took = next((run.seconds for run in runs if run.name == best.model), None)
-    trained = "" if took is None else f", trained for {duration(took)}"
+    took = {run.name: run.seconds for run in runs}
+    trained = f", trained for {duration(took[best.model])}," if best.model in took else ""
     text = (
-        f"The teacher makes a picture in {calls(full.calls)}. The student <b>{escape(best.model)}</b>{trained}, makes "
+        f"The teacher makes a picture in {calls(full.calls)}. The student <b>{escape(best.model)}</b>{trained} makes "
         f"one in <b>{calls(best.calls)}</b>. Its Fréchet distance from real pictures (lower is better) is "
         f"<b>{estimate(best.quality.frechet)}</b>; the teacher's is {estimate(full.quality.frechet)}"
     )
@@ -110,6 +112,13 @@ def summary(comparison: Comparison, runs: Sequence[RunCourse]) -> str:
         text += ". With none of the numbers of calls tried here does the teacher do as well as this student"
     elif equal.calls > best.calls:
         text += f". To do as well as this student, the teacher needs {calls(equal.calls)}"
+    here = [row for row in comparison.rows if row.model in took and row.calls == best.calls]
+    if best.model not in took and here:
+        row = min(here, key=lambda row: row.quality.frechet.value)
+        text += (
+            f". Of those trained here, <b>{escape(row.model)}</b>, in {duration(took[row.model])}, comes to "
+            f"{estimate(row.quality.frechet)}"
+        )
     return f"{text}. For scale, {floor}."
 
 

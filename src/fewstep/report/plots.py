@@ -56,9 +56,7 @@ def against_calls(
             # models with equal calls are set a little apart, so that their error bars can be told from one another
             apart = 1.035 ** (i - (len(series) - 1) / 2)
             x, y, error = ([float(v) for v in column] for column in zip(*one.points, strict=True))
-            bars = [0.0 if math.isnan(e) else e for e in error]
-            if logarithmic:
-                bars = [min(e, 0.9 * v) for e, v in zip(bars, y, strict=True)]
+            bars = [[min(e, 0.9 * v) if logarithmic else e for e, v in zip(error, y, strict=True)], error]
             axes.errorbar(
                 [v * apart for v in x], y, bars, color=one.colour, lw=1.6, elinewidth=1, capsize=2.5, marker="o",
                 markersize=5.5, zorder=3 if one.colour != INK else 2, label=one.name,
