@@ -9,7 +9,7 @@ from fewstep.denoisers import NetworkDenoiser, TrigPrediction, gradients
 from fewstep.distill.matching.discriminators import discriminator_loss, generator_loss, logits
 from fewstep.distill.matching.dmd2 import DMD2
 from fewstep.distill.matching.score_distillation import matching_vector, surrogate
-from fewstep.distill.method import Batch, Networks, Progress
+from fewstep.distill.method import Batch, Progress
 from fewstep.distill.times import KarrasUniform
 from fewstep.exact import Gaussian
 from fewstep.networks import MLP, UNet

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -96,7 +98,7 @@ def test_ladder_of_exact_students_is_the_ddim_composite(schedule) -> None:
     def ddim(steps: int) -> torch.Tensor:
         times = grids.uniform(schedule, steps)
         z = x
-        for t, s in zip(times[:-2], times[1:-1], strict=True):
+        for t, s in pairwise(times[:-1]):
             z = ddim_step(world, z, t.expand(9), s.expand(9))
         return world(z, times[-2].expand(9))
 

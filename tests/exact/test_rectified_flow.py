@@ -63,7 +63,8 @@ def test_loss_vanishes_at_the_two_rectified_velocity_and_one_step_is_exact() -> 
 
     for steps in (1, 4):
         method = ReflowDistillation(steps=steps)
-        (update,) = method.updates(Networks({"student": Jump(Rectified())}, {}), Batch(batch.x, None, Rng(3), z), Progress())
+        nets = Networks({"student": Jump(Rectified())}, {})
+        (update,) = method.updates(nets, Batch(batch.x, None, Rng(3), z), Progress())
         assert float(update.loss) < 1e-24
         plan = Plan(tuple(1 - i / steps for i in range(steps)), gamma=0.0)
         # the state keeps sigma(t_min) = 1e-3 of noise at the end

@@ -97,7 +97,7 @@ def test_without_warmup_share_the_update_is_velocity_matching() -> None:
 
 
 def test_normalised_tangent_makes_the_loss_constant() -> None:
-    """The squared error is ``(||G|| / (||G|| + c))^2`` whatever the network: the loss says nothing, its gradient does."""
+    """The squared error is ``(||G|| / (||G|| + c))^2`` whatever the network: only its gradient says something."""
     _, g = consistency_tangent(random_student(), *states(), torch.zeros(64, 3, dtype=torch.float64))
     norm = torch.linalg.vector_norm(g, dim=1)
     torch.testing.assert_close(torch.linalg.vector_norm(normalise(g, 0.1), dim=1), norm / (norm + 0.1))
@@ -151,6 +151,7 @@ def test_training_from_data_uses_the_pair_velocity() -> None:
     """sCT's velocity is ``cos t z - sin t x_0`` with z of standard deviation sigma_data."""
     x, t = states(8)
     z = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
-    nets = Networks({"student": ContinuousConsistencyDistillation(sigma_data=SD).networks(random_student()).student}, {})
+    student = ContinuousConsistencyDistillation(sigma_data=SD).networks(random_student()).student
+    nets = Networks({"student": student}, {})
     v = ContinuousConsistencyTraining(sigma_data=SD).trajectory_velocity(nets, Batch(x, None, Rng(0)), x, z, t)
     torch.testing.assert_close(v, t.cos()[:, None] * SD * z - t.sin()[:, None] * x)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fewstep import api, demo
 from fewstep.cli import main as command_line
+from fewstep.cli import methods, records
 from fewstep.data import load as load_data
 from fewstep.report import compare_models, read_run, report_runs
 from fewstep.report.runs import read_note
@@ -86,6 +87,9 @@ def test_demo_recipes_run_again(shown: Path, capsys: pytest.CaptureFixture[str])
     for entry in demo.STUDENTS:
         note = read_note(shown / "runs" / entry.name)
         assert note is not None and note.teacher == note.data == "digits"
+        record = records.read(shown / "runs" / entry.name / "recipe.json")
+        assert methods.build(record.method, record.hyper_parameters) == entry.recipe
+        assert record.settings["batch"] == entry.batch
         file = shown / "runs" / entry.name / "recipe.json"
         assert command_line(["distill", "--recipe", str(file), "--dry-run"]) == 0
     assert "progressive" in capsys.readouterr().out.lower()

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import NoReturn
 
 from fewstep import __version__
@@ -115,6 +116,15 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def parsed(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The module of a command and what was asked of it."""
+    command = COMMANDS[words[0]]
+    module = import_module(f"fewstep.cli.{command.module}")
+    parser = Parser(f"fewstep {words[0]}", module.__doc__ or command.summary)
+    module.add_arguments(parser, words[1:])
+    return module, parser.parse(words[1:])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -132,18 +142,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_raises():
             choose("command", words[0], COMMANDS)
             name = f"fewstep {words[0]}"
-            command = COMMANDS[words[0]]
-            module = import_module(f"fewstep.cli.{command.module}")
-            parser = Parser(name, module.__doc__ or command.summary)
-            module.add_arguments(parser, words[1:])
-            code = module.run(parser.parse(words[1:]))
+            module, chosen = parsed(words)
+            code = module.run(chosen)
             sys.stdout.flush()
     except SystemExit as done:  # argparse after --help
         return int(done.code or 0)
     except KeyboardInterrupt:
         return complain(name, "stopped", 128 + signal.SIGINT)
     except Stopped as stopped:
-        return complain(name, str(stopped), 1)
+        return complain(name, str(stopped), 128 + stopped.number)
     except BrokenPipeError:
         # what is still buffered must not fail again when Python flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -150,6 +150,7 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
         "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", "2410.11081", "from paper text",
         ("no official code: equations and tables from the paper's text",
          "learning rate follows a cosine over the budget (the paper's decays as an inverse square root)",
+         "the tangent warm-up is a share of the budget (the paper's counts 10k iterations)",
          "time weight on its own small embedding"),
     )  # fmt: skip
 
