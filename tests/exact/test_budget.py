@@ -23,9 +23,9 @@ def test_amounts_as_people_write_them(text: str, amount: float, unit: str) -> No
 @pytest.mark.parametrize("text", ["", "many", "5 apples", "-3", "1e3", "2 min 3", "1,5h", "k", "inf"])
 def test_what_is_no_amount_is_quoted(text: str) -> None:
     """The error repeats what was written and shows what can be."""
-    with pytest.raises(ValueError, match="is not an amount of training; write 500steps, 20k images, 90s, 2min or 1h") as e:
+    said = f"budget '{text}' is not an amount of training; write 500steps, 20k images, 90s, 2min or 1h"
+    with pytest.raises(ValueError, match=f"^{said}$"):
         Budget.parse(text)
-    assert f"'{text}'" in str(e.value)
 
 
 @pytest.mark.parametrize("amount", [0, -1, float("inf"), float("nan")])

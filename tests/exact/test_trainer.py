@@ -38,7 +38,7 @@ from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settin
 METHODS: dict[str, Method] = {
     "denoising": Denoising(lr=1e-2),
     "cm": ConsistencyDistillation(lr=1e-2, mu=0.5),
-    "scm": ContinuousConsistencyDistillation(lr=1e-2),
+    "scm": ContinuousConsistencyDistillation(lr=1e-2, tangent_warmup=0.0),
     "dmd2": DMD2(steps=2, critic_steps=2, gan_weight=0.1, discriminator_weight=0.1, lr=1e-2, critic_lr=1e-2),
     "reflow": Reflow(lr=1e-2),
     "reflow-distil": ReflowDistillation(lr=1e-2, steps=2),
@@ -113,9 +113,9 @@ def test_accumulation_changes_nothing(name: str) -> None:
             assert a.keys() == b.keys()
             for key in a:
                 if key.endswith(("/loss", "/grad_norm")):
-                    assert a[key] == pytest.approx(b[key], rel=2e-5, abs=1e-7), (a["step"], key)
+                    assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-8), (a["step"], key)
         # Adam's update is lr * g / |g|: where g is near 0, rounding of g is magnified
-        assert (weights(whole) - weights(split)).abs().max() < 5e-5
+        assert (weights(whole) - weights(split)).abs().max() < 2e-5
 
 
 def test_accumulation_moves_the_target_network_once() -> None:
@@ -294,15 +294,15 @@ class Poisoned(Denoising):
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("loss", r"step 4: the loss of 'model' is nan and the gradient of model\.net\.\S+ \(\d+ in all\) is not finite"),
-        ("gradient", r"step 4: the gradient of model\.net\.blocks\.1\.first\.bias \(1 in all\) is not finite"),
-        ("weight", r"step 4: the weight model\.net\.enter\.weight is not finite"),
+        ("loss", r"the loss of 'model' is nan and the gradient of model\.net\.\S+ \(\d+ in all\) is not finite"),
+        ("gradient", r"the gradient of model\.net\.blocks\.1\.first\.bias \(1 in all\) is not finite"),
+        ("weight", r"the weight model\.net\.enter\.weight is not finite"),
     ],
 )
 def test_nan_names_the_tensor_and_leaves_the_checkpoint(where: str, said: str, tmp_path: Path) -> None:
     """The first thing that is no number is named; nothing moves after it, and the last checkpoint is whole."""
     settings = replace(SETTINGS, save_seconds=0)
-    with pytest.raises(NonFiniteError, match=said):
+    with pytest.raises(NonFiniteError, match="step 4: " + said):
         train(Poisoned(where=where), teacher(), points(), settings, tmp_path, show=False)
     saved = OneFile(tmp_path)
     assert saved.counters()["steps"] == 4
@@ -409,8 +409,8 @@ def test_bfloat16_trains_like_float32(name: str) -> None:
     assert next(rough.model.parameters()).dtype == torch.float32
 
 
-#: Eight bits of mantissa are 0.4 % an operation; differences of neighbours (cm, pd) and derivatives (scm) lose more.
-BF16 = {"denoising": 0.02, "cm": 0.1, "scm": 0.1, "dmd2": 0.1, "reflow": 0.02, "reflow-distil": 0.02, "pd": 0.1}
+#: Eight bits of mantissa are 0.4 % an operation, less in a mean; the small differences of cm and pd lose more.
+BF16 = {"denoising": 0.01, "cm": 0.06, "scm": 0.01, "dmd2": 0.02, "reflow": 0.01, "reflow-distil": 0.01, "pd": 0.1}
 
 
 def test_resume_keeps_the_precision_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +458,7 @@ def test_tensorboard_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="tensorboard=True writes into the run folder"):
         train(METHODS["cm"], teacher(), points(), asked, show=False)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match="needs tensorboard: pip install 'fewstep.tensorboard.'"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs tensorboard: pip install 'fewstep\[tensorboard\]'"):
         train(METHODS["cm"], teacher(), points(), asked, tmp_path / "without", show=False)
     got: list[tuple[str, float, int]] = []
     opened: list[tuple[str, int]] = []
@@ -478,7 +478,8 @@ def test_tensorboard_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
     result = train(METHODS["cm"], teacher(), points(), asked, tmp_path / "with", show=False)
     assert opened == [(str(tmp_path / "with" / "tensorboard"), 1), ("closed", 0)]
-    assert [(v, s) for n, v, s in got if n == "student/loss"] == [(r["student/loss"], r["step"]) for r in result.records]
+    told = [(r["student/loss"], r["step"]) for r in result.records]
+    assert [(v, s) for n, v, s in got if n == "student/loss"] == told
 
 
 # --- snapshots and recipes ---------------------------------------------------------------------------------------

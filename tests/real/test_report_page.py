@@ -104,7 +104,7 @@ def test_report_of_run_folders(shown: Path, tmp_path: Path) -> None:
     numbers = json.loads(text.split('id="numbers">')[1].split("</script>")[0])
     assert {row["model"] for row in numbers["rows"]} == {"teacher", "pd", "cm"} and numbers["data"] == "digits"
     assert f"Left out: {tmp_path / 'unfinished'}" in text
-    assert "Stage 2: pd-halving" in text and "fewstep report" in text
+    assert "2 pd-halving: student/loss" in text and "fewstep report" in text
 
 
 def test_runs_of_one_name_are_told_apart(shown: Path, tmp_path: Path) -> None:

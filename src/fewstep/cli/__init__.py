@@ -36,7 +36,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("demo", "a teacher, two students and a report page, in a few minutes on a laptop"),
+    "demo": Command("demo", "a teacher, its students and a report page, in a few minutes on a laptop"),
     "systems": Command("systems", "the catalogue: every system, what it needs, what it gives"),
     "sample": Command("sample", "pictures from a teacher (any solver) or a student, as a PNG grid"),
     "train": Command("train", "train a teacher on a data set"),
@@ -101,8 +101,12 @@ def overview() -> str:
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """SIGTERM becomes :class:`Stopped`, so that open files are put in order on the way out."""
-    if threading.current_thread() is not threading.main_thread():
+    """SIGTERM becomes :class:`Stopped`, so that open files are put in order on the way out.
+
+    Not in the helpers of ``torchrun``: they write nothing, and waiting for the others they would not hear of it.
+    """
+    helper = os.environ.get("RANK", "0") != "0"
+    if helper or threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -37,13 +37,11 @@ def one_run(comparison: Comparison, run: RunCourse) -> str:
         + (f", in {len(run.stages)} stages" if len(run.stages) > 1 else "")
         + ".</p>",
     ]
+    drawn: list[str] = []
     for k, stage in enumerate(run.stages):
-        if len(run.stages) > 1:
-            parts.append(f'<p class="faint">Stage {k + 1}: {escape(stage.method)}, {duration(stage.seconds)}</p>')
-        drawn = courses(stage, colour(comparison, run.name))
-        if k + 1 == len(run.stages):
-            drawn.append(deviations(run))
-        parts.append(f'<div class="courses">{"".join(drawn)}</div>')
+        place = f"{k + 1} {stage.method}: " if len(run.stages) > 1 else ""
+        drawn += courses(stage, colour(comparison, run.name), place)
+    parts.append(f'<div class="courses">{"".join([*drawn, deviations(run)])}</div>')
     return "\n".join(parts)
 
 
@@ -54,19 +52,20 @@ def deviations(run: RunCourse) -> str:
     return f'<div class="course"><b>What differs from the paper</b><ul class="notes">{items}</ul></div>'
 
 
-def courses(stage: StageCourse, tint: str) -> list[str]:
-    """A drawing of each logged scalar: the declared signs first, then the other losses."""
+def courses(stage: StageCourse, tint: str, place: str) -> list[str]:
+    """A drawing of each logged scalar: the declared signs first, then the other losses; ``place`` names the stage."""
     declared = {sign.key: sign for sign in signs(stage)}
     others = (key for key in stage.scalars() if key not in declared and key.split("/")[-1] not in _NOT_SHOWN)
     drawn = []
     for key in (*declared, *others):
         seconds, values = stage.curve(key)
         if len(values) > 1:
-            drawn.append(one_course(key, plots.course(seconds, values, tint), declared.get(key)))
-    return drawn or ['<div class="course">The stage was too short to record a course.</div>']
+            drawn.append(one_course(place + key, plots.course(seconds, values, tint), declared.get(key)))
+    short = f'<div class="course"><b>{escape(place)}</b>too short to record a course</div>'
+    return drawn or [short]
 
 
-def one_course(key: str, drawing: str, sign: Sign | None) -> str:
+def one_course(name: str, drawing: str, sign: Sign | None) -> str:
     numbers = "" if sign is None else f"<span>{number(sign.first)} → {number(sign.last)}</span>"
     healthy = "" if sign is None else f"<p>Healthy: {escape(sign.sentence)}.</p>"
-    return f'<div class="course"><div class="name"><b>{escape(key)}</b>{numbers}</div>{drawing}{healthy}</div>'
+    return f'<div class="course"><div class="name"><b>{escape(name)}</b>{numbers}</div>{drawing}{healthy}</div>'

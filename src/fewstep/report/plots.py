@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,11 +63,7 @@ def against_calls(
                 markersize=5.5, zorder=3 if one.colour != INK else 2, label=one.name,
             )  # fmt: skip
         if floor is not None:
-            axes.axhline(floor, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=1)
-            axes.annotate(
-                floor_name, (0, floor), xycoords=("axes fraction", "data"), xytext=(1, 3),
-                textcoords="offset points", color=FAINT,
-            )  # fmt: skip
+            _floor(axes, floor, floor_name, [p[1] for one in series for p in one.points], logarithmic)
         calls = sorted({p[0] for one in series for p in one.points})
         axes.set_xticks(calls, [f"{c:g}" for c in calls])
         axes.minorticks_off()
@@ -75,6 +72,20 @@ def against_calls(
         axes.set_xlabel("network calls per picture")
         axes.set_title(title, loc="left")
         return svg(figure)
+
+
+def _floor(axes: Axes, floor: float, name: str, values: Sequence[float], logarithmic: bool) -> None:
+    """A dashed line with its name on the side where the points are not, and room for it there."""
+    axes.axhline(floor, color=FAINT, lw=1, ls=(0, (4, 3)), zorder=1)
+    above = median(values) < floor
+    low, high, at = (math.log(v) if logarithmic else v for v in (*axes.get_ylim(), floor))
+    room = 0.09 * (high - low)
+    low, high = (low, max(high, at + room)) if above else (min(low, at - room), high)
+    axes.set_ylim(*(math.exp(v) if logarithmic else v for v in (low, high)))
+    axes.annotate(
+        name, (1, floor), xycoords=("axes fraction", "data"), xytext=(-2, 3 if above else -3),
+        textcoords="offset points", ha="right", va="bottom" if above else "top", color=FAINT,
+    )  # fmt: skip
 
 
 def course(seconds: Sequence[float], values: Sequence[float], colour: str) -> str:

@@ -40,6 +40,8 @@ class Note:
 
     def shell(self, folder: str) -> str:
         """The command that repeats the run, in lines of at most about 90 characters."""
+        if self.command == "train":  # the flags of its network are in the recipe only
+            return f"fewstep train --recipe {shlex.quote(f'{folder}/{RECIPE_FILE}')}"
         others = {k: v for k, v in self.settings.items() if k in _SETTINGS and _plain(v) != _SETTINGS[k]}
         always = {k: self.settings[k] for k in ("budget", "batch", "seed") if k in self.settings}
         flags: dict[str, Any] = {"teacher": self.teacher} if self.teacher else {}

@@ -55,7 +55,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError:
             raise ModuleNotFoundError(
-                "tensorboard=True needs tensorboard: pip install 'fewstep[tensorboard]' (log.jsonl holds the same numbers)"
+                "tensorboard=True needs tensorboard: pip install 'fewstep[tensorboard]'; log.jsonl has the same numbers"
             ) from None
         # events of a killed run after the checkpoint are hidden
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)

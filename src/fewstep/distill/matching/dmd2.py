@@ -50,8 +50,8 @@ class DMD2(Method):
     name: ClassVar[str] = "dmd2"
     paper: ClassVar[Paper] = Paper(
         "Improved Distribution Matching Distillation for Fast Image Synthesis", "2405.14867", "verified",
-        ("learning rates suit networks of a million parameters and runs of minutes (2e-6 for both on ImageNet-64 there), and "
-         "the critic's is higher than the student's",
+        ("learning rates suit networks of a million parameters and runs of minutes (2e-6 for both on ImageNet-64 "
+         "there), and the critic's is higher than the student's",
          "sampling uses a power-function average of the student (the official code has none)",
          "the discriminator head is sized for small bottlenecks",
          "the critic loss is the teacher's own training loss, equal to the official EDM weight on the data prediction"),
