@@ -1,6 +1,6 @@
 """Write the generated pages of the documentation.
 
-    python tools/make_docs.py
+python tools/make_docs.py
 """
 
 from __future__ import annotations

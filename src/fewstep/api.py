@@ -22,6 +22,7 @@ from fewstep.training.trainer import Settings
 if TYPE_CHECKING:
     from fewstep.report import Comparison
 
+
 def _data(data: str | Dataset) -> Dataset:
     return load_data(data) if isinstance(data, str) else data
 

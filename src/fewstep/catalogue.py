@@ -213,7 +213,5 @@ def markdown() -> str:
         for row in (row for row in SYSTEMS if row.family == family):
             page = f"[{row.name}]({row.docs_page.removeprefix('docs/')})" if row.docs_page else row.name
             paper = f"{page} ({row.year}, arXiv {row.arxiv})"
-            lines.append(
-                f"| {paper} | {row.needs} | {row.steps} | {row.state} | {row.evidence or '-'} | {row.about} |"
-            )
+            lines.append(f"| {paper} | {row.needs} | {row.steps} | {row.state} | {row.evidence or '-'} | {row.about} |")
     return "\n".join(lines) + "\n"

@@ -32,9 +32,7 @@ def align(coefficient: Tensor, x: Tensor) -> Tensor:
 
     Raises ValueError when the coefficient does not match the leading dimensions of ``x``.
     """
-    if coefficient.ndim > x.ndim or any(
-        c not in (1, n) for c, n in zip(coefficient.shape, x.shape, strict=False)
-    ):
+    if coefficient.ndim > x.ndim or any(c not in (1, n) for c, n in zip(coefficient.shape, x.shape, strict=False)):
         raise ValueError(
             f"times of shape {list(coefficient.shape)} do not align with the leading dimensions of a state of shape "
             f"{list(x.shape)}; give one time, one per sample [B] or one per frame [B, F]"

@@ -46,7 +46,7 @@ def teacher(name: str) -> NetworkDenoiser:
     shape = (1, 8, 8) if name == "unet" else (2,)
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
-        net = UNet((1, 8, 8), (8, 16), 1, 16, classes=3) if name == "unet" else MLP((2,), 16, 2, classes=3)
+        net = UNet((1, 8, 8), (16, 32), 1, 16, classes=3) if name == "unet" else MLP((2,), 16, 2, classes=3)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=gen))

@@ -400,9 +400,7 @@ def test_bfloat16_trains_like_float32(name: str) -> None:
     """Under autocast the first losses and gradient norms are those of float32 to bfloat16's precision; a gradient that
     is lost (a weight cast without a graph and used again) would halve the norm."""
     exact = train(METHODS[name], teacher(), points(), replace(SETTINGS, budget=Budget(1)), show=False)
-    rough = train(
-        METHODS[name], teacher(), points(), replace(SETTINGS, budget=Budget(1), precision="bf16"), show=False
-    )
+    rough = train(METHODS[name], teacher(), points(), replace(SETTINGS, budget=Budget(1), precision="bf16"), show=False)
     for key, value in exact.records[0].items():
         if key.endswith(("/loss", "/grad_norm")):
             assert rough.records[0][key] == pytest.approx(value, rel=BF16[name]), key

@@ -47,7 +47,7 @@ class Denoising(Method):
     paper: ClassVar[Paper] = Paper(
         "Elucidating the Design Space of Diffusion-Based Generative Models", "2206.00364", "verified"
     )
-    healthy: ClassVar[dict[str, str]] = {"loss": "falls quickly, then slowly; it does not reach 0"}
+    healthy: ClassVar[dict[str, str]] = {"model/loss": "falls quickly, then slowly; it does not reach 0"}
 
     lr: float = 1e-3
     noise_mean: float = -1.0

@@ -69,7 +69,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Update:
-    """"Minimise ``loss`` in the parameters of ``group``, now".
+    """ "Minimise ``loss`` in the parameters of ``group``, now".
 
     ``logs`` are scalars for the record.  ``then`` is called once after the step, on every process: what the method
     itself moves (a target network) moves there, so that accumulation does not move it several times.

@@ -62,5 +62,3 @@ class Block(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         hidden = self.first(self.modulation(self.norm(x), emb))
         return x + self.second(nn.functional.silu(hidden))
-
-

@@ -49,8 +49,8 @@ class _ConsistencyModel(Method):
     """
 
     healthy: ClassVar[dict[str, str]] = {
-        "student/loss": "falls by an order of magnitude in the first tenth of the run and then stays small; "
-        "it measures agreement between neighbours, not quality",
+        "student/loss": "small from the start when the student is a copy of the teacher, and stays small; it measures "
+        "agreement between neighbours, not quality",
     }
 
     lr: float = 4e-4

@@ -47,9 +47,7 @@ def consistency_tangent(
         raise TypeError(f"the tangent is written on TrigFlow, the denoiser is on {type(schedule).__name__}")
     sd = schedule.sigma_data
     cos, sin = align(t.cos(), x), align(t.sin(), x)
-    f_minus, j = tangent(
-        lambda x_, t_: denoiser.velocity(x_, t_, cond) / sd, x, t, cos * sin * v, t.cos() * t.sin()
-    )
+    f_minus, j = tangent(lambda x_, t_: denoiser.velocity(x_, t_, cond) / sd, x, t, cos * sin * v, t.cos() * t.sin())
     g = -(cos**2) * (sd * f_minus - v) - warmup * (cos * sin * x + sd * j)
     return f_minus, g
 
@@ -112,9 +110,7 @@ class _ContinuousConsistency(Method):
         )
 
     @abstractmethod
-    def trajectory_velocity(
-        self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor
-    ) -> Tensor:
+    def trajectory_velocity(self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """``v = dx/dt`` at ``x_t``."""
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:

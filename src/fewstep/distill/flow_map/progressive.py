@@ -28,9 +28,7 @@ from fewstep.schedules import Schedule, align
 Weighting = Literal["snr-trunc", "snr+1", "constant"]
 
 
-def two_step_target(
-    teacher: Denoiser, z_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: object = None
-) -> Tensor:
+def two_step_target(teacher: Denoiser, z_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: object = None) -> Tensor:
     """The data prediction that makes one DDIM step from ``z_t`` land where the teacher's two steps land.
 
     Where ``s`` holds (nearly) no noise the formula is 0/0 in the noise and the teacher's second data prediction is
@@ -118,8 +116,6 @@ class ProgressiveLadder(Recipe):
     def stages(self) -> list[Method]:
         rounds = (self.start // self.end).bit_length() - 1
         return [
-            ProgressiveDistillation(
-                self.start >> (k + 1), self.lr, self.weighting, self.guidance if k == 0 else 1.0
-            )
+            ProgressiveDistillation(self.start >> (k + 1), self.lr, self.weighting, self.guidance if k == 0 else 1.0)
             for k in range(rounds)
         ]
