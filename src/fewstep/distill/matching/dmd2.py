@@ -58,8 +58,8 @@ class DMD2(Method):
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "critic/denoising": "stays level: its target moves with the student, a fall is not the goal",
-        "student/matching_norm": "starts near 0 (the critic is a copy of the teacher), rises as the critic turns to the "
-        "student's samples, then falls slowly",
+        "student/matching_norm": "starts near 0 (the critic is a copy of the teacher), rises as the critic turns to "
+        "the student's samples, then falls slowly",
         "critic/discriminator_accuracy": "between 0.5 and 0.8; near 1 the GAN gradient is noise: lower gan_weight",
         "student/sample_std": "stays near the data's; a slide to 0 is collapse",
     }
