@@ -7,7 +7,7 @@ paper text``, or ``reconstructed`` where the paper leaves a choice.  Planned row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fewstep.distill.method import Evidence
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class System:
-    """One published system.  ``needs`` and ``steps`` are a few words for people; the paths are relative to the
-    repository."""
+    """One published system.  ``title`` is the paper's; ``needs`` and ``steps`` (network calls a sample) are a few words
+    for people; the paths are relative to the repository."""
 
     key: str
     name: str
@@ -28,6 +28,7 @@ class System:
     family: str
     needs: str
     steps: str
+    title: str
     about: str
     state: Literal["planned", "works"] = "planned"
     cls: str | None = None
@@ -42,145 +43,209 @@ REAL = "tests/real/test_students.py"
 
 def works(row: System, cls: str, evidence: Evidence, test: str, page: str) -> System:
     """The row of a system that works."""
-    return System(
-        row.key, row.name, row.year, row.arxiv, row.family, row.needs, row.steps, row.about, "works",
-        f"fewstep.distill.{cls}", evidence, f"tests/exact/{test}", REAL, f"docs/systems/{page}",
-    )  # fmt: skip
+    return replace(
+        row,
+        state="works",
+        cls=f"fewstep.distill.{cls}",
+        evidence=evidence,
+        exact_test=f"tests/exact/{test}",
+        real_test=REAL,
+        docs_page=f"docs/systems/{page}",
+    )
 
 
 S = System
 SYSTEMS: tuple[System, ...] = (
     # few steps now: no training
     S("deis", "DEIS", 2022, "2204.13902", "solvers", "teacher", "5-20",
+      "Fast Sampling of Diffusion Models with Exponential Integrator",
       "exponential integrators with polynomial extrapolation of the noise prediction"),
     S("dpm-solver++", "DPM-Solver++", 2022, "2211.01095", "solvers", "teacher", "10-20",
+      "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models",
       "high-order exponential solvers in data prediction, for guided sampling (2M is here already)"),
     S("dpm-solver-v3", "DPM-Solver-v3", 2023, "2310.13268", "solvers", "teacher, a little data", "5-20",
+      "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics",
       "a solver whose linear terms are fitted to statistics of the network"),
     S("dualfast", "DualFast", 2025, "2506.13058", "solvers", "teacher", "5-20",
+      "DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models",
       "reduces the network's own error by mixing in a cached, noisier prediction"),
-    S("dpm-ot", "DPM-OT", 2023, "2307.11308", "solvers", "teacher, data", "5-20",
+    S("dpm-ot", "DPM-OT", 2023, "2307.11308", "solvers", "teacher, data", "5-10",
+      "DPM-OT: A New Diffusion Probabilistic Model Based on Optimal Transport",
       "jumps from noise to an intermediate latent by semi-discrete optimal transport"),
-    S("lsd", "LSD and LSD+", 2025, "2509.19962", "solvers", "discrete teacher", "4-64",
+    S("lsd", "LSD and LSD+", 2025, "2509.19962", "solvers", "discrete teacher", "8-64",
+      "Learnable Sampler Distillation for Discrete Diffusion Models",
       "learns the sampler's coefficients and times for discrete diffusion"),
     S("analog-bits", "Analog Bits", 2022, "2208.04202", "solvers", "data", "10-100",
+      "Analog Bits: Generating Discrete Data using Diffusion Models with Self-Conditioning",
       "discrete data as real-valued bits, with self-conditioning"),
     S("autoguidance", "Autoguidance", 2024, "2406.02507", "solvers", "teacher and a worse one", "any",
+      "Guiding a Diffusion Model with a Bad Version of Itself",
       "guides a model away from a smaller, less trained version of itself"),
     S("lowdiff", "LowDiff", 2025, "2509.15342", "solvers", "data", "any",
+      "LowDiff: Efficient Diffusion Sampling with Low-Resolution Condition",
       "one network over growing resolutions, each conditioned on the one below"),
     # consistency
     works(S("cm", "Consistency Models", 2023, "2303.01469", "consistency", "teacher or data", "1, 2, 4",
+            "Consistency Models",
             "maps every point of a trajectory to its end, distilled or from data alone"),
           "consistency.cm:ConsistencyDistillation", "verified", "test_cm.py", "consistency-models.md"),
     S("ict", "iCT", 2023, "2310.14189", "consistency", "data", "1, 2",
+      "Improved Techniques for Training Consistency Models",
       "consistency training without a teacher, with better weights, distances and grids"),
     works(S("scm", "sCM", 2024, "2410.11081", "consistency", "teacher or data", "1, 2",
+            "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
             "continuous-time consistency made stable: TrigFlow, normalised tangents, warm-up"),
           "consistency.scm:ContinuousConsistencyDistillation", "from paper text", "test_scm.py", "scm.md"),
     S("ctm", "CTM", 2023, "2310.02279", "consistency", "teacher, data", "1 and more",
+      "Consistency Trajectory Models: Learning Probability Flow ODE Trajectory of Diffusion",
       "one network for every jump along a trajectory, with a GAN"),
     S("scott", "SCott", 2024, "2403.01505", "consistency", "teacher, data", "1-4",
+      "SCott: Accelerating Diffusion Models with Stochastic Consistency Distillation",
       "consistency distillation with a stochastic teacher solver"),
     S("mlcm", "MLCM", 2024, "2406.05768", "consistency", "teacher", "2-8",
+      "MLCM: Multistep Consistency Distillation of Latent Diffusion Model",
       "consistency in a few segments of the trajectory, for latent models"),
     S("hyper-sd", "Hyper-SD", 2024, "2404.13686", "consistency", "teacher, data", "1-8",
+      "Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis",
       "trajectory-segmented consistency, then feedback and score distillation"),
-    S("tbcm", "TBCM", 2025, "2511.20410", "consistency", "teacher", "1-4",
+    S("tbcm", "TBCM", 2025, "2511.20410", "consistency", "teacher", "1, 2",
+      "Image-Free Timestep Distillation via Continuous-Time Consistency with Trajectory-Sampled Pairs",
       "continuous-time consistency on states of the teacher's own trajectories: no images"),
     S("sana-sprint", "SANA-Sprint", 2025, "2503.09641", "consistency", "flow teacher, data", "1-4",
+      "SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency Distillation",
       "a flow-matching teacher as a TrigFlow one, continuous-time consistency and a GAN"),
     S("rcm", "rCM", 2025, "2510.08431", "consistency", "teacher, data", "1-4",
+      "Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency",
       "continuous-time consistency regularised by score distillation, at scale"),
     # distribution matching
     S("dmd", "DMD", 2023, "2311.18828", "matching", "teacher, pairs", "1",
+      "One-step Diffusion with Distribution Matching Distillation",
       "a one-step generator along the difference of two scores, with a regression on pairs"),
     works(S("dmd2", "DMD2", 2024, "2405.14867", "matching", "teacher, data", "1, 4",
+            "Improved Distribution Matching Distillation for Fast Image Synthesis",
             "distribution matching without pairs: two time scales, a GAN, simulated inputs"),
           "matching.dmd2:DMD2", "verified", "test_dmd2.py", "dmd2.md"),
     S("msd", "MSD", 2024, "2410.23274", "matching", "teacher, data", "1",
-      "several smaller students, each for a part of the conditions"),
+      "Multi-student Diffusion Distillation for Better One-step Generators",
+      "several students, each for a part of the conditions, possibly smaller than the teacher"),
     S("f-distill", "f-distill", 2025, "2502.15681", "matching", "teacher, data", "1",
+      "One-step Diffusion Models with f-Divergence Distribution Matching",
       "distribution matching for any f-divergence, by a weight on each sample"),
     S("sim", "SIM", 2024, "2410.16794", "matching", "teacher", "1",
+      "One-Step Diffusion Distillation through Score Implicit Matching",
       "score-implicit matching: distances between scores with a tractable gradient"),
     S("swiftbrush", "SwiftBrush", 2023, "2312.05239", "matching", "text teacher", "1",
+      "SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
       "variational score distillation for one-step text-to-image, without images"),
     S("disback", "DisBack", 2024, "2408.15991", "matching", "teacher", "1",
+      "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation",
       "records how a teacher degrades into the student and follows that path back"),
     S("tdm", "TDM", 2025, "2503.06674", "matching", "teacher", "1-4",
+      "Learning Few-Step Diffusion Models by Trajectory Distribution Matching",
       "matches distributions along the student's trajectory, step by step"),
     S("phased-dmd", "Phased DMD", 2025, "2510.27684", "matching", "teacher", "4",
+      "Phased DMD: Few-step Distribution Matching Distillation via Score Matching within Subintervals",
       "distribution matching phase by phase over intervals of noise"),
     S("flash-dmd", "Flash-DMD", 2025, "2511.20549", "matching", "teacher, data, reward", "4",
+      "Flash-DMD: Towards High-Fidelity Few-Step Image Generation with Efficient Distillation and "
+      "Joint Reinforcement Learning",
       "time-dependent distribution matching with reinforcement learning beside it"),
     # tuning
     S("hipa", "HiPA", 2023, "2311.18158", "tuning", "text teacher", "1",
+      "HiPA: Enabling One-Step Text-to-Image Diffusion Models via High-Frequency-Promoting Adaptation",
       "a low-rank adapter that adds the high frequencies one step lacks"),
-    S("diversity", "Distilling Diversity and Control", 2025, "2503.10637", "tuning", "teacher and student", "1-8",
+    S("diversity", "Distilling Diversity and Control", 2025, "2503.10637", "tuning", "teacher and student", "4",
+      "Distilling Diversity and Control in Diffusion Models",
       "the base model for the first step, the student for the rest; control adapters carry over"),
     S("pso", "PSO", 2024, "2410.03190", "tuning", "student, preferences", "1-4",
+      "Tuning Timestep-Distilled Diffusion Model Using Pairwise Sample Optimization",
       "preference tuning of few-step students by pairs of samples"),
     # flow maps and rectified flow
-    S("ayf", "Align Your Flow", 2025, "2506.14603", "flow maps", "teacher", "1-8",
+    S("ayf", "Align Your Flow", 2025, "2506.14603", "flow maps", "teacher and a worse one, data", "1-8",
+      "Align Your Flow: Scaling Continuous-Time Flow Map Distillation",
       "continuous-time flow maps with autoguidance, Eulerian and Lagrangian"),
     S("freeflow", "FreeFlow", 2025, "2511.19428", "flow maps", "teacher", "1",
+      "Flow Map Distillation Without Data",
       "flow maps from noise alone: prediction and correction without data"),
-    S("caf", "Constant Acceleration Flow", 2024, "2411.00322", "flow maps", "pairs", "1",
+    S("caf", "Constant Acceleration Flow", 2024, "2411.00322", "flow maps", "pairs", "2 and more",
+      "Constant Acceleration Flow",
       "paths with a learned constant acceleration instead of straight lines"),
     works(S("rectified-flow", "Rectified Flow", 2022, "2209.03003", "flow maps", "data or teacher", "1 and more",
+            "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
             "straightens a flow by training it on its own noise-data pairs"),
           "flow_map.rectified_flow:Reflow", "verified", "test_rectified_flow.py", "rectified-flow.md"),
     works(S("instaflow", "InstaFlow", 2023, "2309.06380", "flow maps", "conditional teacher", "1",
+            "InstaFlow: One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation",
             "conditional reflow, then distillation on the reflowed model's pairs"),
           "flow_map.rectified_flow:InstaFlow", "from paper text", "test_rectified_flow.py", "rectified-flow.md"),
     S("slimflow", "SlimFlow", 2024, "2407.12718", "flow maps", "pairs", "1",
+      "SlimFlow: Training Smaller One-Step Diffusion Models with Rectified Flow",
       "reflow into a smaller network, annealed from random to teacher pairs"),
     S("boot", "BOOT", 2023, "2306.05544", "flow maps", "teacher", "1",
+      "BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping",
       "bootstraps the map from noise to every time, without data"),
     works(S("pd", "Progressive Distillation", 2022, "2202.00512", "flow maps", "teacher, data", "1, 2, 4, ...",
+            "Progressive Distillation for Fast Sampling of Diffusion Models",
             "halves the number of DDIM steps, again and again"),
           "flow_map.progressive:ProgressiveLadder", "verified", "test_progressive.py", "progressive-distillation.md"),
-    S("guided-distillation", "On Distillation of Guided Models", 2022, "2210.03142", "flow maps", "teacher",
-      "1-16",
+    S("guided-distillation", "Guided distillation", 2022, "2210.03142", "flow maps", "teacher, data", "1-16",
+      "On Distillation of Guided Diffusion Models",
       "guidance as an input of one network, then progressive distillation"),
     S("mdt-dist", "MDT-dist", 2025, "2509.04406", "flow maps", "3-D flow teacher", "1, 2",
+      "Few-step Flow for 3D Generation via Marginal-Data Transport Distillation",
       "few-step flow for 3-D generation by matching velocities and their distribution"),
     S("meanflow", "MeanFlow", 2025, "2505.13447", "flow maps", "data", "1, 2",
+      "Mean Flows for One-step Generative Modeling",
       "the mean velocity between two times, learned from data"),
     S("shortcut", "Shortcut Models", 2024, "2410.12557", "flow maps", "data", "1 and more",
+      "One Step Diffusion via Shortcut Models",
       "one network for every step size, two half steps as the target of one"),
     # other modalities
     S("tgs", "TriplaneGaussian", 2023, "2312.09147", "scenes", "pictures of objects", "1",
+      "Triplane Meets Gaussian Splatting: Fast and Generalizable Single-View 3D Reconstruction with Transformers",
       "a triplane and points decoded into 3-D Gaussians from one picture"),
     S("prolificdreamer", "ProlificDreamer", 2023, "2305.16213", "scenes", "text teacher", "-",
+      "ProlificDreamer: High-Fidelity and Diverse Text-to-3D Generation with Variational Score Distillation",
       "variational score distillation of a scene through its renderer"),
     S("consistent3d", "Consistent3D", 2024, "2401.09050", "scenes", "text teacher", "-",
+      "Consistent3D: Towards Consistent High-Fidelity Text-to-3D Generation with Deterministic Sampling Prior",
       "consistency distillation sampling with fixed noise for text to 3-D"),
     S("streamdit", "StreamDiT", 2025, "2507.03745", "video", "video teacher", "8",
+      "StreamDiT: Real-Time Streaming Text-to-Video Generation",
       "streaming video with a moving window of noise levels, multistep distillation"),
-    S("efficient-vdit", "Efficient-vDiT", 2025, "2502.06155", "video", "video teacher", "4-8",
+    S("efficient-vdit", "Efficient-vDiT", 2025, "2502.06155", "video", "video teacher", "20",
+      "Efficient-vDiT: Efficient Video Diffusion Transformers With Attention Tile",
       "tiled attention and multistep consistency distillation"),
-    S("ditto-2", "DITTO-2", 2024, "2405.20289", "audio", "music teacher", "1-20",
+    S("ditto-2", "DITTO-2", 2024, "2405.20289", "audio", "music teacher", "1-8",
+      "DITTO-2: Distilled Diffusion Inference-Time T-Optimization for Music Generation",
       "controls music by optimising the noise through a distilled sampler"),
     # few examples, small students, language
     S("rs2", "RS2", 2023, "2305.18424", "condense", "labelled data", "-",
+      "Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning",
       "a fresh random subset every epoch, the baseline to beat"),
     S("ast", "AST", 2023, "2310.10541", "condense", "labelled data", "-",
+      "Efficient Dataset Distillation through Alignment with Smooth and High-Quality Expert Trajectories",
       "dataset distillation along smooth expert trajectories"),
     S("cv-dd", "CV-DD", 2025, "2501.07575", "condense", "labelled data", "-",
+      "Dataset Distillation via Committee Voting",
       "dataset distillation by a committee of models with batch-specific soft labels"),
     S("pca", "PCA", 2025, "2502.06434", "condense", "labelled data", "-",
+      "Rethinking Large-scale Dataset Compression: Shifting Focus From Labels to Images",
       "prune, combine and augment images, with hard labels only"),
     S("dq", "Dataset Quantization", 2023, "2308.10524", "condense", "labelled data", "-",
+      "Dataset Quantization",
       "bins of diverse samples, sampled evenly, with patches dropped"),
     S("rad", "RAD", 2022, "2210.01213", "condense", "unlabelled data, teacher", "-",
+      "Robust Active Distillation",
       "queries the teacher where the student gains most, robustly"),
     S("diswot", "DisWOT", 2023, "2303.15678", "students", "teacher", "-",
+      "DisWOT: Student Architecture Search for Distillation WithOut Training",
       "searches a student architecture without training, by similarity to the teacher"),
     S("distillspec", "DistillSpec", 2023, "2310.08461", "language", "draft and target models", "-",
+      "DistillSpec: Improving Speculative Decoding via Knowledge Distillation",
       "distils the draft model so that speculative decoding accepts more"),
     S("redi", "REDI", 2025, "2505.24850", "language", "right and wrong traces", "-",
+      "Harnessing Negative Signals: Reinforcement Distillation from Teacher Data for LLM Reasoning",
       "learns from wrong reasoning traces too, with an asymmetric loss"),
 )  # fmt: skip
 
@@ -212,6 +277,6 @@ def markdown() -> str:
         lines += ["|---|---|---|---|---|---|"]
         for row in (row for row in SYSTEMS if row.family == family):
             page = f"[{row.name}]({row.docs_page.removeprefix('docs/')})" if row.docs_page else row.name
-            paper = f"{page} ({row.year}, arXiv {row.arxiv})"
+            paper = f"{page}: *{row.title}* ({row.year}, arXiv {row.arxiv})"
             lines.append(f"| {paper} | {row.needs} | {row.steps} | {row.state} | {row.evidence or '-'} | {row.about} |")
     return "\n".join(lines) + "\n"

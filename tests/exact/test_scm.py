@@ -14,7 +14,7 @@ from fewstep.distill.consistency.scm import (
 )
 from fewstep.distill.method import Batch, Networks, Progress
 from fewstep.exact import Gaussian
-from fewstep.networks import MLP
+from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
 from fewstep.schedules import TrigFlow
 from fewstep.tangents import finite_difference, tangent
@@ -86,6 +86,33 @@ def test_jvp_equals_finite_difference_for_the_networks() -> None:
     again, difference = finite_difference(student.forward, x, t, dx, dt, step=1e-5)
     torch.testing.assert_close(value, again, atol=0, rtol=0)
     torch.testing.assert_close(exact, difference, atol=2e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_jvp_of_the_unet_equals_its_difference(dtype: torch.dtype) -> None:
+    """Channels-last pictures, attention and group norms have a forward-mode derivative, in both precisions, and the
+    call without one gives the same value."""
+    torch.manual_seed(1)
+    net = UNet((1, 8, 8), (16, 16), 1, 32, 3).to(dtype)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model = NetworkDenoiser(net, SCHEDULE, TrigPrediction(sigma_data=SD), (1, 8, 8), 3)
+    x, dx = (torch.randn(3, 1, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(k)) for k in (2, 3))
+    t = torch.tensor([0.2, 0.7, 1.4], dtype=torch.float64)
+    cond = torch.arange(3)
+
+    def field(x_, t_):
+        return model.velocity(x_, t_, cond)
+
+    value, slope = tangent(field, x, t, dx, torch.ones_like(t))
+    exact = model.double()
+    plain, difference = finite_difference(
+        lambda x_, t_: exact.velocity(x_, t_, cond), x.double(), t, dx.double(), torch.ones_like(t), step=1e-5
+    )
+    # float32: rounding of a velocity of size 1 divided by sin t, and its derivative by another sin t
+    tolerance = 1e-6 if dtype == torch.float64 else 2e-4
+    torch.testing.assert_close(value.double(), plain, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(slope.double(), difference, atol=tolerance, rtol=tolerance)
 
 
 def test_without_warmup_share_the_update_is_velocity_matching() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.parts import Conditioning, Modulation, zeroed
+from fewstep.networks.parts import Conditioning, GroupNorm, Modulation, zeroed
 
 
 class UNet(nn.Module):
@@ -68,7 +68,7 @@ class UNet(nn.Module):
                 here = c
             if level:
                 self.up.append(Upsample(here))
-        self.leave_norm = nn.GroupNorm(8, here)
+        self.leave_norm = GroupNorm(8, here)
         self.leave = zeroed(nn.Conv2d(here, 4 * image, 3, padding=1))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -102,9 +102,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, i: int, o: int, width: int, dropout: float, double_norm: bool) -> None:
         super().__init__()
-        self.norm_1 = nn.GroupNorm(8, i)
+        self.norm_1 = GroupNorm(8, i)
         self.conv_1 = nn.Conv2d(i, o, 3, padding=1)
-        self.norm_2 = nn.GroupNorm(8, o, affine=False)
+        self.norm_2 = GroupNorm(8, o, affine=False)
         self.modulation = Modulation(width, o, double_norm)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = zeroed(nn.Conv2d(o, o, 3, padding=1))
@@ -121,7 +121,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
+        self.norm = GroupNorm(8, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zeroed(nn.Conv2d(channels, channels, 1))
 
