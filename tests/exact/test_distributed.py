@@ -13,40 +13,43 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import EDMPrediction, NetworkDenoiser
 from fewstep.distill.consistency.cm import ConsistencyDistillation
 from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation
-from fewstep.distill.denoising import Denoising
 from fewstep.distill.matching.dmd2 import DMD2
-from fewstep.distill.method import Method
+from fewstep.distill.method import Method, Networks, Optimiser
 from fewstep.hub.native import load_tensors, save_tensors
 from fewstep.networks import MLP, UNet
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
 from fewstep.training.ema import Power
+from fewstep.training.parallel import Parallel
+from fewstep.training.sharding import Sharded
 from fewstep.training.snapshots import read
 from fewstep.training.trainer import Interrupted, Result, Settings, train
 
 STEPS, STOP = 6, 3
+#: Steps 0, 2 and 4 move three networks with two optimisers, the others two networks with one.
+ADVERSARIAL = DMD2(steps=2, critic_steps=2, gan_weight=0.1, discriminator_weight=0.1, lr=1e-3, critic_lr=1e-3)
 METHODS: dict[str, Method] = {
-    # step 0 and 2 move three networks with two optimisers, the others two networks with one
-    "dmd2": DMD2(steps=2, critic_steps=2, gan_weight=0.1, discriminator_weight=0.1, lr=1e-3, critic_lr=1e-3),
-    "cm": ConsistencyDistillation(lr=1e-3, mu=0.5),
-    "scm": ContinuousConsistencyDistillation(lr=1e-3),
-    "unet": Denoising(lr=1e-3),
+    "dmd2": ADVERSARIAL,
+    "dmd2-pictures": ADVERSARIAL,
+    "cm-pictures": ConsistencyDistillation(lr=1e-3, mu=0.5),
+    "scm": ContinuousConsistencyDistillation(lr=1e-3, tangent_warmup=0.0),
 }
 
 
 def teacher(name: str) -> NetworkDenoiser:
     """A network that no symmetry makes easy: every weight differs from its neutral start."""
     gen = torch.Generator().manual_seed(3)
-    shape = (1, 8, 8) if name == "unet" else (2,)
+    shape = (1, 8, 8) if name.endswith("pictures") else (2,)
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
-        net = UNet((1, 8, 8), (16, 32), 1, 16, classes=3) if name == "unet" else MLP((2,), 16, 2, classes=3)
+        net = UNet((1, 8, 8), (16, 32), 1, 16, classes=3) if len(shape) == 3 else MLP((2,), 16, 2, classes=3)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=gen))
@@ -72,7 +75,7 @@ READS = [0]
 
 def points(name: str, stop_at: int = -1) -> Dataset:
     gen = torch.Generator().manual_seed(4)
-    shape = (1, 8, 8) if name == "unet" else (2,)
+    shape = (1, 8, 8) if name.endswith("pictures") else (2,)
     READS[0] = 0
     return Points("points", torch.randn(40, *shape, generator=gen), torch.arange(40) % 3, stop_at=stop_at)
 
@@ -106,16 +109,26 @@ def process(rank: int, port: int, folder: Path) -> None:
             result = train(method, teacher(name), points(name), settings(shard), place, show=False)
             if rank == 0:
                 keep(result, place)
+    (folder / f"features-{rank}").write_text(str(features_error()))
     if rank == 0:
-        (folder / "one-error").write_text(refused(folder / "cm-replicated", shard=True))
-        (folder / "parts-error").write_text(refused(folder / "cm-sharded", shard=False))
+        (folder / "one-error").write_text(refused(folder / "scm-replicated", shard=True))
+        (folder / "parts-error").write_text(refused(folder / "scm-sharded", shard=False))
+
+
+def features_error() -> float:
+    """How far a sharded network's features, asked for before anything else, are from the whole network's."""
+    error = 0.0
+    for name in METHODS:
+        x, t = points(name).x[:8], torch.full((8,), 0.3)
+        nets = Networks({"model": teacher(name)}, {"model": Optimiser(("model",), 1e-3)})
+        Sharded(dist.get_rank(), 2).place(nets, torch.device("cpu"))
+        cut, whole = nets.model.net.features(x, t), teacher(name).net.features(x, t)
+        error = max(error, float((cut - whole).detach().abs().max()))
+    return error
 
 
 def refused(place: Path, shard: bool) -> str:
     """What a run of the other kind says about this one's folder (before any process waits for another)."""
-    from fewstep.training.parallel import Parallel
-    from fewstep.training.sharding import Sharded
-
     try:
         (Sharded if shard else Parallel)(0, 2).checkpoint(place)
     except ValueError as error:
@@ -183,14 +196,14 @@ def test_two_processes_make_the_run_of_one(name: str, kind: str, runs: Path, alo
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])
 def test_a_signal_to_one_process_stops_all(kind: str, runs: Path) -> None:
     """SIGTERM to the second process only: both stop after the same step, saved."""
-    said = {(runs / f"cm-{kind}" / f"stopped-{rank}").read_text() for rank in (0, 1)}
+    said = {(runs / f"scm-{kind}" / f"stopped-{rank}").read_text() for rank in (0, 1)}
     assert len(said) == 1
     assert f"stopped after {STOP + 1} steps, saved in" in said.pop()
 
 
 def test_a_sharded_checkpoint_is_in_parts_and_nothing_is_pickled(runs: Path) -> None:
     """One safetensors file a process under the folder that checkpoint.json names, and no other folder."""
-    place = runs / "dmd2-sharded"
+    place = runs / "dmd2-pictures-sharded"
     named = json.loads((place / "checkpoint.json").read_text())["parts"]
     assert [path.name for path in place.glob("checkpoint-*")] == [named]
     files = sorted(path.name for path in (place / named).iterdir())
@@ -205,15 +218,20 @@ def test_the_kinds_of_checkpoint_are_not_mixed(runs: Path) -> None:
 
 def test_snapshots_of_a_sharded_run_are_whole(runs: Path, alone: dict[str, Result]) -> None:
     """The averages that a sharded run keeps for later are full tensors, equal to the replicated run's."""
-    here, there = read(runs / "cm-sharded"), read(runs / "cm-replicated")
+    here, there = read(runs / "cm-pictures-sharded"), read(runs / "cm-pictures-replicated")
     assert [s[:2] for s in here] == [s[:2] for s in there] and len(here) == 2 * STEPS
     for (_, _, cut), (_, _, full) in zip(here, there, strict=True):
-        assert cut.keys() == full.keys() == dict(alone["cm"].model.named_parameters()).keys()
+        assert cut.keys() == full.keys() == dict(alone["cm-pictures"].model.named_parameters()).keys()
         for key, tensor in full.items():
             assert (cut[key] - tensor).abs().max() < 1e-6, key
+
+
+def test_features_of_a_sharded_network(runs: Path) -> None:
+    """Discriminators read a network's features without its ``forward``: its weights are gathered for that too."""
+    assert max(float((runs / f"features-{rank}").read_text()) for rank in (0, 1)) < 1e-6
 
 
 def test_sharding_needs_several_processes() -> None:
     """On one process ``shard=True`` is a mistake and says how to start."""
     with pytest.raises(ValueError, match="torchrun"):
-        train(METHODS["cm"], teacher("cm"), points("cm"), settings(shard=True), show=False)
+        train(METHODS["scm"], teacher("scm"), points("scm"), settings(shard=True), show=False)

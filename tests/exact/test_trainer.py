@@ -160,7 +160,7 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     bit; with channels-last convolutions and dropout too."""
     unet = name == "unet"
     method = Denoising(lr=1e-2) if unet else METHODS[name]
-    settings = replace(SETTINGS, averages=(Power(0.1), HalfLife(20)), accumulate=2)
+    settings = replace(SETTINGS, averages=(Power(0.1), HalfLife(20)), accumulate=2, log_steps=3)
     whole = train(method, teacher(unet), points(unet), settings, show=False)
     with pytest.raises(Interrupted, match=r"stopped after 5 steps, saved in .*; the same command resumes") as stop:
         train(method, teacher(unet), stopped_at(10, points(unet)), settings, tmp_path, show=False)
@@ -172,6 +172,35 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     assert rest.steps == 8 and rest.images == 8 * 16
     again = train(method, teacher(unet), points(unet), settings, tmp_path, show=False)
     assert torch.equal(weights(whole), weights(again)), "a finished run is not trained again"
+
+
+def test_dropout_masks_differ_from_step_to_step_and_repeat(tmp_path: Path) -> None:
+    """What a network draws from PyTorch's generator is new in every step and the same after a resume."""
+
+    @dataclass(frozen=True)
+    class Drawing(Denoising):
+        def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+            update = next(super().updates(nets, batch, progress))
+            yield Update(update.group, update.loss, {"draw": torch.rand(())})
+
+    whole = train(Drawing(), teacher(), points(), SETTINGS, show=False)
+    assert len({r["model/draw"] for r in whole.records}) == 8
+    with pytest.raises(Interrupted):
+        train(Drawing(), teacher(), stopped_at(3, points()), SETTINGS, tmp_path, show=False)
+    rest = train(Drawing(), teacher(), points(), SETTINGS, tmp_path, show=False)
+    assert [r["model/draw"] for r in rest.records] == [r["model/draw"] for r in whole.records]
+
+
+def test_a_resumed_run_drops_snapshots_of_the_steps_it_lost(tmp_path: Path) -> None:
+    """With a budget in minutes snapshots fall on other steps after a resume: those of the lost steps go."""
+    settings = replace(SETTINGS, averages=(Power(0.1), Power(0.05)))
+    with pytest.raises(Interrupted):
+        train(METHODS["cm"], teacher(), stopped_at(3, points()), settings, tmp_path, show=False)
+    kept = tmp_path / "snapshots"
+    assert sorted(p.stem for p in kept.iterdir()) == ["000000001", "000000002", "000000003"]
+    (kept / "000000005.safetensors").write_bytes((kept / "000000003.safetensors").read_bytes())
+    train(METHODS["cm"], teacher(), points(), replace(settings, budget=Budget(16)), tmp_path, show=False)
+    assert sorted(int(p.stem) for p in kept.iterdir()) == [1, 2, 3, 4, 6, 8, 10, 12, 14, 16]
 
 
 def test_a_stop_without_a_folder_says_that_nothing_is_saved() -> None:
