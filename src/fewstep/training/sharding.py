@@ -1,6 +1,6 @@
 """Networks that do not fit in one process: every process holds a part of every tensor (PyTorch's FSDP2).
 
-:func:`shard` cuts each network of a method into groups (the members of its module lists, then the rest) that are
+:class:`Sharded` cuts each network of a method into groups (the members of its module lists, then the rest) that are
 gathered when they are used and freed afterwards.  Gradients, optimiser moments and averages stay cut; sums over the
 processes are the only new arithmetic.  Checkpoints go through ``torch.distributed.checkpoint`` in its safetensors
 form, every process writing its own part, and can be read by another number of processes.
@@ -8,7 +8,8 @@ form, every process writing its own part, and can be read by another number of p
 What this does not do: every process makes the whole network in main memory before it is cut (there is no building on
 the meta device), and the finished model is put together on every process.  Networks are entered through ``forward``
 or ``features``; a method that reads weights in other ways, or owns parameters outside its networks, is refused or
-fails.  Gathering follows PyTorch's defaults: no prefetching beyond it, no CPU offload, no tensor parallelism.
+fails, and one that changes a network's output in place gets wrong gradients (PyTorch warns).  Gathering follows
+PyTorch's defaults; there is no CPU offload and no tensor parallelism.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Run a recipe: its stages in order, each in a folder of its own, each starting from what the last one made.
 
-A finished stage is a model folder and is not run again, so the same command resumes a recipe anywhere.
+A finished stage has a checkpoint at the end of its budget and is not trained again, so the same command resumes a
+recipe anywhere.
 """
 
 from __future__ import annotations
