@@ -1,12 +1,15 @@
 """What a sampling step costs besides the network, against diffusers and k-diffusion, in one run.
 
-    python benchmarks/speed_samplers.py [--steps 40] [--repeats 40]
+    python benchmarks/speed_samplers.py [--steps 40] [--repeats 40] [--model fashion] [--batch 64]
 
 A state of four numbers and a model that halves it: what is left is the sampler's own work.  Every sampler is timed
 over a whole trajectory; the time of its model calls alone is subtracted, the rest is divided by the steps.  Ours
 includes the making of its table (``solve``); the column "table made" is the loop alone (``run``).  diffusers'
 ``set_timesteps`` is left out.  Times are the least of many repeats, so that other work on the machine matters little;
 the ratios are what to read.
+
+A second table samples a bundled model from end to end (noise, grid, table, preconditioning and all) and divides by
+the time that its bare network takes for as many calls on the same batch.
 
 Needs diffusers, and k-diffusion installed without its dependencies (see tests/referee/kdiffusion.py).
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -31,14 +35,16 @@ from diffusers import (
 )
 from torch import Tensor
 
-from fewstep.denoisers import Cond, Denoiser
+from fewstep import api
+from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
 from fewstep.randomness import Rng
-from fewstep.sampling import SOLVERS, Levels, run, solve
+from fewstep.sampling import SOLVERS, Levels, run, sample, solve
 from fewstep.schedules import EDM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "referee"))
 
 AIM = 15.0  # microseconds a step for a multistep solver
+SAMPLING_AIM = 1.05  # sampling time over the time of its network calls
 
 
 class Half(Denoiser):
@@ -131,11 +137,35 @@ PEERS: dict[str, list[tuple[str, Callable[[int, int], float]]]] = {
 }
 
 
+def over_network(model: NetworkDenoiser, solver: str, steps: int, batch: int, repeats: int) -> tuple[float, float]:
+    """``(milliseconds a call of the bare network, sampling time over the time of its calls)``.
+
+    Processor time, the two timed in turn, medians: other work on the machine slows both.
+    """
+    x, label = torch.randn(batch, *model.shape), torch.zeros(batch)
+    cond = torch.arange(batch) % model.classes if model.classes else None
+    calls = SOLVERS[solver]().calls(steps)
+    network, sampling = [], []
+    for _ in range(repeats):
+        marks = [time.process_time()]
+        for _ in range(calls):
+            model.net(x, label, cond)
+        marks.append(time.process_time())
+        sample(model, batch, solver=solver, steps=steps)
+        marks.append(time.process_time())
+        network.append(marks[1] - marks[0])
+        sampling.append(marks[2] - marks[1])
+    each = statistics.median(network)
+    return 1000 * each / calls, statistics.median(sampling) / each
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--model", default="fashion", help="a bundled teacher for the second table")
+    parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread, {args.steps} steps")
@@ -147,6 +177,13 @@ def main() -> None:
         for label, measure in peers:
             theirs = measure(args.steps, args.repeats)
             print(f"  {label:30}{theirs:9.1f}{'':12}{theirs / whole:15.1f}")
+    model = api.load(args.model)
+    if not isinstance(model, NetworkDenoiser):
+        raise SystemExit(f"--model {args.model}: the second table needs a teacher")
+    print(f"\n{args.model}, batch {args.batch}, 8 steps: sampling time over bare network time (aim {SAMPLING_AIM})")
+    for name in ("ddim", "dpmpp-2m", "unipc"):
+        network, ratio = over_network(model, name, 8, args.batch, args.repeats // 2)
+        print(f"{name:32}{network:9.1f} ms a call{ratio:12.3f}")
 
 
 if __name__ == "__main__":

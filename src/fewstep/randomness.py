@@ -8,6 +8,7 @@ that a resumed run needs no saved random state.
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -60,3 +61,9 @@ class Rng:
     def shuffled(self, n: int) -> Tensor:
         """A permutation of ``n``, the same for every part."""
         return torch.randperm(n, generator=self.generator)
+
+
+def repeated_draws(x: Tensor) -> AbstractContextManager[None]:
+    """A block after which PyTorch's own generators (CPU and that of ``x``) stand where they stood before it, so that
+    the next network call draws the same dropout masks as the call inside."""
+    return torch.random.fork_rng([x.device] if x.is_cuda else [])

@@ -140,6 +140,21 @@ def test_normalised_tangent_makes_the_loss_constant() -> None:
     assert any(float(p.grad.abs().max()) > 0 for p in nets.student.parameters())
 
 
+def test_the_tangent_and_the_forward_pass_see_the_same_dropout_mask() -> None:
+    """With a huge c the loss is ``mean (F - F^-)^2``: 0 in training mode only if both drew the same masks."""
+    torch.manual_seed(0)
+    net = UNet((1, 8, 8), (16,), 1, 32, None, dropout=0.5)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    teacher = NetworkDenoiser(net, SCHEDULE, TrigPrediction(sigma_data=SD), (1, 8, 8))
+    nets = ContinuousConsistencyDistillation(sigma_data=SD, c=1e12).networks(teacher).train()
+    batch = Batch(torch.randn(4, 1, 8, 8), None, Rng(0))
+    (update,) = ContinuousConsistencyDistillation(sigma_data=SD, c=1e12).updates(nets, batch, Progress())
+    assert float(update.loss.detach()) < 1e-12
+    x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 1.0, dtype=torch.float64)
+    assert not torch.equal(nets.student.to_data(x, t), nets.student.to_data(x, t))  # the masks do differ
+
+
 class Polynomial(Denoiser):
     """``F(x, t) = b(t) x / sd`` with ``b`` an odd-and-even polynomial without constant."""
 

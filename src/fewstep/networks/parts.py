@@ -89,6 +89,17 @@ class GroupNorm(nn.GroupNorm):
         return torch.addcmul(self.bias[:, None, None], normalised, self.weight[:, None, None])
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mask depends on the shape alone: PyTorch's fills it in another order under a jvp on channels-last
+    pictures, and a tangent must see the mask of the forward pass that it belongs to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        kept = torch.rand(x.shape, device=x.device) >= self.p
+        return x * kept / (1 - self.p)
+
+
 class Modulation(nn.Module):
     """Scale and shift of normalised features by the conditioning, ``norm(x) (1 + scale) + shift``.
 

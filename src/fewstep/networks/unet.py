@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.parts import Conditioning, GroupNorm, Modulation, zeroed
+from fewstep.networks.parts import Conditioning, Dropout, GroupNorm, Modulation, zeroed
 
 
 class UNet(nn.Module):
@@ -106,7 +106,7 @@ class ResBlock(nn.Module):
         self.conv_1 = nn.Conv2d(i, o, 3, padding=1)
         self.norm_2 = GroupNorm(8, o, affine=False)
         self.modulation = Modulation(width, o, double_norm)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv_2 = zeroed(nn.Conv2d(o, o, 3, padding=1))
         self.skip = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
 

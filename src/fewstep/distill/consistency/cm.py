@@ -26,6 +26,7 @@ from fewstep.distill.distances import DISTANCES
 from fewstep.distill.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
 from fewstep.distill.teacher_steps import edm_like, guided, heun_step
 from fewstep.flow_maps import EDMConsistency, FlowMap
+from fewstep.randomness import repeated_draws
 from fewstep.sampling.rollout import Plan, Student
 
 
@@ -33,12 +34,9 @@ def consistency_loss(
     model: FlowMap, target: FlowMap, batch: Batch, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, distance: str
 ) -> Tensor:
     """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, with the same dropout mask in both calls."""
-    state = torch.get_rng_state()
-    out = model.to_data(x_t, t, batch.cond)
-    with torch.no_grad():
-        torch.set_rng_state(state)
+    with torch.no_grad(), repeated_draws(x_t):
         aim = target.to_data(x_s, s, batch.cond)
-    return DISTANCES[distance](out, aim)
+    return DISTANCES[distance](model.to_data(x_t, t, batch.cond), aim)
 
 
 @dataclass(frozen=True)

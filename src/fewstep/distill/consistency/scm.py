@@ -29,6 +29,7 @@ from fewstep.distill.teacher_steps import edm_like, guided
 from fewstep.distill.times import LogNormal
 from fewstep.flow_maps import Jump
 from fewstep.networks.parts import PositionalEmbedding, zeroed
+from fewstep.randomness import repeated_draws
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import TrigFlow, align
 from fewstep.tangents import tangent
@@ -121,7 +122,8 @@ class _ContinuousConsistency(Method):
         with torch.no_grad():
             v = self.trajectory_velocity(nets, batch, x_t, z, t)
         r = min(1.0, progress.fraction / self.tangent_warmup) if self.tangent_warmup else 1.0
-        f_minus, g = consistency_tangent(denoiser, x_t, t, v, batch.cond, r)
+        with repeated_draws(x_t):
+            f_minus, g = consistency_tangent(denoiser, x_t, t, v, batch.cond, r)
         f = denoiser.velocity(x_t, t, batch.cond) / self.sigma_data
         w = nets.weight(t)
         error = (f - f_minus - normalise(g, self.c)).square().flatten(1)
