@@ -12,7 +12,7 @@ from fewstep.flow_maps import Jump
 from fewstep.grids import karras
 from fewstep.networks import MLP
 from fewstep.randomness import Rng
-from fewstep.sampling.rollout import Plan, Student, inner_time, rollout
+from fewstep.sampling.rollout import Plan, Student, greedy_times, inner_time, rollout
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow
 
 N = 20_000
@@ -187,3 +187,38 @@ def test_bad_rollouts_are_refused(call, message):
     """One clear line that names the field."""
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_greedy_search_of_times_finds_the_lowest_score() -> None:
+    """Where the score falls and rises, ternary search finds the best time for every step, each with the earlier ones
+    fixed, in a logarithm of the grid's length."""
+    grid = list(range(1000, -1, -1))
+    for wanted in ((3, 2), (1000 - 17, 400), (999, 998), (1, 0)):
+        asked = []
+
+        def score(times, wanted=wanted, asked=asked):
+            asked.append(times)
+            return abs(times[-1] - wanted[len(times) - 2])
+
+        assert greedy_times(grid, 3, score) == (1000, *wanted)
+        assert len(asked) == len(set(asked)) < 2 * 5 * math.log(len(grid))
+    assert greedy_times(grid, 1, lambda times: 0.0) == (1000,)
+    assert greedy_times([3.0, 2.0, 1.0], 3, lambda times: 0.0) == (3.0, 2.0, 1.0)
+    with pytest.raises(ValueError, match="steps=4 must lie in 1 .. 3"):
+        greedy_times([3.0, 2.0, 1.0], 4, lambda times: 0.0)
+
+
+def test_greedy_times_help_a_student_that_only_denoises() -> None:
+    """The exact denoiser is a poor consistency function from pure noise: of three Gaussians it makes their mean.  A second
+    call mends it where the search puts it, better than at either end of the grid."""
+    world = three_modes(EDM())
+    denoiser = Jump(world)
+    grid = karras(EDM(), 40)[:-1].tolist()
+    noise = torch.randn(4000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def score(times):
+        return ks(world, rollout(denoiser, noise, Plan(times), rng=Rng(1)))
+
+    first, second = greedy_times(grid, 2, score)
+    found = score((first, second))
+    assert found < 0.5 * min(score((first,)), score((first, grid[1])), score((first, grid[-1])))

@@ -15,7 +15,7 @@ from fewstep.sampling.editing import (
 from fewstep.sampling.engine import Row, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.multistep import DPMSolverPP2M, DPMSolverPP2MTaylor, Multistep, UniPC
-from fewstep.sampling.rollout import Plan, Student, rollout
+from fewstep.sampling.rollout import Plan, Student, greedy_times, rollout
 from fewstep.sampling.runge_kutta import NATIVE, RATIO, RungeKutta, Tableau
 from fewstep.sampling.sample import SOLVERS, balanced, sample
 from fewstep.sampling.stochastic import DDIM, Churn, DDPMLarge
@@ -49,6 +49,7 @@ __all__ = [
     "UniPC",
     "balanced",
     "edit",
+    "greedy_times",
     "measured",
     "rollout",
     "run",

@@ -12,8 +12,9 @@ sigma_s``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 
 import torch
@@ -104,6 +105,29 @@ def renoise(x: Tensor, plan: Plan, i: int, schedule: Schedule, rng: Rng | None) 
     r = torch.tensor(inner_time(schedule, plan.times[i + 1], plan.gamma), dtype=torch.float64, device=x.device)
     a, sd = schedule.transition(r, s)
     return align(a, x) * x + align(sd, x) * rng.normal_like(x)
+
+
+def greedy_times(grid: Sequence[float], steps: int, score: Callable[[tuple[float, ...]], float]) -> tuple[float, ...]:
+    """The times of a plan, found one after the other: each is the one on ``grid`` with the lowest ``score`` of the times
+    so far, found by ternary search (Song et al. 2023, "Consistency Models", section 3, which scores by FID).
+
+    ``grid`` falls from the noisiest time, which is always the first one.  A score is asked for once per sequence,
+    about ``5 log(len(grid))`` times a step; the search finds the lowest if the score falls, then rises, along the grid.
+    Raises ValueError when the grid has fewer than ``steps`` times.
+    """
+    if not 1 <= steps <= len(grid):
+        raise ValueError(f"steps={steps} must lie in 1 .. {len(grid)}, the number of times of the grid")
+    chosen, last = (grid[0],), 0
+    for left in range(steps - 2, -1, -1):
+        scored = cache(lambda i, so_far=chosen: score((*so_far, grid[i])))
+        low, high = last + 1, len(grid) - 1 - left  # the times that are still to come need room
+        while high - low > 2:
+            third = (high - low) // 3
+            a, b = low + third, high - third
+            low, high = (low, b) if scored(a) <= scored(b) else (a, high)
+        last = min(range(low, high + 1), key=scored)
+        chosen = (*chosen, grid[last])
+    return chosen
 
 
 class Student(nn.Module):
