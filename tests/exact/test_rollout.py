@@ -204,13 +204,13 @@ def test_greedy_search_of_times_finds_the_lowest_score() -> None:
         assert len(asked) == len(set(asked)) < 2 * 5 * math.log(len(grid))
     assert greedy_times(grid, 1, lambda times: 0.0) == (1000,)
     assert greedy_times([3.0, 2.0, 1.0], 3, lambda times: 0.0) == (3.0, 2.0, 1.0)
-    with pytest.raises(ValueError, match="steps=4 must lie in 1 .. 3"):
+    with pytest.raises(ValueError, match=r"steps=4 must lie in 1 \.\. 3"):
         greedy_times([3.0, 2.0, 1.0], 4, lambda times: 0.0)
 
 
 def test_greedy_times_help_a_student_that_only_denoises() -> None:
-    """The exact denoiser is a poor consistency function from pure noise: of three Gaussians it makes their mean.  A second
-    call mends it where the search puts it, better than at either end of the grid."""
+    """The exact denoiser is a poor consistency function from pure noise: of three Gaussians it makes their mean.  A
+    second call mends it where the search puts it, better than at either end of the grid."""
     world = three_modes(EDM())
     denoiser = Jump(world)
     grid = karras(EDM(), 40)[:-1].tolist()

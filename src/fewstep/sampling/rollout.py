@@ -108,8 +108,8 @@ def renoise(x: Tensor, plan: Plan, i: int, schedule: Schedule, rng: Rng | None) 
 
 
 def greedy_times(grid: Sequence[float], steps: int, score: Callable[[tuple[float, ...]], float]) -> tuple[float, ...]:
-    """The times of a plan, found one after the other: each is the one on ``grid`` with the lowest ``score`` of the times
-    so far, found by ternary search (Song et al. 2023, "Consistency Models", section 3, which scores by FID).
+    """The times of a plan, one after the other: each is the one on ``grid`` with the lowest ``score`` of the times so
+    far, found by ternary search (Song et al. 2023, "Consistency Models", section 3, which scores by FID).
 
     ``grid`` falls from the noisiest time, which is always the first one.  A score is asked for once per sequence,
     about ``5 log(len(grid))`` times a step; the search finds the lowest if the score falls, then rises, along the grid.
