@@ -338,6 +338,31 @@ def test_nan_names_the_tensor_and_leaves_the_checkpoint(where: str, said: str, t
     assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.tensors({}).values())
 
 
+@dataclass(frozen=True)
+class Overstepping(Denoising):
+    """Denoising whose last step, the fifth, leaves a weight without a value."""
+
+    name: ClassVar[str] = "overstepping"
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+        def overstep() -> None:
+            with torch.no_grad():
+                nets.model.net.enter.weight[0, 0] = float("inf")
+
+        update = next(super().updates(nets, batch, progress))
+        yield Update(update.group, update.loss, then=overstep if progress.step == 4 else None)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_weights_that_the_last_step_ruined_are_not_given_back(kept: bool, tmp_path: Path) -> None:
+    """No later step would notice them: they are looked at before they are saved and at the end."""
+    settings = replace(SETTINGS, budget=Budget(5, "steps"), save_seconds=0)
+    with pytest.raises(NonFiniteError, match=r"step 4: it left the weight model\.net\.enter\.weight not finite"):
+        train(Overstepping(), teacher(), points(), settings, tmp_path if kept else None, show=False)
+    if kept:
+        assert OneFile(tmp_path).counters()["steps"] == 4
+
+
 # --- optimisers --------------------------------------------------------------------------------------------------
 
 

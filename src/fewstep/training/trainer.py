@@ -193,6 +193,14 @@ class Run:
                 average.update(self.averaged[name])
         return {f"{group}/grad_norm": size, f"{group}/lr": lr}
 
+    def check_weights(self) -> None:
+        """NonFiniteError when a step left a weight that is no number, so that none is saved or given back."""
+        if bad := self.not_finite(dict(self.nets.named_parameters())):
+            raise NonFiniteError(
+                f"step {self.steps - 1}: it left the weight {bad[0]} not finite; lower the learning rate (the last "
+                "checkpoint is from before this step)"
+            )
+
     def diagnosis(self, updates: list[Update]) -> str:
         """Which tensors stopped being numbers: a weight, else the loss, else a gradient."""
         group = updates[0].group
@@ -484,8 +492,10 @@ def loop(run: Run, data: Dataset, folder: Path | None, show: bool) -> list[dict[
                 bar.update(after, said)
                 if folder is not None and snapshots.due(fraction, after):
                     run.snapshot(folder / "snapshots")
-                if saved is not None and (due or signals or after == 1):
-                    run.save(saved, data)
+                if due or signals or after == 1:
+                    run.check_weights()
+                    if saved is not None:
+                        run.save(saved, data)
                     last_save = time.perf_counter()
                 if signals:
                     where = f"saved in {folder}; the same command resumes" if saved else "nothing was saved"
