@@ -53,7 +53,7 @@ SETUPS: dict[str, dict[str, tuple[Recipe, int]]] = {
     "fashion": {
         "cm": (ConsistencyDistillation(sigma_data=0.7, lr=1e-3), 64),
         "scm": (ContinuousConsistencyDistillation(sigma_data=0.7), 64),
-        "dmd2": (DMD2(critic_steps=2), 32),
+        "dmd2": (DMD2(critic_steps=3), 48),
         "instaflow": (InstaFlow(reflows=0, pairs=1024, ode_steps=8), 64),
         "pd": (ProgressiveLadder(start=8), 64),
     },

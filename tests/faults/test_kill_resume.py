@@ -216,7 +216,7 @@ def test_a_kill_inside_writing(moment: Callable[[], None], tmp_path: Path) -> No
 def test_a_polite_stop_saves_and_says_so(number: signal.Signals, tmp_path: Path) -> None:
     """SIGTERM and Ctrl-C end the step, save, say what to do; the same command goes on to the same model."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    process, line = begin(stopped, 40)
+    process, line = begin(stopped, 200)
     wait_for_steps(line, 3)
     os.kill(process.pid or 0, number)
     process.join(60)
@@ -224,10 +224,10 @@ def test_a_polite_stop_saves_and_says_so(number: signal.Signals, tmp_path: Path)
     said = (stopped / "said").read_text()
     assert said.startswith(f"{number.value} stopped after ")
     assert said.endswith(f"steps, saved in {stopped}; the same command resumes")
-    assert 3 <= int(said.split()[3]) < 40
+    assert 3 <= int(said.split()[3]) < 200
     (stopped / "said").unlink()
-    train_in(stopped, 40)
-    train_in(whole, 40)
+    train_in(stopped, 200)
+    train_in(whole, 200)
     assert files(stopped) == files(whole)
 
 
