@@ -63,9 +63,9 @@ def test_pages_pictures_are_the_samples(shown: Path) -> None:
 
 def test_demo_goes_on_where_it_stopped(shown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same call trains nothing again; a longer one goes on from the steps that are there."""
-    (entry,) = (entry for entry in demo.STUDENTS if entry.name == "cm")
+    (entry,) = (entry for entry in demo.STUDENTS if entry.name == "scm")
     monkeypatch.setattr(demo, "STUDENTS", (entry,))
-    place = shown / "runs" / "cm"
+    place = shown / "runs" / "scm"
     before, weights = read_run(place).stages[0], (place / "model" / "model.safetensors").read_bytes()
     assert before.records
     for minutes, longer in ((0.03, False), (0.06, True)):
@@ -98,22 +98,22 @@ def test_demo_recipes_run_again(shown: Path, capsys: pytest.CaptureFixture[str])
 def test_report_of_run_folders(shown: Path, tmp_path: Path) -> None:
     """One page of several runs finds teacher and data in their recipes; an unfinished run is named, not shown."""
     (tmp_path / "unfinished").mkdir()
-    folders = [shown / "runs" / "pd", shown / "runs" / "cm", tmp_path / "unfinished"]
+    folders = [shown / "runs" / "pd", shown / "runs" / "scm", tmp_path / "unfinished"]
     out = report_runs(folders, tmp_path / "r.html", n=60)
     text = out.read_text()
     numbers = json.loads(text.split('id="numbers">')[1].split("</script>")[0])
-    assert {row["model"] for row in numbers["rows"]} == {"teacher", "pd", "cm"} and numbers["data"] == "digits"
+    assert {row["model"] for row in numbers["rows"]} == {"teacher", "pd", "scm"} and numbers["data"] == "digits"
     assert f"Left out: {tmp_path / 'unfinished'}" in text
     assert "2 pd-halving: student/loss" in text and "fewstep report" in text
 
 
 def test_runs_of_one_name_are_told_apart(shown: Path, tmp_path: Path) -> None:
     """Two runs in folders of the same name are two students."""
-    shutil.copytree(shown / "runs" / "cm", tmp_path / "cm")
-    text = report_runs([shown / "runs" / "cm", tmp_path / "cm"], tmp_path / "r.html", n=40).read_text()
+    shutil.copytree(shown / "runs" / "scm", tmp_path / "scm")
+    text = report_runs([shown / "runs" / "scm", tmp_path / "scm"], tmp_path / "r.html", n=40).read_text()
     numbers = json.loads(text.split('id="numbers">')[1].split("</script>")[0])
     assert {row["model"] for row in numbers["rows"]} == {
-        "teacher", str(shown / "runs" / "cm"), str(tmp_path / "cm")
+        "teacher", str(shown / "runs" / "scm"), str(tmp_path / "scm")
     }  # fmt: skip
 
 
