@@ -61,6 +61,8 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()), "quality": quality, "licence": LICENCE,
         "sha256": digest,
     }  # fmt: skip
+    if arguments.teacher:
+        card["teacher"] = arguments.teacher
     native.save(model, folder, card)
     print(json.dumps(card, indent=1))
 

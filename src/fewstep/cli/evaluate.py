@@ -77,7 +77,7 @@ def run(chosen: argparse.Namespace) -> None:
     quality = rows[0].quality
     print(
         f"{quality.features} features against {quality.reference}; real samples have a Fréchet distance of "
-        f"{quality.floor.value:.2f}; memorised is near 1 for fresh samples and 0 for copies"
+        f"{quality.floor.value:.2f}; memorised is near 1 for fresh samples, 0 for copies; ms a sample"
     )
     if chosen.json is not None:
         told = {
@@ -92,10 +92,10 @@ def table(rows: Sequence[Row], title: str) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    shown = Table(title=title, box=SIMPLE)
-    shown.add_column("model")
-    for head in ("steps", "calls", "Fréchet", "accuracy", "recall", "memorised", "ms each"):
-        shown.add_column(head, justify="right")
+    shown = Table(title=title, box=SIMPLE, padding=(0, 0, 0, 1))
+    shown.add_column("model", overflow="fold")
+    for head in ("steps", "calls", "Fréchet", "accuracy", "recall", "memorised", "ms"):
+        shown.add_column(head, justify="right", no_wrap=True)  # 80 columns hold the figures; long names are folded
     before = rows[0].model
     for row in rows:
         if row.model != before:
