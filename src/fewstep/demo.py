@@ -50,7 +50,7 @@ class Entry:
 STUDENTS = (
     Entry(
         "dmd2", "distribution matching, 1 step",
-        DMD2(gan_weight=0.0, critic_steps=2, lr=1e-3, critic_lr=2e-3), 0.45, 32,
+        DMD2(gan_weight=0.0, critic_steps=2, lr=7e-4, critic_lr=2e-3), 0.45, 32,
     ),
     Entry("pd", "progressive distillation, 4 steps to 1", ProgressiveLadder(start=4, end=1, lr=5e-4), 0.22, 64),
     Entry(
