@@ -252,12 +252,15 @@ SYSTEMS: tuple[System, ...] = (
 
 def systems_table() -> Table:
     """The catalogue as a table for the terminal, what works first."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("key", "system", "needs", "calls", "state", "what it does", title=f"{len(SYSTEMS)} systems")
+    table = Table("key", "state", "calls", "system, what it needs and what it does", box=SIMPLE_HEAD)
+    table.title, table.padding = f"{len(SYSTEMS)} systems", (0, 0, 0, 1)
     for row in sorted(SYSTEMS, key=lambda row: row.state != "works"):
         state = "[green]works[/]" if row.state == "works" else "planned"
-        table.add_row(row.key, f"{row.name} ({row.year})", row.needs, row.steps, state, row.about)
+        about = f"[bold]{row.name}[/] ({row.year}), from {row.needs}: {row.about}"
+        table.add_row(row.key, state, row.steps, about)
     return table
 
 

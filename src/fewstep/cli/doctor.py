@@ -22,6 +22,6 @@ def run(chosen: argparse.Namespace) -> int:
     width = max(60, shutil.get_terminal_size().columns)
     for finding in examine():
         bad |= finding.state == "bad"
-        start = f"{finding.state:<6}{finding.what:<32}"
+        start = f"{finding.state:<6}{finding.what:<39}"
         print(textwrap.fill(start + finding.text, width, subsequent_indent=" " * len(start)), flush=True)
     return 1 if bad else 0
