@@ -32,6 +32,7 @@ from fewstep.distill.flow_map.progressive import ProgressiveLadder
 from fewstep.distill.flow_map.rectified_flow import InstaFlow
 from fewstep.distill.matching.dmd2 import DMD2
 from fewstep.distill.method import Recipe
+from fewstep.hub import native
 from fewstep.hub.native import write_atomically
 from fewstep.metrics import Evaluator, load_features
 from fewstep.report import machine
@@ -121,6 +122,7 @@ def main() -> None:
             folder = chosen.runs / train.name / f"{method}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
             settings = Settings(Budget.parse(chosen.budget), batch=batch, seed=seed)
             result = run_recipe(recipe, teacher, train, settings, folder)
+            native.save(result.model, folder / "model", {"method": method, "teacher": name, "data": train.name})
             measure(result.model, key, method, seed, (result.seconds, result.steps))
     text = table(list(done.values()), where)
     write_atomically(chosen.out.with_suffix(".md").absolute(), text.encode())
