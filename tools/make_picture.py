@@ -37,7 +37,7 @@ def main() -> None:
         panel.axis("off")
     figure.tight_layout(pad=0.3, h_pad=0.6)
     figure.savefig(chosen.out, dpi=100)
-    Image.open(chosen.out).convert("L").save(chosen.out, optimize=True)  # a third of the size
+    Image.open(chosen.out).convert("L").save(chosen.out, optimize=True)  # about half the size
 
 
 if __name__ == "__main__":
