@@ -6,11 +6,11 @@ export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test lint docs bench clean
 
-## The demonstration: a bundled teacher made fast by several methods, and a page that shows it (about six minutes).
+## The demonstration: a bundled teacher made fast by several methods, and a page that shows it (about five minutes).
 demo: $(VENV)/core
 	$(BIN)/fewstep demo --out report.html
 
-## All tests (about fifteen minutes on two cores).
+## All tests (about six minutes on two cores).
 test: $(VENV)/test
 	$(BIN)/python -m pytest
 
