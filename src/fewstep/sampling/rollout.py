@@ -117,7 +117,8 @@ def greedy_times(grid: Sequence[float], steps: int, score: Callable[[tuple[float
     """
     if not 1 <= steps <= len(grid):
         raise ValueError(f"steps={steps} must lie in 1 .. {len(grid)}, the number of times of the grid")
-    chosen, last = (grid[0],), 0
+    chosen: tuple[float, ...] = (grid[0],)
+    last = 0
     for left in range(steps - 2, -1, -1):
         scored = cache(lambda i, so_far=chosen: score((*so_far, grid[i])))
         low, high = last + 1, len(grid) - 1 - left  # the times that are still to come need room
