@@ -53,7 +53,7 @@ SETUPS: dict[str, dict[str, tuple[Recipe, int]]] = {
     },
     "fashion": {
         "cm": (ConsistencyDistillation(sigma_data=0.7, lr=1e-3, grid_times=8), 64),
-        "scm": (ContinuousConsistencyDistillation(sigma_data=0.7), 64),
+        "scm": (ContinuousConsistencyDistillation(sigma_data=0.7, tangent_warmup=0.1), 64),
         "dmd2": (DMD2(critic_steps=3), 48),
         "instaflow": (InstaFlow(pairs=2048, ode_steps=8, lr=5e-4), 64),
         "pd": (ProgressiveLadder(start=8, lr=5e-4), 64),

@@ -55,7 +55,7 @@ STUDENTS = (
     Entry("pd", "progressive distillation, 4 steps to 1", ProgressiveLadder(start=4, end=1, lr=5e-4), 0.22, 64),
     Entry(
         "scm", "continuous-time consistency, 1, 2 and 4 steps",
-        ContinuousConsistencyDistillation(sigma_data=0.7), 0.33, 64,
+        ContinuousConsistencyDistillation(sigma_data=0.7, tangent_warmup=0.1), 0.33, 64,
     ),
 )  # fmt: skip
 #: Shown beside them: a student that ships with the package, trained for most of an hour on one core.
