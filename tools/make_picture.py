@@ -9,6 +9,7 @@ Every row is ``TITLE=MODEL@STEPS``: a bundled name, a model folder or a run fold
 from __future__ import annotations
 
 import argparse
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,6 +17,7 @@ from PIL import Image
 
 from fewstep import api
 from fewstep.report.comparison import timed_samples
+from fewstep.report.pictures import sheet
 
 COLUMNS, LINES = 10, 2
 
@@ -31,8 +33,7 @@ def main() -> None:
         title, _, source = row.partition("=")
         name, _, steps = source.rpartition("@")
         x = timed_samples(api.load(name), int(steps), COLUMNS * LINES, chosen.seed, "unipc", 100)[0]
-        lines = x[:, 0].unflatten(0, (LINES, COLUMNS)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        panel.imshow(lines, cmap="gray", vmin=-1, vmax=1)
+        panel.imshow(plt.imread(BytesIO(sheet(x, COLUMNS))), cmap="gray")
         panel.set_title(title, loc="left", fontsize=9, pad=3)
         panel.axis("off")
     figure.tight_layout(pad=0.3, h_pad=0.6)

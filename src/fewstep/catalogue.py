@@ -92,7 +92,7 @@ SYSTEMS: tuple[System, ...] = (
     S("ict", "iCT", 2023, "2310.14189", "consistency", "data", "1, 2",
       "Improved Techniques for Training Consistency Models",
       "consistency training without a teacher, with better weights, distances and grids"),
-    works(S("scm", "sCM", 2024, "2410.11081", "consistency", "teacher or data", "1, 2",
+    works(S("scm", "sCM", 2024, "2410.11081", "consistency", "teacher or data", "1, 2, 4",
             "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
             "continuous-time consistency made stable: TrigFlow, normalised tangents, warm-up"),
           "consistency.scm:ContinuousConsistencyDistillation", "from paper text", "test_scm.py", "scm.md"),

@@ -15,6 +15,7 @@ from fewstep.distill.consistency.scm import (
 from fewstep.distill.method import Batch, Networks, Progress
 from fewstep.exact import Gaussian
 from fewstep.networks import MLP, UNet
+from fewstep.networks.parts import Dropout
 from fewstep.randomness import Rng
 from fewstep.schedules import TrigFlow
 from fewstep.tangents import finite_difference, tangent
@@ -153,6 +154,22 @@ def test_the_tangent_and_the_forward_pass_see_the_same_dropout_mask() -> None:
     assert float(update.loss.detach()) < 1e-12
     x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 1.0, dtype=torch.float64)
     assert not torch.equal(nets.student.to_data(x, t), nets.student.to_data(x, t))  # the masks do differ
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_dropout_keeps_the_mean_and_repeats_in_any_memory_layout(p: float) -> None:
+    """The share 1 - p is kept and scaled up, all or nothing at the ends, with one mask for both layouts and a jvp."""
+    dropout, x = Dropout(p).train(), torch.ones(8, 16, 16, 16)
+    made = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        state = x.to(memory_format=layout)
+        for call in (dropout, lambda y: torch.func.jvp(dropout, (y,), (y,))[0]):
+            torch.manual_seed(0)
+            made.append(call(state))
+    assert all(torch.equal(made[0], other) for other in made[1:])
+    assert set(made[0].unique().tolist()) == {0.0: {1.0}, 0.5: {0.0, 2.0}, 1.0: {0.0}}[p]
+    assert float(made[0].mean()) == pytest.approx(float(p < 1), abs=5 * (x.numel() ** -0.5))
+    assert torch.equal(dropout.eval()(x), x)
 
 
 class Polynomial(Denoiser):

@@ -348,12 +348,17 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 
+def adapter_class(name: str) -> type[Adapter]:
+    """The adapter of a diffusers model class; ValueError names those that are known."""
+    if name not in ADAPTERS:
+        raise ValueError(f"diffusers model class '{name}' is unknown; fewstep reads {', '.join(ADAPTERS)}")
+    return ADAPTERS[name]
+
+
 def adapt(model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> Adapter:
     """The adapter around a diffusers model; ValueError when its class is not known."""
     name = type(model).__name__
-    if name not in ADAPTERS:
-        raise ValueError(f"diffusers model class '{name}' is unknown; fewstep reads {', '.join(ADAPTERS)}")
-    return ADAPTERS[name](model, origin, size)
+    return adapter_class(name)(model, origin, size)
 
 
 def described(net: Adapter) -> dict[str, Any]:
@@ -379,13 +384,12 @@ def rebuilt(description: dict[str, Any]) -> Adapter:
     Raises ValueError for a class that is not known.
     """
     name, size, folder = description["class"], tuple(description["size"]), description["pipeline"]
-    if name not in ADAPTERS:
-        raise ValueError(f"diffusers model class '{name}' is unknown; fewstep reads {', '.join(ADAPTERS)}")
+    adapter = adapter_class(name)
     if folder is not None and (Path(folder) / "model_index.json").is_file():
         from fewstep.hub.diffusers import load_pipeline
 
         found = load_pipeline(folder, size=size).denoiser.net
-        if isinstance(found, ADAPTERS[name]):
+        if isinstance(found, adapter):
             return found
     model_class = attrgetter(name)(require("diffusers", "reading a student of a diffusers model"))
     return adapt(model_class.from_config(description["config"]), size=size)

@@ -97,7 +97,7 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         kept = torch.rand(x.shape, device=x.device) >= self.p
-        return x * kept / (1 - self.p)
+        return x * kept / max(1 - self.p, torch.finfo(x.dtype).tiny)  # p = 1 keeps nothing: 0, not 0 / 0
 
 
 class Modulation(nn.Module):

@@ -490,12 +490,13 @@ def loop(run: Run, data: Dataset, folder: Path | None, show: bool) -> list[dict[
                         output.write(record)
                     said = losses(record)
                 bar.update(after, said)
+                saving = bool(due or signals or after == 1)
+                if saving:
+                    run.check_weights()
                 if folder is not None and snapshots.due(fraction, after):
                     run.snapshot(folder / "snapshots")
-                if due or signals or after == 1:
-                    run.check_weights()
-                    if saved is not None:
-                        run.save(saved, data)
+                if saving and saved is not None:
+                    run.save(saved, data)
                     last_save = time.perf_counter()
                 if signals:
                     where = f"saved in {folder}; the same command resumes" if saved else "nothing was saved"
