@@ -63,7 +63,7 @@ class Rng:
         return torch.randperm(n, generator=self.generator)
 
 
-def repeated_draws(x: Tensor) -> AbstractContextManager[None]:
-    """A block after which PyTorch's own generators (CPU and that of ``x``) stand where they stood before it, so that
-    the next network call draws the same dropout masks as the call inside."""
-    return torch.random.fork_rng([x.device] if x.is_cuda else [])
+def repeated_draws(device: torch.device) -> AbstractContextManager[None]:
+    """A block after which PyTorch's own generators (CPU and that of ``device``) stand where they stood before it, so
+    that the next network call draws the same dropout masks as the call inside."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

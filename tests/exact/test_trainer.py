@@ -30,10 +30,11 @@ from fewstep.training import precision
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import OneFile
 from fewstep.training.ema import HalfLife, Power
+from fewstep.training.interruptions import only_run_in
 from fewstep.training.progress import Records
 from fewstep.training.snapshots import reconstruct_model
 from fewstep.training.stages import run_recipe
-from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settings, only_run_in, train
+from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settings, train
 
 METHODS: dict[str, Method] = {
     "denoising": Denoising(lr=1e-2),

@@ -13,12 +13,11 @@ norm, clip and averages, fused optimisers, numbers read from the device only whe
 from __future__ import annotations
 
 import copy
-import fcntl
 import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +27,15 @@ from torch import Tensor
 
 from fewstep.data.dataset import Dataset, epoch_indices
 from fewstep.denoisers import Denoiser
-from fewstep.distill.method import Batch, Method, Networks, Optimiser, Progress, Update
-from fewstep.randomness import Rng, derive_seed
+from fewstep.distill.method import Batch, Method, Networks, Progress, Update
+from fewstep.randomness import Rng, derive_seed, repeated_draws
 from fewstep.sampling.rollout import Student
 from fewstep.training import checkpoint, snapshots
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import Checkpoint
 from fewstep.training.ema import Average, Power, Profile
+from fewstep.training.interruptions import only_run_in, stop_on_signals
+from fewstep.training.optimisers import make_optimiser, rate
 from fewstep.training.parallel import Parallel
 from fewstep.training.precision import Precision, autocast, resolve
 from fewstep.training.progress import Bar, Records, TensorBoard
@@ -333,28 +334,6 @@ class Run:
         return self.method.student(plain).requires_grad_(False).eval()
 
 
-def make_optimiser(spec: Optimiser, nets: Networks, group: str) -> torch.optim.Optimizer:
-    """Fused or multi-tensor optimisers only: per-tensor ones cost more than a small network's backward pass."""
-    parameters = nets.group_parameters(group)
-    if spec.kind == "radam":
-        return torch.optim.RAdam(
-            parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, foreach=True
-        )
-    kind = torch.optim.Adam if spec.kind == "adam" else torch.optim.AdamW
-    return kind(parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
-
-
-def rate(spec: Optimiser, progress: Progress) -> float:
-    """The learning rate at this point, as a multiple of ``lr``."""
-    warm = min(1.0, (progress.step + 1) / spec.warmup) if spec.warmup else 1.0
-    left = {
-        "constant": 1.0,
-        "linear": 1 - progress.fraction,
-        "cosine": (1 + math.cos(math.pi * progress.fraction)) / 2,
-    }[spec.decay]
-    return warm * left
-
-
 def mean_logs(updates: list[Update]) -> dict[str, Tensor | float]:
     """The loss and logged scalars of one update, averaged over micro-batches; nothing is read from the device."""
     group = updates[0].group
@@ -362,49 +341,6 @@ def mean_logs(updates: list[Update]) -> dict[str, Tensor | float]:
     for name in updates[0].logs:
         logs[f"{group}/{name}"] = sum(u.logs[name] for u in updates) / len(updates)
     return logs
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C become an entry in the list, so that the step in progress ends well."""
-    caught: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        caught.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: signals are somebody else's business
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock and clear what a killed run was writing; ValueError when another run has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            message = f"{folder}: another run is training in this folder; wait for it or choose another"
-            raise ValueError(message) from None
-        for pattern in (".*.safetensors.*", ".*.json*.*"):
-            for unfinished in folder.rglob(pattern):
-                unfinished.unlink()
-        yield
-
-
-@contextmanager
-def own_random_state(device: torch.device) -> Iterator[None]:
-    """Leave PyTorch's global generator, which new layers and dropout draw from, as it was."""
-    with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
-        yield
 
 
 def train(
@@ -439,7 +375,7 @@ def train(
         return method.networks(copy.deepcopy(teacher) if settings.shard else teacher)
 
     lock = only_run_in(folder) if folder is not None and parallel.main else nullcontext()
-    with own_random_state(device), lock:
+    with repeated_draws(device), lock:  # PyTorch's generator, which new layers and dropout use, is left as it was
         run = Run(method, networks(), settings, parallel)
         records = loop(run, data, folder, show and parallel.main)
         model = run.finish(networks() if settings.shard else run.nets)

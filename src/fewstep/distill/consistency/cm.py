@@ -34,7 +34,7 @@ def consistency_loss(
     model: FlowMap, target: FlowMap, batch: Batch, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, distance: str
 ) -> Tensor:
     """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, with the same dropout mask in both calls."""
-    with torch.no_grad(), repeated_draws(x_t):
+    with torch.no_grad(), repeated_draws(x_t.device):
         aim = target.to_data(x_s, s, batch.cond)
     return DISTANCES[distance](model.to_data(x_t, t, batch.cond), aim)
 

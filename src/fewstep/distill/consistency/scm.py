@@ -123,7 +123,7 @@ class _ContinuousConsistency(Method):
         with torch.no_grad():
             v = self.trajectory_velocity(nets, batch, x_t, z, t)
         r = min(1.0, progress.fraction / self.tangent_warmup) if self.tangent_warmup else 1.0
-        with repeated_draws(x_t):
+        with repeated_draws(x_t.device):
             f_minus, g = consistency_tangent(denoiser, x_t, t, v, batch.cond, r)
         f = denoiser.velocity(x_t, t, batch.cond) / self.sigma_data
         w = nets.weight(t)
