@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 METHODS = ("denoising", "flow-matching")
 SCHEDULES = ("TrigFlow", "FlowMatching", "EDM", "VPLinear", "VPCosine")
-#: What the data decide about a network.
-FROM_DATA = ("shape", "classes", "extras")
+#: What the data and the method decide about a network.
+FROM_DATA = ("shape", "classes", "extras", "beside")
 DEFAULTS = {"method": "denoising", "network": "unet", "schedule": "TrigFlow", "prediction": "trig"}
 
 

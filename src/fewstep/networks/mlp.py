@@ -6,14 +6,16 @@ import math
 
 from torch import Tensor, nn
 
-from fewstep.networks.parts import Conditioning, Modulation, zeroed
+from fewstep.networks.parts import Beside, Conditioning, Modulation, zeroed
 
 
 class MLP(nn.Module):
     """``F(x, t, cond, **extras)`` on flattened samples.
 
     ``shape`` is the shape of one sample; ``blocks`` residual blocks of ``width`` features, modulated by time and
-    label.  ``features`` gives the hidden state after the last block ``[B, width]``, for discriminators.
+    label.  ``beside`` is how many channels a second sample has that is given with the state, ``[B, beside,
+    *shape[1:]]``, or None for zeros (see :class:`Beside`).  ``features`` gives the hidden state after the last block
+    ``[B, width]``, for discriminators.
     """
 
     def __init__(
@@ -23,30 +25,38 @@ class MLP(nn.Module):
         blocks: int = 3,
         classes: int | None = None,
         extras: tuple[str, ...] = (),
+        beside: int = 0,
     ) -> None:
         super().__init__()
         if blocks < 0:
             raise ValueError(f"MLP: blocks={blocks} must not be negative")
         self.shape = tuple(shape)
         self.config = {
-            "shape": list(shape), "width": width, "blocks": blocks, "classes": classes, "extras": list(extras)
+            "shape": list(shape), "width": width, "blocks": blocks, "classes": classes, "extras": list(extras),
+            "beside": beside,
         }  # fmt: skip
         size = math.prod(self.shape)
         self.conditioning = Conditioning(width, classes, tuple(extras))
         self.enter = nn.Linear(size, width)
+        side = nn.Linear(beside * math.prod(self.shape[1:]), width, bias=False) if beside > 0 else None
+        self.beside = Beside(beside, side)
         self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
         self.leave = zeroed(nn.Linear(width, size))
         self.feature_shape = (width,)
 
-    def features(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extras: Tensor) -> Tensor:
+    def features(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, beside: Tensor | None = None, **extras: Tensor
+    ) -> Tensor:
         emb = self.conditioning(t, cond, extras, x.dtype)
-        hidden = self.enter(x.flatten(1))
+        hidden = self.beside(self.enter(x.flatten(1)), None if beside is None else beside.flatten(1))
         for block in self.blocks:
             hidden = block(hidden, emb)
         return hidden
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extras: Tensor) -> Tensor:
-        return self.leave(nn.functional.silu(self.features(x, t, cond, **extras))).reshape(x.shape)
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, beside: Tensor | None = None, **extras: Tensor
+    ) -> Tensor:
+        return self.leave(nn.functional.silu(self.features(x, t, cond, beside, **extras))).reshape(x.shape)
 
 
 class Block(nn.Module):

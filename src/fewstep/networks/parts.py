@@ -67,6 +67,28 @@ class Conditioning(nn.Module):
         return torch.where(cond < 0, classes, cond)
 
 
+class Beside(nn.Module):
+    """Adds a second sample, given beside the state, to the first hidden layer: a network's own last estimate
+    (self-conditioning), a picture of lower resolution.
+
+    ``layer`` maps it to the hidden layer without a bias and starts at zero, so that the network starts as the one
+    without, and None stands for zeros.  ValueError for a second sample that the network was not made for.
+    """
+
+    def __init__(self, channels: int, layer: nn.Linear | nn.Conv2d | None) -> None:
+        super().__init__()
+        if channels < 0:
+            raise ValueError(f"beside={channels} must not be negative")
+        self.layer = None if layer is None else zeroed(layer)
+
+    def forward(self, hidden: Tensor, beside: Tensor | None) -> Tensor:
+        if beside is None:
+            return hidden
+        if self.layer is None:
+            raise ValueError("this network takes no second sample: make it with beside=channels")
+        return hidden + self.layer(beside)
+
+
 def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
     """``x / rms(x)`` over the last dimension (the "double normalisation" of sCM's adaptive group norm)."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.parts import Conditioning, Dropout, GroupNorm, Modulation, zeroed
+from fewstep.networks.parts import Beside, Conditioning, Dropout, GroupNorm, Modulation, zeroed
 
 
 class UNet(nn.Module):
@@ -14,7 +14,8 @@ class UNet(nn.Module):
     The picture is first folded into 2x2 patches, which quarters the cost of every layer; then come
     ``len(channels)`` resolutions of ``blocks`` residual blocks each way, and self-attention at the lowest one.
     ``features`` gives the activations at the bottleneck ``[B, channels[-1], h, w]``, for discriminators.
-    ``dropout`` acts inside the residual blocks; ``double_norm`` is sCM's conditioning (see :class:`Modulation`).
+    ``dropout`` acts inside the residual blocks; ``double_norm`` is sCM's conditioning (see :class:`Modulation`);
+    ``beside`` is how many channels a second picture has that is given with the state (see :class:`Beside`).
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class UNet(nn.Module):
         extras: tuple[str, ...] = (),
         dropout: float = 0.0,
         double_norm: bool = False,
+        beside: int = 0,
     ) -> None:
         super().__init__()
         if len(shape) != 3:
@@ -41,6 +43,7 @@ class UNet(nn.Module):
         self.config = {
             "shape": list(shape), "channels": list(channels), "blocks": blocks, "width": width, "classes": classes,
             "extras": list(extras), "dropout": dropout, "double_norm": double_norm,
+            "beside": beside,
         }  # fmt: skip
         self.conditioning = Conditioning(width, classes, tuple(extras))
 
@@ -48,6 +51,8 @@ class UNet(nn.Module):
             return ResBlock(i, o, width, dropout, double_norm)
 
         self.enter = nn.Conv2d(4 * image, channels[0], 3, padding=1)
+        side_layer = nn.Conv2d(4 * beside, channels[0], 3, padding=1, bias=False) if beside > 0 else None
+        self.beside = Beside(beside, side_layer)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         skips = [channels[0]]
@@ -72,8 +77,8 @@ class UNet(nn.Module):
         self.leave = zeroed(nn.Conv2d(here, 4 * image, 3, padding=1))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        hidden = self.enter(nn.functional.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))
+    def encode(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        hidden = self.beside(self.enter(folded(x)), None if beside is None else folded(beside))
         skips = [hidden]
         for layer in self.down:
             hidden = layer(hidden, emb) if isinstance(layer, ResBlock) else layer(hidden)
@@ -82,12 +87,16 @@ class UNet(nn.Module):
             hidden = layer(hidden, emb) if isinstance(layer, ResBlock) else layer(hidden)
         return hidden, skips
 
-    def features(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extras: Tensor) -> Tensor:
-        return self.encode(x, self.conditioning(t, cond, extras, x.dtype))[0]
+    def features(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, beside: Tensor | None = None, **extras: Tensor
+    ) -> Tensor:
+        return self.encode(x, self.conditioning(t, cond, extras, x.dtype), beside)[0]
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extras: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, beside: Tensor | None = None, **extras: Tensor
+    ) -> Tensor:
         emb = self.conditioning(t, cond, extras, x.dtype)
-        hidden, skips = self.encode(x, emb)
+        hidden, skips = self.encode(x, emb, beside)
         for layer in self.up:
             if isinstance(layer, ResBlock):
                 hidden = layer(torch.cat([hidden, skips.pop()], dim=1), emb)
@@ -95,6 +104,11 @@ class UNet(nn.Module):
                 hidden = layer(hidden)
         out = self.leave(nn.functional.silu(self.leave_norm(hidden)))
         return nn.functional.pixel_shuffle(out, 2).contiguous()
+
+
+def folded(x: Tensor) -> Tensor:
+    """2x2 patches as channels."""
+    return nn.functional.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
 
 
 class ResBlock(nn.Module):

@@ -1,0 +1,38 @@
+"""The reference networks: a second sample given beside the state."""
+
+import pytest
+import torch
+
+from fewstep.networks import MLP, UNet
+
+MAKE = {
+    "mlp on pictures": lambda beside: MLP((1, 4, 4), width=16, blocks=1, beside=beside),
+    "mlp on vectors": lambda beside: MLP((3,), width=16, blocks=1, beside=beside),
+    "unet": lambda beside: UNet((1, 8, 8), channels=(8, 16), blocks=1, width=16, beside=beside),
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_second_sample_starts_without_effect_and_then_has_one(name):
+    """With its weights at zero the network is the one without; None stands for zeros; moved weights show."""
+    torch.manual_seed(0)
+    net = MAKE[name](2)
+    for parameter in net.leave.parameters():
+        torch.nn.init.normal_(parameter)
+    x, t = torch.randn(5, *net.shape), torch.rand(5)
+    second = torch.randn(5, 2, *net.shape[1:])
+    plain = net(x, t)
+    assert torch.equal(net(x, t, beside=second), plain)
+    torch.nn.init.normal_(net.beside.layer.weight)
+    assert torch.equal(net(x, t, beside=torch.zeros_like(second)), net(x, t))
+    assert not torch.allclose(net(x, t, beside=second), plain)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_second_sample_that_was_not_asked_for_is_refused(name):
+    """One line that names the argument."""
+    net = MAKE[name](0)
+    with pytest.raises(ValueError, match="beside=channels"):
+        net(torch.zeros(1, *net.shape), torch.ones(1), beside=torch.zeros(1, 1, *net.shape[1:]))
+    with pytest.raises(ValueError, match="beside=-1"):
+        MLP((3,), beside=-1)
