@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 IDEAS = {"schedules", "grids", "denoisers", "flow_maps", "generators", "tangents", "randomness", "exact"}
-BELOW_DISTILL = IDEAS | {"sampling", "networks", "data"}
+BELOW_DISTILL = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}
 BELOW_TRAINING = BELOW_DISTILL | {"distill", "hub"}
 
@@ -23,9 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": IDEAS,
     "networks": IDEAS,
     "data": IDEAS,
-    "metrics": IDEAS | {"sampling", "data"},
+    "discrete": IDEAS | {"sampling", "networks", "data"},
+    "metrics": IDEAS | {"sampling", "data", "discrete"},
     "distill": BELOW_DISTILL,
-    "hub": IDEAS | {"sampling", "networks"},
+    "hub": IDEAS | {"sampling", "networks", "discrete"},
     "training": BELOW_TRAINING,
     "report": BELOW_TRAINING | {"metrics"},
 }

@@ -1,0 +1,1 @@
+"""Discrete data: bits, continuous-time Markov chains, their exact worlds and samplers."""
