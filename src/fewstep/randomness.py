@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,16 @@ def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from integers and strings: equal parts, equal seed; unrelated parts, unrelated streams."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+class Noise(Protocol):
+    """Where a sampler's fresh noise comes from."""
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        """Standard normal of the shape and type of ``x``, independent of all else."""
+
+    def increment(self, x: Tensor, start: float, end: float) -> Tensor:
+        """Standard normal for the stretch ``start .. end`` of lambda (half the log-SNR)."""
 
 
 class Rng:
@@ -44,6 +55,11 @@ class Rng:
     def normal_like(self, x: Tensor) -> Tensor:
         """Standard normal of the shape and type of ``x``."""
         return self.normal(*x.shape, dtype=x.dtype)
+
+    def increment(self, x: Tensor, start: float, end: float) -> Tensor:
+        """Standard normal of the shape and type of ``x`` for the stretch ``start .. end`` of lambda: fresh every time,
+        whatever the stretch (a Brownian path is one that remembers)."""
+        return self.normal_like(x)
 
     def uniform(self, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """``n`` float64 numbers in ``[low, high)``, one per sample of this part."""

@@ -1,6 +1,20 @@
 """Few steps now: solvers as tables of coefficients, the engine that runs them, and rollouts of students."""
 
-from fewstep.sampling.coefficients import Levels
+from fewstep.sampling.brownian import BrownianPath
+from fewstep.sampling.coefficients import DATA, NOISE, Levels
+from fewstep.sampling.deis import IPNDM, TAB, RhoAB, ScoreExponential
+from fewstep.sampling.dpm_solver import (
+    Ancestral,
+    DPMSolver1,
+    DPMSolverPP2M,
+    DPMSolverPP2MTaylor,
+    DPMSolverPP3M,
+    DPMSolverPP3MPublished,
+    DPMSolverPPSDE,
+    Fast,
+    Single,
+)
+from fewstep.sampling.dualfast import DualFast
 from fewstep.sampling.editing import (
     Colourisation,
     Edited,
@@ -12,33 +26,50 @@ from fewstep.sampling.editing import (
     slerp,
     stroke_to_image,
 )
-from fewstep.sampling.engine import Row, Solver, Stage, Step, Table, run, solve
+from fewstep.sampling.engine import FieldRow, Row, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
-from fewstep.sampling.multistep import DPMSolverPP2M, DPMSolverPP2MTaylor, Multistep, UniPC
+from fewstep.sampling.multistep import Multistep
 from fewstep.sampling.rollout import Plan, Student, greedy_times, rollout
 from fewstep.sampling.runge_kutta import NATIVE, RATIO, RungeKutta, Tableau
 from fewstep.sampling.sample import SOLVERS, balanced, sample
 from fewstep.sampling.stochastic import DDIM, Churn, DDPMLarge
+from fewstep.sampling.unipc import UniPC
 
 __all__ = [
+    "DATA",
     "DDIM",
+    "IPNDM",
     "NATIVE",
+    "NOISE",
     "RATIO",
     "SOLVERS",
+    "TAB",
+    "Ancestral",
+    "BrownianPath",
     "Churn",
     "Colourisation",
     "DDPMLarge",
+    "DPMSolver1",
     "DPMSolverPP2M",
     "DPMSolverPP2MTaylor",
+    "DPMSolverPP3M",
+    "DPMSolverPP3MPublished",
+    "DPMSolverPPSDE",
+    "DualFast",
     "Edited",
+    "Fast",
+    "FieldRow",
     "Hooks",
     "Inpainting",
     "Levels",
     "LinearMeasurement",
     "Multistep",
     "Plan",
+    "RhoAB",
     "Row",
     "RungeKutta",
+    "ScoreExponential",
+    "Single",
     "Solver",
     "Stage",
     "Step",

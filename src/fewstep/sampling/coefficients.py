@@ -2,24 +2,28 @@
 
 Between two times ``s > t`` with ``h = lambda_t - lambda_s > 0`` the probability-flow ODE has the exact solution
 
-    x_t = (sigma_t / sigma_s) x_s + alpha_t sum_k psi_k(h) h^k D^(k)        (data prediction)
-    x_t = (alpha_t / alpha_s) x_s - sigma_t sum_k chi_k(h) h^k eps^(k)      (noise prediction)
+    x_t = (sigma_t / sigma_s) x_s + alpha_t sum_k psi_k(h) h^k D^(k)        (data prediction, :data:`DATA`)
+    x_t = (alpha_t / alpha_s) x_s - sigma_t sum_k chi_k(h) h^k eps^(k)      (noise prediction, :data:`NOISE`)
 
-where ``D^(k)`` is the k-th derivative along lambda (Lu et al. 2022, DPM-Solver++, eq. 9; DPM-Solver, eq. 3.4).
-Everything here is float64 in Python numbers: a table of a few dozen rows is made once per grid.
+where ``D^(k)`` is the k-th derivative along lambda (Lu et al. 2022, DPM-Solver++, eq. 9; DPM-Solver, eq. 3.4).  The two
+are one :class:`Form` each, so that a solver is written once for both.  Everything here is float64 in Python numbers: a table of a few dozen rows is made once per grid.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewstep.grids import check_grid
 from fewstep.schedules import LOG_SNR_BOUND, Schedule
+
+OutputKind = Literal["x0", "eps"]
 
 
 def chi(n: int, h: float) -> list[float]:
@@ -65,6 +69,14 @@ def vandermonde(nodes: Sequence[float], moments: Sequence[float]) -> list[float]
     return w
 
 
+class Point(NamedTuple):
+    """The coefficients of one noise level: ``x = alpha x_0 + sigma eps``."""
+
+    alpha: float
+    sigma: float
+    log_snr: float
+
+
 @dataclass(frozen=True)
 class Levels:
     """A grid seen through its schedule: ``steps + 1`` times with alpha, sigma and lambda as Python floats.
@@ -101,6 +113,29 @@ class Levels:
     def steps(self) -> int:
         return len(self.times) - 1
 
+    def point(self, i: int) -> Point:
+        """The level of time ``i``."""
+        return Point(self.alpha[i], self.sigma[i], self.log_snr[i])
+
+    def denoised(self) -> Levels:
+        """The same levels with pure data (``alpha = 1``, ``sigma = 0``) at the end, on any schedule: one more step, in
+        which every solver returns the network's own prediction at the last time ("denoise to zero").
+
+        Itself when it ends at pure data already.  The added time is -1: nothing is evaluated there.
+        """
+        if self.log_snr[-1] == math.inf:
+            return self
+        return Levels(
+            self.schedule, (*self.times, -1.0), (*self.alpha, 1.0), (*self.sigma, 0.0), (*self.log_snr, math.inf)
+        )
+
+    def inside(self, i: int, fraction: float) -> tuple[float, Point]:
+        """Time and level at a fraction of step ``i`` in lambda; the step must be finite."""
+        log_snr = torch.tensor(self.log_snr[i] + fraction * self.h(i), dtype=torch.float64)
+        time = self.schedule.time_at(log_snr)
+        alpha, sigma = float(self.schedule.alpha(time)), float(self.schedule.sigma(time))
+        return float(time), Point(alpha, sigma, math.log(alpha) - math.log(sigma))
+
     def h(self, i: int) -> float:
         """The length of step ``i`` in lambda; infinite when it starts at pure noise or ends at pure data."""
         return self.log_snr[i + 1] - self.log_snr[i]
@@ -114,14 +149,75 @@ def _log_snr(alpha: float, sigma: float) -> float:
     return math.log(alpha) - math.log(sigma)
 
 
+class Form(ABC):
+    """How the exact solution is written: which prediction is integrated, and what the rest of the step is.
+
+    ``output`` is what the history holds.
+    """
+
+    output: ClassVar[OutputKind]
+
+    @abstractmethod
+    def exact(self, s: Point, t: Point) -> tuple[float, float]:
+        """``(a, c)`` of the exact step ``x_t = a x_s + c m`` for a constant prediction ``m``: DDIM."""
+
+    @abstractmethod
+    def step(self, s: Point, t: Point, n: int, eta: float = 0.0) -> tuple[float, list[float]]:
+        """``(a, [w_0 .. w_n])`` of ``x_t = a x_s + sum_k w_k h^k m^(k)``, a step of finite length; ``eta`` is the share
+        of the reverse SDE, whose fresh noise comes on top."""
+
+    @abstractmethod
+    def front(self, t: Point) -> float:
+        """What stands before the integral: ``w_0 / h`` in the limit of small steps."""
+
+
+@dataclass(frozen=True)
+class DataForm(Form):
+    """``x_t = (sigma_t / sigma_s) e^(-eta h) x_s + alpha_t sum_k psi_k((1 + eta) h) h^k D^(k)``."""
+
+    output = "x0"
+
+    def exact(self, s: Point, t: Point) -> tuple[float, float]:
+        a = t.sigma / s.sigma
+        return a, t.alpha - a * s.alpha
+
+    def step(self, s: Point, t: Point, n: int, eta: float = 0.0) -> tuple[float, list[float]]:
+        h = t.log_snr - s.log_snr
+        return t.sigma / s.sigma * math.exp(-eta * h), [t.alpha * value for value in psi(n, (1 + eta) * h)]
+
+    def front(self, t: Point) -> float:
+        return t.alpha
+
+
+@dataclass(frozen=True)
+class NoiseForm(Form):
+    """``x_t = (alpha_t / alpha_s) x_s - sigma_t sum_k chi_k(h) h^k eps^(k)``."""
+
+    output = "eps"
+
+    def exact(self, s: Point, t: Point) -> tuple[float, float]:
+        a = t.alpha / s.alpha
+        return a, t.sigma - a * s.sigma
+
+    def step(self, s: Point, t: Point, n: int, eta: float = 0.0) -> tuple[float, list[float]]:
+        if eta:
+            raise ValueError(f"eta={eta} needs data prediction: the SDE solvers are written in the form DATA")
+        return t.alpha / s.alpha, [-t.sigma * value for value in chi(n, t.log_snr - s.log_snr)]
+
+    def front(self, t: Point) -> float:
+        return -t.sigma
+
+
+DATA, NOISE = DataForm(), NoiseForm()
+
+
 def first_order(levels: Levels, i: int) -> tuple[float, float]:
     """``(a, c)`` of the exact step for a constant ``D``, ``x_t = a x_s + c D``: DDIM.
 
     Written without lambda, so it holds from pure noise (``alpha_s = 0``) and to pure data (``sigma_t = 0``, where it
     is ``x = alpha_t D``).
     """
-    a = levels.sigma[i + 1] / levels.sigma[i]
-    return a, levels.alpha[i + 1] - a * levels.alpha[i]
+    return DATA.exact(levels.point(i), levels.point(i + 1))
 
 
 def tensor(values: Sequence[float]) -> Tensor:

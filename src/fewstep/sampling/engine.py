@@ -5,34 +5,59 @@ outputs ``m`` (data or noise predictions) and fresh noise ``z``.  The coefficien
 only, so a solver is a function that makes a float64 :class:`Table`, and :func:`run` is the one loop:
 
 * a multistep solver has one :class:`Stage` a step, whose row reaches back into the history;
-* a Runge-Kutta solver has several stages a step, all moving from the same start;
-* a predictor-corrector has one more row, applied to the *last* step's start as soon as the new output is there.
+* a Runge-Kutta or single-step solver has several stages a step, all moving from the same start;
+* a predictor-corrector has one more row, applied to the *last* step's start as soon as the new output is there;
+* a solver whose coefficients differ from pixel to pixel has :class:`FieldRow` rows.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser
-from fewstep.randomness import Rng
-from fewstep.sampling.coefficients import Levels
+from fewstep.randomness import Noise
+from fewstep.sampling.coefficients import Levels, OutputKind
 from fewstep.sampling.hooks import NO_HOOKS, Hooks
 
-OutputKind = Literal["x0", "eps"]
+#: ``(p, q)``: what a call leaves in the history is ``p x + q D``; None leaves ``D``.
+Kept = tuple[float | Tensor, float] | None
+#: Which noise prediction is kept beside the history: the first one, or that of the call before.
+Anchor = Literal["first", "previous"]
+Interval = tuple[float, float] | None
 
 
 class Row(NamedTuple):
-    """``x' = a x + sum_j c[j] m_j + n z`` with the outputs ``m`` newest first."""
+    """``x' = a x + sum_j c[j] m_j + n z`` with the outputs ``m`` newest first; ``anchor`` is the weight of the noise
+    prediction that the table keeps beside the history (:attr:`Table.anchor`)."""
 
     a: float
     c: tuple[float, ...] = ()
     n: float = 0.0
+    anchor: float = 0.0
+
+
+class FieldRow(NamedTuple):
+    """``x' = a x + sum_j c[j] m_j + b``, element by element: float64 tensors of the shape of one sample."""
+
+    a: Tensor
+    c: tuple[Tensor, ...]
+    b: Tensor
+    n: float = 0.0
+
+    def placed(self, kind: torch.dtype, device: torch.device) -> FieldRow:
+        """The same in the type and on the device of a state."""
+        return FieldRow(self.a.to(device, kind), tuple(c.to(device, kind) for c in self.c), self.b.to(device, kind))
+
+
+AnyRow = Row | FieldRow
 
 
 class Stage(NamedTuple):
@@ -43,8 +68,8 @@ class Stage(NamedTuple):
     """
 
     time: float
-    row: Row
-    correct: Row | None = None
+    row: AnyRow
+    correct: AnyRow | None = None
 
 
 class Step(NamedTuple):
@@ -54,45 +79,121 @@ class Step(NamedTuple):
     lift: Row | None = None
 
 
-class Table:
-    """The steps of a solver on one grid.  ``output`` says what is kept in the history: ``"x0"`` or ``"eps"``.
+class Move(NamedTuple):
+    """A row made ready for a state: ``scale`` is its ``a`` as a tensor, ``interval`` the two values of lambda between
+    which its noise is drawn (None: apart from all else)."""
 
-    ``calls`` is the exact number of model calls, ``memory`` the number of outputs kept, ``noisy`` whether fresh
-    noise is drawn.
+    row: AnyRow
+    scale: Tensor
+    interval: Interval
+
+
+class Table:
+    """The steps of a solver on one grid.
+
+    ``output`` says what is kept in the history: ``"x0"``, ``"eps"`` (the data prediction all the same at pure noise,
+    which says nothing about it), or one :data:`Kept` per call.  ``calls`` is the exact number of model calls,
+    ``memory`` the number of outputs kept, ``noisy`` whether fresh noise is drawn.
     """
 
-    def __init__(self, levels: Levels, steps: Iterable[Step], output: OutputKind = "x0") -> None:
+    def __init__(
+        self,
+        levels: Levels,
+        steps: Iterable[Step],
+        output: OutputKind | Sequence[Kept] = "x0",
+        anchor: Anchor | None = None,
+    ) -> None:
         self.schedule = levels.schedule
         self.steps = tuple(steps)
-        self.output = output
+        self.anchor = anchor
         stages = [stage for step in self.steps for stage in step.stages]
-        self._rows = [row for step in self.steps for row in _in_order(step) if row is not None]
+        self.rows = [row for step in self.steps for row in _in_order(step) if row is not None]
         self.calls = len(stages)
-        self.memory = max(len(row.c) for row in self._rows)
-        self.noisy = any(row.n for row in self._rows)
+        self.memory = max(len(row.c) for row in self.rows)
+        self.noisy = any(row.n for row in self.rows)
+        self._output = output
+        self._last_log_snr = levels.log_snr[-1]
         self._times = torch.tensor([stage.time for stage in stages], dtype=torch.float64)
-        alpha, sigma = self.schedule.alpha(self._times), self.schedule.sigma(self._times)
-        self._to_eps = list(zip((1 / sigma).tolist(), (-alpha / sigma).tolist(), strict=True))
+        self._scales: dict[torch.dtype, tuple[Tensor, ...]] = {}
+
+    def to(self, device: torch.device | str) -> Table:
+        """The same table with its tensors on a device: :func:`run` then copies nothing between devices, which a
+        captured or compiled trajectory needs."""
+        table = copy.copy(self)
+        table._times = self._times.to(device)
+        table._scales = {
+            kind: torch.stack(self._scale(kind)).to(device).unbind(0) for kind in (torch.float32, torch.float64)
+        }
+        return table
 
     def times(self, x: Tensor) -> tuple[Tensor, ...]:
         """The time of every call as a float64 vector ``[B]`` on the device of ``x``."""
         return self._times.to(x.device).unsqueeze(1).repeat(1, len(x)).unbind(0)
 
-    def scales(self, x: Tensor) -> Iterator[Tensor]:
-        """The ``a`` of every row in the order of use, as 0-d tensors: multiplying by one takes half the time that
-        wrapping a Python number takes.  At least float32, also for states in half precision."""
+    def moves(self, x: Tensor) -> Iterator[Move]:
+        """The rows in the order of use.  A scale is a 0-d tensor, because multiplying by one takes half the time that
+        wrapping a Python number takes; at least float32, also for states in half precision."""
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return iter(torch.tensor([row.a for row in self._rows], dtype=kind).unbind(0))
+        intervals = self._intervals if self.noisy else [None] * len(self.rows)
+        if isinstance(self.rows[0], FieldRow):
+            fields = [row.placed(kind, x.device) for row in self.rows if isinstance(row, FieldRow)]
+            return map(Move, fields, [row.a for row in fields], intervals)
+        return map(Move, self.rows, self._scale(kind), intervals)
+
+    def _scale(self, kind: torch.dtype) -> tuple[Tensor, ...]:
+        if kind not in self._scales:
+            self._scales[kind] = torch.tensor([row.a for row in self.rows], dtype=kind).unbind(0)
+        return self._scales[kind]
+
+    @cached_property
+    def _to_eps(self) -> list[tuple[float, float]]:
+        times = self._times.cpu()
+        alpha, sigma = self.schedule.alpha(times), self.schedule.sigma(times)
+        return list(zip((1 / sigma).tolist(), (-alpha / sigma).tolist(), strict=True))
+
+    @cached_property
+    def _kept(self) -> list[Kept]:
+        if self._output == "x0":
+            return [None] * self.calls
+        if self._output == "eps":  # at pure noise the weight of D is 0
+            return [pair if pair[1] < 0 else None for pair in self._to_eps]
+        return list(self._output)  # type: ignore[arg-type]
+
+    @cached_property
+    def _intervals(self) -> list[Interval]:
+        """Between which values of lambda each row moves: from the start of its step to the next stage or the end.  None
+        for corrections, which draw nothing, and for lifts, which go back over levels that have had their noise."""
+        found: list[Interval] = []
+        starts = [step.stages[0].time for step in self.steps[1:]]
+        ends = [*self.schedule.log_snr(torch.tensor(starts, dtype=torch.float64)).tolist(), self._last_log_snr]
+        for step, end in zip(self.steps, ends, strict=True):
+            times = torch.tensor([stage.time for stage in step.stages], dtype=torch.float64)
+            start, *inner = self.schedule.log_snr(times).tolist()
+            if step.lift is not None:
+                found.append(None)
+            for stage, to in zip(step.stages, [*inner, end], strict=True):
+                if stage.correct is not None:
+                    found.append(None)
+                found.append((start, to))
+        return found
 
     def stored(self, k: int, x0: Tensor, x: Tensor) -> Tensor:
         """What call ``k``, which predicted ``x0`` from ``x``, leaves in the history."""
-        if self.output == "x0":
+        kept = self._kept[k]
+        if kept is None:
             return x0
+        on_x, on_x0 = kept
+        if isinstance(on_x, Tensor):
+            on_x = on_x.to(x)
+        return (x * on_x).add_(x0, alpha=on_x0)
+
+    def eps(self, k: int, x0: Tensor, x: Tensor) -> Tensor:
+        """The noise prediction of call ``k``."""
         on_x, on_x0 = self._to_eps[k]
         return (x * on_x).add_(x0, alpha=on_x0)
 
 
-def _in_order(step: Step) -> Iterator[Row | None]:
+def _in_order(step: Step) -> Iterator[AnyRow | None]:
     """The rows of a step in the order of use."""
     yield step.lift
     for stage in step.stages:
@@ -100,14 +201,22 @@ def _in_order(step: Step) -> Iterator[Row | None]:
         yield stage.row
 
 
-def update(row: Row, scale: Tensor, x: Tensor, outputs: Iterable[Tensor], rng: Rng | None) -> Tensor:
-    """The state that ``row`` makes; ``scale`` is its ``a``."""
+def moved(how: Move, x: Tensor, outputs: Iterable[Tensor], noise: Noise | None, anchor: Tensor | None) -> Tensor:
+    """The state that a row makes of ``x``."""
+    row, scale, interval = how
     new = x * scale
+    if isinstance(row, FieldRow):
+        for field, m in zip(row.c, outputs, strict=False):
+            new.addcmul_(field, m)
+        return new.add_(row.b)
     for c, m in zip(row.c, outputs, strict=False):
         new.add_(m, alpha=c)
+    if row.anchor:
+        assert anchor is not None  # the row was made for a table that keeps one
+        new.add_(anchor, alpha=row.anchor)
     if row.n:
-        assert rng is not None  # run() refuses noisy tables without rng
-        new.add_(rng.normal_like(x), alpha=row.n)
+        assert noise is not None  # run() refuses noisy tables without noise
+        new.add_(noise.normal_like(x) if interval is None else noise.increment(x, *interval), alpha=row.n)
     return new
 
 
@@ -120,7 +229,6 @@ class Solver(ABC):
     solver's default grid, measured (see :func:`fewstep.sampling.sample.balanced`).
     """
 
-    output: ClassVar[OutputKind] = "x0"
     centre: ClassVar[float] = 2.0
 
     @property
@@ -142,11 +250,12 @@ def run(
     x: Tensor,
     table: Table,
     cond: Cond = None,
-    rng: Rng | None = None,
+    rng: Noise | None = None,
     hooks: Hooks = NO_HOOKS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Move ``x`` ``[B, ...]`` along a table; ``progress(done, steps)`` is told after every step.
+    """Move ``x`` ``[B, ...]`` along a table; ``progress(done, steps)`` is told after every step.  ``rng`` is where fresh
+    noise comes from: an :class:`~fewstep.randomness.Rng`, or a :class:`~fewstep.sampling.brownian.BrownianPath`.
 
     Differentiable in ``x`` and the denoiser's parameters in whatever gradient mode the caller is in.  Raises
     ValueError when the table was made for another schedule, or draws noise and ``rng`` is None.
@@ -157,27 +266,31 @@ def run(
         raise ValueError("this solver draws fresh noise at its steps: pass rng")
     if hooks.start is not None:
         x = hooks.start(x)
-    times, scales = table.times(x), table.scales(x)
+    times, moves = table.times(x), table.moves(x)
     history: deque[Tensor] = deque(maxlen=table.memory)
+    anchor: Tensor | None = None
     base, k = x, 0
     for i, step in enumerate(table.steps):
         if step.lift is not None:
-            x = update(step.lift, next(scales), x, (), rng)
+            x = moved(next(moves), x, (), rng, None)
         before, base = base, x
         for stage in step.stages:
             shown, t = (x, times[k]) if hooks.input is None else hooks.input(k, x, times[k])
-            m = denoiser(shown, t, cond)
+            x0 = denoiser(shown, t, cond)
             if hooks.output is not None:
-                m = hooks.output(k, m, shown, t)
-            m = table.stored(k, m, x)
+                x0 = hooks.output(k, x0, shown, t)
+            m = table.stored(k, x0, x)
             if hooks.history is not None:
                 m = hooks.history(k, m, history)
             history.appendleft(m)
             if stage.correct is not None:
-                base = update(stage.correct, next(scales), before, history, rng)
+                base = moved(next(moves), before, history, rng, None)
                 if hooks.after is not None:
                     base = hooks.after(i - 1, base)
-            x = update(stage.row, next(scales), base, history, rng)
+            new = moved(next(moves), base, history, rng, anchor)
+            if table.anchor is not None and (k == 0 or table.anchor == "previous"):
+                anchor = table.eps(k, x0, x)
+            x = new
             k += 1
         if hooks.after is not None:
             x = hooks.after(i, x)
@@ -192,7 +305,7 @@ def solve(
     times: Tensor,
     solver: Solver,
     cond: Cond = None,
-    rng: Rng | None = None,
+    rng: Noise | None = None,
     hooks: Hooks = NO_HOOKS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:

@@ -13,15 +13,41 @@ from torch import Tensor, nn
 from fewstep.denoisers import Cond, Denoiser, Guided
 from fewstep.grids import GRIDS, Grid, check_grid
 from fewstep.randomness import Rng
+from fewstep.sampling.coefficients import NOISE
+from fewstep.sampling.deis import IPNDM, TAB, RhoAB
+from fewstep.sampling.dpm_solver import (
+    Ancestral,
+    DPMSolverPP2M,
+    DPMSolverPP2MTaylor,
+    DPMSolverPP3M,
+    DPMSolverPP3MPublished,
+    DPMSolverPPSDE,
+    Fast,
+    Single,
+)
+from fewstep.sampling.dualfast import DualFast
 from fewstep.sampling.engine import Solver, solve
-from fewstep.sampling.multistep import DPMSolverPP2M, DPMSolverPP2MTaylor, UniPC
-from fewstep.sampling.runge_kutta import EULER, HEUN2, KUTTA3, MIDPOINT, NATIVE, RK4, RungeKutta
+from fewstep.sampling.runge_kutta import (
+    EULER,
+    HEUN2,
+    HEUN3,
+    HOUWEN3,
+    KUTTA3,
+    MIDPOINT,
+    NATIVE,
+    RALSTON3,
+    RK4,
+    SSP3,
+    RungeKutta,
+)
 from fewstep.sampling.stochastic import DDIM, DDPMLarge
+from fewstep.sampling.unipc import UniPC
 from fewstep.schedules import Schedule, align
 
 #: Solvers by name: constructors that take the solver's hyper-parameters.
 SOLVERS: dict[str, Callable[..., Solver]] = {
     "euler": partial(RungeKutta, EULER, NATIVE),
+    "euler-ancestral": partial(DDIM, eta=1.0),
     "ddim": DDIM,
     "ddpm": partial(DDIM, eta=1.0),
     "ddpm-large": DDPMLarge,
@@ -29,12 +55,40 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "heun-native": partial(RungeKutta, HEUN2, NATIVE),
     "midpoint": partial(RungeKutta, MIDPOINT),
     "kutta3": partial(RungeKutta, KUTTA3),
+    "heun3": partial(RungeKutta, HEUN3),
+    "ralston3": partial(RungeKutta, RALSTON3),
+    "houwen3": partial(RungeKutta, HOUWEN3),
+    "ssp3": partial(RungeKutta, SSP3),
     "rk4": partial(RungeKutta, RK4),
+    "dpm2": partial(Single, 2, NOISE),
+    "dpm3": partial(Single, 3, NOISE),
+    "dpm2-ancestral": partial(Ancestral, NOISE),
+    "dpm-2m": partial(DPMSolverPP2M, form=NOISE),
+    "dpmpp-2s": Single,
+    "dpmpp-3s": partial(Single, 3),
+    "dpmpp-2s-ancestral": Ancestral,
+    "dpmpp-2s-fast": partial(Fast, 2),
+    "dpmpp-3s-fast": Fast,
     "dpmpp-2m": DPMSolverPP2M,
     "dpmpp-2m-taylor": DPMSolverPP2MTaylor,
+    "dpmpp-3m": DPMSolverPP3M,
+    "dpmpp-3m-published": DPMSolverPP3MPublished,
+    "dpmpp-sde": DPMSolverPPSDE,
+    "dpmpp-2m-sde": partial(DPMSolverPP2M, eta=1.0),
+    "dpmpp-3m-sde": partial(DPMSolverPP3M, eta=1.0),
     "unipc": UniPC,
     "unipc-1": partial(UniPC, p=1),
     "unipc-3": partial(UniPC, p=3),
+    "deis": TAB,
+    "deis-1": partial(TAB, degree=1),
+    "deis-2": partial(TAB, degree=2),
+    "rho-ab-1": partial(RhoAB, degree=1),
+    "rho-ab-2": partial(RhoAB, degree=2),
+    "lms": RhoAB,
+    "ipndm": IPNDM,
+    "dualfast": DualFast,
+    "dualfast-2m": partial(DualFast, DPMSolverPP2M(), weight=0.05),
+    "dualfast-deis": partial(DualFast, TAB(), weight=0.05),
 }
 
 DEFAULT_STEPS = 10
