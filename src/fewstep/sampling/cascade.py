@@ -166,31 +166,35 @@ def sample_cascade(
     *,
     cond: Cond = None,
     seed: int = 0,
+    noise: Sequence[Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
     """``n`` samples of every stage, lowest first: the last of the list is the result, the others are what it was
     conditioned on.
 
-    ``cond``, ``seed`` and ``progress`` are those of :func:`~fewstep.sampling.sample` (progress counts within a stage);
-    a cascade of one stage is that function.  ValueError when there is not one plan a stage, or the first plan uses
-    a stage below.
+    ``cond``, ``seed`` and ``progress`` are those of :func:`~fewstep.sampling.sample` (progress counts within a stage)
+    and ``noise`` is its noise for every stage; a cascade of one stage is that function.  ValueError when there is not
+    one plan (and noise) a stage, or the first plan uses a stage below.
     """
     check_plans(cascade, plans)
+    if noise is not None and len(noise) != len(plans):
+        raise ValueError(f"{len(noise)} tensors of noise for a cascade of {len(plans)} stages: one a stage")
     made: list[Tensor] = []
     for k, (stage, plan) in enumerate(zip(cascade.stages, plans, strict=True)):
         own = seed if k == 0 else derive_seed(seed, "stage", k)
         times = plan.times(stage.schedule)
-        denoiser, noise = stage, None
+        denoiser, start = stage, None if noise is None else noise[k]
         if k:
             rng = Rng(own, "condition", device=made[-1].device)
             low = made[-1] + plan.augmentation * rng.normal_like(made[-1])
             denoiser = conditioned(stage, upsample(low, stage.shape[1:]), plan)
-            if plan.start is not None:  # sample() scales this by sigma: alpha y + sigma n
-                noise = rng.normal(n, *stage.shape, dtype=low.dtype) + upsample(made[-1], stage.shape[1:]) / plan.start
+            if plan.start is not None:  # sample() multiplies this by sigma, which makes alpha y + sigma n
+                start = rng.normal(n, *stage.shape, dtype=low.dtype) if start is None else start
+                start = start + upsample(made[-1], stage.shape[1:]) / plan.start
         if plan.guidance is not None:
             denoiser = Guided(denoiser, plan.guidance)
         made.append(
-            sample(denoiser, n, solver=plan.solver, grid=times, cond=cond, seed=own, noise=noise, progress=progress)
+            sample(denoiser, n, solver=plan.solver, grid=times, cond=cond, seed=own, noise=start, progress=progress)
         )
     return made
 

@@ -111,7 +111,8 @@ class TAB(AdamsBashforth):
 class IPNDM(Multistep):
     """iPNDM: DDIM with the noise prediction replaced by a fixed Adams-Bashforth mix of the last ``p`` = 1 .. 4.
 
-    The mixes are those of equal steps, whatever the grid, and of growing length at the start: second order.
+    The mixes are those of equal steps, whatever the grid, and of growing length at the start: second order on smooth
+    grids, first on others.
     """
 
     p: int = 4

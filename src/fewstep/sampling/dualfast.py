@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fewstep.sampling.coefficients import DATA, NOISE, Levels
 from fewstep.sampling.engine import Anchor, Row, Solver, Stage, Step, Table
@@ -26,7 +27,7 @@ from fewstep.sampling.stochastic import DDIM
 BEST = {5: 0.8, 10: 0.65, 20: 0.55}
 
 
-def default_weight(steps: int) -> float:
+def best_weight(steps: int) -> float:
     """The measured weight for DDIM and the previous prediction, log-linear between 5, 10 and 20 steps, towards 1/2
     beyond."""
     if steps <= 5:
@@ -42,31 +43,39 @@ def default_weight(steps: int) -> float:
 class DualFast(Solver):
     """``base`` with the mixed noise prediction in its zeroth-order term.
 
-    ``anchor`` is the noisier prediction: that of the call before ("previous", the same weight at every step) or the
-    very first ("first", a weight that rises linearly from 0 at the first step to ``weight`` at the last).  ``weight`` is
-    ``c``; None takes the measured one for DDIM (``4 / steps`` with the first prediction) and 0 for other bases.
-    The first step, a step from pure noise and one to pure data are the base's own: at pure data nothing is left to mix.
+    ``anchor`` is the noisier prediction: that of the call before ("previous") or the very first ("first").  ``ramp`` says
+    how the weight ``c`` runs over the steps: "constant", or "linear" from 0 at the first step to ``weight`` at the last;
+    None is constant with the previous prediction, linear with the first.  ``weight=None`` takes the measured one for DDIM
+    (with the first prediction ``4 / steps``) and 0 for other bases.  The first step, a step from pure noise and one to
+    pure data are the base's own.
     """
 
     base: Multistep = field(default_factory=DDIM)
     anchor: Anchor = "previous"
     weight: float | None = None
+    ramp: Literal["constant", "linear"] | None = None
 
     def __post_init__(self) -> None:
         if self.anchor not in ("previous", "first"):
             raise ValueError(f"DualFast: anchor={self.anchor!r} must be 'previous' or 'first'")
+        if self.ramp not in (None, "constant", "linear"):
+            raise ValueError(f"DualFast: ramp={self.ramp!r} must be 'constant' or 'linear'")
 
     @property
     def order(self) -> int:
-        return 1 if self.weight or isinstance(self.base, DDIM) else self.base.order
+        """With its own weights it tends to Adams-Bashforth 2 on DDIM (for equal steps).  A fixed weight breaks a higher order, and on the
+        first prediction, which does not come closer as the steps become many, convergence itself."""
+        if self.weight:
+            return 1 if self.anchor == "previous" else 0
+        return (2 if self.anchor == "previous" else 1) if type(self.base) is DDIM else self.base.order
 
     def weights(self, steps: int) -> list[float]:
         """``c`` of every step."""
         top = self.weight
-        if top is None and type(self.base) is DDIM:
-            top = default_weight(steps) if self.anchor == "previous" else 4 / steps
-        ramp = [i / max(steps - 1, 1) for i in range(steps)] if self.anchor == "first" else [1.0] * steps
-        return [0.0, *((top or 0.0) * share for share in ramp[1:])]
+        if top is None:
+            top = 0.0 if type(self.base) is not DDIM else 4 / steps if self.anchor == "first" else best_weight(steps)
+        linear = self.anchor == "first" if self.ramp is None else self.ramp == "linear"
+        return [0.0, *(top * (i / (steps - 1) if linear else 1.0) for i in range(1, steps))]
 
     def table(self, levels: Levels) -> Table:
         base = self.base.table(levels)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
-from fewstep.randomness import Rng
+from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import Levels
-from fewstep.sampling.engine import Solver, Table, solve
+from fewstep.sampling.engine import Solver, Step, Table, solve
 from fewstep.sampling.hooks import NO_HOOKS, Hooks
 from fewstep.sampling.stochastic import DDIM
 from fewstep.schedules import Schedule
@@ -111,7 +111,7 @@ class SelfConditioning:
         times: Tensor,
         solver: Solver,
         cond: Cond = None,
-        rng: Rng | None = None,
+        rng: Noise | None = None,
         hooks: Hooks = NO_HOOKS,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
@@ -162,13 +162,13 @@ class Asymmetric(Solver):
     """The authors' asymmetric time intervals: step i of ``inner`` goes from ``t_i`` to ``t_(i+1+td)``, and the next one
     starts from ``t_(i+1)`` all the same.
 
-    ``td`` counts steps along the grid and need not be whole; beyond its end is its end.  What a step removes of the noise
-    is thus that of ``1 + td`` steps, ``x' = alpha' D + sigma' (x - alpha_i D) / sigma_i`` for DDIM.  With many steps
-    this does *not* tend to the probability flow but to ``dx/dt = (1 + td) v(x, t)``: td is for few steps.  ``inner`` must
-    be a one-step solver (DDIM, DDPM, Runge-Kutta); a multistep one works at its first order.
+    ``td`` counts steps along the grid and need not be whole; beyond its end is its end.  A step thus removes the noise
+    of ``1 + td`` steps, ``x' = alpha' D + sigma' (x - alpha_i D) / sigma_i`` for DDIM.  With many steps this does *not*
+    tend to the probability flow but to ``dx/dt = (1 + td) v(x, t)``: td is for few steps.  ``inner`` is ``DDIM()``,
+    ``DDIM(1.0)`` (DDPM) or ``DDPMLarge()``.  ValueError for a negative td.
     """
 
-    inner: Solver = field(default_factory=DDIM)
+    inner: DDIM = field(default_factory=DDIM)
     td: float = 0.0
 
     def __post_init__(self) -> None:
@@ -180,15 +180,12 @@ class Asymmetric(Solver):
         """Towards the faster flow."""
         return 1
 
-    def calls(self, steps: int) -> int:
-        return self.inner.calls(steps)
-
     def table(self, levels: Levels) -> Table:
-        steps, output = [], self.inner.table(levels).output
+        steps: list[Step] = []
         for i in range(levels.steps):
             alone = torch.tensor([levels.times[i], self.end(levels, i)], dtype=torch.float64)
             steps += self.inner.table(Levels.of(levels.schedule, alone)).steps
-        return Table(levels, steps, output)
+        return Table(levels, steps)
 
     def end(self, levels: Levels, i: int) -> float:
         """The time at ``i + 1 + td`` steps along the grid."""
