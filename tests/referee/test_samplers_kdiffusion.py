@@ -3,6 +3,8 @@
 Both compute in float64, so they agree to rounding: states start at size 80, hence 1e-12 relative to that.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from kdiffusion import sampling
@@ -10,7 +12,21 @@ from kdiffusion import sampling
 from fewstep.exact import three_modes
 from fewstep.grids import karras, log_snr
 from fewstep.randomness import Rng
-from fewstep.sampling import DDIM, NATIVE, Churn, DPMSolverPP2M, RungeKutta, solve
+from fewstep.sampling import (
+    DDIM,
+    NATIVE,
+    NOISE,
+    Ancestral,
+    Churn,
+    DPMSolverPP2M,
+    DPMSolverPP2MTaylor,
+    DPMSolverPP3MPublished,
+    DPMSolverPPSDE,
+    RhoAB,
+    RungeKutta,
+    Single,
+    solve,
+)
 from fewstep.sampling.runge_kutta import EULER, HEUN2, MIDPOINT
 from fewstep.schedules import EDM
 
@@ -65,19 +81,29 @@ def model(x, sigma):
         ("sample_euler", DDIM()),
         ("sample_heun", RungeKutta(HEUN2)),
         ("sample_dpmpp_2m", DPMSolverPP2M()),
+        ("sample_dpm_2", Single(2, NOISE)),
     ],
 )
 def test_deterministic_samplers(name, solver, sigmas):
-    """Euler, Heun and DPM-Solver++ 2M, step for step, on any grid."""
+    """Euler, Heun, DPM2 and DPM-Solver++ 2M, step for step, on any grid."""
     theirs = getattr(sampling, name)(model, START, sigmas, disable=True)
     assert float((solve(WORLD, START, sigmas, solver) - theirs).abs().max()) < TOLERANCE
 
 
-def test_dpm_2_is_a_midpoint_in_another_variable(sigmas):
-    """Their DPM-Solver-2 puts the midpoint at the geometric mean of the levels, ours at the arithmetic one: related,
-    not equal.  Guards against comparing a sampler with itself."""
+def test_dpm_2_is_not_the_midpoint_rule(sigmas):
+    """DPM2 puts the middle at the geometric mean of the levels, the midpoint tableau at the arithmetic one.  Guards
+    against comparing a sampler with itself."""
     theirs = sampling.sample_dpm_2(model, START, sigmas, disable=True)
     assert float((solve(WORLD, START, sigmas, RungeKutta(MIDPOINT)) - theirs).abs().max()) > 1e-4
+
+
+def test_lms_is_adams_bashforth_in_the_noise_level():
+    """Their coefficients come from a quadrature with tolerance 1e-4 each (SciPy's own error is far below).  They take
+    the last step to 0 at full order, we at first."""
+    for name, sigmas in GRIDS.items():
+        sigmas = sigmas[:-1] if "zero" in name else sigmas
+        theirs = sampling.sample_lms(model, START, sigmas, disable=True)
+        assert float((solve(WORLD, START, sigmas, RhoAB(degree=3)) - theirs).abs().max()) < 80 * 1e-10
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -90,6 +116,45 @@ def test_ancestral_euler_is_ddim_with_eta(eta, sigmas):
     )
     ours = solve(WORLD, START, sigmas, DDIM(eta=eta), rng=ours_noise)
     assert float((ours - theirs).abs().max()) < TOLERANCE
+
+
+STOCHASTIC = {
+    "sample_dpm_2_ancestral": (Ancestral(NOISE), {}),
+    "sample_dpmpp_2s_ancestral": (Ancestral(), {}),
+    "sample_dpmpp_sde": (DPMSolverPPSDE(), {}),
+    "sample_dpmpp_2m_sde": (DPMSolverPP2M(eta=1.0), {}),
+    "sample_dpmpp_2m_sde heun": (DPMSolverPP2MTaylor(eta=1.0), {"solver_type": "heun"}),
+    "sample_dpmpp_3m_sde": (DPMSolverPP3MPublished(eta=1.0), {}),
+}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_samplers(name, eta, sigmas):
+    """Ancestral and SDE samplers with the same noise, at every share of it.
+
+    Their 3M takes its two-output step with ``psi_1``, the official code with ``psi_0 / 2``, which is what
+    ``DPMSolverPP3MPublished`` follows: its second step is set right here.
+    """
+    solver, options = STOCHASTIC[name]
+    solver = dataclasses.replace(solver, eta=eta)
+    if isinstance(solver, DPMSolverPP3MPublished):
+        solver = ExactWarmUp(eta=eta)
+    noises = torch.randn(24, 16, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    theirs_noise = iter(noises)
+    sampler = getattr(sampling, name.split()[0])
+    theirs = sampler(
+        model, START, sigmas, disable=True, eta=eta, noise_sampler=lambda a, b: next(theirs_noise), **options
+    )
+    ours = solve(WORLD, START, sigmas, solver, rng=SharedNoise(noises if eta else ()))
+    assert float((ours - theirs).abs().max()) < TOLERANCE
+
+
+class ExactWarmUp(DPMSolverPP3MPublished):
+    """The published third-order step with an exact two-output one."""
+
+    def slope_weight(self, w):
+        return w[1]
 
 
 @pytest.mark.parametrize("name", ["sample_heun", "sample_euler"])
