@@ -21,7 +21,6 @@ from fewstep.sampling import (
     NOISE,
     TAB,
     Ancestral,
-    DPMSolver1,
     DPMSolverPP2M,
     DPMSolverPP2MTaylor,
     DPMSolverPP3M,
@@ -157,8 +156,8 @@ def test_order_of_runge_kutta_solvers(name, grid):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", SINGLE)
 def test_order_of_single_step_solvers(name, grid):
-    """2S, 3S and their twins in noise prediction; on the points of the grid itself ("fast") their last, lower-order steps
-    cost third order some of its digits."""
+    """2S, 3S and their twins in noise prediction; on the points of the grid itself ("fast") their last, lower-order
+    steps cost third order some of its digits."""
     solver = SINGLE[name]
     steps = (81, 162) if isinstance(solver, Fast) else (40, 80)
     measured = slope(WORLD, solver, lambda n: GRIDS[grid](WORLD.schedule, n), steps, normal_points(40))
@@ -181,7 +180,9 @@ def test_adams_bashforth_of_degree_three_is_of_fourth_order(solver, make):
 @pytest.mark.parametrize("solver", [IPNDM(), DualFast()])
 @pytest.mark.parametrize("make", [grids.uniform, grids.log_snr, grids.karras])
 def test_fixed_mixes_are_of_second_order_at_most(solver, make):
-    """iPNDM's mixes, and DualFast's on DDIM, belong to equal steps: second order on smooth grids, first on random ones."""
+    """iPNDM's mixes, and DualFast's on DDIM, belong to equal steps: second order on smooth grids, first on random
+    ones.
+    """
     measured = slope(WORLD, solver, lambda n: [make(WORLD.schedule, n)], (80, 160), normal_points(40))
     assert 1.85 < measured < 2.15
     measured = slope(WORLD, solver, lambda n: GRIDS["random"](WORLD.schedule, n), (80, 160), normal_points(40))
@@ -219,8 +220,8 @@ def test_dualfast_with_a_fixed_weight_on_the_first_prediction_does_not_converge(
     ],
 )  # fmt: skip
 def test_error_of_dualfast(solver, steps, expected):
-    """Root mean square errors, measured by an independent implementation on 200 to 400 random starts (hence 7 %): on DDIM a
-    positive weight helps, a negative one harms, on 2M a large one spoils."""
+    """Root mean square errors, measured by an independent implementation on 200 to 400 random starts (hence 7 %): on
+    DDIM a positive weight helps, a negative one harms, on 2M a large one spoils."""
     error = rmse(WORLD, solver, grids.log_snr(WORLD.schedule, steps), normal_points(400))
     assert error == pytest.approx(expected, rel=0.07)
 

@@ -120,7 +120,9 @@ def test_dpm_solver_in_noise_prediction(order, kind, solver):
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_deis(order):
-    """diffusers' DEIS puts its polynomial in log rho = -lambda: the exact integrals of DPM-Solver in noise prediction."""
+    """diffusers' DEIS puts its polynomial in log rho = -lambda: the exact integrals of DPM-Solver in noise
+    prediction.
+    """
     scheduler = DEISMultistepScheduler(**BETAS, solver_order=order, use_karras_sigmas=True, lower_order_final=False)
     theirs, times = run_vp(scheduler, 12, START)
     solver = {1: DDIM(), 2: DPMSolverPP2MTaylor(form=NOISE), 3: DPMSolverPP3M(form=NOISE)}[order]
@@ -167,8 +169,8 @@ def test_dpm_solver_single_step(order, algorithm, solver, steps):
 def test_sde_dpm_solver_pp(order, kind, solver):
     """algorithm_type "sde-dpmsolver++" with shared noise, to the clean end.
 
-    Orders 1 and 2: at order 3 diffusers (0.42) weighs the second derivative with psi_2 - 1, which does not vanish with the
-    step; k-diffusion's has the right sign and is compared in test_samplers_kdiffusion.py.
+    Orders 1 and 2: at order 3 diffusers (0.42) weighs the second derivative with psi_2 - 1, which does not vanish with
+    the step; k-diffusion's has the right sign and is compared in test_samplers_kdiffusion.py.
     """
     scheduler = DPMSolverMultistepScheduler(
         **BETAS, algorithm_type="sde-dpmsolver++", solver_order=order, solver_type=kind, use_karras_sigmas=True,
@@ -228,7 +230,9 @@ def test_euler_and_heun(scheduler_type, spacing):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_lms(spacing):
-    """Adams-Bashforth in sigma, coefficients from SciPy's quadrature; the last step, to 0, is of first order with us."""
+    """Adams-Bashforth in sigma, coefficients from SciPy's quadrature; the last step, to 0, is of first order with
+    us.
+    """
     scheduler = LMSDiscreteScheduler(**BETAS, **SPACINGS[spacing])
     scheduler.set_timesteps(12)
     schedule = EDM(t_max=200.0)
@@ -246,8 +250,8 @@ def test_lms(spacing):
     [(KDPM2DiscreteScheduler, Single(2, NOISE)), (KDPM2AncestralDiscreteScheduler, Ancestral(NOISE))],
 )
 def test_dpm2(scheduler_type, solver):
-    """DPM2 and DPM2 ancestral, which call the model between the levels too: on Karras' grid, where diffusers' inner levels
-    are the geometric means."""
+    """DPM2 and DPM2 ancestral, which call the model between the levels too: on Karras' grid, where diffusers' inner
+    levels are the geometric means."""
     scheduler = scheduler_type(**BETAS, use_karras_sigmas=True)
     scheduler.set_timesteps(12)
     scheduler.set_begin_index(0)

@@ -6,7 +6,8 @@ Between two times ``s > t`` with ``h = lambda_t - lambda_s > 0`` the probability
     x_t = (alpha_t / alpha_s) x_s - sigma_t sum_k chi_k(h) h^k eps^(k)      (noise prediction, :data:`NOISE`)
 
 where ``D^(k)`` is the k-th derivative along lambda (Lu et al. 2022, DPM-Solver++, eq. 9; DPM-Solver, eq. 3.4).  The two
-are one :class:`Form` each, so that a solver is written once for both.  Everything here is float64 in Python numbers: a table of a few dozen rows is made once per grid.
+are one :class:`Form` each, so that a solver is written once for both.  Everything here is float64 in Python numbers: a
+table of a few dozen rows is made once per grid.
 """
 
 from __future__ import annotations

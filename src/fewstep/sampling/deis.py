@@ -6,8 +6,9 @@ With ``rho = sigma / alpha`` the probability flow is ``d(x / alpha) / d rho = ep
 
 and the solvers of Zhang & Chen 2022 ("Fast Sampling of Diffusion Models with Exponential Integrator") differ in the
 variable in which the polynomial through the last noise predictions is written: time itself (:class:`TAB`) or rho
-(:class:`RhoAB`, ordinary Adams-Bashforth).  Their rhoRK solvers are the tableaux of :mod:`~fewstep.sampling.runge_kutta`
-in the ratio frame.  The official code sums a table of 10,000 points from the left; here the integral is Gauss-Legendre.
+(:class:`RhoAB`, ordinary Adams-Bashforth).  Their rhoRK solvers are the tableaux of
+:mod:`~fewstep.sampling.runge_kutta` in the ratio frame.  The official code sums a table of 10,000 points from the left;
+here the integral is Gauss-Legendre.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """DPM-Solver++ and DPM-Solver: exponential integrators in lambda, multistep and single-step, ODE and SDE.
 
 A step integrates a Taylor polynomial of the prediction exactly, ``x_t = a x_s + sum_k w_k h^k m^(k)``, with ``a`` and
-``w_k`` of the chosen :class:`~fewstep.sampling.coefficients.Form`: data prediction is DPM-Solver++ (Lu et al. 2022, "Fast
-Solver for Guided Sampling"), noise prediction DPM-Solver (Lu et al. 2022).  Solvers differ in how they estimate the
-derivatives: from past outputs (:class:`Multi`) or from outputs inside the step (:class:`Single`).  The "dpmsolver" kind
-of the official code puts ``w_0 / 2`` in the place of ``w_1``, the "taylor" kind is exact ("midpoint" and "heun" in
+``w_k`` of the chosen :class:`~fewstep.sampling.coefficients.Form`: data prediction is DPM-Solver++ (Lu et al. 2022,
+"Fast Solver for Guided Sampling"), noise prediction DPM-Solver (Lu et al. 2022).  Solvers differ in how they estimate
+the derivatives: from past outputs (:class:`Multi`) or from outputs inside the step (:class:`Single`).  The "dpmsolver"
+kind of the official code puts ``w_0 / 2`` in the place of ``w_1``, the "taylor" kind is exact ("midpoint" and "heun" in
 diffusers).
 
 With ``eta > 0`` the multistep solvers follow the reverse SDE: the exponent is ``(1 + eta) h``, and fresh noise of
@@ -181,8 +181,8 @@ class Single(Solver):
     """Single-step solvers of order p = 2 or 3, with p calls a step at equal distances in lambda.
 
     ``Single(2)`` and ``Single(3)`` are DPM-Solver++(2S) and (3S), with ``form=NOISE`` DPM-Solver-2 and -3;
-    ``Single(2, NOISE)`` is k-diffusion's and diffusers' DPM2.  A step from pure noise or to pure data is the exact first
-    order one and costs one call.
+    ``Single(2, NOISE)`` is k-diffusion's and diffusers' DPM2.  A step from pure noise or to pure data is the exact
+    first order one and costs one call.
     """
 
     p: int = 2
@@ -223,8 +223,8 @@ class Fast(Solver):
     """Single-step updates on the points of the grid itself, so that N steps make N calls: the official driver
     "singlestep".
 
-    Steps are taken p at a time, the rest at lower orders at the end: K mod 3 = 0, 1, 2 ends in [2, 1], [1], [2].  A step
-    from pure noise or to pure data stands alone.
+    Steps are taken p at a time, the rest at lower orders at the end: K mod 3 = 0, 1, 2 ends in [2, 1], [1], [2].  A
+    step from pure noise or to pure data stands alone.
     """
 
     p: int = 3

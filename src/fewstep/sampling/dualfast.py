@@ -4,8 +4,8 @@
 
 (Yu et al. 2025, "DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models", from the abstract and
 second-hand accounts; there is no public code.)  The exact first-order step moves the state by ``e`` times the noise
-prediction, ``e = sigma_t - (alpha_t / alpha_s) sigma_s``, in either form, so on top of any solver the method is one more
-term: ``e c (eps_t - eps_tau)``.
+prediction, ``e = sigma_t - (alpha_t / alpha_s) sigma_s``, in either form, so on top of any solver the method is one
+more term: ``e c (eps_t - eps_tau)``.
 
 What the authors call less approximation error is, for a perfect network, an Adams-Bashforth correction: with the
 previous prediction and ``c = 1/2`` DDIM becomes iPNDM-2.  Which ``c`` helps depends on the base solver, the number of
@@ -43,11 +43,11 @@ def best_weight(steps: int) -> float:
 class DualFast(Solver):
     """``base`` with the mixed noise prediction in its zeroth-order term.
 
-    ``anchor`` is the noisier prediction: that of the call before ("previous") or the very first ("first").  ``ramp`` says
-    how the weight ``c`` runs over the steps: "constant", or "linear" from 0 at the first step to ``weight`` at the last;
-    None is constant with the previous prediction, linear with the first.  ``weight=None`` takes the measured one for DDIM
-    (with the first prediction ``4 / steps``) and 0 for other bases.  The first step, a step from pure noise and one to
-    pure data are the base's own.
+    ``anchor`` is the noisier prediction: that of the call before ("previous") or the very first ("first").  ``ramp``
+    says how the weight ``c`` runs over the steps: "constant", or "linear" from 0 at the first step to ``weight`` at the
+    last; None is constant with the previous prediction, linear with the first.  ``weight=None`` takes the measured one
+    for DDIM (with the first prediction ``4 / steps``) and 0 for other bases.  The first step, a step from pure noise
+    and one to pure data are the base's own.
     """
 
     base: Multistep = field(default_factory=DDIM)
@@ -63,8 +63,8 @@ class DualFast(Solver):
 
     @property
     def order(self) -> int:
-        """With its own weights it tends to Adams-Bashforth 2 on DDIM (for equal steps).  A fixed weight breaks a higher order, and on the
-        first prediction, which does not come closer as the steps become many, convergence itself."""
+        """With its own weights it tends to Adams-Bashforth 2 on DDIM (for equal steps).  A fixed weight breaks a higher
+        order, and on the first prediction, which does not come closer as the steps become many, convergence itself."""
         if self.weight:
             return 1 if self.anchor == "previous" else 0
         return (2 if self.anchor == "previous" else 1) if type(self.base) is DDIM else self.base.order

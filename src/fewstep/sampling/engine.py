@@ -254,8 +254,8 @@ def run(
     hooks: Hooks = NO_HOOKS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Move ``x`` ``[B, ...]`` along a table; ``progress(done, steps)`` is told after every step.  ``rng`` is where fresh
-    noise comes from: an :class:`~fewstep.randomness.Rng`, or a :class:`~fewstep.sampling.brownian.BrownianPath`.
+    """Move ``x`` ``[B, ...]`` along a table; ``progress(done, steps)`` is told after every step.  ``rng`` is where
+    fresh noise comes from: an :class:`~fewstep.randomness.Rng`, or a :class:`~fewstep.sampling.brownian.BrownianPath`.
 
     Differentiable in ``x`` and the denoiser's parameters in whatever gradient mode the caller is in.  Raises
     ValueError when the table was made for another schedule, or draws noise and ``rng`` is None.
