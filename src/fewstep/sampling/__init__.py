@@ -31,7 +31,8 @@ from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.multistep import Multistep
 from fewstep.sampling.rollout import Plan, Student, greedy_times, rollout
 from fewstep.sampling.runge_kutta import NATIVE, RATIO, RungeKutta, Tableau
-from fewstep.sampling.sample import SOLVERS, balanced, sample
+from fewstep.sampling.named import SOLVERS, balanced
+from fewstep.sampling.sample import sample
 from fewstep.sampling.stochastic import DDIM, Churn, DDPMLarge
 from fewstep.sampling.unipc import UniPC
 

@@ -238,6 +238,10 @@ class Fast(Solver):
     def order(self) -> int:
         return self.p
 
+    @property
+    def least_steps(self) -> int:
+        return self.p
+
     def groups(self, levels: Levels) -> list[int]:
         """How many steps of the grid each update covers."""
         from_noise = int(levels.log_snr[0] == -math.inf)

@@ -121,6 +121,11 @@ class Table:
         captured or compiled trajectory needs."""
         table = copy.copy(self)
         table._times = self._times.to(device)
+        if isinstance(self.rows[0], FieldRow):
+            place = torch.device(device)
+            table.rows = [row.placed(torch.float64, place) for row in self.rows if isinstance(row, FieldRow)]
+            table._kept = [(k[0].to(place), k[1]) if k and isinstance(k[0], Tensor) else k for k in self._kept]
+            return table
         table._scales = {
             kind: torch.stack(self._scale(kind)).to(device).unbind(0) for kind in (torch.float32, torch.float64)
         }
@@ -208,7 +213,7 @@ def moved(how: Move, x: Tensor, outputs: Iterable[Tensor], noise: Noise | None, 
     if isinstance(row, FieldRow):
         for field, m in zip(row.c, outputs, strict=False):
             new.addcmul_(field, m)
-        return new.add_(row.b)
+        return new.add_(row.b).to(x.dtype)  # fields are float32 at least, and not 0-d: they would lift the state
     for c, m in zip(row.c, outputs, strict=False):
         new.add_(m, alpha=c)
     if row.anchor:
@@ -226,7 +231,7 @@ class Solver(ABC):
     ``order`` is the order of convergence on the probability-flow ODE (1 for the stochastic ones); ``calls(steps)``
     the model calls of ``steps`` steps, one less per extra stage for every step that starts at pure noise or ends at
     pure data (``Table.calls`` is exact).  ``centre`` is the noise level ``sigma / alpha`` at the middle of the
-    solver's default grid, measured (see :func:`fewstep.sampling.sample.balanced`).
+    solver's default grid, measured (see :func:`fewstep.sampling.named.balanced`).
     """
 
     centre: ClassVar[float] = 2.0
@@ -235,6 +240,11 @@ class Solver(ABC):
     @abstractmethod
     def order(self) -> int:
         """The declared order of convergence."""
+
+    @property
+    def least_steps(self) -> int:
+        """The fewest steps in which the solver is what its name says."""
+        return 1
 
     def calls(self, steps: int) -> int:
         """The model calls of ``steps`` steps."""

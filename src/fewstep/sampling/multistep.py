@@ -42,6 +42,11 @@ class Multistep(Solver):
         return DATA
 
     @property
+    def least_steps(self) -> int:
+        """The length of the history.  A single step of a solver that looks one back is DDIM, and often asked for."""
+        return self.outputs if self.outputs > 2 else 1
+
+    @property
     @abstractmethod
     def outputs(self) -> int:
         """The most model outputs that a row uses."""

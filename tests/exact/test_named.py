@@ -1,0 +1,85 @@
+"""Solvers and grids by name, with parameters."""
+
+import pytest
+import torch
+
+from fewstep.exact import three_modes
+from fewstep.sampling import DDIM, NOISE, SOLVERS, TAB, DPMSolverPP2M, UniPC, balanced, sample
+from fewstep.sampling.named import ALL_GRIDS, named_grid, named_solver
+from fewstep.schedules import VPLinear
+
+
+def test_parameters_of_a_solver():
+    """Numbers, words, switches and forms, in the types of the fields."""
+    assert named_solver("ddim:eta=0.5") == DDIM(eta=0.5)
+    assert named_solver("deis:degree=2") == TAB(degree=2)
+    assert named_solver("unipc:p=3,variant=bh1,corrector=false") == UniPC(p=3, variant="bh1", corrector=False)
+    assert named_solver("dpmpp-2m:form=noise,lower_order_final=true") == DPMSolverPP2M(True, NOISE)
+    assert all(named_solver(name) == SOLVERS[name]() for name in SOLVERS)
+
+
+def test_parameters_of_a_grid():
+    """The arguments of the grid function."""
+    schedule = VPLinear()
+    assert torch.equal(named_grid("balanced:centre=3,kappa=2")(schedule, 7), balanced(schedule, 7, 3.0, 2.0))
+    assert torch.equal(named_grid("karras:rho=5")(schedule, 7), ALL_GRIDS["karras"](schedule, 7, 5.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "said"),
+    [
+        (named_solver, "nosuch", "choose one of"),
+        (named_solver, "unipc:q=3", "'q' is not a parameter; it has lower_order_final, p"),
+        (named_solver, "unipc:p", "'p' has no value"),
+        (named_solver, "unipc:p=two", "p='two' must be a whole number"),
+        (named_solver, "unipc:p=0", "p=0 must be at least 1"),
+        (named_solver, "unipc:corrector=no", "must be true or false"),
+        (named_solver, "unipc:variant=bh3", "variant='bh3' must be 'bh1', 'bh2' or 'vary'"),
+        (named_solver, "dpm2:form=x0", "form='x0' must be 'data' or 'noise'"),
+        (named_solver, "ddim:eta=2", r"eta=2.0 must lie in \[0, 1\]"),
+        (named_solver, "dpmpp-2m-sde:form=noise", "needs form=DATA"),
+        (named_grid, "nosuch", "choose one of"),
+        (named_grid, "karras:rho=x", "rho='x' must be a number"),
+        (named_grid, "uniform:rho=3", "'rho' is not a parameter"),
+    ],
+)
+def test_mistakes_get_one_line(make, text, said):
+    """The name, the value and what would be right."""
+    with pytest.raises(ValueError, match=said) as caught:
+        make(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_steps_for_the_order():
+    """Solvers of third order and more refuse fewer steps than their history is long; one step of second order is
+    DDIM."""
+    world = three_modes()
+    for name in ("unipc-3", "dpmpp-3m", "deis", "lms", "ipndm", "dpmpp-3s-fast"):
+        with pytest.raises(ValueError, match=f"steps=2 are too few for solver '{name}'"):
+            sample(world, 3, solver=name, steps=2)
+    assert torch.allclose(sample(world, 3, solver="unipc", steps=1), sample(world, 3, solver="ddim", steps=1))
+
+
+def test_thresholds_and_the_last_call():
+    """Static thresholding keeps predictions in [-1, 1], dynamic divides; denoise returns the prediction at the end."""
+    world, how = three_modes(), {"solver": "dpmpp-2m", "steps": 8, "grid": "log-snr"}
+    plain = sample(world, 64, **how)
+    static = sample(world, 64, **how, threshold="static", denoise=True)
+    dynamic = sample(world, 64, **how, threshold="dynamic", denoise=True)
+    assert float(plain.abs().max()) > 1.2 and float(static.abs().max()) <= 1 and float(dynamic.abs().max()) <= 1
+    assert torch.allclose(sample(world, 64, **how, denoise=True), world(plain, world.schedule.t_min))
+    with pytest.raises(ValueError, match="threshold='hard' must be"):
+        sample(world, 3, threshold="hard")
+
+
+def test_one_path_for_every_number_of_steps():
+    """With one_path a stochastic solver's samples for many steps are close to each other, without they are not."""
+    world = three_modes()
+
+    def distance(one_path):
+        a, b = (
+            sample(world, 200, solver="dpmpp-2m-sde", steps=n, grid="log-snr", one_path=one_path) for n in (100, 200)
+        )
+        return float((a - b).square().mean().sqrt())
+
+    assert distance(True) < 0.1 < 0.5 < distance(False)
