@@ -1,0 +1,197 @@
+"""Which solver, grid and thresholding for a budget of network calls: from measured evidence, or measured on your model.
+
+:func:`solver_for` looks the answer up in a table that ``benchmarks/solvers.py`` measured on exact mixtures and on the
+digits teacher; :func:`tune` measures it, on a small reference set: a few starting points and where many steps take
+them. Both answer with a :class:`Setting`::
+
+    images = fs.sample(teacher, 64, **fs.solver_for(steps=8).options())
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.denoisers import Cond, Denoiser
+from fewstep.sampling.coefficients import Levels
+from fewstep.sampling.named import named_solver, named_times
+from fewstep.sampling.sample import Threshold, sample
+from fewstep.schedules import Schedule
+
+EVIDENCE = Path(__file__).parents[1] / "assets" / "solvers.json"
+
+#: What is searched.  Stochastic solvers follow no path that a reference could give.
+SEARCHED_SOLVERS = (
+    "ddim", "dualfast", "dpmpp-2m", "dpmpp-2m-taylor", "dpmpp-3m", "dpmpp-3m:lower_order_final=true", "dpm-2m", "unipc",
+    "unipc:variant=bh1", "unipc-3", "unipc-3:variant=bh1", "deis-1", "deis-2", "deis", "lms", "ipndm", "heun",
+    "dpmpp-2s-fast", "dpmpp-3s-fast", "dpmpp-3s", "rk4",
+)  # fmt: skip
+SEARCHED_GRIDS = (
+    "balanced:centre=0.5", "balanced:centre=1", "balanced:centre=2", "balanced:centre=1,kappa=1",
+    "balanced:centre=2,kappa=1", "balanced:centre=1,kappa=2", "balanced:centre=2,kappa=2", "karras", "log-snr",
+    "uniform", "quadratic",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to sample: ``steps`` steps of a named solver on a named grid, ``calls`` network calls (twice that under
+    classifier-free guidance)."""
+
+    solver: str
+    grid: str
+    steps: int
+    calls: int
+    threshold: Threshold | None = None
+
+    def options(self) -> dict[str, object]:
+        """The arguments of :func:`~fewstep.sampling.sample`."""
+        return {"solver": self.solver, "grid": self.grid, "steps": self.steps, "threshold": self.threshold}
+
+    def __str__(self) -> str:
+        threshold = f", {self.threshold} threshold" if self.threshold else ""
+        return f"{self.solver} on {self.grid}{threshold}, {self.steps} steps"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting and how far it ends from the reference: the root mean square deviation of a sample, averaged over the
+    samples, and the standard error of that average."""
+
+    setting: Setting
+    error: float
+    spread: float
+
+
+def setting_of(
+    solver: str, grid: str, calls: int, schedule: Schedule, threshold: Threshold | None = None
+) -> Setting | None:
+    """As many steps as the budget of calls allows; None when it allows none, or the grid is not for the schedule."""
+    made = named_solver(solver)
+    for steps in range(calls, 0, -1):
+        if steps < made.least_steps:
+            return None
+        try:
+            times = named_times(schedule, made, steps, grid)
+            table = made.table(Levels.of(schedule, times))
+        except ValueError:
+            return None
+        if table.calls <= calls:
+            return Setting(solver, grid, steps, table.calls, threshold)
+    return None
+
+
+def candidates(
+    calls: int,
+    schedule: Schedule,
+    thresholds: Sequence[Threshold | None] = (None,),
+    solvers: Sequence[str] = SEARCHED_SOLVERS,
+    grids: Sequence[str] = SEARCHED_GRIDS,
+) -> list[Setting]:
+    """Every searched setting within the budget."""
+    found = (setting_of(s, g, calls, schedule, t) for s in solvers for g in grids for t in thresholds)
+    return [setting for setting in found if setting is not None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Starting points ``noise`` ``[n, *shape]``, their conditions and guidance, and where the flow takes them."""
+
+    noise: Tensor
+    ends: Tensor
+    cond: Cond = None
+    guidance: float | None = None
+
+
+def reference(
+    denoiser: Denoiser, noise: Tensor, cond: Cond = None, guidance: float | None = None, calls: int = 200
+) -> Reference:
+    """The ends that UniPC-3 reaches in ``calls`` calls."""
+    ends = sample(
+        denoiser, len(noise), solver="unipc-3", steps=calls, grid="balanced:centre=1", cond=cond, noise=noise,
+        guidance=guidance,
+    )  # fmt: skip
+    return Reference(noise, ends, cond, guidance)
+
+
+def tried(denoiser: Denoiser, setting: Setting, target: Reference) -> Trial:
+    """A setting, measured; an error of infinity where the result is not finite."""
+    got = sample(
+        denoiser, len(target.noise), cond=target.cond, noise=target.noise, guidance=target.guidance,
+        **setting.options(),  # type: ignore[arg-type]
+    )  # fmt: skip
+    gap = (got - target.ends).flatten(1).double().square().mean(1).sqrt()
+    if not bool(gap.isfinite().all()):
+        return Trial(setting, float("inf"), float("inf"))
+    return Trial(setting, float(gap.mean()), float(gap.std() / len(gap) ** 0.5))
+
+
+def tune(
+    denoiser: Denoiser,
+    settings: Sequence[Setting],
+    target: Reference,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Trial]:
+    """All settings measured, the best first.  ``progress(done, settings)`` is told after every one.
+
+    ValueError when there are no settings.
+    """
+    if not settings:
+        raise ValueError("no setting fits: give a larger budget of calls, or other solvers and grids")
+    trials = []
+    for i, setting in enumerate(settings):
+        trials.append(tried(denoiser, setting, target))
+        if progress is not None:
+            progress(i + 1, len(settings))
+    return sorted(trials, key=lambda trial: trial.error)
+
+
+def solver_for(steps: int, guided: bool | float = False) -> Setting:
+    """The setting that did best, for ``steps`` network calls, on the problems of the measured table.
+
+    ``guided`` is the guidance scale, True for a usual one (7.5) and False or 1 for none.  Between the measured budgets
+    the next smaller one decides; above 50 calls, 50.  Best is: the smallest geometric mean, over the problems, of the
+    error divided by the problem's least.  ValueError for fewer than 1 step.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: need at least one network call")
+    scale = 7.5 if guided is True else float(guided)
+    kind = "unguided" if scale <= 1 else "guided at 3" if scale < 5 else "guided at 7.5"
+    table = evidence()[kind]
+    measured = max((calls for calls in table if calls <= steps), default=min(table))
+    best = table[measured]
+    made = named_solver(best.solver)
+    per_step = max(1, best.calls // best.steps)
+    length = max(1, best.steps + (steps - best.calls) // per_step)
+    if length < made.least_steps or best.calls > steps:
+        return Setting("unipc", "balanced:centre=1", steps, steps)
+    return Setting(best.solver, best.grid, length, best.calls + (length - best.steps) * per_step, best.threshold)
+
+
+@cache
+def evidence() -> dict[str, dict[int, Setting]]:
+    """The measured table: kind of guidance -> calls -> setting."""
+    stored = json.loads(EVIDENCE.read_text())["best"]
+    return {kind: {int(calls): Setting(**row) for calls, row in rows.items()} for kind, rows in stored.items()}
+
+
+def as_json(best: dict[str, dict[int, Setting]], about: str) -> str:
+    """The file that :func:`evidence` reads."""
+    rows = {kind: {str(calls): asdict(setting) for calls, setting in found.items()} for kind, found in best.items()}
+    return json.dumps({"about": about, "best": rows}, indent=1) + "\n"
+
+
+def noise_for(denoiser: Denoiser, n: int, seed: int) -> Tensor:
+    """Starting noise ``[n, *shape]`` in the type of the denoiser's weights."""
+    from fewstep.randomness import Rng
+
+    weights = next((p for p in denoiser.parameters() if p.is_floating_point()), None)
+    exact = weights is None or weights.dtype == torch.float64
+    device = "cpu" if weights is None else weights.device
+    return Rng(seed, "tune", device=device).normal(n, *denoiser.shape, dtype=torch.float64 if exact else torch.float32)
