@@ -271,37 +271,123 @@ class NetworkDenoiser(Denoiser):
         return self.net(align(c_in, x) * x, label, cond, **extras)
 
 
-class Guided(Denoiser):
-    """Classifier-free guidance, ``D = D_unc + w (D_cond - D_unc)``; w = 1 is no guidance.
+class Guidance(Denoiser, ABC):
+    """A model steered away from another prediction, ``D = D_away + w (D_plain - D_away)``; w = 1 is no guidance.
 
-    ``scale`` is a number or one weight per sample ``[B]``.  ``negative`` replaces the unconditional branch (a negative
-    prompt).  Costs two calls of the inner denoiser.
+    ``scale`` is w, a number or one weight per sample ``[B]`` (ValueError when called with another count).  Costs two
+    calls, unless :class:`GuidanceInterval` leaves one out.
+    """
+
+    def __init__(self, main: Denoiser, scale: float | Tensor) -> None:
+        super().__init__(main.schedule, main.shape, main.classes)
+        self.scale = scale
+
+    @abstractmethod
+    def plain(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """The model without guidance."""
+
+    @abstractmethod
+    def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """What guidance makes of the plain prediction, with the second call."""
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        return self.steered(self.plain(x, t, cond), x, t, cond)
+
+    def extrapolated(self, plain: Tensor, away: Tensor) -> Tensor:
+        """``away + w (plain - away)`` in float32 at least, rounded once to the type of ``plain``.
+
+        Exactly ``plain`` at w = 1, exactly ``away`` at w = 0 and where the two are equal.
+        """
+        kind = torch.promote_types(plain.dtype, torch.float32)
+        scale: Any = self.scale
+        if isinstance(scale, Tensor):
+            if any(n not in (1, b) for n, b in zip(scale.shape, plain.shape, strict=False)):
+                raise ValueError(
+                    f"guidance scale of shape {list(scale.shape)} for {len(plain)} samples: give a number or one "
+                    f"weight per sample [{len(plain)}]"
+                )
+            scale = align(scale.to(plain.device, kind), plain.to(kind))
+        return torch.lerp(away.to(kind), plain.to(kind), scale).to(plain.dtype)
+
+
+class Guided(Guidance):
+    """Classifier-free guidance, ``D = D_unc + w (D_cond - D_unc)``.
+
+    ``negative`` replaces the unconditional branch (a negative prompt).  Without a condition and without a negative one
+    there is nothing to guide between: the unconditional model, one call.
     """
 
     def __init__(self, inner: Denoiser, scale: float | Tensor, negative: Cond = None) -> None:
-        super().__init__(inner.schedule, inner.shape, inner.classes)
+        super().__init__(inner, scale)
         self.inner = inner
-        self.scale = scale
         self.negative = negative
 
-    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        away = self.inner(x, t, self.negative)
-        if cond is None:
-            return away
-        scale = align(torch.as_tensor(self.scale, device=x.device), x)
-        return away + scale * (self.inner(x, t, cond) - away)
+    def plain(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        return self.inner(x, t, cond)
+
+    def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        if cond is None and self.negative is None:
+            return plain
+        return self.extrapolated(plain, self.inner(x, t, self.negative))
 
 
-class Autoguided(Denoiser):
-    """Guidance away from a worse version of the model, ``D = D_bad + w (D_good - D_bad)`` (Karras et al. 2024)."""
+class Autoguided(Guidance):
+    """Guidance away from a worse version of the model, ``D = D_bad + w (D_good - D_bad)`` (Karras et al. 2024, "Guiding
+    a Diffusion Model with a Bad Version of Itself").
+
+    Both see the same state, noise level and condition; ``bad`` may live on another schedule.  ValueError when it
+    makes other samples or knows other classes.
+    """
 
     def __init__(self, good: Denoiser, bad: Denoiser, scale: float | Tensor) -> None:
-        super().__init__(good.schedule, good.shape, good.classes)
-        self.good, self.bad, self.scale = good, bad.on(good.schedule), scale
+        super().__init__(good, scale)
+        if bad.shape != good.shape:
+            raise ValueError(
+                f"the guide makes samples {list(bad.shape)}, the model {list(good.shape)}: autoguidance needs a worse "
+                "version of the same model"
+            )
+        if bad.classes != good.classes:
+            raise ValueError(
+                f"the guide knows {bad.classes or 'no'} classes, the model {good.classes or 'no'}: autoguidance gives "
+                "both the same condition"
+            )
+        self.good, self.bad = good, bad.on(good.schedule)
+
+    def plain(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        return self.good(x, t, cond)
+
+    def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        return self.extrapolated(plain, self.bad(x, t, cond))
+
+
+class GuidanceInterval(Denoiser):
+    """Guidance at noise levels ``low <= sigma / alpha <= high`` only (Kynkäänniemi et al. 2024, "Applying Guidance in a
+    Limited Interval"); the plain model, with one call, elsewhere.
+
+    The bounds are in the units of the data whatever the schedule; ``high`` may be infinity.  In a batch of several
+    noise levels the second call is made for the whole batch, unless all are outside.  ValueError unless
+    ``0 <= low < high``.
+    """
+
+    def __init__(self, guided: Guidance, low: float, high: float) -> None:
+        super().__init__(guided.schedule, guided.shape, guided.classes)
+        if not 0 <= low < high:
+            raise ValueError(f"guidance interval [{low:g}, {high:g}]: need 0 <= low < high, noise levels sigma / alpha")
+        self.guided, self.low, self.high = guided, low, high
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        bad = self.bad(x, t, cond)
-        return bad + align(torch.as_tensor(self.scale, device=x.device), x) * (self.good(x, t, cond) - bad)
+        plain = self.guided.plain(x, t, cond)
+        inside = self.inside(as_time(t, x))
+        if not bool(inside.any()):
+            return plain
+        steered = self.guided.steered(plain, x, t, cond)
+        return steered if bool(inside.all()) else torch.where(align(inside, x).bool(), steered, plain)
+
+    def inside(self, t: Tensor) -> Tensor:
+        """Which of the times ``t`` are guided."""
+        # a bound that is a level of the grid counts, although rho comes out of the schedule with a rounding error
+        level = self.schedule.ratio(t)
+        return (level >= self.low * (1 - 1e-9)) & (level <= self.high * (1 + 1e-9))
 
 
 class Clipped(Denoiser):
