@@ -20,6 +20,7 @@ _EXPORTS = {
     "compare": "fewstep.api",
     "save": "fewstep.api",
     "sample": "fewstep.sampling",
+    "solver_for": "fewstep.sampling.tuning",
     "Student": "fewstep.sampling",
     "Plan": "fewstep.sampling",
     "ConsistencyDistillation": "fewstep.distill.consistency.cm",
@@ -50,3 +51,4 @@ if TYPE_CHECKING:
     from fewstep.sampling import Plan as Plan
     from fewstep.sampling import Student as Student
     from fewstep.sampling import sample as sample
+    from fewstep.sampling.tuning import solver_for as solver_for

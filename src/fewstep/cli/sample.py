@@ -3,6 +3,8 @@
   fewstep sample digits --solver unipc --steps 5          a teacher, with any solver
   fewstep sample runs/dmd2-digits --n 100                 a student, in the steps it was made for
   fewstep sample digits --class 3,5 --guidance 2
+  fewstep sample digits --solver dpmpp-2m-sde:eta=0.5 --grid karras:rho=5
+  fewstep sample digits --settings digits-8calls.json     what 'fewstep tune-steps' found
   fewstep sample my-pipeline --prompt "a red boat"        a diffusers folder with text encoders
   fewstep sample --list                                   the names of solvers and time grids
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -37,8 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.usage = "fewstep sample MODEL [flags]"
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a bundled model, a model or run folder, a pipeline")
     parser.add_argument("--steps", metavar="N", type=int, help="default 10; of a student the fewest it has a plan for")
-    parser.add_argument("--solver", metavar="NAME", help="of a teacher (default unipc)")
+    parser.add_argument("--solver", metavar="NAME", help="of a teacher (default unipc), NAME:parameter=value,...")
     parser.add_argument("--grid", metavar="NAME", help="a teacher's time grid (default: balanced)")
+    parser.add_argument("--threshold", metavar="KIND", help="static or dynamic, of a pixel teacher's predictions")
+    parser.add_argument("--denoise", action="store_true", help="one more call at the end (denoise to zero)")
+    parser.add_argument("--one-path", action="store_true", help="stochastic solvers: one noise path for any --steps")
+    parser.add_argument("--settings", metavar="FILE", type=Path, help="solver, grid, steps as tune-steps found them")
     parser.add_argument("--n", metavar="N", type=int, default=40, help="how many (default 40)")
     parser.add_argument("--class", metavar="K,..", dest="labels", help="class numbers, cycled (default: all classes)")
     parser.add_argument("--guidance", metavar="X", type=float, help="classifier-free guidance of a teacher, 1 for none")
@@ -71,11 +78,10 @@ def run(chosen: argparse.Namespace) -> None:
 
 
 def print_names() -> None:
-    from fewstep.grids import GRIDS
-    from fewstep.sampling import SOLVERS
+    from fewstep.sampling.named import ALL_GRIDS, SOLVERS
 
     print("solvers: " + ", ".join(sorted(SOLVERS)))
-    print("grids:   " + ", ".join(sorted({*GRIDS, "balanced"})))
+    print("grids:   " + ", ".join(sorted(ALL_GRIDS)))
 
 
 def output_file(out: Path, model: Student | Denoiser) -> Path:
@@ -117,7 +123,7 @@ def draw(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, str]:
 
 def from_student(student: Student, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
     """Samples, steps and network calls of a student's own plan."""
-    for flag in ("solver", "grid", "guidance"):
+    for flag in ("solver", "grid", "guidance", "threshold", "settings"):
         if getattr(chosen, flag) is not None:
             raise UserError(f"--{flag} is for teachers: '{chosen.model}' is a student and samples in its own way")
     steps = chosen.steps if chosen.steps is not None else next(iter(student.plans))
@@ -130,20 +136,40 @@ def from_student(student: Student, chosen: argparse.Namespace) -> tuple[Tensor, 
 def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
     """Samples, steps and network calls of a solver."""
     from fewstep.denoisers import CountCalls
-    from fewstep.grids import GRIDS
-    from fewstep.sampling import SOLVERS, sample
+    from fewstep.sampling import sample
+    from fewstep.sampling.named import ALL_GRIDS, SOLVERS
 
+    if chosen.settings is not None:
+        take_settings(chosen)
     steps = 10 if chosen.steps is None else chosen.steps
-    solver = choose("solver", chosen.solver or "unipc", sorted(SOLVERS))
-    grid = None if chosen.grid is None else choose("grid", chosen.grid, sorted({*GRIDS, "balanced"}))
+    solver, grid = chosen.solver or "unipc", chosen.grid
+    choose("solver", solver.partition(":")[0], sorted(SOLVERS))
+    if grid is not None:
+        choose("grid", grid.partition(":")[0], sorted(ALL_GRIDS))
     counted = CountCalls(model)
     if chosen.guidance is not None and chosen.prompt is None and not model.classes:
         raise UserError(f"--guidance {chosen.guidance:g}: '{chosen.model}' has no classes to guide to")
     x = sample(
         counted, chosen.n, solver=solver, steps=steps, grid=grid, cond=condition(chosen, model), seed=chosen.seed,
-        guidance=chosen.guidance,
+        guidance=chosen.guidance, threshold=chosen.threshold, denoise=chosen.denoise, one_path=chosen.one_path,
     )  # fmt: skip
     return x, steps, counted.calls
+
+
+def take_settings(chosen: argparse.Namespace) -> None:
+    """Fill in what ``fewstep tune-steps`` found; :class:`UserError` beside flags that say the same, or a wrong file."""
+    for flag in ("solver", "grid", "steps", "threshold"):
+        if getattr(chosen, flag) is not None:
+            raise UserError(f"--{flag} stands in {chosen.settings} already: leave out one of the two")
+    try:
+        found = json.loads(chosen.settings.read_text())
+        setting = found["setting"]
+        for flag in ("solver", "grid", "steps", "threshold"):
+            setattr(chosen, flag, setting[flag])
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--settings {chosen.settings}: not a file of 'fewstep tune-steps' ({error})") from None
+    if chosen.guidance is None:
+        chosen.guidance = found.get("guidance")
 
 
 def pipeline_of(model: Student | Denoiser) -> LoadedPipeline | None:

@@ -1,0 +1,134 @@
+"""The best solver, time grid and thresholding for a budget of network calls: a first win, without training.
+
+  fewstep tune-steps digits --calls 8                     on 32 starting points of the model's own
+  fewstep tune-steps my-pipeline --calls 10 --guidance 7.5 --prompt "a red boat"
+  fewstep sample digits --settings digits-8calls.json     with what was found
+
+Every setting starts from the same points as a reference of many steps, and the one whose samples end nearest to it
+wins.  Writes the setting as JSON and a figure of all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from fewstep.sampling.tuning import Setting, Trial
+
+SHOWN = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    parser.usage = "fewstep tune-steps MODEL --calls N [flags]"
+    parser.add_argument("model", metavar="MODEL", help="a bundled teacher, a teacher's folder, a pipeline")
+    parser.add_argument("--calls", metavar="N", type=int, default=8, help="network calls a sample (default 8)")
+    parser.add_argument("--guidance", metavar="X", type=float, help="classifier-free guidance (doubles the calls)")
+    parser.add_argument("--threshold", action="store_true", help="try static and dynamic thresholding too (pixels)")
+    parser.add_argument("--class", metavar="K,..", dest="labels", help="class numbers, cycled (default: all classes)")
+    parser.add_argument("--prompt", metavar="TEXT", help="for a pipeline with text encoders")
+    parser.add_argument("--n", metavar="N", type=int, default=32, help="starting points (default 32)")
+    parser.add_argument("--reference", metavar="N", type=int, default=200, help="calls of the reference (default 200)")
+    parser.add_argument("--solvers", metavar="NAME", nargs="+", help="search these only")
+    parser.add_argument("--grids", metavar="NAME", nargs="+", help="search these only")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
+    parser.add_argument("--device", metavar="DEVICE", default="cpu", help="default cpu")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default MODEL-Ncalls.json; the figure lies beside it")
+
+
+def run(chosen: argparse.Namespace) -> None:
+    from fewstep.cli.models import named_model
+    from fewstep.cli.runs import device_of
+    from fewstep.cli.sample import condition
+    from fewstep.cli.terminal import progress
+    from fewstep.hub.native import write_atomically
+    from fewstep.sampling import Student, tuning
+
+    for flag, least in (("calls", 1), ("n", 2), ("reference", 20)):
+        if getattr(chosen, flag) < least:
+            raise UserError(f"--{flag} {getattr(chosen, flag)} must be at least {least}")
+    found = named_model(chosen.model)
+    if isinstance(found.model, Student):
+        raise UserError(f"'{chosen.model}' is a student and samples in its own way: tune its teacher")
+    out = chosen.out or Path(f"{found.stem}-{chosen.calls}calls.json")
+    if out.suffix != ".json" or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: a file that ends in .json, in a folder that exists")
+    model = found.model.to(device_of(chosen.device))
+    settings = searched(chosen, model.schedule)
+    noise = tuning.noise_for(model, chosen.n, chosen.seed)
+    with progress(f"{len(settings)} settings") as show:
+        target = tuning.reference(model, noise, condition(chosen, model), chosen.guidance, chosen.reference)
+        trials = tuning.tune(model, settings, target, lambda done, total: show(done / total, ""))
+        usual = tuning.tried(model, tuning.Setting("unipc", "balanced", chosen.calls, chosen.calls), target)
+    best = trials[0]
+    write_atomically(out, (json.dumps(described(chosen, best, usual), indent=1) + "\n").encode())
+    write_atomically(out.with_suffix(".png"), figure(trials, usual, f"{found.stem}, {chosen.calls} calls"))
+    for trial in trials[:SHOWN]:
+        print(f"{trial.error:.4f} +- {trial.spread:.4f}  {trial.setting}")
+    print(f"the default (unipc): {usual.error:.4f} +- {usual.spread:.4f}")
+    print(f"{out}, {out.with_suffix('.png')}\nfewstep sample {chosen.model} --settings {out}")
+
+
+def searched(chosen: argparse.Namespace, schedule: Any) -> list[Setting]:
+    """The settings to try; :class:`UserError` for a name that is not known, or when none fits the budget."""
+    from fewstep.sampling import tuning
+    from fewstep.sampling.named import named_grid, named_solver
+
+    for name in chosen.solvers or ():
+        named_solver(name)
+    for name in chosen.grids or ():
+        named_grid(name)
+    settings = tuning.candidates(
+        chosen.calls, schedule, (None, "static", "dynamic") if chosen.threshold else (None,),
+        chosen.solvers or tuning.SEARCHED_SOLVERS, chosen.grids or tuning.SEARCHED_GRIDS,
+    )  # fmt: skip
+    if not settings:
+        raise UserError(f"--calls {chosen.calls}: none of the solvers fits into so few calls on these grids")
+    return settings
+
+
+def described(chosen: argparse.Namespace, best: Trial, usual: Trial) -> dict[str, Any]:
+    """The file that ``fewstep sample --settings`` reads, with where it came from."""
+    return {
+        "setting": asdict(best.setting),
+        "guidance": chosen.guidance,
+        "error": best.error,
+        "spread": best.spread,
+        "error_of_the_default": usual.error,
+        "model": chosen.model,
+        "starting_points": chosen.n,
+        "reference_calls": chosen.reference,
+        "seed": chosen.seed,
+    }
+
+
+def figure(trials: list[Trial], usual: Trial, title: str) -> bytes:
+    """Every setting as a point: a row for each solver, the error on a logarithmic axis; the winner marked."""
+    import math
+
+    from matplotlib.figure import Figure
+
+    solvers = list(dict.fromkeys(trial.setting.solver for trial in trials))
+    fig = Figure(figsize=(8, 1 + 0.28 * len(solvers)), layout="constrained")
+    axis = fig.subplots()
+    finite = [trial for trial in trials if math.isfinite(trial.error)]
+    heights = [-solvers.index(trial.setting.solver) for trial in finite]
+    axis.scatter([trial.error for trial in finite], heights, s=14, alpha=0.5, label="a grid each")
+    axis.scatter([trials[0].error], [-solvers.index(trials[0].setting.solver)], s=60, marker="*", color="C3",
+                 label=str(trials[0].setting))  # fmt: skip
+    axis.axvline(usual.error, color="grey", lw=1, ls="--", label="the default")
+    axis.set_xscale("log")
+    axis.set_yticks([-i for i in range(len(solvers))], solvers, fontsize=8)
+    axis.set_xlabel("distance from the reference")
+    axis.set_title(title)
+    axis.legend(fontsize=8)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
