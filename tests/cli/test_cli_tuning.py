@@ -34,6 +34,17 @@ def test_sample_takes_solvers_and_grids_with_parameters(cli: Cli) -> None:
     assert abs(np.load("x.npz")["samples"]).max() <= 1
 
 
+def test_guides_and_intervals(cli: Cli) -> None:
+    """A model guided by itself is itself; an interval saves the calls outside it; both count the guide's calls."""
+    words = ("digits", "--steps", 4, "--n", 3, "--no-preview", "--out", "x.npz")
+    cli("sample", *words)
+    plain = np.load("x.npz")["samples"]
+    assert "8 network calls each" in cli("sample", *words, "--guide", "digits", "--guidance", 3).out
+    assert np.array_equal(np.load("x.npz")["samples"], plain)
+    assert "6 network calls each" in cli("sample", *words, "--guidance", 3, "--interval", "0.5,2").out
+    assert not np.array_equal(np.load("x.npz")["samples"], plain)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -47,6 +58,12 @@ def test_sample_takes_solvers_and_grids_with_parameters(cli: Cli) -> None:
         (("sample", "digits", "--solver", "unipc-3", "--steps", 2), "steps=2 are too few for solver 'unipc-3'"),
         (("sample", "digits", "--threshold", "hard"), "threshold='hard' must be"),
         (("sample", "digits", "--settings", "nothing.json"), "nothing.json"),
+        (("sample", "digits", "--guide", "fashion"), "--guide needs --guidance"),
+        (("sample", "digits", "--guide", "fashion", "--guidance", 2), "the guide makes samples [1, 28, 28]"),
+        (("sample", "digits", "--guide", "fashion-1step", "--guidance", 2), "a student cannot guide"),
+        (("sample", "digits", "--interval", "1,2"), "--interval needs --guidance"),
+        (("sample", "digits", "--guidance", 2, "--interval", "1"), "--interval 1: give two noise levels"),
+        (("sample", "digits", "--guidance", 2, "--interval", "2,1"), "need 0 <= low < high"),
         (("sample", "fashion-1step", "--settings", "nothing.json"), "--settings is for teachers"),
     ],
 )

@@ -5,6 +5,7 @@
   fewstep sample digits --class 3,5 --guidance 2
   fewstep sample digits --solver dpmpp-2m-sde:eta=0.5 --grid karras:rho=5
   fewstep sample digits --settings digits-8calls.json     what 'fewstep tune-steps' found
+  fewstep sample runs/main --guide runs/small --guidance 2 --interval 0.2,5
   fewstep sample my-pipeline --prompt "a red boat"        a diffusers folder with text encoders
   fewstep sample --list                                   the names of solvers and time grids
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fewstep.cli.models import Named
-    from fewstep.denoisers import Denoiser
+    from fewstep.denoisers import CountCalls, Denoiser
     from fewstep.hub import LoadedPipeline
     from fewstep.sampling import Student
 
@@ -48,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--settings", metavar="FILE", type=Path, help="solver, grid, steps as tune-steps found them")
     parser.add_argument("--n", metavar="N", type=int, default=40, help="how many (default 40)")
     parser.add_argument("--class", metavar="K,..", dest="labels", help="class numbers, cycled (default: all classes)")
-    parser.add_argument("--guidance", metavar="X", type=float, help="classifier-free guidance of a teacher, 1 for none")
+    parser.add_argument("--guidance", metavar="X", type=float, help="guidance of a teacher, 1 for none")
+    parser.add_argument("--guide", metavar="MODEL", help="guide away from this worse version of it (autoguidance)")
+    parser.add_argument("--interval", metavar="LOW,HIGH", help="guide at these noise levels sigma / alpha only")
     parser.add_argument("--prompt", metavar="TEXT", help="for a pipeline with text encoders")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="default cpu")
@@ -123,7 +126,7 @@ def draw(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, str]:
 
 def from_student(student: Student, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
     """Samples, steps and network calls of a student's own plan."""
-    for flag in ("solver", "grid", "guidance", "threshold", "settings"):
+    for flag in ("solver", "grid", "guidance", "threshold", "settings", "guide", "interval"):
         if getattr(chosen, flag) is not None:
             raise UserError(f"--{flag} is for teachers: '{chosen.model}' is a student and samples in its own way")
     steps = chosen.steps if chosen.steps is not None else next(iter(student.plans))
@@ -147,13 +150,48 @@ def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, i
     if grid is not None:
         choose("grid", grid.partition(":")[0], sorted(ALL_GRIDS))
     counted = CountCalls(model)
-    if chosen.guidance is not None and chosen.prompt is None and not model.classes:
-        raise UserError(f"--guidance {chosen.guidance:g}: '{chosen.model}' has no classes to guide to")
+    steered, guides = guided(counted, chosen)
     x = sample(
-        counted, chosen.n, solver=solver, steps=steps, grid=grid, cond=condition(chosen, model), seed=chosen.seed,
-        guidance=chosen.guidance, threshold=chosen.threshold, denoise=chosen.denoise, one_path=chosen.one_path,
+        steered, chosen.n, solver=solver, steps=steps, grid=grid, cond=condition(chosen, model), seed=chosen.seed,
+        threshold=chosen.threshold, denoise=chosen.denoise, one_path=chosen.one_path,
     )  # fmt: skip
-    return x, steps, counted.calls
+    return x, steps, counted.calls + sum(guide.calls for guide in guides)
+
+
+def guided(model: CountCalls, chosen: argparse.Namespace) -> tuple[Denoiser, list[CountCalls]]:
+    """The model under ``--guidance``, ``--guide`` and ``--interval``, and the guides whose calls count too."""
+    from fewstep.cli.models import named_model
+    from fewstep.cli.runs import device_of
+    from fewstep.denoisers import Autoguided, CountCalls, Guidance, Guided, GuidanceInterval
+    from fewstep.sampling import Student
+
+    if chosen.guidance is None:
+        for flag in ("guide", "interval"):
+            if getattr(chosen, flag) is not None:
+                raise UserError(f"--{flag} needs --guidance X, the weight")
+        return model, []
+    steered: Guidance
+    guides = []
+    if chosen.guide is not None:
+        weak = named_model(chosen.guide).model
+        if isinstance(weak, Student):
+            raise UserError(f"--guide {chosen.guide}: a student cannot guide, name a worse teacher")
+        guides.append(CountCalls(weak.to(device_of(chosen.device))))
+        steered = Autoguided(model, guides[0], chosen.guidance)
+    else:
+        if chosen.prompt is None and not model.classes:
+            raise UserError(f"--guidance {chosen.guidance:g}: '{chosen.model}' has no classes to guide to")
+        steered = Guided(model, chosen.guidance)
+    if chosen.interval is None:
+        return steered, guides
+    low, comma, high = chosen.interval.partition(",")
+    try:
+        bounds = float(low), float(high)
+    except ValueError:
+        comma = ""
+    if not comma:
+        raise UserError(f"--interval {chosen.interval}: give two noise levels, such as 0.2,5 or 0.2,inf")
+    return GuidanceInterval(steered, *bounds), guides
 
 
 def take_settings(chosen: argparse.Namespace) -> None:
