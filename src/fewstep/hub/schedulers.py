@@ -54,6 +54,9 @@ def read_scheduler(scheduler: Any) -> Reading:
     scheduler class or prediction type, and for a noise prediction on zero terminal SNR.
     """
     name, config = type(scheduler).__name__, scheduler.config
+    if name == "SolverScheduler":  # our own, in the place of another: hub.as_scheduler
+        reading: Reading = scheduler.reading
+        return reading
     if name in FLOW:
         shift = config.shift if not config.get("use_dynamic_shifting") else 1.0
         return Reading(FlowMatching(), Velocity(time_scale=float(config.num_train_timesteps)), shift)

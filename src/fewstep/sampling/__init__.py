@@ -34,6 +34,7 @@ from fewstep.sampling.runge_kutta import NATIVE, RATIO, RungeKutta, Tableau
 from fewstep.sampling.named import SOLVERS, balanced
 from fewstep.sampling.sample import sample
 from fewstep.sampling.stochastic import DDIM, Churn, DDPMLarge
+from fewstep.sampling.student_samplers import STUDENT_SAMPLERS, ending_clean, sample_student, student_plan
 from fewstep.sampling.unipc import UniPC
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "NOISE",
     "RATIO",
     "SOLVERS",
+    "STUDENT_SAMPLERS",
     "TAB",
     "Ancestral",
     "BrownianPath",
@@ -81,12 +83,15 @@ __all__ = [
     "UniPC",
     "balanced",
     "edit",
+    "ending_clean",
     "greedy_times",
     "measured",
     "rollout",
     "run",
     "sample",
+    "sample_student",
     "slerp",
     "solve",
     "stroke_to_image",
+    "student_plan",
 ]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.sampling.coefficients import Levels, first_order, tensor
+from fewstep.sampling.coefficients import DATA, Levels, Point, tensor
 from fewstep.sampling.engine import Row, Solver, Stage, Step, Table
 from fewstep.sampling.stochastic import NO_CHURN, Churn
 from fewstep.schedules import Schedule
@@ -139,8 +139,7 @@ class RungeKutta(Solver):
         for i in range(levels.steps):
             from_noise = levels.log_snr[i] == -math.inf and self.frame == RATIO
             if from_noise or levels.log_snr[i + 1] == math.inf:
-                lifted = Levels.of(levels.schedule, tensor([starts[i], levels.times[i + 1]]))
-                a, c = first_order(lifted, 0)
+                a, c = DATA.exact(_point(levels.schedule, starts[i]), levels.point(i + 1))
                 stages: tuple[Stage, ...] = (Stage(starts[i], Row(a, (c,))),)
             else:
                 stages = tuple(Stage(t, row) for t, row in zip(times[i], rows[i], strict=True))
@@ -185,3 +184,9 @@ class RungeKutta(Solver):
             [Row(form[0], tuple(form[j + 1 : 0 : -1])) for j, form in enumerate(step)] for step in values
         ]  # the outputs so far, newest first
         return torch.stack(times, dim=1).tolist(), rows
+
+
+def _point(schedule: Schedule, t: float) -> Point:
+    """The level of a time that need not be on the grid (churn)."""
+    time = torch.tensor(t, dtype=torch.float64)
+    return Point(float(schedule.alpha(time)), float(schedule.sigma(time)), float(schedule.log_snr(time)))

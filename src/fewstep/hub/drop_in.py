@@ -1,0 +1,139 @@
+"""Every solver of fewstep as a drop-in diffusers scheduler, for pipelines as they are.
+
+The class itself is in :mod:`fewstep.hub.solver_scheduler`, which imports diffusers.  Here is what needs none of it: the
+entry point, and solvers written as plain JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from torch import Tensor
+
+from fewstep.hub.requires import require
+from fewstep.sampling.engine import Solver
+from fewstep.sampling.named import named_grid, named_solver
+
+#: The grid that the replaced scheduler makes, beside the names in :data:`fewstep.sampling.named.ALL_GRIDS`.
+ORIGINAL = "original"
+
+
+def as_scheduler(
+    solver: str | Solver, like: Any, grid: str | Sequence[float] | Tensor | None = None, *, clean: bool = True
+) -> Any:
+    """A diffusers scheduler that samples with a solver of fewstep: ``pipe.scheduler = as_scheduler("unipc", pipe)``.
+
+    ``solver`` is a name, with parameters if need be (``"unipc:p=3"``, see :mod:`fewstep.sampling.named`), or a solver.
+    ``like`` says which model it serves: a diffusers scheduler, a pipeline, or a scheduler's config with its
+    ``_class_name``.  Schedule, prediction, clipping and thresholding are read from it.
+
+    ``grid`` is the times of the calls: None is the solver's own grid, with the pipeline's shift where it has one; a
+    name with parameters; "original", the levels that the replaced scheduler visits; or the ``steps + 1`` times
+    themselves, in the schedule's own time.  ``timesteps=`` and ``sigmas=`` of a pipeline's call go before it, except
+    for the uniform sigmas that flow pipelines pass when nobody asked for any.  The last step ends at pure data,
+    ``x = D``; with ``clean=False`` at the last time of the grid.
+
+    The result is a :class:`~fewstep.hub.solver_scheduler.SolverScheduler`.  Its config is plain JSON and shows the keys
+    of the replaced scheduler too, so a pipeline and ``from_config`` of another scheduler find what they look for.
+
+    Raises ValueError with the choices on an unknown solver, grid or scheduler, and ModuleNotFoundError without
+    diffusers.
+    """
+    require("diffusers", "as_scheduler")
+    from fewstep.hub.solver_scheduler import SolverScheduler
+
+    return SolverScheduler(solver=written(solver), grid=_plain_grid(grid), clean=clean, original=original_config(like))
+
+
+def original_config(like: Any) -> dict[str, Any]:
+    """The config, as plain JSON with its ``_class_name``, of a scheduler, of a pipeline's scheduler, or as given; of
+    one of our own schedulers, that of the one it replaced."""
+    diffusers = require("diffusers", "as_scheduler")
+    if isinstance(like, diffusers.DiffusionPipeline):
+        like = like.scheduler
+    if isinstance(like, diffusers.SchedulerMixin):
+        ours = type(like).__name__ == "SolverScheduler"
+        like = like.config if ours else json.loads(like.to_json_string())
+    if not isinstance(like, Mapping):
+        raise ValueError(f"like={type(like).__name__}: give a diffusers scheduler, a pipeline, or a scheduler's config")
+    if like.get("_class_name") == "SolverScheduler":
+        like = like["original"]
+    if "_class_name" not in like:
+        raise ValueError("the config has no _class_name that says which scheduler it is of; give the scheduler itself")
+    return dict(like)
+
+
+def _plain_grid(grid: str | Sequence[float] | Tensor | None) -> str | list[float] | None:
+    if isinstance(grid, str):
+        if grid != ORIGINAL:
+            named_grid(grid)  # refuses what does not exist
+        return grid
+    if grid is None or isinstance(grid, Sequence | Tensor):
+        return None if grid is None else [float(t) for t in grid]
+    raise ValueError(f"grid={grid!r}: give a name or the times themselves, a function cannot be kept in a config")
+
+
+def written(solver: str | Solver) -> str | dict[str, Any] | Solver:
+    """A solver as plain JSON: its name as it is, else its class and what differs from the defaults.
+
+    A solver that holds more than numbers (the statistics of DPM-Solver-v3) stays itself, and cannot be saved.
+    """
+    if isinstance(solver, str):
+        named_solver(solver)  # refuses what does not exist
+        return solver
+    try:
+        value: dict[str, Any] = _to_json(solver)
+    except TypeError:
+        return solver
+    return value
+
+
+def read(value: str | Mapping[str, Any] | Solver) -> Solver:
+    """The solver that :func:`written` wrote."""
+    if isinstance(value, str | Solver):
+        return named_solver(value)
+    solver: Solver = _from_json(dict(value), Solver)
+    return solver
+
+
+def _to_json(value: Any) -> Any:
+    """Nested dataclasses as dicts with their "class"; what has its default value is left out."""
+    if is_dataclass(value):
+        kept = {}
+        for field in fields(value):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            given = _to_json(vars(value)[field.name])
+            if default is MISSING or given != _to_json(default):
+                kept[field.name] = given
+        return {"class": type(value).__name__, **kept}
+    if isinstance(value, tuple | list):
+        return [_to_json(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a {type(value).__name__} is not plain JSON")
+
+
+def _from_json(value: Any, hint: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_json(v, Any) for v in value)
+    if not isinstance(value, dict):
+        return value
+    settings = {key: inner for key, inner in value.items() if key != "class"}
+    kind = _subclass(get_args(hint) or (hint,), value.get("class"))
+    hints = {} if kind is None else get_type_hints(kind)
+    if kind is None or settings.keys() - hints.keys():
+        raise ValueError(f"the config of a SolverScheduler holds {value}, which this version does not know")
+    return kind(**{key: _from_json(inner, hints[key]) for key, inner in settings.items()})
+
+
+def _subclass(bases: Iterable[Any], name: str | None) -> Any:
+    """The class called ``name`` among classes and all that derive from them; None when there is none."""
+    for base in bases:
+        if isinstance(base, type) and base is not type(None):
+            found = base if base.__name__ == name else _subclass(base.__subclasses__(), name)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,387 @@
+"""A diffusers scheduler that plays the table of one of fewstep's solvers.
+
+``num_inference_steps`` are the solver's steps; ``timesteps`` has one entry per network call, so a solver of k stages
+has about k entries a step, and ``order = k``: what img2img and inpainting pipelines multiply a step by to find where
+to begin.  States are ``alpha x_0 + sigma eps``, as in the DDPM family of schedulers and in flow matching.
+
+Made by :func:`fewstep.hub.as_scheduler`.
+"""
+
+# mypy: disable-error-code="attr-defined,misc"
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fewstep.denoisers import EDMPrediction
+from fewstep.hub.drop_in import ORIGINAL, read
+from fewstep.hub.schedulers import BETA_TABLE, FLOW, PRECONDITIONED, read_scheduler
+from fewstep.hub.trajectory import Trajectory, independent, part, same_times, times_of
+from fewstep.sampling.coefficients import Levels
+from fewstep.sampling.engine import Solver
+from fewstep.sampling.named import balanced, named_times
+from fewstep.sampling.stochastic import DDIM
+from fewstep.schedules import DiscreteVP, FlowMatching, align
+
+#: Schedulers that keep no noise levels, only the steps of the table that they visit.
+TIMESTEPS_ONLY = (
+    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "LCMScheduler", "PNDMScheduler",
+    "TCDScheduler",
+)  # fmt: skip
+
+
+#: The keys of our own config.
+OWN = ("solver", "grid", "clean", "original")
+
+
+class PipelineNoise:
+    """A pipeline's generator (or list of them, or None: PyTorch's own) as the source of a solver's fresh noise."""
+
+    def __init__(self, generator: Any, kind: torch.dtype) -> None:
+        self.generator, self.kind = generator, kind
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        return randn_tensor(x.shape, generator=self.generator, device=x.device, dtype=self.kind).to(x.dtype)
+
+    def increment(self, x: Tensor, start: float, end: float) -> Tensor:
+        return self.normal_like(x)
+
+
+class SolverScheduler(SchedulerMixin, ConfigMixin):
+    """A solver, a grid, and the config of the scheduler that it replaces.
+
+    See :func:`fewstep.hub.as_scheduler`.  After ``set_timesteps``: ``timesteps`` (as the network sees them) and
+    ``sigmas`` (noise levels ``sigma / alpha``, or t for flow matching, with that of the end) per network call, the
+    ``levels`` of the grid, and ``init_noise_sigma``, the standard deviation of the state at the first call for data of
+    unit variance: 1 on variance-preserving schedules, as in diffusers.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        solver: str | dict | Solver = "unipc",
+        grid: str | list[float] | None = None,
+        clean: bool = True,
+        original: dict | None = None,
+    ) -> None:
+        config = dict(original or {})
+        name, known = config.get("_class_name"), (*BETA_TABLE, *FLOW, *PRECONDITIONED)
+        if name not in known:
+            raise ValueError(f"scheduler class {name!r} is unknown; fewstep replaces {', '.join(known)}")
+        self.original = attrgetter(name)(diffusers).from_config(config)
+        self.reading = read_scheduler(self.original)
+        if self.original.config.get("invert_sigmas"):
+            raise ValueError(f"{name}: invert_sigmas=True is not read, only networks whose time rises with the noise")
+        self.solver = read(solver)
+        self.order = self.solver.calls(1)
+        self.grid, self.clean = grid, clean
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0)
+        self.sigmas = torch.empty(0)
+        self.init_noise_sigma = 1.0
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
+
+    @property
+    def config(self) -> FrozenDict:
+        """The config of the replaced scheduler, where pipelines look for what they know, and our own."""
+        own: dict[str, Any] = dict(vars(self)["_internal_dict"])
+        return FrozenDict({**own["original"], **own, "_class_name": type(self).__name__})
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From :attr:`config` or a file: what is shown of the replaced scheduler is held in ``original`` already."""
+        if isinstance(config, Mapping):
+            config = {key: value for key, value in config.items() if key in OWN}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config as it is saved; ValueError when the solver holds tensors."""
+        if isinstance(self.config["solver"], Solver):
+            raise ValueError(
+                f"{type(self.solver).__name__} holds tensors, which a scheduler's config cannot: save the pipeline "
+                "with the scheduler that was replaced, and call as_scheduler again"
+            )
+        return str(super().to_json_string())
+
+    @property
+    def step_index(self) -> int | None:
+        """The index of the next call; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at a later call (img2img, inpainting)."""
+        self._begin_index = begin_index
+
+    def __len__(self) -> int:
+        return int(self.original.config.num_train_timesteps)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Lay out the calls of ``num_inference_steps`` steps, or of the given ``timesteps`` (as the network sees them)
+        or ``sigmas`` (as the replaced scheduler takes them), one a step.  ``mu`` is the resolution-dependent shift.
+
+        Raises ValueError when the times do not fall or leave the schedule's range, or a given number of steps
+        contradicts given times.
+        """
+        steps, given = num_inference_steps, timesteps if timesteps is not None else sigmas
+        if given is not None:
+            steps = len(given)
+            if num_inference_steps not in (None, steps) or (timesteps is not None and sigmas is not None):
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps}, timesteps={timesteps}, sigmas={sigmas}: give one of "
+                    "them, or as many times as steps"
+                )
+        if steps is None:
+            raise ValueError("set_timesteps: give num_inference_steps, timesteps or sigmas")
+        self.levels = self._levels(int(steps), timesteps, sigmas, mu)
+        if self.levels.steps < self.solver.least_steps:
+            raise ValueError(
+                f"num_inference_steps={self.levels.steps} are too few for {type(self.solver).__name__}, which needs "
+                f"{self.solver.least_steps} to reach its order; take more, or a solver of lower order (unipc, dpmpp-2m)"
+            )
+        self.num_inference_steps = self.levels.steps
+        self.table = self.solver.table(self.levels)
+        self._places = [(i, j) for i, step in enumerate(self.table.steps) for j in range(len(step.stages))]
+        self._times = times_of(self.table)
+        self._lay_out(device)
+        self._begin_index = self._step_index = None
+        self._runs: deque[Trajectory | None] = deque()
+
+    def _lay_out(self, device: str | torch.device | None) -> None:
+        """What the pipeline and the network see of the calls."""
+        schedule, prediction = self.reading.schedule, self.reading.prediction
+        times = torch.tensor(self._times, dtype=torch.float64)
+        skip, out, c_in = prediction.coefficients(schedule, times)
+        self._skip, self._out, self._in = skip.tolist(), out.tolist(), c_in.tolist()
+        seen = prediction.time(schedule, times)
+        whole = isinstance(schedule, DiscreteVP) and bool((seen == seen.round()).all())
+        labels = seen.to(torch.int64 if whole else torch.float32)
+        self._labels = labels.tolist()
+        self.timesteps = labels.to(device)
+        alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+        self.init_noise_sigma = float((alpha[0] ** 2 + sigma[0] ** 2).sqrt())
+        end = self.levels.point(-1)
+        if isinstance(schedule, FlowMatching):
+            levels = [*self._times, end.sigma]
+        else:
+            levels = [*(sigma / alpha).tolist(), end.sigma / end.alpha]
+        self.sigmas = torch.tensor(levels, dtype=torch.float32)
+
+    def _levels(
+        self, steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, mu: float | None
+    ) -> Levels:
+        if timesteps is not None:
+            return self._through(self._time(torch.as_tensor(timesteps)))
+        flow = type(self.original).__name__ in FLOW  # only these shift given sigmas in ways of their own
+        asked = sigmas is not None and not _uniform(sigmas)
+        if self.grid == ORIGINAL and (flow or not asked):
+            return self._through(self._original_times(steps, sigmas if flow else None, mu))
+        if sigmas is not None and asked:
+            return self._through(self._sigma_times(torch.as_tensor(sigmas), mu))
+        schedule = self.reading.schedule
+        if self.grid is None:
+            return self._to_end(balanced(schedule, steps, self.solver.centre * self._shift(mu)))
+        grid = self.grid if isinstance(self.grid, str) else torch.tensor(self.grid, dtype=torch.float64)
+        return self._to_end(named_times(schedule, self.solver, steps, grid))
+
+    def _to_end(self, times: Tensor) -> Levels:
+        """The levels of a grid, whose last time is replaced by pure data."""
+        levels = Levels.of(self.reading.schedule, times)
+        if self.clean and levels.log_snr[-1] != math.inf:
+            return part(levels, stop=-1).denoised()
+        return levels
+
+    def _through(self, calls: Tensor) -> Levels:
+        """The levels that are called at ``calls``, and the end."""
+        schedule = self.reading.schedule
+        calls = calls.double()
+        if float(calls[-1]) > schedule.t_min:
+            return self._to_end(torch.cat([calls, calls.new_tensor([schedule.t_min])]))
+        levels = Levels.of(schedule, calls)
+        return levels.denoised() if self.clean else levels
+
+    def _shift(self, mu: float | None) -> float:
+        """The factor by which the pipeline wants its noise levels ``t / (1 - t)`` larger (flow matching)."""
+        config = self.original.config
+        if mu is None or not config.get("use_dynamic_shifting"):
+            return self.reading.shift
+        return math.exp(mu) if config.time_shift_type == "exponential" else mu
+
+    def _time(self, timestep: Tensor) -> Tensor:
+        """The schedule's time, float64, of a time as the network sees it."""
+        time = timestep.cpu().double() / self.reading.prediction.time_scale
+        return torch.exp(4 * time) if isinstance(self.reading.prediction, EDMPrediction) else time
+
+    def _sigma_times(self, sigmas: Tensor, mu: float | None) -> Tensor:
+        """Times of the ``sigmas`` that a pipeline was called with."""
+        sigmas = sigmas.cpu().double()
+        if not isinstance(self.reading.schedule, FlowMatching):
+            return _snapped(self.reading.schedule.time_at(-sigmas.log()))
+        shift = self._shift(mu)
+        return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+    def _original_times(self, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Tensor:
+        """The times at which the replaced scheduler would call the network."""
+        name, config, made = type(self.original).__name__, self.original.config, self.original
+        extra: dict[str, Any] = {"mu": mu} if config.get("use_dynamic_shifting") else {}
+        if sigmas is not None:
+            made.set_timesteps(sigmas=sigmas, **extra)
+        else:
+            made.set_timesteps(steps, **extra)
+        if name in TIMESTEPS_ONLY:
+            return made.timesteps.double().unique().flip(0)
+        levels = made.sigmas.double().unique_consecutive()[:-1]
+        if not isinstance(self.reading.schedule, DiscreteVP):
+            return levels
+        return _snapped(self.reading.schedule.time_at(-levels.log()))
+
+    def _index(self, timestep: Any) -> int:
+        """The index of the current call, which must be at ``timestep``."""
+        if self.num_inference_steps is None:
+            raise ValueError("SolverScheduler: call set_timesteps before step")
+        time, calls = float(timestep), len(self._labels)
+        if self._step_index is None:
+            k = self._find(time) if self._begin_index is None else self._begin_index
+            if not 0 <= k < calls:
+                raise ValueError(f"begin_index={k} must lie in 0 .. {calls - 1}")
+            self._step_index, self._runs = k, deque(self._runs_from(k))
+        k = self._step_index
+        if k >= calls:
+            raise ValueError(f"step() at timestep {time:g}: all {calls} calls were made; call set_timesteps again")
+        if not _same_label(time, self._labels[k]):
+            raise ValueError(f"step() at timestep {time:g}, but call {k} of {calls} is at {self._labels[k]:g}")
+        return k
+
+    def _find(self, time: float) -> int:
+        found = [k for k, label in enumerate(self._labels) if _same_label(time, label)]
+        if not found:
+            raise ValueError(f"timestep {time:g} is not one of this run's: {self._labels}")
+        # a level that ends one step and opens the next is the opening
+        return min(found, key=lambda k: self._places[k][1])
+
+    def _runs_from(self, k: int) -> list[Trajectory | None]:
+        """How to get from the level of call ``k`` to the end in the calls that are left; None is a call whose result is
+        not used.
+
+        A solver with a memory starts afresh, with its own warm-up, on the rest of the grid.  A pipeline that
+        counts ``order`` calls for every step may begin inside one (solvers of several stages take a single call from
+        pure noise): then one exact first-order step goes to its end.
+        """
+        step, stage = self._places[k]
+        if k == 0:
+            return [Trajectory(self.table)]
+        if stage == 0 and independent(self.table, step):
+            return [Trajectory(self.table, step)]
+        time = self._times[k]
+        if time in self.levels.times:
+            table = self.solver.table(part(self.levels, self.levels.times.index(time)))
+            if same_times(times_of(table), self._times[k:]):
+                return [Trajectory(table)]
+        after = k + len(self.table.steps[step].stages) - stage
+        target = self._times[after] if after < len(self._times) else self.levels.times[-1]
+        if stage == 0 or time < target:
+            raise ValueError(f"{type(self.solver).__name__} cannot begin at call {k}: its rows reach back before it")
+        rest = self._runs_from(after) if after < len(self._times) else []
+        if time == target:
+            return [None] * (after - k) + rest
+        bridge = DDIM().table(Levels.of(self.reading.schedule, torch.tensor([time, target], dtype=torch.float64)))
+        return [Trajectory(bridge), *[None] * (after - k - 1), *rest]
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The network's input: the state itself, scaled for EDM models."""
+        if not isinstance(self.reading.prediction, EDMPrediction):
+            return sample
+        return sample * self._in[self._index(timestep)]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The state at the next call, from the network's output at this one.
+
+        Calls must be made in the order of ``timesteps``, each once.  ``generator`` is where stochastic solvers draw
+        from.  ``eta`` and ``use_clipped_model_output`` are arguments that some pipelines always pass: the first must be
+        0, the second is always the case here.
+        """
+        if eta:
+            raise ValueError(f"eta={eta} of the pipeline's call is not used; take as_scheduler('ddim:eta={eta}', ...)")
+        k = self._index(timestep)
+        kind = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        output = model_output[:, : sample.shape[1]].to(kind)  # what follows is a learned variance
+        x0 = self._bounded(self._skip[k] * sample.to(kind) + self._out[k] * output)
+        run = self._runs[0]
+        after = sample if run is None else run.advance(x0, sample, PipelineNoise(generator, sample.dtype))
+        if run is None or not run.left:
+            self._runs.popleft()
+        self._step_index = k + 1
+        return SchedulerOutput(prev_sample=after) if return_dict else (after,)
+
+    def _bounded(self, x0: Tensor) -> Tensor:
+        """The data prediction, thresholded or clipped where the replaced scheduler does so."""
+        config = self.original.config
+        if config.get("thresholding"):
+            bound = torch.quantile(x0.flatten(1).abs(), config.dynamic_thresholding_ratio, dim=1)
+            bound = align(bound.clamp(1, config.sample_max_value), x0)
+            return x0.clamp(-bound, bound) / bound
+        return x0 if self.reading.clip is None else x0.clamp(-self.reading.clip, self.reading.clip)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Data noised to ``timesteps`` (one, or one per sample)."""
+        schedule, times = self.reading.schedule, self._time(timesteps)
+        slack = 1e-6 * schedule.t_max  # timesteps are float32
+        if float(times.min()) < schedule.t_min - slack or float(times.max()) > schedule.t_max + slack:
+            raise ValueError(
+                f"timesteps {timesteps.min():g} .. {timesteps.max():g} are outside of the schedule, whose times are "
+                f"{schedule.t_min:g} .. {schedule.t_max:g}"
+            )
+        return schedule.add_noise(original_samples, noise.to(original_samples), times.to(original_samples.device))
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """:meth:`add_noise` under the name that flow pipelines use."""
+        return self.add_noise(sample, noise, timestep)
+
+
+def _uniform(sigmas: Sequence[float]) -> bool:
+    """Whether ``sigmas`` are what flow pipelines pass when nobody gave any: ``1 .. 1/n``, before any shift."""
+    n = len(sigmas)
+    plain = torch.linspace(1, 1 / n, n, dtype=torch.float64)
+    return bool(torch.allclose(torch.as_tensor(sigmas).double(), plain, atol=1e-6))
+
+
+def _same_label(a: float, b: float) -> bool:
+    """Whether two timesteps are one, up to the float32 that they went through."""
+    return abs(a - b) <= 1e-4 * (1 + abs(a))
+
+
+def _snapped(times: Tensor) -> Tensor:
+    """Times found from float32 noise levels, on the steps of the table where they are meant."""
+    whole = times.round()
+    return whole.where((times - whole).abs() < 1e-3, times)
