@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 RECIPES: dict[str, str] = {
     "denoising": "fewstep.distill.denoising:Denoising",
     "flow-matching": "fewstep.distill.denoising:FlowMatchingTraining",
+    "lowdiff": "fewstep.distill.lowdiff:LowDiff",
+    "analog-bits": "fewstep.distill.analog_bits:AnalogBits",
     "cm": "fewstep.distill.consistency.cm:ConsistencyDistillation",
     "cm-training": "fewstep.distill.consistency.cm:ConsistencyTraining",
     "scm": "fewstep.distill.consistency.scm:ContinuousConsistencyDistillation",

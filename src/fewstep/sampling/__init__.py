@@ -29,9 +29,9 @@ from fewstep.sampling.editing import (
 from fewstep.sampling.engine import FieldRow, Row, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.multistep import Multistep
+from fewstep.sampling.named import SOLVERS, balanced
 from fewstep.sampling.rollout import Plan, Student, greedy_times, rollout
 from fewstep.sampling.runge_kutta import NATIVE, RATIO, RungeKutta, Tableau
-from fewstep.sampling.named import SOLVERS, balanced
 from fewstep.sampling.sample import sample
 from fewstep.sampling.stochastic import DDIM, Churn, DDPMLarge
 from fewstep.sampling.student_samplers import STUDENT_SAMPLERS, ending_clean, sample_student, student_plan

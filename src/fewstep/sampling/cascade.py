@@ -29,7 +29,8 @@ from fewstep.grids import Grid
 from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
-from fewstep.sampling.sample import evaluating, named_solver, named_times, sample
+from fewstep.sampling.named import named_solver, named_times
+from fewstep.sampling.sample import evaluating, sample
 from fewstep.schedules import Schedule
 
 

@@ -165,7 +165,7 @@ class Asymmetric(Solver):
     ``td`` counts steps along the grid and need not be whole; beyond its end is its end.  A step thus removes the noise
     of ``1 + td`` steps, ``x' = alpha' D + sigma' (x - alpha_i D) / sigma_i`` for DDIM.  With many steps this does *not*
     tend to the probability flow but to ``dx/dt = (1 + td) v(x, t)``: td is for few steps.  ``inner`` is ``DDIM()``,
-    ``DDIM(1.0)`` (DDPM) or ``DDPMLarge()``.  ValueError for a negative td.
+    ``DDIM(eta=1.0)`` (DDPM) or ``DDPMLarge()``.  ValueError for a negative td.
     """
 
     inner: DDIM = field(default_factory=DDIM)
@@ -183,13 +183,16 @@ class Asymmetric(Solver):
     def table(self, levels: Levels) -> Table:
         steps: list[Step] = []
         for i in range(levels.steps):
-            alone = torch.tensor([levels.times[i], self.end(levels, i)], dtype=torch.float64)
-            steps += self.inner.table(Levels.of(levels.schedule, alone)).steps
+            steps += self.inner.table(self.alone(levels, i)).steps
         return Table(levels, steps)
 
-    def end(self, levels: Levels, i: int) -> float:
-        """The time at ``i + 1 + td`` steps along the grid."""
+    def alone(self, levels: Levels, i: int) -> Levels:
+        """The two levels of step ``i``: of its time and of that at ``i + 1 + td`` steps along the grid."""
         place = min(i + 1 + self.td, levels.steps)
-        left = min(int(place), levels.steps - 1)
-        before, after = levels.times[left], levels.times[left + 1]
-        return after if place == left + 1 else before + (place - left) * (after - before)
+        right = math.ceil(place)
+        before, after = levels.times[right - 1], levels.times[right]
+        if place == right or after < 0:  # there are no times on the way to a time of -1, which stands for pure data
+            ends = [(v[i], v[right]) for v in (levels.times, levels.alpha, levels.sigma, levels.log_snr)]
+            return Levels(levels.schedule, *ends)
+        end = before + (place - (right - 1)) * (after - before)
+        return Levels.of(levels.schedule, torch.tensor([levels.times[i], end], dtype=torch.float64))
