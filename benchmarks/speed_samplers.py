@@ -28,17 +28,19 @@ from typing import Any
 import torch
 from diffusers import (
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
 
 from fewstep import api
 from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
-from fewstep.randomness import Rng
-from fewstep.sampling import SOLVERS, Levels, run, sample, solve
+from fewstep.randomness import Noise, Rng
+from fewstep.sampling import SOLVERS, BrownianPath, Levels, balanced, run, sample, solve
 from fewstep.schedules import EDM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "referee"))
@@ -68,11 +70,12 @@ def microseconds(work: Callable[[], Any], repeats: int) -> float:
     return best * 1e6
 
 
-def ours(name: str, steps: int, repeats: int) -> tuple[float, float]:
-    """Microseconds a step with and without the making of the table."""
+def ours(name: str, steps: int, repeats: int, one_path: bool = False) -> tuple[float, float]:
+    """Microseconds a step with and without the making of the table; the noise from one Brownian path or independent."""
     denoiser = Half(EDM(), (4,))
     x, times = torch.randn(1, 4), torch.linspace(80, 0, steps + 1, dtype=torch.float64)
-    solver, rng = SOLVERS[name](), Rng(0)
+    solver = SOLVERS[name]()
+    rng: Noise = BrownianPath(0) if one_path else Rng(0)
     table = solver.table(Levels.of(denoiser.schedule, times))
     t = times[:1]
     model = microseconds(lambda: [denoiser(x, t, None) for _ in range(table.calls)], repeats)
@@ -110,6 +113,8 @@ def k_diffusion(name: str, steps: int, repeats: int) -> float:
         return half(x, sigma)
 
     x, sigmas = torch.randn(1, 4), torch.linspace(80, 0, steps + 1)
+    if "sde" in name:
+        repeats = 3  # their Brownian tree takes milliseconds a step
     sampler = getattr(sampling, name)
     sampler(counted, x, sigmas, disable=True)
     whole = microseconds(lambda: sampler(half, x, sigmas, disable=True), repeats)
@@ -134,7 +139,39 @@ PEERS: dict[str, list[tuple[str, Callable[[int, int], float]]]] = {
     "unipc-3": [
         ("diffusers UniPCMultistep(3)", lambda n, r: diffusers(lambda: UniPCMultistepScheduler(solver_order=3), n, r))
     ],
+    "dpmpp-3m": [
+        (
+            "diffusers DPMSolverMultistep(3)",
+            lambda n, r: diffusers(lambda: DPMSolverMultistepScheduler(solver_order=3), n, r),
+        )
+    ],
+    "deis": [
+        ("diffusers DEISMultistep(3)", lambda n, r: diffusers(lambda: DEISMultistepScheduler(solver_order=3), n, r))
+    ],
+    "lms": [
+        ("diffusers LMSDiscrete", lambda n, r: diffusers(LMSDiscreteScheduler, n, r)),
+        ("k-diffusion lms", lambda n, r: k_diffusion("sample_lms", n, r)),
+    ],
+    "dpmpp-2m-sde": [("k-diffusion dpmpp_2m_sde", lambda n, r: k_diffusion("sample_dpmpp_2m_sde", n, r))],
+    "dpmpp-sde": [("k-diffusion dpmpp_sde", lambda n, r: k_diffusion("sample_dpmpp_sde", n, r))],
+    "dpmpp-3m-sde": [("k-diffusion dpmpp_3m_sde", lambda n, r: k_diffusion("sample_dpmpp_3m_sde", n, r))],
 }
+
+
+def compiled(steps: int) -> None:
+    """A whole trajectory as one graph: the bundled digits teacher, compiled and not."""
+    model = api.load("digits")
+    table = SOLVERS["unipc"]().table(Levels.of(model.schedule, balanced(model.schedule, steps)))
+    x, cond = torch.randn(16, *model.shape), torch.arange(16) % 10
+    trajectory = torch.compile(lambda x: run(model, x, table, cond), fullgraph=True)
+    start = time.perf_counter()
+    gap = float((trajectory(x) - run(model, x, table, cond)).abs().max())
+    made = time.perf_counter() - start
+    eager, fast = (
+        microseconds(lambda f=f: f(x), 20) / 1000 for f in (lambda x: run(model, x, table, cond), trajectory)
+    )
+    print(f"\nunipc, {steps} steps, digits, batch 16, as one graph (compiled in {made:.0f} s): {fast:.1f} ms; eager "
+          f"{eager:.1f} ms; largest difference {gap:.1e}")  # fmt: skip
 
 
 def over_network(model: NetworkDenoiser, solver: str, steps: int, batch: int, repeats: int) -> tuple[float, float]:
@@ -166,13 +203,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--model", default="fashion", help="a bundled teacher for the second table")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--compile", type=int, metavar="STEPS", help="only this: compile a whole trajectory")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread, {args.steps} steps")
+    if args.compile:
+        compiled(args.compile)
+        return
     print(f"{'sampler':32}{'us/step':>9}{'table made':>12}{'ratio to ours':>15}")
     for name, peers in PEERS.items():
-        whole, loop = ours(name, args.steps, args.repeats)
-        late = "" if loop <= AIM or name == "heun" else f"   above the aim of {AIM:g}"
+        stochastic = "sde" in name  # theirs draws from a Brownian tree, so ours does too
+        whole, loop = ours(name, args.steps, args.repeats, one_path=stochastic)
+        late = "" if loop <= AIM or name == "heun" or stochastic else f"   above the aim of {AIM:g}"
         print(f"{'fewstep ' + name:32}{whole:9.1f}{loop:12.1f}{1:15.1f}{late}")
         for label, measure in peers:
             theirs = measure(args.steps, args.repeats)

@@ -43,7 +43,7 @@ class BrownianPath:
     """Fresh noise that depends on where in lambda it is used, and not on how often one looks.
 
     ``seed``, ``part`` and ``parts`` are those of an :class:`~fewstep.randomness.Rng`.  Values of lambda are told apart
-    to ``40 / 16^levels`` (4e-5 at the default): ValueError for a shorter stretch.  Keeps ``2 levels + 1`` states.
+    to ``40 / 16^levels`` (4e-5 at the default): ValueError for a shorter stretch.  Keeps ``2 levels + 5`` states.
     """
 
     def __init__(self, *seed: int | str, levels: int = 5, part: int = 0, parts: int = 1, device: str = "cpu") -> None:
@@ -55,7 +55,7 @@ class BrownianPath:
         self._seed = derive_seed(*seed, "path")
         self._generator = torch.Generator()
         self._way: list[tuple[int, Tensor, Tensor]] = []  # of the last value: cell, W at its start, increment over it
-        self._last: tuple[int, Tensor] | None = None
+        self._recent: dict[int, Tensor] = {}  # the last values asked for: stretches share their ends
 
     def normal_like(self, x: Tensor) -> Tensor:
         """Independent of the path: what churn adds at levels that have had their noise."""
@@ -69,11 +69,11 @@ class BrownianPath:
                 f"the stretch {start:g} .. {end:g} of lambda is shorter than this Brownian path resolves "
                 f"({RANGE / self.cells:.1g}); give it more levels than {self.levels}"
             )
-        if self._last is not None and (self._last[1].shape != x.shape or self._last[1].dtype != x.dtype):
-            self._way, self._last = [], None
-        left = self._last[1] if self._last is not None and self._last[0] == a else self.value(a, x)
-        right = self.value(b, x)
-        self._last = b, right
+        if self._way and (self._way[0][1].shape != x.shape or self._way[0][1].dtype != x.dtype):
+            self._way, self._recent = [], {}
+        left = self._recent[a] if a in self._recent else self.value(a, x)
+        right = self._recent[b] if b in self._recent else self.value(b, x)
+        self._recent = {**dict(list(self._recent.items())[-1:]), a: left, b: right}
         return (right - left).mul_(1 / math.sqrt(self.clock(b) - self.clock(a)))
 
     def cell(self, log_snr: float) -> int:

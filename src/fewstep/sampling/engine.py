@@ -28,7 +28,7 @@ from fewstep.sampling.coefficients import Levels, OutputKind
 from fewstep.sampling.hooks import NO_HOOKS, Hooks
 
 #: ``(p, q)``: what a call leaves in the history is ``p x + q D``; None leaves ``D``.
-Kept = tuple[float | Tensor, float] | None
+Kept = tuple[Tensor, float] | None
 #: Which noise prediction is kept beside the history: the first one, or that of the call before.
 Anchor = Literal["first", "previous"]
 Interval = tuple[float, float] | None
@@ -79,13 +79,9 @@ class Step(NamedTuple):
     lift: Row | None = None
 
 
-class Move(NamedTuple):
-    """A row made ready for a state: ``scale`` is its ``a`` as a tensor, ``interval`` the two values of lambda between
-    which its noise is drawn (None: apart from all else)."""
-
-    row: AnyRow
-    scale: Tensor
-    interval: Interval
+#: A row made ready for a state: the row, its ``a`` as a tensor, and the two values of lambda between which its noise is
+#: drawn (None: apart from all else).
+Move = tuple[AnyRow, Tensor, Interval]
 
 
 class Table:
@@ -142,8 +138,8 @@ class Table:
         intervals = self._intervals if self.noisy else [None] * len(self.rows)
         if isinstance(self.rows[0], FieldRow):
             fields = [row.placed(kind, x.device) for row in self.rows if isinstance(row, FieldRow)]
-            return map(Move, fields, [row.a for row in fields], intervals)
-        return map(Move, self.rows, self._scale(kind), intervals)
+            return zip(fields, [row.a for row in fields], intervals, strict=True)
+        return zip(self.rows, self._scale(kind), intervals, strict=True)
 
     def _scale(self, kind: torch.dtype) -> tuple[Tensor, ...]:
         if kind not in self._scales:
@@ -151,10 +147,9 @@ class Table:
         return self._scales[kind]
 
     @cached_property
-    def _to_eps(self) -> list[tuple[float, float]]:
-        times = self._times.cpu()
-        alpha, sigma = self.schedule.alpha(times), self.schedule.sigma(times)
-        return list(zip((1 / sigma).tolist(), (-alpha / sigma).tolist(), strict=True))
+    def _to_eps(self) -> list[tuple[Tensor, float]]:
+        alpha, sigma = self.schedule.alpha(self._times), self.schedule.sigma(self._times)
+        return list(zip((1 / sigma).unbind(0), (-alpha / sigma).tolist(), strict=True))
 
     @cached_property
     def _kept(self) -> list[Kept]:
@@ -188,9 +183,7 @@ class Table:
         if kept is None:
             return x0
         on_x, on_x0 = kept
-        if isinstance(on_x, Tensor):
-            on_x = on_x.to(x)
-        return (x * on_x).add_(x0, alpha=on_x0)
+        return (x * (on_x.to(x) if on_x.ndim else on_x)).add_(x0, alpha=on_x0)
 
     def eps(self, k: int, x0: Tensor, x: Tensor) -> Tensor:
         """The noise prediction of call ``k``."""
@@ -211,17 +204,18 @@ def moved(how: Move, x: Tensor, outputs: Iterable[Tensor], noise: Noise | None, 
     row, scale, interval = how
     new = x * scale
     if isinstance(row, FieldRow):
-        for field, m in zip(row.c, outputs, strict=False):
+        for field, m in zip(row.c, outputs):  # noqa: B905  (a row may reach back less far than the history)
             new.addcmul_(field, m)
-        return new.add_(row.b).to(x.dtype)  # fields are float32 at least, and not 0-d: they would lift the state
-    for c, m in zip(row.c, outputs, strict=False):
+        return new.add_(row.b)
+    _, weights, n, on_anchor = row
+    for c, m in zip(weights, outputs):  # noqa: B905
         new.add_(m, alpha=c)
-    if row.anchor:
+    if on_anchor:
         assert anchor is not None  # the row was made for a table that keeps one
-        new.add_(anchor, alpha=row.anchor)
-    if row.n:
+        new.add_(anchor, alpha=on_anchor)
+    if n:
         assert noise is not None  # run() refuses noisy tables without noise
-        new.add_(noise.normal_like(x) if interval is None else noise.increment(x, *interval), alpha=row.n)
+        new.add_(noise.normal_like(x) if interval is None else noise.increment(x, *interval), alpha=n)
     return new
 
 
