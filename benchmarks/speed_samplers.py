@@ -161,7 +161,7 @@ PEERS: dict[str, list[tuple[str, Callable[[int, int], float]]]] = {
 def compiled(steps: int) -> None:
     """A whole trajectory as one graph: the bundled digits teacher, compiled and not."""
     model = api.load("digits")
-    table = SOLVERS["unipc"]().table(Levels.of(model.schedule, balanced(model.schedule, steps)))
+    table = SOLVERS["unipc"]().table(Levels.of(model.schedule, balanced(model.schedule, steps))).to("cpu")
     x, cond = torch.randn(16, *model.shape), torch.arange(16) % 10
     trajectory = torch.compile(lambda x: run(model, x, table, cond), fullgraph=True)
     start = time.perf_counter()

@@ -113,18 +113,17 @@ class Table:
         self._scales: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
     def to(self, device: torch.device | str) -> Table:
-        """The same table with its tensors on a device: :func:`run` then copies nothing between devices, which a
-        captured or compiled trajectory needs."""
+        """The same table with everything made that a run needs, on a device: :func:`run` then copies nothing between
+        devices and makes nothing on the way, which a captured or compiled trajectory needs."""
         table = copy.copy(self)
         table._times = self._times.to(device)
-        if isinstance(self.rows[0], FieldRow):
-            place = torch.device(device)
-            table.rows = [row.placed(torch.float64, place) for row in self.rows if isinstance(row, FieldRow)]
-            table._kept = [(k[0].to(place), k[1]) if k and isinstance(k[0], Tensor) else k for k in self._kept]
-            return table
-        table._scales = {
-            kind: torch.stack(self._scale(kind)).to(device).unbind(0) for kind in (torch.float32, torch.float64)
-        }
+        if not isinstance(self.rows[0], FieldRow):
+            table._scales = {
+                kind: torch.stack(self._scale(kind)).to(device).unbind(0) for kind in (torch.float32, torch.float64)
+            }
+        vars(table)["_to_eps"] = [(on_x.to(device), on_x0) for on_x, on_x0 in self._to_eps]
+        vars(table)["_kept"] = [None if kept is None else (kept[0].to(device), kept[1]) for kept in self._kept]
+        vars(table)["_intervals"] = self._intervals
         return table
 
     def times(self, x: Tensor) -> tuple[Tensor, ...]:
