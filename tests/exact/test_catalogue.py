@@ -27,8 +27,10 @@ def lacking(row: System) -> list[str]:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         return [*missing, "cls"]
-    if not issubclass(found, Recipe):
-        return [*missing, "cls"]
+    if row.docs_page and f"arxiv.org/abs/{row.arxiv}" not in (ROOT / row.docs_page).read_text():
+        missing.append("arxiv")
+    if not isinstance(found, type) or not issubclass(found, Recipe):  # training-free: a solver, a guided denoiser
+        return missing if callable(found) and found.__doc__ else [*missing, "cls"]
     told, paper = (row.title, row.arxiv, row.evidence), found.paper
     return missing if told == (paper.title, paper.arxiv, paper.evidence) else [*missing, "cls"]
 
