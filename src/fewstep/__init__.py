@@ -50,5 +50,5 @@ if TYPE_CHECKING:
     from fewstep.api import save as save
     from fewstep.sampling import Plan as Plan
     from fewstep.sampling import Student as Student
-    from fewstep.sampling import sample as sample
+    from fewstep.sampling.sample import sample as sample
     from fewstep.sampling.tuning import solver_for as solver_for

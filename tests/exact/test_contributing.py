@@ -22,8 +22,8 @@ from fewstep.denoisers import NetworkDenoiser, TrigPrediction
 from fewstep.distill import RECIPES
 from fewstep.networks import MLP
 from fewstep.sampling.coefficients import Levels, first_order, psi
-from fewstep.sampling.engine import Row
 from fewstep.sampling.dpm_solver import DPMSolverPP2MTaylor
+from fewstep.sampling.engine import Row
 from fewstep.schedules import Schedule, TrigFlow, VPLinear
 from fewstep.training.budget import Budget
 from fewstep.training.stages import run_recipe

@@ -32,7 +32,9 @@ def test_the_reference_is_the_exact_flow():
 
 
 def test_tuning_orders_settings_by_their_error():
-    """The best comes first; on the exact mixture a second-order solver beats DDIM, and the error is the one measured."""
+    """The best comes first; on the exact mixture a second-order solver beats DDIM, and the error is the one
+    measured.
+    """
     target = reference(WORLD, noise_for(WORLD, 50, 0))
     seen = []
     settings = candidates(8, WORLD.schedule, solvers=("ddim", "unipc"), grids=("karras", "balanced:centre=1"))

@@ -162,7 +162,7 @@ def guided(model: CountCalls, chosen: argparse.Namespace) -> tuple[Denoiser, lis
     """The model under ``--guidance``, ``--guide`` and ``--interval``, and the guides whose calls count too."""
     from fewstep.cli.models import named_model
     from fewstep.cli.runs import device_of
-    from fewstep.denoisers import Autoguided, CountCalls, Guidance, Guided, GuidanceInterval
+    from fewstep.denoisers import Autoguided, CountCalls, Guidance, GuidanceInterval, Guided
     from fewstep.sampling import Student
 
     if chosen.guidance is None:

@@ -46,7 +46,9 @@ class BrownianPath:
     to ``40 / 16^levels`` (4e-5 at the default): ValueError for a shorter stretch.  Keeps ``2 levels + 5`` states.
     """
 
-    def __init__(self, *seed: int | str, levels: int = 5, part: int = 0, parts: int = 1, device: str = "cpu") -> None:
+    def __init__(
+        self, *seed: int | str, levels: int = 5, part: int = 0, parts: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
         if not 1 <= levels <= 8:
             raise ValueError(f"BrownianPath: levels={levels} must lie in 1 .. 8")
         self.levels, self.part, self.parts, self.device = levels, part, parts, torch.device(device)

@@ -82,6 +82,7 @@ class DualFast(Solver):
         steps = []
         for i, (step, c) in enumerate(zip(base.steps, self.weights(levels.steps), strict=True)):
             (stage,) = step.stages
+            assert isinstance(stage.row, Row)  # a multistep solver's rows are
             mixed = stage.row if not c or math.isinf(levels.h(i)) else self.mixed(stage.row, levels, i, c)
             steps.append(Step((Stage(stage.time, mixed, stage.correct),)))
         return Table(levels, steps, self.base.form.output, self.anchor)

@@ -156,7 +156,7 @@ class Table:
             return [None] * self.calls
         if self._output == "eps":  # at pure noise the weight of D is 0
             return [pair if pair[1] < 0 else None for pair in self._to_eps]
-        return list(self._output)  # type: ignore[arg-type]
+        return list(self._output)
 
     @cached_property
     def _intervals(self) -> list[Interval]:
