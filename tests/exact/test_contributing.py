@@ -21,9 +21,8 @@ from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser, TrigPrediction
 from fewstep.distill import RECIPES
 from fewstep.networks import MLP
-from fewstep.sampling.coefficients import Levels, first_order, psi
-from fewstep.sampling.dpm_solver import DPMSolverPP2MTaylor
-from fewstep.sampling.engine import Row
+from fewstep.sampling.coefficients import Levels, vandermonde
+from fewstep.sampling.dpm_solver import DPMSolverPP3M
 from fewstep.schedules import Schedule, TrigFlow, VPLinear
 from fewstep.training.budget import Budget
 from fewstep.training.stages import run_recipe
@@ -70,22 +69,22 @@ def test_schedule() -> None:
     torch.testing.assert_close(schedule.time_at(schedule.log_snr(t)), t, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("power", [0, 1, 2])
-def test_solver_is_exact_for_quadratics(power: int) -> None:
+@pytest.mark.parametrize("power", [0, 1, 2, 3])
+def test_solver_is_exact_for_cubics(power: int) -> None:
     """For ``D = lambda^k`` on an uneven grid the row is ``alpha_t int exp(lambda - lambda_t) lambda^k``."""
-    names = {"DPMSolverPP2MTaylor": DPMSolverPP2MTaylor, "Levels": Levels, "Row": Row}
-    solver = defined("solver", **names, first_order=first_order, psi=psi)["DPMSolverPP3M"]()
-    levels = Levels.of(VPLinear(), torch.tensor([1.0, 0.8, 0.55, 0.3], dtype=torch.float64))
-    s, t = levels.log_snr[2], levels.log_snr[3]
+    names = {"DPMSolverPP3M": DPMSolverPP3M, "Levels": Levels}
+    solver = defined("solver", **names, vandermonde=vandermonde)["DPMSolverPP4M"]()
+    levels = Levels.of(VPLinear(), torch.tensor([1.0, 0.8, 0.62, 0.4, 0.3], dtype=torch.float64))
+    s, t = levels.log_snr[3], levels.log_snr[4]
 
     def primitive(u: float) -> float:
         """Of ``exp(u) u^k``."""
-        return math.exp(u) * (1, u - 1, u**2 - 2 * u + 2)[power]
+        return math.exp(u) * (1, u - 1, u**2 - 2 * u + 2, u**3 - 3 * u**2 + 6 * u - 6)[power]
 
-    row = solver.row(levels, 2, 3)
-    assert row.a == pytest.approx(levels.sigma[3] / levels.sigma[2], rel=1e-14)
-    said = sum(c * levels.log_snr[2 - j] ** power for j, c in enumerate(row.c))
-    exact = levels.alpha[3] * math.exp(-t) * (primitive(t) - primitive(s))
+    row = solver.row(levels, 3, 4)
+    assert row.a == pytest.approx(levels.sigma[4] / levels.sigma[3], rel=1e-14)
+    said = sum(c * levels.log_snr[3 - j] ** power for j, c in enumerate(row.c))
+    exact = levels.alpha[4] * math.exp(-t) * (primitive(t) - primitive(s))
     assert said == pytest.approx(exact, rel=1e-11)
 
 
