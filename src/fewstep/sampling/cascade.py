@@ -149,7 +149,9 @@ class StagePlan:
         if self.start is not None:
             first, last = schedule.ratio(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)).tolist()
             if not last < self.start <= first * (1 + 1e-9):
-                raise ValueError(f"StagePlan: start={self.start} is no noise level between {last:.3g} and {first:.3g}")
+                raise ValueError(
+                    f"StagePlan: start={self.start:g} is no noise level between {last:.3g} and {first:.3g}"
+                )
             time = schedule.time_at(-torch.tensor(self.start, dtype=torch.float64).log())
             schedule = dataclasses.replace(schedule, t_max=float(time))
         return named_times(schedule, named_solver(self.solver), self.steps, self.grid)

@@ -205,7 +205,7 @@ def moved(how: Move, x: Tensor, outputs: Iterable[Tensor], noise: Noise | None, 
     if isinstance(row, FieldRow):
         for field, m in zip(row.c, outputs):  # noqa: B905  (a row may reach back less far than the history)
             new.addcmul_(field, m)
-        return new.add_(row.b)
+        return new.add_(row.b).to(x.dtype)  # fields are float32 at least, and not 0-d: they would lift the state
     _, weights, n, on_anchor = row
     for c, m in zip(weights, outputs):  # noqa: B905
         new.add_(m, alpha=c)
