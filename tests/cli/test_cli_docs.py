@@ -24,4 +24,4 @@ def test_every_line_parses(line: str) -> None:
 
 def test_every_command_is_there() -> None:
     """The table has a row for every command."""
-    assert re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^\| `([\w-]+)` \|", PAGE, re.MULTILINE) == list(COMMANDS)

@@ -40,6 +40,7 @@ COMMANDS = {
     "systems": Command("systems", "the catalogue: every system, what it needs, what it gives"),
     "sample": Command("sample", "pictures from a teacher (any solver) or a student, as a PNG grid"),
     "tune-steps": Command("tune_steps", "the best solver and time grid for a budget of network calls"),
+    "statistics": Command("statistics", "what DPM-Solver-v3 needs to know of a teacher, made once from data"),
     "train": Command("train", "train a teacher on a data set"),
     "distill": Command("distill", "train a few-step student from a teacher; METHOD --help lists its parameters"),
     "evaluate": Command("evaluate", "quality and cost against the number of steps, beside the teacher's"),

@@ -5,6 +5,7 @@
   fewstep sample digits --class 3,5 --guidance 2
   fewstep sample digits --solver dpmpp-2m-sde:eta=0.5 --grid karras:rho=5
   fewstep sample digits --settings digits-8calls.json     what 'fewstep tune-steps' found
+  fewstep sample digits --statistics digits.safetensors --steps 6      DPM-Solver-v3
   fewstep sample runs/main --guide runs/small --guidance 2 --interval 0.2,5
   fewstep sample my-pipeline --prompt "a red boat"        a diffusers folder with text encoders
   fewstep sample --list                                   the names of solvers and time grids
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from fewstep.cli.models import Named
     from fewstep.denoisers import CountCalls, Denoiser
     from fewstep.hub import LoadedPipeline
-    from fewstep.sampling import Student
+    from fewstep.sampling import Solver, Student
 
 #: A preview of wider pictures would not fit a terminal.
 PREVIEW_SIDE = 32
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--threshold", metavar="KIND", help="static or dynamic, of a pixel teacher's predictions")
     parser.add_argument("--denoise", action="store_true", help="one more call at the end (denoise to zero)")
     parser.add_argument("--one-path", action="store_true", help="stochastic solvers: one noise path for any --steps")
+    parser.add_argument("--statistics", metavar="FILE", type=Path, help="sample with DPM-Solver-v3 and these statistics")
     parser.add_argument("--settings", metavar="FILE", type=Path, help="solver, grid, steps as tune-steps found them")
     parser.add_argument("--n", metavar="N", type=int, default=40, help="how many (default 40)")
     parser.add_argument("--class", metavar="K,..", dest="labels", help="class numbers, cycled (default: all classes)")
@@ -126,7 +128,7 @@ def draw(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, str]:
 
 def from_student(student: Student, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
     """Samples, steps and network calls of a student's own plan."""
-    for flag in ("solver", "grid", "guidance", "threshold", "settings", "guide", "interval"):
+    for flag in ("solver", "grid", "guidance", "threshold", "settings", "guide", "interval", "statistics"):
         if getattr(chosen, flag) is not None:
             raise UserError(f"--{flag} is for teachers: '{chosen.model}' is a student and samples in its own way")
     steps = chosen.steps if chosen.steps is not None else next(iter(student.plans))
@@ -145,8 +147,12 @@ def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, i
     if chosen.settings is not None:
         take_settings(chosen)
     steps = 10 if chosen.steps is None else chosen.steps
-    solver, grid = chosen.solver or "unipc", chosen.grid
-    choose("solver", solver.partition(":")[0], sorted(SOLVERS))
+    grid = chosen.grid
+    if chosen.statistics is None:
+        solver: str | Solver = chosen.solver or "unipc"
+        choose("solver", str(solver).partition(":")[0], sorted(SOLVERS))
+    else:
+        solver = with_statistics(model, chosen)
     if grid is not None:
         choose("grid", grid.partition(":")[0], sorted(ALL_GRIDS))
     counted = CountCalls(model)
@@ -156,6 +162,20 @@ def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, i
         threshold=chosen.threshold, denoise=chosen.denoise, one_path=chosen.one_path,
     )  # fmt: skip
     return x, steps, counted.calls + sum(guide.calls for guide in guides)
+
+
+def with_statistics(model: Denoiser, chosen: argparse.Namespace) -> Solver:
+    """DPM-Solver-v3 with the statistics of ``--statistics``, which must be those of this model under this guidance."""
+    from fewstep.denoisers import Guided
+    from fewstep.hub import model_statistics
+    from fewstep.sampling.dpm_solver_v3 import DPMSolverV3
+
+    if chosen.solver is not None:
+        raise UserError("--statistics FILE samples with DPM-Solver-v3: leave out --solver")
+    if chosen.guide is not None or chosen.interval is not None:
+        raise UserError("--statistics FILE knows no --guide and no --interval")
+    seen = model if chosen.guidance is None else Guided(model, chosen.guidance)
+    return DPMSolverV3(model_statistics.load(chosen.statistics, seen))
 
 
 def guided(model: CountCalls, chosen: argparse.Namespace) -> tuple[Denoiser, list[CountCalls]]:

@@ -117,7 +117,10 @@ class Table:
         devices and makes nothing on the way, which a captured or compiled trajectory needs."""
         table = copy.copy(self)
         table._times = self._times.to(device)
-        if not isinstance(self.rows[0], FieldRow):
+        if isinstance(self.rows[0], FieldRow):
+            where = torch.device(device)
+            table.rows = [row.placed(torch.float64, where) if isinstance(row, FieldRow) else row for row in self.rows]
+        else:
             table._scales = {
                 kind: torch.stack(self._scale(kind)).to(device).unbind(0) for kind in (torch.float32, torch.float64)
             }
