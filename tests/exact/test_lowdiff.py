@@ -486,6 +486,27 @@ def test_labels_are_dropped_and_stages_are_drawn_by_their_shares():
         assert float(update.loss.detach()) == pytest.approx(expected[r] * float(update.logs[f"loss_{r}"]), rel=1e-6)
 
 
+def test_a_batch_in_two_parts_is_the_whole_batch():
+    """Micro-batches and processes draw the same stage, times, noise and conditions as one batch: their losses average to
+    its own, at every stage."""
+    torch.manual_seed(0)
+    net = randomised(CascadeUNet((1, 8, 8), classes=3, **SMALL))
+    method = LowDiff()
+    nets = method.networks(NetworkDenoiser(net, TrigFlow(), TrigPrediction(), (1, 8, 8), 3))
+    x, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 3
+    stages = set()
+    for step in range(6):
+        (whole,) = method.updates(nets, Batch(x, labels, Rng(step)), Progress())
+        halves = [
+            next(method.updates(nets, Batch(x[half], labels[half], Rng(step, part=i, parts=2)), Progress()))
+            for i, half in enumerate((slice(0, 4), slice(4, 8)))
+        ]
+        mean = sum(half.loss.detach() for half in halves) / 2
+        assert torch.allclose(mean, whole.loss.detach(), rtol=1e-5)
+        stages |= set(whole.logs)
+    assert stages == {"loss_4", "loss_8"}
+
+
 class AroundExact(nn.Module):
     """``a D + b beside + c x`` with D exact: a, b, c = 1, 0, 0 is the minimum of the loss."""
 

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from fewstep.denoisers import NetworkDenoiser, TrigPrediction
 from fewstep.exact import three_modes
+from fewstep.networks import MLP
 from fewstep.sampling import DDIM, NOISE, SOLVERS, TAB, DPMSolverPP2M, UniPC, balanced, sample
 from fewstep.sampling.named import ALL_GRIDS, named_grid, named_solver
-from fewstep.schedules import VPLinear
+from fewstep.sampling.self_conditioning import SelfConditioning
+from fewstep.schedules import TrigFlow, VPLinear
 
 
 def test_parameters_of_a_solver():
@@ -83,3 +86,23 @@ def test_one_path_for_every_number_of_steps():
         return float((a - b).square().mean().sqrt())
 
     assert distance(True) < 0.1 < 0.5 < distance(False)
+
+
+def test_self_conditioning_feeds_predictions_back():
+    """The result is that of the driver, and differs from zeros given; a world takes no estimate."""
+    torch.manual_seed(0)
+    net = MLP((3,), width=16, blocks=1, beside=3)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = NetworkDenoiser(net, TrigFlow(), TrigPrediction(), (3,))
+    noise = torch.randn(5, 3)
+    times = balanced(model.schedule, 6, 1.0)
+    how = {"solver": "ddim", "grid": times, "noise": noise}
+    fed = sample(model, 5, **how, self_conditioning=SelfConditioning(bound=2.0))
+    start = model.schedule.sigma(times[:1]).float() * noise
+    with torch.no_grad():
+        expected = SelfConditioning(bound=2.0).solve(model, start, times, DDIM())
+    assert torch.equal(fed, expected)
+    assert not torch.allclose(fed, sample(model, 5, **how), atol=1e-3)
+    with pytest.raises(ValueError, match="needs a network"):
+        sample(three_modes(), 5, self_conditioning=SelfConditioning())

@@ -10,13 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import Clipped, Cond, Denoiser, DynamicThreshold, Guided
+from fewstep.denoisers import Clipped, Cond, Denoiser, DynamicThreshold, Guided, NetworkDenoiser
 from fewstep.grids import Grid
 from fewstep.randomness import Noise, Rng
 from fewstep.sampling.brownian import BrownianPath
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver, run
+from fewstep.sampling.hooks import NO_HOOKS
 from fewstep.sampling.named import named_solver, named_times
+from fewstep.sampling.self_conditioning import SelfConditioning
 from fewstep.schedules import align
 
 Threshold = Literal["static", "dynamic"]
@@ -50,6 +52,7 @@ def sample(
     threshold: Threshold | None = None,
     denoise: bool = False,
     one_path: bool = False,
+    self_conditioning: SelfConditioning | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """``n`` samples ``[n, *shape]`` on the device of the denoiser's weights.
@@ -62,7 +65,8 @@ def sample(
     that results with different ``steps`` can be compared sample by sample.  ``guidance`` w samples from
     ``unc + w (cond - unc)`` and doubles the calls.  ``threshold`` clips data predictions to [-1, 1] ("static") or to a
     quantile of their own ("dynamic"), for pixel models.  ``denoise`` adds a call at the last time and gives back what
-    the network predicts there ("denoise to zero").  ``progress(done, steps)`` is told after every step.
+    the network predicts there ("denoise to zero").  ``self_conditioning`` feeds its predictions back to a network that
+    was trained for it.  ``progress(done, steps)`` is told after every step.
 
     Raises ValueError with the choices on an unknown name, on too few steps for a solver of third order or more, and on
     a mismatch between ``n``, ``noise``, ``cond`` and the denoiser.
@@ -92,6 +96,11 @@ def sample(
     elif noise.shape != (n, *denoiser.shape):
         raise ValueError(f"noise of shape {list(noise.shape)} does not fit {n} samples of {list(denoiser.shape)}")
     cond = _labels(denoiser, n, cond, device)
+    hooks = NO_HOOKS
+    if self_conditioning is not None:
+        if not isinstance(denoiser, NetworkDenoiser):
+            raise ValueError(f"self_conditioning needs a network, got a {type(denoiser).__name__}")
+        denoiser, hooks = self_conditioning.attached(denoiser)
     if guidance is not None:
         if cond is None:
             raise ValueError(f"guidance={guidance} needs a conditional model: this one has no classes and cond is None")
@@ -103,7 +112,7 @@ def sample(
     fresh: Noise = BrownianPath(seed, "sample", device=device) if one_path else rng
     start = denoiser.schedule.sigma(times[:1]).to(device)
     with evaluating(denoiser):
-        return run(denoiser, align(start, noise) * noise, table, cond, fresh, progress=progress)
+        return run(denoiser, align(start, noise) * noise, table, cond, fresh, hooks, progress)
 
 
 def _labels(denoiser: Denoiser, n: int, cond: Cond, device: torch.device) -> Cond:
