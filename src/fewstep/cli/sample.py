@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--threshold", metavar="KIND", help="static or dynamic, of a pixel teacher's predictions")
     parser.add_argument("--denoise", action="store_true", help="one more call at the end (denoise to zero)")
     parser.add_argument("--one-path", action="store_true", help="stochastic solvers: one noise path for any --steps")
-    parser.add_argument("--statistics", metavar="FILE", type=Path, help="sample with DPM-Solver-v3 and these statistics")
+    parser.add_argument("--statistics", metavar="FILE", type=Path, help="sample with DPM-Solver-v3 and its statistics")
     parser.add_argument("--settings", metavar="FILE", type=Path, help="solver, grid, steps as tune-steps found them")
     parser.add_argument("--n", metavar="N", type=int, default=40, help="how many (default 40)")
     parser.add_argument("--class", metavar="K,..", dest="labels", help="class numbers, cycled (default: all classes)")

@@ -82,9 +82,9 @@ class LowDiff(Denoising):
         "model/loss": "a mixture over resolutions, so it jumps from batch to batch; look at loss_R of each",
     }
 
-    resolutions: tuple[int, ...] = ()
-    shares: tuple[float, ...] = ()
-    weights: tuple[float, ...] = ()
+    resolutions: tuple[int, ...] | None = None
+    shares: tuple[float, ...] | None = None
+    weights: tuple[float, ...] | None = None
     shift: float = 1.0
     augmentation_max: float = 0.3
     picture_dropout: float = 0.1
@@ -103,7 +103,7 @@ class LowDiff(Denoising):
             raise ValueError("LowDiff works on a U-Net at several resolutions; this teacher has another network")
         net = teacher.net
         if not isinstance(net, CascadeUNet):
-            net = CascadeUNet.from_unet(net, self.resolutions)
+            net = CascadeUNet.from_unet(net, self.resolutions or ())
         for name, values in {"shares": self.shares, "weights": self.weights}.items():
             if values and len(values) != len(net.resolutions):
                 raise ValueError(
