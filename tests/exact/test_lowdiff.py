@@ -487,8 +487,8 @@ def test_labels_are_dropped_and_stages_are_drawn_by_their_shares():
 
 
 def test_a_batch_in_two_parts_is_the_whole_batch():
-    """Micro-batches and processes draw the same stage, times, noise and conditions as one batch: their losses average to
-    its own, at every stage."""
+    """Micro-batches and processes draw the same stage, times, noise and conditions as one batch: their losses average
+    to its own, at every stage."""
     torch.manual_seed(0)
     net = randomised(CascadeUNet((1, 8, 8), classes=3, **SMALL))
     method = LowDiff()
