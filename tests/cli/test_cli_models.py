@@ -253,9 +253,10 @@ def test_the_doctor_finds_this_installation_well(cli: Cli) -> None:
 
 
 def test_the_doctor_knows_every_bundled_file() -> None:
-    """No data, classifier or model is bundled without a checksum."""
+    """No data, text, classifier or model is bundled without a checksum."""
     assets = doctor.ASSETS
-    files = [*assets.glob("*.npz"), *assets.rglob("*.safetensors")]
+    texts = [path for path in assets.glob("*.txt") if not path.name.startswith("LICENCE")]
+    files = [*assets.glob("*.npz"), *texts, *assets.rglob("*.safetensors")]
     assert set(doctor.checksums(assets)) == {str(path.relative_to(assets)) for path in files}
 
 

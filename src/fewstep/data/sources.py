@@ -15,6 +15,7 @@ from fewstep.data.dataset import Dataset
 from fewstep.data.idx import is_idx, read_idx_file, read_idx_folder
 from fewstep.data.pictures import read_picture_folder
 from fewstep.data.tables import read_arrow_folder, read_parquet_file, read_parquet_folder
+from fewstep.data.text import load_text
 from fewstep.randomness import Rng
 
 Split = Literal["train", "test"]
@@ -26,6 +27,7 @@ def load(source: str | Path, split: Split = "train") -> Dataset:
     ``source`` is one of
 
     * ``"digits"`` or ``"fashion"``, which come with the library;
+    * ``"shakespeare"``, which does too, or a ``.txt`` file: windows of 64 letters, see :mod:`fewstep.data.text`;
     * a folder of pictures, sub-folders being classes (needs Pillow); with sub-folders ``train`` and ``test`` (or
       ``validation``, ``val``) these are the two parts;
     * IDX files, plain or ``.gz``: a folder with the four files of MNIST or Fashion-MNIST, or one file of pictures,
@@ -46,6 +48,8 @@ def load(source: str | Path, split: Split = "train") -> Dataset:
     if source in BUNDLED:
         return read_bundled(str(source), split)
     path = Path(source)
+    if source == "shakespeare" or path.suffix == ".txt":
+        return load_text(source, split)
     if path.is_dir():
         return read_folder(path, split)
     if not path.exists():

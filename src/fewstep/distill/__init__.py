@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 RECIPES: dict[str, str] = {
     "denoising": "fewstep.distill.denoising:Denoising",
     "flow-matching": "fewstep.distill.denoising:FlowMatchingTraining",
+    "discrete-denoising": "fewstep.distill.discrete_denoising:DiscreteDenoising",
+    "score-entropy": "fewstep.distill.discrete_denoising:ScoreEntropy",
+    "lsd": "fewstep.distill.lsd:LSD",
+    "lsd-plus": "fewstep.distill.lsd:LSDPlus",
     "lowdiff": "fewstep.distill.lowdiff:LowDiff",
     "analog-bits": "fewstep.distill.analog_bits:AnalogBits",
     "cm": "fewstep.distill.consistency.cm:ConsistencyDistillation",

@@ -21,7 +21,10 @@ from torch import nn
 
 from fewstep import schedules
 from fewstep.denoisers import PREDICTIONS, Denoiser, NetworkDenoiser, OnSchedule, Prediction
+from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
+from fewstep.discrete.learned import LearnedSampler
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
+from fewstep.hub import discrete_models
 from fewstep.hub.adapters import Adapter, described, rebuilt
 from fewstep.networks import NETWORKS
 from fewstep.sampling.rollout import Plan, Student
@@ -107,6 +110,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             "shape": list(model.shape),
             "classes": model.classes,
         }
+    if isinstance(model, NetworkDiscreteDenoiser | LearnedSampler):
+        return discrete_models.describe(model)
     raise TypeError(f"cannot describe a {type(model).__name__}: only students, flow maps and network denoisers")
 
 
@@ -158,7 +163,10 @@ def build(config: dict[str, Any]) -> Any:
         return NetworkDenoiser(
             net, _build_schedule(config["schedule"]), head(**prediction), tuple(config["shape"]), config["classes"]
         )
-    raise ValueError(f"kind '{kind}' is not one of student, jump, edm-consistency, on-schedule, denoiser")
+    if kind in discrete_models.KINDS:
+        return discrete_models.build(config)
+    known = ("student", "jump", "edm-consistency", "on-schedule", "denoiser", *discrete_models.KINDS)
+    raise ValueError(f"kind '{kind}' is not one of {', '.join(known)}")
 
 
 def _build_schedule(config: dict[str, Any]) -> Schedule:

@@ -13,6 +13,7 @@ import torch
 
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import Denoiser
+from fewstep.discrete.learned import LearnedSampler
 from fewstep.distill.method import Method, Recipe
 from fewstep.flow_maps import EDMConsistency, Jump
 from fewstep.hub import native
@@ -29,6 +30,8 @@ def as_teacher(model: Student | Denoiser) -> Denoiser:
         if not isinstance(model.flow_map, Jump | EDMConsistency):
             raise TypeError(f"a {type(model.flow_map).__name__} cannot be the teacher of a next stage")
         return model.flow_map.denoiser
+    if isinstance(model, LearnedSampler):
+        return model.denoiser  # type: ignore[return-value]
     return model
 
 
