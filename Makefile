@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench solvers clean
 
 ## The demonstration: a bundled teacher made fast by several methods, and a page that shows it (about five minutes).
 demo: $(VENV)/core
 	$(BIN)/fewstep demo --out report.html
 
-## All tests (about six minutes on two cores).
+## All tests (about ten minutes on two cores).
 test: $(VENV)/test
 	$(BIN)/python -m pytest
 
@@ -30,6 +30,10 @@ docs: $(VENV)/docs
 bench: $(VENV)/test
 	$(BIN)/python benchmarks/speed_samplers.py
 	$(BIN)/python benchmarks/speed_training.py
+
+## Error against calls for every solver: tables and pictures in site/solvers (about ten minutes).
+solvers: $(VENV)/test
+	$(BIN)/python benchmarks/solvers.py --n 128 --out site/solvers
 
 clean:
 	rm -rf $(VENV) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

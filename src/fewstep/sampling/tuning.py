@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser
+from fewstep.randomness import Rng
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.named import named_solver, named_times
 from fewstep.sampling.sample import Threshold, sample
-from fewstep.schedules import Schedule
+from fewstep.schedules import Schedule, VPLinear
 
 EVIDENCE = Path(__file__).parents[1] / "assets" / "solvers.json"
 
@@ -166,12 +167,8 @@ def solver_for(steps: int, guided: bool | float = False) -> Setting:
     table = evidence()[kind]
     measured = max((calls for calls in table if calls <= steps), default=min(table))
     best = table[measured]
-    made = named_solver(best.solver)
-    per_step = max(1, best.calls // best.steps)
-    length = max(1, best.steps + (steps - best.calls) // per_step)
-    if length < made.least_steps or best.calls > steps:
-        return Setting("unipc", "balanced:centre=1", steps, steps)
-    return Setting(best.solver, best.grid, length, best.calls + (length - best.steps) * per_step, best.threshold)
+    found = setting_of(best.solver, best.grid, steps, VPLinear(), best.threshold)
+    return found or Setting("unipc", "balanced:centre=1", steps, steps)  # too few steps for the best one's order
 
 
 @cache
@@ -189,8 +186,6 @@ def as_json(best: dict[str, dict[int, Setting]], about: str) -> str:
 
 def noise_for(denoiser: Denoiser, n: int, seed: int) -> Tensor:
     """Starting noise ``[n, *shape]`` in the type of the denoiser's weights."""
-    from fewstep.randomness import Rng
-
     weights = next((p for p in denoiser.parameters() if p.is_floating_point()), None)
     exact = weights is None or weights.dtype == torch.float64
     device = "cpu" if weights is None else weights.device
