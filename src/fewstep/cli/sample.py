@@ -19,6 +19,7 @@ import argparse
 import io
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,8 +86,9 @@ def run(chosen: argparse.Namespace) -> None:
 def print_names() -> None:
     from fewstep.sampling.named import ALL_GRIDS, SOLVERS
 
-    print("solvers: " + ", ".join(sorted(SOLVERS)))
-    print("grids:   " + ", ".join(sorted(ALL_GRIDS)))
+    for title, names in (("solvers: ", SOLVERS), ("grids:   ", ALL_GRIDS)):
+        print(textwrap.fill(", ".join(sorted(names)), 80, initial_indent=title, subsequent_indent=" " * len(title),
+                            break_on_hyphens=False))  # fmt: skip
 
 
 def output_file(out: Path, model: Student | Denoiser) -> Path:
