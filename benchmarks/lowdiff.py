@@ -49,7 +49,7 @@ from fewstep.training.trainer import Settings
 
 SHAPES = {"pixels": (1, 8, 8), "latents": (3, 4, 4)}
 SIZE = {"channels": (32, 32), "blocks": 1, "width": 64}
-#: Effective calls -> steps at high resolution, mostly low and mostly high; what is left of the budget goes into whole
+#: Effective calls -> steps at high resolution, in two splits; what is left of the budget goes into whole
 #: steps at low resolution.
 PLANS = {2: (1,), 3: (1, 2), 4: (2, 3), 6: (4, 5), 8: (5, 7), 12: (8, 11)}
 #: Further ways to spend six calls: a partial start, noise on the condition.

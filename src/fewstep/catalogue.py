@@ -89,9 +89,10 @@ SYSTEMS: tuple[System, ...] = (
             "Guiding a Diffusion Model with a Bad Version of Itself",
             "guides a model away from a smaller, less trained version of itself"),
           "denoisers:Autoguided", "verified", "autoguidance", "autoguidance", "autoguidance_real"),
-    S("lowdiff", "LowDiff", 2025, "2509.15342", "solvers", "data", "any",
-      "LowDiff: Efficient Diffusion Sampling with Low-Resolution Condition",
-      "one network over growing resolutions, each conditioned on the one below"),
+    works(S("lowdiff", "LowDiff", 2025, "2509.15342", "solvers", "data", "any",
+            "LowDiff: Efficient Diffusion Sampling with Low-Resolution Condition",
+            "one network over growing resolutions, each conditioned on the one below"),
+          "distill.lowdiff:LowDiff", "reconstructed", "lowdiff", "lowdiff", "lowdiff_real"),
     # consistency
     works(S("cm", "Consistency Models", 2023, "2303.01469", "consistency", "teacher or data", "1, 2, 4",
             "Consistency Models",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fewstep.data import Dataset
     from fewstep.denoisers import NetworkDenoiser
 
-METHODS = ("denoising", "flow-matching", "analog-bits")
+METHODS = ("denoising", "flow-matching", "analog-bits", "lowdiff")
 SCHEDULES = ("TrigFlow", "FlowMatching", "EDM", "VPLinear", "VPCosine")
 #: What the data and the method decide about a network.
 FROM_DATA = ("shape", "classes", "extras", "beside")
