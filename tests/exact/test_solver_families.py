@@ -329,7 +329,7 @@ def test_a_path_does_not_depend_on_how_a_batch_is_split():
 def test_a_path_refuses_what_it_cannot_resolve():
     """Two values of lambda in one cell, and a number of levels out of range."""
     with pytest.raises(ValueError, match="more levels than 2"):
-        BrownianPath(0, levels=2).increment(torch.zeros(1), 0.0, 0.05)
+        BrownianPath(0, levels=2).increment(torch.zeros(1), 0.0, 0.01)
     with pytest.raises(ValueError, match="levels=0"):
         BrownianPath(0, levels=0)
 

@@ -5,8 +5,8 @@ one with 100 follow the same noise: their results are two approximations of one 
 sample, and converge as the steps become many.
 
 The path is ``W(q)`` with the clock ``q = exp(2 lambda)``, the signal-to-noise ratio: in it the noise that the reverse
-SDE adds to ``x / sigma`` is exactly an increment of ``W``.  It is never stored.  The range of lambda is cut into 16
-cells, each of those into 16, and so on; an increment over a cell is shared out among its parts by normal draws that
+SDE adds to ``x / sigma`` is exactly an increment of ``W``.  It is never stored.  The range of lambda is cut into 32
+cells, each of those into 32, and so on; an increment over a cell is shared out among its parts by normal draws that
 belong to the cell (a Brownian bridge), and a stretch of lambda gets ``(W(q_1) - W(q_0)) / sqrt(q_1 - q_0)``: exactly
 standard normal, and independent of every stretch that it does not overlap.
 """
@@ -22,41 +22,48 @@ from torch import Tensor
 from fewstep.randomness import Rng, derive_seed
 from fewstep.schedules import LOG_SNR_BOUND
 
-PARTS = 16
+PARTS = 32
 RANGE = 2 * LOG_SNR_BOUND
 #: Spreads the numbers of cells over all seeds of 32 bits, which is what the generator tells apart (it is odd).
 SPREAD = 0x9E3779B1
 
 
 @cache
-def _shares(length: float, dtype: torch.dtype) -> tuple[Tensor, list[float], list[float]]:
-    """For a cell cut into parts of this length in lambda: the standard deviations of the parts' increments where the
-    clock starts at 1, their shares of the variance, and the shares of all parts before each."""
+def _split(length: float, child: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """How W at the start of a part of a cell, and its increment over the part, come from those of the cell ``[2, 2]``
+    and from the normal draws of all its parts ``[2, PARTS]``, each of this length in lambda, where the clock starts at
+    1.
+
+    The draws make independent increments; what they lack of the increment over the cell is shared out by variance.
+    """
     growth = math.exp(2 * length)  # of the clock, from each part to the next
-    variances = [growth**j * (growth - 1) for j in range(PARTS)]
-    total = sum(variances)
-    before = [sum(variances[:j]) / total for j in range(PARTS)]
-    return torch.tensor(variances, dtype=dtype).sqrt(), [v / total for v in variances], before
+    variances = torch.tensor([growth**j * (growth - 1) for j in range(PARTS)], dtype=torch.float64)
+    shares, deviations = variances / variances.sum(), variances.sqrt()
+    wanted = torch.zeros(2, PARTS, dtype=torch.float64)  # the parts before, and the part itself
+    wanted[0, :child], wanted[1, child] = 1.0, 1.0
+    lacking = wanted @ shares
+    on_cell = torch.tensor([[1.0, float(lacking[0])], [0.0, float(lacking[1])]])
+    return on_cell.to(dtype), ((wanted - lacking[:, None]) * deviations).to(dtype)
 
 
 class BrownianPath:
     """Fresh noise that depends on where in lambda it is used, and not on how often one looks.
 
     ``seed``, ``part`` and ``parts`` are those of an :class:`~fewstep.randomness.Rng`.  Values of lambda are told apart
-    to ``40 / 16^levels`` (4e-5 at the default): ValueError for a shorter stretch.  Keeps ``2 levels + 5`` states.
+    to ``40 / 32^levels`` (4e-5 at the default): ValueError for a shorter stretch.  Keeps ``2 levels + 5`` states.
     """
 
     def __init__(
-        self, *seed: int | str, levels: int = 5, part: int = 0, parts: int = 1, device: torch.device | str = "cpu"
+        self, *seed: int | str, levels: int = 4, part: int = 0, parts: int = 1, device: torch.device | str = "cpu"
     ) -> None:
-        if not 1 <= levels <= 8:
-            raise ValueError(f"BrownianPath: levels={levels} must lie in 1 .. 8")
+        if not 1 <= levels <= 6:
+            raise ValueError(f"BrownianPath: levels={levels} must lie in 1 .. 6")
         self.levels, self.part, self.parts, self.device = levels, part, parts, torch.device(device)
         self.cells = PARTS**levels
         self._apart = Rng(*seed, "apart", part=part, parts=parts, device=device)
         self._seed = derive_seed(*seed, "path")
         self._generator = torch.Generator()
-        self._way: list[tuple[int, Tensor, Tensor]] = []  # of the last value: cell, W at its start, increment over it
+        self._way: list[tuple[int, Tensor]] = []  # to the last value: cells, W at their start and over them [2, ...]
         self._recent: dict[int, Tensor] = {}  # the last values asked for: stretches share their ends
 
     def normal_like(self, x: Tensor) -> Tensor:
@@ -71,12 +78,13 @@ class BrownianPath:
                 f"the stretch {start:g} .. {end:g} of lambda is shorter than this Brownian path resolves "
                 f"({RANGE / self.cells:.1g}); give it more levels than {self.levels}"
             )
-        if self._way and (self._way[0][1].shape != x.shape or self._way[0][1].dtype != x.dtype):
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if self._way and (self._way[0][1].shape[1:] != x.shape or self._way[0][1].dtype != kind):
             self._way, self._recent = [], {}
-        left = self._recent[a] if a in self._recent else self.value(a, x)
-        right = self._recent[b] if b in self._recent else self.value(b, x)
+        left = self._recent[a] if a in self._recent else self.value(a, x.shape, kind)
+        right = self._recent[b] if b in self._recent else self.value(b, x.shape, kind)
         self._recent = {**dict(list(self._recent.items())[-1:]), a: left, b: right}
-        return (right - left).mul_(1 / math.sqrt(self.clock(b) - self.clock(a)))
+        return ((right - left) / math.sqrt(self.clock(b) - self.clock(a))).to(self.device, x.dtype)
 
     def cell(self, log_snr: float) -> int:
         """The nearest of the points at which the path has a value."""
@@ -87,45 +95,36 @@ class BrownianPath:
         """``q`` at a point."""
         return math.exp(2 * (RANGE * cell / self.cells - LOG_SNR_BOUND))
 
-    def value(self, cell: int, x: Tensor) -> Tensor:
-        """``W`` at a point, 0 at the first one."""
+    def value(self, cell: int, shape: torch.Size, kind: torch.dtype) -> Tensor:
+        """``W`` at a point, 0 at the first one; on the CPU."""
         start, size, number = 0, self.cells, 0
         if not self._way:
-            whole = self._draw(0, 1, x)[0] * math.sqrt(self.clock(self.cells) - self.clock(0))
-            self._way = [(0, torch.zeros_like(whole), whole)]
-        _, before, whole = self._way[0]
+            deviation = math.sqrt(self.clock(self.cells) - self.clock(0))
+            whole = self._draw(0, 1, shape, kind) * deviation
+            self._way = [(0, torch.cat([torch.zeros_like(whole), whole]))]
+        here = self._way[0][1]
         if cell == self.cells:
-            return before + whole
+            return here.sum(0)
         for level in range(1, self.levels + 1):
             size //= PARTS
             child = (cell - start) // size
             number = number * PARTS + child
             if level < len(self._way) and self._way[level][0] == number:
-                _, before, whole = self._way[level]
+                here = self._way[level][1]
             else:
-                before, whole = self._child(level, number, start, size, before, whole)
-                self._way[level:] = [(number, before, whole)]
+                on_cell, on_draws = _split(RANGE * size / self.cells, child, kind)
+                z = self._draw(1 + number // PARTS + PARTS**level, PARTS, shape, kind).flatten(1)
+                scale = math.exp(RANGE * start / self.cells - LOG_SNR_BOUND)
+                here = torch.addmm(on_cell @ here.flatten(1), on_draws, z, alpha=scale).view(here.shape)
+                self._way[level:] = [(number, here)]
             start += child * size
             if start == cell:
                 break
-        return before
+        return here[0]
 
-    def _child(
-        self, level: int, number: int, start: int, size: int, before: Tensor, whole: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """``W`` at the start of a part of a cell and its increment, from those of the cell."""
-        parent, child = divmod(number, PARTS)
-        sd, share, before_share = _shares(RANGE * size / self.cells, whole.dtype)
-        z = self._draw(1 + parent + PARTS**level, PARTS, whole)
-        z *= (sd * math.exp(RANGE * start / self.cells - LOG_SNR_BOUND)).to(z.device).view(-1, *[1] * whole.ndim)
-        rest = whole - z.sum(0)
-        if child:
-            before = (before + z[:child].sum(0)).add_(rest, alpha=before_share[child])
-        return before, z[child].add_(rest, alpha=share[child])
-
-    def _draw(self, number: int, n: int, x: Tensor) -> Tensor:
+    def _draw(self, number: int, n: int, shape: torch.Size, kind: torch.dtype) -> Tensor:
         """``n`` standard normal states that belong to a cell, drawn for the whole batch."""
         self._generator.manual_seed((self._seed + number * SPREAD) % 2**32)
-        size, *rest = x.shape
-        z = torch.randn(n, size * self.parts, *rest, generator=self._generator, dtype=x.dtype)
-        return (z.chunk(self.parts, dim=1)[self.part] if self.parts > 1 else z).to(self.device)
+        size, *rest = shape
+        z = torch.randn(n, size * self.parts, *rest, generator=self._generator, dtype=kind)
+        return z.chunk(self.parts, dim=1)[self.part] if self.parts > 1 else z

@@ -166,17 +166,16 @@ class Table:
         """Between which values of lambda each row moves: from the start of its step to the next stage or the end.  None
         for corrections, which draw nothing, and for lifts, which go back over levels that have had their noise."""
         found: list[Interval] = []
-        starts = [step.stages[0].time for step in self.steps[1:]]
-        ends = [*self.schedule.log_snr(torch.tensor(starts, dtype=torch.float64)).tolist(), self._last_log_snr]
-        for step, end in zip(self.steps, ends, strict=True):
-            times = torch.tensor([stage.time for stage in step.stages], dtype=torch.float64)
-            start, *inner = self.schedule.log_snr(times).tolist()
+        log_snr = deque([*self.schedule.log_snr(self._times).tolist(), self._last_log_snr])
+        for step in self.steps:
+            start = log_snr[0]
             if step.lift is not None:
                 found.append(None)
-            for stage, to in zip(step.stages, [*inner, end], strict=True):
+            for stage in step.stages:
+                log_snr.popleft()  # the next stage, the next step, or the end
                 if stage.correct is not None:
                     found.append(None)
-                found.append((start, to))
+                found.append((start, log_snr[0]))
         return found
 
     def stored(self, k: int, x0: Tensor, x: Tensor) -> Tensor:
