@@ -42,7 +42,7 @@ def _split(length: float, child: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     wanted = torch.zeros(2, PARTS, dtype=torch.float64)  # the parts before, and the part itself
     wanted[0, :child], wanted[1, child] = 1.0, 1.0
     lacking = wanted @ shares
-    on_cell = torch.tensor([[1.0, float(lacking[0])], [0.0, float(lacking[1])]])
+    on_cell = torch.stack([torch.tensor([1.0, 0.0], dtype=torch.float64), lacking], dim=1)
     return on_cell.to(dtype), ((wanted - lacking[:, None]) * deviations).to(dtype)
 
 
