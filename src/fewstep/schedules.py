@@ -316,9 +316,19 @@ class DiscreteVP(Schedule):
     def _log_alphas(self) -> Tensor:
         return torch.tensor(self.alphas_cumprod, dtype=torch.float64).log() / 2
 
+    @cached_property
+    def _tables(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _table(self, device: torch.device) -> Tensor:
+        """Log alpha at every step, copied to a device once."""
+        if device not in self._tables:
+            self._tables[device] = self._log_alphas.to(device)
+        return self._tables[device]
+
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Log alpha and its slope at ``t``."""
-        table = self._log_alphas.to(t.device)
+        table = self._table(t.device)
         left = t.detach().floor().long().clamp(0, len(table) - 2)
         slope = table[left + 1] - table[left]
         return table[left] + (t - left) * slope, slope
@@ -339,7 +349,7 @@ class DiscreteVP(Schedule):
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         log_alpha = -torch.nn.functional.softplus(-2 * log_snr) / 2
-        table = self._log_alphas.to(log_snr.device)
+        table = self._table(log_snr.device)
         right = torch.searchsorted(-table, -log_alpha.detach().contiguous()).clamp(1, len(table) - 1)
         left = right - 1
         t = left + (log_alpha - table[left]) / (table[right] - table[left])
