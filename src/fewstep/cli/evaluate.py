@@ -65,7 +65,7 @@ def run(chosen: argparse.Namespace) -> None:
     from fewstep.report import machine
     from fewstep.sampling import SOLVERS
 
-    choose("solver", chosen.solver, sorted(SOLVERS))
+    choose("solver", chosen.solver.partition(":")[0], sorted(SOLVERS))
     found = named_model(chosen.model)
     teacher = teacher_of(found, chosen.teacher)
     source = chosen.data or found.data or (teacher.data if teacher else None)
