@@ -98,9 +98,7 @@ class CascadeUNet(UNet):
     ) -> Tensor:
         emb, beside = self.inputs(x, t, cond, beside, extras)
         hidden, skips = self.encode(x, emb, beside)
-        below = (
-            self.depth - 1 - self.level(x)
-        )  # levels, each with one block more than on the way down, and its upsampling
+        below = self.depth - 1 - self.level(x)  # levels: each has one block more than on the way down, and upsampling
         for layer in islice(self.up, below * (self.blocks + 2) + self.blocks + 1):
             if isinstance(layer, ResBlock):
                 hidden = layer(torch.cat([hidden, skips.pop()], dim=1), emb)
