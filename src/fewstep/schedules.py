@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ def align(coefficient: Tensor, x: Tensor) -> Tensor:
             f"{list(x.shape)}; give one time, one per sample [B] or one per frame [B, F]"
         )
     return coefficient.to(x).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+
+
+def described(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as plain data: its name and its fields."""
+    return {"name": type(schedule).__name__, **asdict(schedule)}
 
 
 def as_time(t: Tensor | float, x: Tensor) -> Tensor:

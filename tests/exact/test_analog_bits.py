@@ -130,7 +130,7 @@ def test_expected_codes():
         (lambda: Asymmetric(td=-1.0), "td=-1.0"),
         (lambda: told_later(COSINE, -0.1), "shift=-0.1"),
         (lambda: AnalogBits(self_conditioning=1.5), "self_conditioning=1.5"),
-        (lambda: AnalogBits(bound=0.0), "bound=0.0 must be positive"),
+        (lambda: AnalogBits(bound=0.0), "bound=0 must be positive"),
         (lambda: AnalogBits().networks(BernoulliBits(EDM(), P)), "trains a network, got a BernoulliBits"),
         (lambda: with_second_input(model_of(MLP((3,), beside=2))), "a second sample of 2 channels.* needs 3"),
         (lambda: tokens("the red four"), "'red' is not in the vocabulary"),

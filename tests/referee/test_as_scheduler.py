@@ -8,12 +8,13 @@ import importlib
 import json
 import sys
 from dataclasses import dataclass, field, replace
-from functools import cache, wraps
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
+from test_hub_reading import last_sample
 from torch import Tensor
 
 diffusers = pytest.importorskip("diffusers")
@@ -69,24 +70,6 @@ def tail(levels: Levels, start: int, stop: int | None = None) -> Levels:
 @torch.no_grad()
 def sampled(denoiser: Denoiser, x: Tensor, levels: Levels, solver: Solver, cond: Any = None, rng: Any = None) -> Tensor:
     return run(denoiser, x, solver.table(levels), cond, rng)
-
-
-def last_sample(pipe: Any, **call: Any) -> Tensor:
-    """What the pipeline's last scheduler step gave, before it is clipped to pictures or decoded."""
-    seen: list[Tensor] = []
-    plain = pipe.scheduler.step
-
-    @wraps(plain)  # pipelines look at the arguments that step takes
-    def step(*args: Any, **kwargs: Any) -> Any:
-        out = plain(*args, **kwargs)
-        seen.append(out[0] if isinstance(out, tuple) else out.prev_sample)
-        return out
-
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler.step = step
-    pipe(**call)
-    del pipe.scheduler.step
-    return seen[-1]
 
 
 def unet2d() -> Any:

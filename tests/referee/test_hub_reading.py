@@ -103,7 +103,7 @@ def last_sample(pipe: Any, **call: Any) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.step = step
     pipe(**call)
-    pipe.scheduler.step = plain
+    del pipe.scheduler.step  # the class's own is behind it
     return seen[-1]
 
 

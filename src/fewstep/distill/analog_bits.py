@@ -112,13 +112,6 @@ class AnalogBits(Method):
     label_dropout: float = 0.0
     warmup: int = 100
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.self_conditioning <= 1:
-            raise ValueError(f"{type(self).__name__}: self_conditioning={self.self_conditioning} must lie in [0, 1]")
-        if self.bound <= 0:
-            raise ValueError(f"{type(self).__name__}: bound={self.bound} must be positive")
-
     def loss(self, model: NetworkDenoiser, x_t: Tensor, x0: Tensor, t: Tensor, cond: Cond, **extras: Tensor) -> Tensor:
         """The loss of a prediction."""
         return squared_loss(model, x_t, x0, t, cond, **extras)

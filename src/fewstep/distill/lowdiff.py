@@ -91,10 +91,6 @@ class LowDiff(Denoising):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.augmentation_max < 0:
-            raise ValueError(f"LowDiff: augmentation_max={self.augmentation_max:g} must not be negative")
-        if not 0 <= self.picture_dropout <= 1:
-            raise ValueError(f"LowDiff: picture_dropout={self.picture_dropout:g} must lie in [0, 1]")
         if self.shares and (min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6):
             raise ValueError(f"LowDiff: shares={list(self.shares)} must be positive and sum to 1")
 

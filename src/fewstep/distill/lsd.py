@@ -289,8 +289,6 @@ class LSD(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         per_interval(self.steps, self.teacher_steps)
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"{type(self).__name__}: share={self.share:g} must lie in [0, 1]")
 
     def networks(self, teacher: Any) -> Networks:
         if not isinstance(teacher, DiscreteDenoiser):

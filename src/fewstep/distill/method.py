@@ -28,9 +28,10 @@ Show = Callable[[int, int], None]  # work done, work in all
 LEAST = {
     "lr": 0, "critic_lr": 0, "warmup": 0, "gan_weight": 0, "discriminator_weight": 0, "noise_std": 0, "reflows": 0,
     "steps": 1, "critic_steps": 1, "pairs": 1, "ode_steps": 1, "grid_times": 2, "s0": 2, "s1": 2,
+    "augmentation_max": 0,
 }  # fmt: skip
-POSITIVE = ("sigma_data", "clip", "c", "mu0")
-SHARES = ("mu", "mu0", "label_dropout", "tangent_warmup")
+POSITIVE = ("sigma_data", "clip", "c", "mu0", "bound")
+SHARES = ("mu", "mu0", "label_dropout", "tangent_warmup", "picture_dropout", "self_conditioning", "share")
 
 Evidence = Literal["verified", "from paper text", "reconstructed"]
 

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.denoisers import Denoiser, Guidance, Guided
-from fewstep.hub.statistics import described, digest, load_statistics, save_statistics
+from fewstep.hub.statistics import digest, load_statistics, save_statistics
 from fewstep.sampling.dpm_solver_v3 import Statistics
+from fewstep.schedules import described
 
 VERSION = 1
 

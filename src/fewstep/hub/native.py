@@ -25,10 +25,11 @@ from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.hub import discrete_models
-from fewstep.hub.adapters import Adapter, described, rebuilt
+from fewstep.hub.adapters import Adapter, rebuilt
+from fewstep.hub.adapters import described as described_adapter
 from fewstep.networks import NETWORKS
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.schedules import Schedule
+from fewstep.schedules import Schedule, described
 
 FORMAT = 1
 #: The network name of models that are diffusers' own.
@@ -100,11 +101,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, EDMConsistency):
         return {"kind": "edm-consistency", "denoiser": describe(model.denoiser), "sigma_data": model.sigma_data}
     if isinstance(model, OnSchedule):
-        return {"kind": "on-schedule", "inner": describe(model.inner), "schedule": _schedule(model.schedule)}
+        return {"kind": "on-schedule", "inner": describe(model.inner), "schedule": described(model.schedule)}
     if isinstance(model, NetworkDenoiser):
         return {
             "kind": "denoiser",
-            "schedule": _schedule(model.schedule),
+            "schedule": described(model.schedule),
             "prediction": {"name": _PREDICTION_NAMES[type(model.prediction)], **dataclasses.asdict(model.prediction)},
             "network": _network(model.net),
             "shape": list(model.shape),
@@ -117,7 +118,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 def _network(net: nn.Module) -> dict[str, Any]:
     if isinstance(net, Adapter):
-        return {"name": DIFFUSERS, **described(net)}
+        return {"name": DIFFUSERS, **described_adapter(net)}
     name = {cls: name for name, cls in NETWORKS.items()}.get(type(net))
     if name is None:
         raise TypeError(
@@ -135,10 +136,6 @@ def _build_network(config: dict[str, Any]) -> nn.Module:
         return rebuilt(arguments)
     network: nn.Module = _choose(NETWORKS, name, "network")(**_tuples(arguments))
     return network
-
-
-def _schedule(schedule: Schedule) -> dict[str, Any]:
-    return {"name": type(schedule).__name__, **dataclasses.asdict(schedule)}
 
 
 def build(config: dict[str, Any]) -> Any:

@@ -6,7 +6,6 @@ refused elsewhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan
 from fewstep.hub.native import write_atomically
+from fewstep.hub.statistics import digest
 
 FORMAT = 1
 KIND = "discrete sampler plans"
@@ -22,11 +22,8 @@ KIND = "discrete sampler plans"
 
 def fingerprint(denoiser: DiscreteDenoiser) -> dict[str, str]:
     """What a plan was learned for: the chain, the shape of a sample and the weights (SHA-256)."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(denoiser.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return {"chain": repr(denoiser.chain), "length": str(denoiser.shape[0]), "weights": digest.hexdigest()}
+    weights = digest(tensor for _, tensor in sorted(denoiser.state_dict().items()))
+    return {"chain": repr(denoiser.chain), "length": str(denoiser.shape[0]), "weights": weights}
 
 
 def save_plans(sampler: LearnedSampler, path: str | Path) -> Path:

@@ -7,7 +7,6 @@ reading names what must hold and refuses a file that says otherwise.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import reprlib
@@ -20,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.hub.native import load_tensors, save_tensors
-from fewstep.schedules import Schedule
 
 KEY = "fingerprint"
 
@@ -74,11 +72,6 @@ def flattened(fields: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def described(schedule: Schedule) -> dict[str, Any]:
-    """A schedule as fields of a fingerprint."""
-    return {"name": type(schedule).__name__, **dataclasses.asdict(schedule)}
 
 
 def digest(tensors: Tensor | Iterable[Tensor]) -> str:

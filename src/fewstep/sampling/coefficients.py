@@ -160,7 +160,10 @@ class Form(ABC):
 
     @abstractmethod
     def exact(self, s: Point, t: Point) -> tuple[float, float]:
-        """``(a, c)`` of the exact step ``x_t = a x_s + c m`` for a constant prediction ``m``: DDIM."""
+        """``(a, c)`` of the exact step ``x_t = a x_s + c m`` for a constant prediction ``m``: DDIM.
+
+        Written without lambda: in the data form it holds from pure noise and to pure data, where it is ``alpha_t D``.
+        """
 
     @abstractmethod
     def step(self, s: Point, t: Point, n: int, eta: float = 0.0) -> tuple[float, list[float]]:
@@ -210,15 +213,6 @@ class NoiseForm(Form):
 
 
 DATA, NOISE = DataForm(), NoiseForm()
-
-
-def first_order(levels: Levels, i: int) -> tuple[float, float]:
-    """``(a, c)`` of the exact step for a constant ``D``, ``x_t = a x_s + c D``: DDIM.
-
-    Written without lambda, so it holds from pure noise (``alpha_s = 0``) and to pure data (``sigma_t = 0``, where it
-    is ``x = alpha_t D``).
-    """
-    return DATA.exact(levels.point(i), levels.point(i + 1))
 
 
 def tensor(values: Sequence[float]) -> Tensor:

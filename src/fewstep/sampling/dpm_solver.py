@@ -3,9 +3,9 @@
 A step integrates a Taylor polynomial of the prediction exactly, ``x_t = a x_s + sum_k w_k h^k m^(k)``, with ``a`` and
 ``w_k`` of the chosen :class:`~fewstep.sampling.coefficients.Form`: data prediction is DPM-Solver++ (Lu et al. 2022,
 "Fast Solver for Guided Sampling"), noise prediction DPM-Solver (Lu et al. 2022).  Solvers differ in how they estimate
-the derivatives: from past outputs (:class:`Multi`) or from outputs inside the step (:class:`Single`).  The "dpmsolver"
-kind of the official code puts ``w_0 / 2`` in the place of ``w_1``, the "taylor" kind is exact ("midpoint" and "heun" in
-diffusers).
+the derivatives: from past outputs (:class:`DPMSolver1` and its children) or from outputs inside the step
+(:class:`Single`).  The "dpmsolver" kind of the official code puts ``w_0 / 2`` in the place of ``w_1``, the "taylor"
+kind is exact ("midpoint" and "heun" in diffusers).
 
 With ``eta > 0`` the multistep solvers follow the reverse SDE: the exponent is ``(1 + eta) h``, and fresh noise of
 standard deviation ``sigma_t sqrt(1 - exp(-2 eta h))`` keeps the marginals exactly.
@@ -14,7 +14,6 @@ standard deviation ``sigma_t sqrt(1 - exp(-2 eta h))`` keeps the marginals exact
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -22,13 +21,19 @@ from typing import ClassVar, Literal
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point
 from fewstep.sampling.engine import Row, Solver, Stage, Step, Table
 from fewstep.sampling.multistep import Multistep
+from fewstep.sampling.stochastic import check_eta
 
 Kind = Literal["dpmsolver", "taylor"]
 
 
 @dataclass(frozen=True)
-class Multi(Multistep):
-    """Derivatives from past outputs; ``eta`` is the share of the reverse SDE (1: all of it)."""
+class DPMSolver1(Multistep):
+    """First order: DDIM for ``eta = 0``, the ancestral step of DDPM for ``eta = 1``.  In between it is not DDIM(eta),
+    which shares the noise out differently.
+
+    The base of the multistep family: derivatives from past outputs, ``eta`` the share of the reverse SDE (1: all of
+    it).
+    """
 
     centre: ClassVar[float] = 1.0
 
@@ -36,8 +41,7 @@ class Multi(Multistep):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"{type(self).__name__}: eta={self.eta} must lie in [0, 1]")
+        check_eta(type(self).__name__, self.eta)
         if self.eta and self.form == NOISE:
             raise ValueError(f"{type(self).__name__}: eta={self.eta} needs form=DATA, the SDE solvers predict data")
 
@@ -45,40 +49,26 @@ class Multi(Multistep):
     def order(self) -> int:
         return 1 if self.eta else self.outputs
 
-    @abstractmethod
+    @property
+    def outputs(self) -> int:
+        return 1
+
     def derivatives(self, levels: Levels, i: int, outputs: int, w: list[float]) -> list[float]:
-        """What ``sum_k w_k h^k m^(k)``, k >= 1, gives to each of the latest ``outputs`` outputs; ``outputs >= 2``."""
+        """What ``sum_k w_k h^k m^(k)``, k >= 1, gives to each of the latest ``outputs`` outputs, two or more."""
+        return [0.0] * outputs  # the polynomial of first order is a constant
 
     def row(self, levels: Levels, i: int, outputs: int) -> Row:
         s, t, h = levels.point(i), levels.point(i + 1), levels.h(i)
         if math.isinf(h):  # eta = 0 must not meet 0 * inf; the SDE forgets x_s altogether
             a, c = self.form.exact(s, t) if self.eta == 0 else (0.0, t.alpha)
             return Row(a, (c,), t.sigma if self.eta else 0.0)
-        a, w = self.form.step(s, t, outputs - 1 if outputs > 1 else 0, self.eta)
-        noise = t.sigma * math.sqrt(-math.expm1(-2 * self.eta * h))
-        if outputs == 1:
-            return Row(a, (w[0],), noise)
-        first, *older = self.derivatives(levels, i, outputs, w)
-        return Row(a, (w[0] + first, *older), noise)
+        a, w = self.form.step(s, t, outputs - 1, self.eta)
+        first, *older = [0.0] if outputs == 1 else self.derivatives(levels, i, outputs, w)
+        return Row(a, (w[0] + first, *older), t.sigma * math.sqrt(-math.expm1(-2 * self.eta * h)))
 
 
 @dataclass(frozen=True)
-class DPMSolver1(Multi):
-    """First order: DDIM for ``eta = 0``, the ancestral step of DDPM for ``eta = 1``.
-
-    In between it is not DDIM(eta), which shares the noise out differently.
-    """
-
-    @property
-    def outputs(self) -> int:
-        return 1
-
-    def derivatives(self, levels: Levels, i: int, outputs: int, w: list[float]) -> list[float]:
-        raise AssertionError("a first-order step has no derivatives")
-
-
-@dataclass(frozen=True)
-class DPMSolverPP2M(Multi):
+class DPMSolverPP2M(DPMSolver1):
     """DPM-Solver++(2M) (algorithm 2), its "dpmsolver" kind::
 
         x_t = (sigma_t / sigma_s) x_s + alpha_t psi_0 (m_0 + (m_0 - m_1) / (2 r)),   r = h_last / h
@@ -190,7 +180,10 @@ class Single(Solver):
     kind: Kind = "dpmsolver"
 
     def __post_init__(self) -> None:
-        check_single(type(self).__name__, self.p, self.kind)
+        if self.p not in (2, 3):
+            raise ValueError(f"{type(self).__name__}: p={self.p} must be 2 or 3")
+        if self.kind not in ("dpmsolver", "taylor"):
+            raise ValueError(f"{type(self).__name__}: kind={self.kind!r} must be 'dpmsolver' or 'taylor'")
 
     @property
     def order(self) -> int:
@@ -210,16 +203,8 @@ class Single(Solver):
         return Table(levels, steps, self.form.output)
 
 
-def check_single(name: str, p: int, kind: str) -> None:
-    """ValueError unless there is such a single-step solver."""
-    if p not in (2, 3):
-        raise ValueError(f"{name}: p={p} must be 2 or 3")
-    if kind not in ("dpmsolver", "taylor"):
-        raise ValueError(f"{name}: kind={kind!r} must be 'dpmsolver' or 'taylor'")
-
-
 @dataclass(frozen=True)
-class Fast(Solver):
+class Fast(Single):
     """Single-step updates on the points of the grid itself, so that N steps make N calls: the official driver
     "singlestep".
 
@@ -228,15 +213,9 @@ class Fast(Solver):
     """
 
     p: int = 3
-    form: Form = DATA
-    kind: Kind = "dpmsolver"
 
-    def __post_init__(self) -> None:
-        check_single(type(self).__name__, self.p, self.kind)
-
-    @property
-    def order(self) -> int:
-        return self.p
+    def calls(self, steps: int) -> int:
+        return steps
 
     @property
     def least_steps(self) -> int:
@@ -281,8 +260,7 @@ class Ancestral(Solver):
     eta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"{type(self).__name__}: eta={self.eta} must lie in [0, 1]")
+        check_eta(type(self).__name__, self.eta)
 
     @property
     def order(self) -> int:

@@ -31,7 +31,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.sampling.coefficients import Levels, first_order
+from fewstep.sampling.coefficients import DATA, Levels
 from fewstep.sampling.engine import FieldRow, Kept, Solver, Stage, Step, Table
 from fewstep.sampling.multistep import usable_outputs
 from fewstep.schedules import LOG_SNR_BOUND, DiscreteVP, Schedule
@@ -248,7 +248,7 @@ class DPMSolverV3(Solver):
 
     def exact(self, levels: Levels, i: int, kept: Kept) -> FieldRow:
         """The step ``x_t = a x_s + c D`` from pure noise, or to pure data with ``D = p x - f``."""
-        a, c = first_order(levels, i)
+        a, c = DATA.exact(levels.point(i), levels.point(i + 1))
         one = torch.ones(self.statistics.shape, dtype=torch.float64)
         if kept is None:
             return FieldRow(a * one, (c * one,), 0 * one)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from fewstep.sampling.engine import Solver, solve
 from fewstep.sampling.named import named_solver, named_times
 from fewstep.sampling.optimal_transport import SOURCES, BrenierPotential, Masses
 from fewstep.sampling.sample import evaluating
-from fewstep.schedules import Schedule, align, as_time
+from fewstep.schedules import Schedule, align, as_time, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +80,7 @@ class Expressway:
 
 def fingerprint(schedule: Schedule, time: float, source: str, data: str) -> dict[str, Any]:
     """What an expressway must have been made for to be used: system, schedule, time, source law and data digest."""
-    described = {"name": type(schedule).__name__, **asdict(schedule)}
-    return {"system": "dpm-ot", "schedule": described, "time": time, "source": source, "data": data}
+    return {"system": "dpm-ot", "schedule": described(schedule), "time": time, "source": source, "data": data}
 
 
 def noisy_targets(schedule: Schedule, time: float, x0: Tensor, rng: Rng) -> Tensor:

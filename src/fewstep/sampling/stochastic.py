@@ -14,6 +14,12 @@ from fewstep.sampling.engine import Row
 from fewstep.sampling.multistep import Multistep
 
 
+def check_eta(name: str, eta: float) -> None:
+    """ValueError unless ``eta`` is a share of noise."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"{name}: eta={eta} must lie in [0, 1]")
+
+
 @dataclass(frozen=True)
 class DDIM(Multistep):
     """DDIM (Song et al. 2021, eq. 12 and 16): ``eta = 0`` is the first-order step of the probability flow, ``eta = 1``
@@ -25,8 +31,7 @@ class DDIM(Multistep):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"DDIM: eta={self.eta} must lie in [0, 1]")
+        check_eta(type(self).__name__, self.eta)
 
     @property
     def order(self) -> int:
