@@ -222,3 +222,18 @@ def test_greedy_times_help_a_student_that_only_denoises() -> None:
     first, second = greedy_times(grid, 2, score)
     found = score((first, second))
     assert found < 0.5 * min(score((first,)), score((first, grid[1])), score((first, grid[-1])))
+
+
+def test_inner_times_of_a_plan():
+    """Given one by one they are those of gamma where they say the same, and are kept in a model folder's plan."""
+    schedule = EDM()
+    plan = Plan((80.0, 10.0, 1.0), gamma=0.6)
+    listed = Plan(plan.times, inner=tuple(plan.inner_at(schedule, i) for i in (0, 1)))
+    net = ExactFlowMap(three_modes(schedule))
+    noise = Rng(0).normal(5, 1, dtype=torch.float64)
+    ends = [rollout(net, noise, p, rng=Rng(1)) for p in (plan, listed)]
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], rollout(net, noise, Plan(plan.times, inner=(5.0, 0.5)), rng=Rng(1)))
+    for inner in ((1.0,), (20.0, 0.5)):
+        with pytest.raises(ValueError, match="must be one time per re-noising"):
+            Plan(plan.times, inner=inner)

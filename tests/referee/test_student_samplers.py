@@ -16,12 +16,10 @@ from fewstep.exact import ExactFlowMap, three_modes  # noqa: E402
 from fewstep.flow_maps import EDMConsistency, Jump  # noqa: E402
 from fewstep.networks import MLP  # noqa: E402
 from fewstep.randomness import Rng  # noqa: E402
-from fewstep.sampling.rollout import Plan, Student  # noqa: E402
+from fewstep.sampling.rollout import Plan, Student, rollout  # noqa: E402
 from fewstep.sampling.student_samplers import (  # noqa: E402
     STUDENT_SAMPLERS,
-    StrategicPlan,
     ending_clean,
-    roll_out,
     sample_student,
     skipping_times,
     student_plan,
@@ -154,11 +152,11 @@ def test_tcd_needs_jumps() -> None:
     mapping = Student(Jump(denoiser), {2: Plan((999.0, 500.0), gamma=1.0)})
     with pytest.raises(ValueError, match="sampler='tcd' jumps to times between noise and data, this student maps to"):
         student_plan(mapping, "tcd", 4)
-    assert student_plan(mapping, "tcd", 4, eta=1.0) == StrategicPlan((999.0, 759.0, 499.0, 259.0), (0.0,) * 3)
+    assert student_plan(mapping, "tcd", 4, eta=1.0) == Plan((999.0, 759.0, 499.0, 259.0), inner=(0.0,) * 3)
     assert student_plan(mapping, "lcm", 4) == Plan((999.0, 759.0, 499.0, 259.0))
     trained = Student(Jump(denoiser), {2: Plan((999.0, 500.0), gamma=0.0)})
     two_times = Student(Jump(denoiser, two_times=True), {2: Plan((999.0, 500.0), gamma=1.0)})
-    expected = StrategicPlan((999.0, 759.0, 499.0, 259.0), (531.0, 349.0, 181.0))
+    expected = Plan((999.0, 759.0, 499.0, 259.0), inner=(531.0, 349.0, 181.0))
     for student in (trained, two_times, trained.flow_map):
         assert student_plan(student, "tcd", 4) == expected
     edm = EDMConsistency(NetworkDenoiser(MLP((2,), width=8, blocks=1), EDM(), Velocity(), (2,)))
@@ -184,8 +182,8 @@ def test_errors_name_the_choices() -> None:
     with pytest.raises(ValueError, match="the plan jumps to 349 and re-noises to 499: pass rng"):
         sample_student(exact, z, "tcd", 2)
     with pytest.raises(ValueError, match="must be one time per re-noising, none above"):
-        StrategicPlan((9.0, 5.0), (6.0,))
+        Plan((9.0, 5.0), inner=(6.0,))
     # the deterministic sampler draws nothing, and is the flow itself
-    out = roll_out(exact, z, STUDENT_SAMPLERS["tcd-deterministic"](table(), 4))
+    out = rollout(exact, z, STUDENT_SAMPLERS["tcd-deterministic"](table(), 4))
     start = z * float(table().sigma(torch.tensor(999.0, dtype=torch.float64)))
     assert torch.allclose(out, exact.jump(start, 999.0, 0.0), atol=1e-9)

@@ -94,7 +94,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 def describe(model: nn.Module) -> dict[str, Any]:
     """A model as plain data, from which :func:`build` makes one with fresh weights."""
     if isinstance(model, Student):
-        plans = {str(steps): dataclasses.asdict(plan) for steps, plan in model.plans.items()}
+        plans = {str(steps): _plan(plan) for steps, plan in model.plans.items()}
         return {"kind": "student", "flow_map": describe(model.flow_map), "plans": plans}
     if isinstance(model, Jump):
         return {"kind": "jump", "denoiser": describe(model.denoiser), "two_times": model.two_times}
@@ -138,13 +138,15 @@ def _build_network(config: dict[str, Any]) -> nn.Module:
     return network
 
 
+def _plan(plan: Plan) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(plan).items() if value is not None}
+
+
 def build(config: dict[str, Any]) -> Any:
     """The model that :func:`describe` described, with untrained weights."""
     kind = config["kind"]
     if kind == "student":
-        plans = {
-            int(steps): Plan(tuple(plan["times"]), float(plan["gamma"])) for steps, plan in config["plans"].items()
-        }
+        plans = {int(steps): Plan(**_tuples(plan)) for steps, plan in config["plans"].items()}
         flow_map: FlowMap = build(config["flow_map"])
         return Student(flow_map, plans)
     if kind == "jump":

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +30,30 @@ from fewstep.schedules import Schedule, align
 class Plan:
     """How a student is sampled: the times at which it is called, noisiest first, and ``gamma`` in [0, 1].
 
-    The last call always goes to the data (``t_min`` of its schedule), without noise.
+    ``inner`` gives the time that every call but the last jumps to, where that is not the same share of the noise level
+    everywhere (TCD undercuts by a share of the *time*); None is by ``gamma``.  The last call always goes to the data
+    (``t_min`` of its schedule), without noise.
     """
 
     times: tuple[float, ...]
     gamma: float = 1.0
+    inner: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        falling = all(b < a for a, b in zip(self.times[:-1], self.times[1:], strict=True))
+        falling = all(b < a for a, b in pairwise(self.times))
         if not self.times or not falling:
             raise ValueError(f"a plan needs at least one time, strictly decreasing, got {self.times}")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma} must lie in [0, 1] (0 deterministic, 1 re-noising)")
+        lifted = self.times[1:]
+        if self.inner is not None and (
+            len(self.inner) != len(lifted) or any(r > s for r, s in zip(self.inner, lifted, strict=True))
+        ):
+            raise ValueError(f"inner={self.inner} must be one time per re-noising, none above {lifted}")
+
+    def inner_at(self, schedule: Schedule, i: int) -> float:
+        """The time that call ``i`` jumps to, before noise lifts the state back to the next time."""
+        return inner_time(schedule, self.times[i + 1], self.gamma) if self.inner is None else self.inner[i]
 
 
 def inner_time(schedule: Schedule, s: float, gamma: float) -> float:
@@ -85,24 +97,24 @@ def rollout(
     for i in range(last + 1):
         mode: GradientMode = "all" if grad_at is None or grad_at == i else "none" if i < grad_at else "input"
         with gradients(flow_map, mode):
-            if i == last or plan.gamma == 1:
+            r = schedule.t_min if i == last else plan.inner_at(schedule, i)
+            if r == schedule.t_min:
                 out = flow_map.to_data(x, plan.times[i], cond)
             else:
-                out = flow_map.jump(x, plan.times[i], inner_time(schedule, plan.times[i + 1], plan.gamma), cond)
+                out = flow_map.jump(x, plan.times[i], r, cond)
         if on_step is not None:
             on_step(i, x, out)
         if i == last:
             return out
-        x = out if plan.gamma == 0 else renoise(out, plan, i, schedule, rng)
+        x = out if r == plan.times[i + 1] else renoise(out, r, plan.times[i + 1], schedule, rng)
     raise AssertionError("unreachable")
 
 
-def renoise(x: Tensor, plan: Plan, i: int, schedule: Schedule, rng: Rng | None) -> Tensor:
-    """Lift the output of call ``i`` from its inner time to the next time of the plan with fresh noise."""
+def renoise(x: Tensor, inner: float, outer: float, schedule: Schedule, rng: Rng | None) -> Tensor:
+    """Lift the output of a call from its inner time to the next time of the plan with fresh noise."""
     if rng is None:
-        raise ValueError(f"gamma={plan.gamma} re-noises between steps: pass rng")
-    s = torch.tensor(plan.times[i + 1], dtype=torch.float64, device=x.device)
-    r = torch.tensor(inner_time(schedule, plan.times[i + 1], plan.gamma), dtype=torch.float64, device=x.device)
+        raise ValueError(f"the plan jumps to {inner:g} and re-noises to {outer:g}: pass rng")
+    r, s = torch.tensor([inner, outer], dtype=torch.float64, device=x.device)
     a, sd = schedule.transition(r, s)
     return align(a, x) * x + align(sd, x) * rng.normal_like(x)
 

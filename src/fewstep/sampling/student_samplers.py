@@ -9,7 +9,7 @@ name                      times                                          between
                                                                          up to the next time ``s``
 ========================  =============================================  =======================================
 
-The first two (Song et al. 2023, algorithm 1; Luo et al. 2023, algorithm 3) are :class:`Plan` s with ``gamma = 1`` and
+The first two (Song et al. 2023, algorithm 1; Luo et al. 2023, algorithm 3) are plans with ``gamma = 1`` and
 need a student that maps to data.  The third, strategic stochastic sampling (Zheng et al. 2024, "Trajectory Consistency
 Distillation", algorithm 2), needs jumps to times in between: a student that maps to data only leaves the law of the
 data there, by a Kolmogorov-Smirnov distance of 0.1 to 0.2 for ``eta = 0``.
@@ -22,11 +22,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep import grids
@@ -34,30 +32,7 @@ from fewstep.denoisers import Cond
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan, Student, rollout
-from fewstep.schedules import DiscreteVP, Schedule, align
-
-
-@dataclass(frozen=True)
-class StrategicPlan:
-    """``times`` of the calls, noisiest first, and for every call but the last the time ``inner`` that it jumps to
-    before fresh noise lifts the state to the next time (no noise where the two are equal).
-
-    A :class:`Plan` has one ``gamma`` for all of its calls, which says by how much the *noise level* is undercut; here
-    it is a fraction of the *time*, another ``gamma`` at every call.
-    """
-
-    times: tuple[float, ...]
-    inner: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        Plan(self.times)  # strictly decreasing
-        if len(self.inner) != len(self.times) - 1 or any(
-            r > s for r, s in zip(self.inner, self.times[1:], strict=False)
-        ):
-            raise ValueError(f"inner={self.inner} must be one time per re-noising, none above {self.times[1:]}")
-
-
-AnyPlan = Plan | StrategicPlan
+from fewstep.schedules import DiscreteVP, Schedule
 
 
 def consistency(schedule: Schedule, steps: int, levels: int = 40) -> Plan:
@@ -76,13 +51,13 @@ def lcm(schedule: Schedule, steps: int, original_steps: int = 50) -> Plan:
     return Plan(skipping_times(schedule, steps, original_steps), gamma=1.0)
 
 
-def tcd(schedule: Schedule, steps: int, original_steps: int = 50, eta: float = 0.3) -> StrategicPlan:
+def tcd(schedule: Schedule, steps: int, original_steps: int = 50, eta: float = 0.3) -> Plan:
     """TCD's strategic stochastic sampling at LCM's times: jumps to the step ``floor((1 - eta) s)`` of the table, with
     ``eta`` (the paper's gamma) from 0, deterministic, to 1, consistency sampling."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must lie in [0, 1] (0 deterministic, 1 re-noising from data)")
     times = skipping_times(schedule, steps, original_steps)
-    return StrategicPlan(times, tuple(float(math.floor((1 - eta) * s)) for s in times[1:]))
+    return Plan(times, inner=tuple(float(math.floor((1 - eta) * s)) for s in times[1:]))
 
 
 def skipping_times(schedule: Schedule, steps: int, original_steps: int = 50) -> tuple[float, ...]:
@@ -116,7 +91,7 @@ def ending_clean(schedule: DiscreteVP) -> DiscreteVP:
 
 
 #: Samplers by name: functions of a schedule, a number of steps and the sampler's own settings.
-STUDENT_SAMPLERS: dict[str, Callable[..., AnyPlan]] = {
+STUDENT_SAMPLERS: dict[str, Callable[..., Plan]] = {
     "consistency": consistency,
     "lcm": lcm,
     "tcd": tcd,
@@ -124,7 +99,7 @@ STUDENT_SAMPLERS: dict[str, Callable[..., AnyPlan]] = {
 }
 
 
-def student_plan(student: Student | FlowMap, sampler: str, steps: int, **settings: Any) -> AnyPlan:
+def student_plan(student: Student | FlowMap, sampler: str, steps: int, **settings: Any) -> Plan:
     """The plan of a sampler by name for a student.
 
     Raises ValueError with the choices on an unknown name, and when TCD is asked of a student that maps to data only:
@@ -135,7 +110,7 @@ def student_plan(student: Student | FlowMap, sampler: str, steps: int, **setting
         raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(STUDENT_SAMPLERS)}")
     flow_map = student.flow_map if isinstance(student, Student) else student
     plan = STUDENT_SAMPLERS[sampler](flow_map.schedule, steps, **settings)
-    jumps = isinstance(plan, StrategicPlan) and any(r > flow_map.schedule.t_min for r in plan.inner)
+    jumps = plan.inner is not None and any(r > flow_map.schedule.t_min for r in plan.inner)
     if jumps and _maps_to_data_only(student):
         raise ValueError(
             f"sampler={sampler!r} jumps to times between noise and data, this student maps to data only; "
@@ -149,26 +124,9 @@ def _maps_to_data_only(student: Student | FlowMap) -> bool:
         return isinstance(student, EDMConsistency)
     if isinstance(student.flow_map, Jump) and student.flow_map.two_times:
         return False
-    return _maps_to_data_only(student.flow_map) or all(plan.gamma == 1 for plan in student.plans.values())
-
-
-def roll_out(flow_map: FlowMap, noise: Tensor, plan: AnyPlan, cond: Cond = None, rng: Rng | None = None) -> Tensor:
-    """Data from standard normal ``noise`` ``[B, ...]`` along either kind of plan; ``rng`` is where fresh noise comes
-    from.  ValueError when there is none and the plan needs it."""
-    if isinstance(plan, Plan):
-        return rollout(flow_map, noise, plan, cond, rng)
-    schedule = flow_map.schedule
-    times = torch.tensor(plan.times, dtype=torch.float64, device=noise.device)
-    x = align(schedule.sigma(times[0]), noise) * noise
-    for t, s, r in zip(plan.times, times[1:], plan.inner, strict=False):
-        x = flow_map.jump(x, t, r, cond)
-        if r == float(s):
-            continue
-        if rng is None:
-            raise ValueError(f"the plan jumps to {r:g} and re-noises to {float(s):g}: pass rng")
-        a, sd = schedule.transition(s.new_tensor(r), s)
-        x = align(a, x) * x + align(sd, x) * rng.normal_like(x)
-    return flow_map.to_data(x, plan.times[-1], cond)
+    return _maps_to_data_only(student.flow_map) or all(
+        plan.gamma == 1 and plan.inner is None for plan in student.plans.values()
+    )
 
 
 def sample_student(
@@ -183,4 +141,4 @@ def sample_student(
     """Data from standard normal ``noise`` with a sampler by name, as in ``sample_student(student, noise, "lcm", 4,
     rng=rng)``; ``settings`` are the sampler's own.  ValueError as in :func:`student_plan`."""
     plan = student_plan(student, sampler, steps, **settings)
-    return roll_out(student.flow_map if isinstance(student, Student) else student, noise, plan, cond, rng)
+    return rollout(student.flow_map if isinstance(student, Student) else student, noise, plan, cond, rng)
