@@ -238,8 +238,9 @@ def figure(errors: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
     """Error against calls for a choice of solvers, a panel a problem."""
     from matplotlib import pyplot as plt
 
-    rows = math.ceil(len(errors) / 5)
-    fig, axes = plt.subplots(rows, 5, figsize=(17, 3.4 * rows), sharex=True, squeeze=False)
+    columns = 3
+    rows = math.ceil(len(errors) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(10, 3.1 * rows), sharex=True, squeeze=False)
     for axis in axes.flat[len(errors) :]:
         axis.axis("off")
     for axis, (problem, found) in zip(axes.flat, errors.items(), strict=False):
@@ -247,16 +248,16 @@ def figure(errors: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
             row = {calls: e for calls, e in found[solver].items() if math.isfinite(e) and e < 10}
             axis.loglog(list(row), list(row.values()), marker="o", ms=3, lw=1.2, color=f"C{i % 10}", label=solver,
                         ls="--" if i >= 10 else "-")  # fmt: skip
-        axis.set_title(problem, fontsize=10)
+        axis.set_title(problem, fontsize=11)
         axis.set_xticks(CALLS, [str(c) for c in CALLS], fontsize=8)
         axis.minorticks_off()
         axis.grid(alpha=0.25)
     for axis in axes[:, 0]:
         axis.set_ylabel("error")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="lower center", ncol=len(SHOWN), frameon=False, fontsize=9)
+    fig.legend(handles, labels, loc="lower center", ncol=6, frameon=False, fontsize=10)
     fig.tight_layout(rect=(0, 0.05, 1, 1))
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=90)
 
 
 def pictures(path: Path) -> None:
