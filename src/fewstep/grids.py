@@ -1,5 +1,7 @@
 """Time grids: the ``steps + 1`` strictly decreasing times a sampler visits, from ``t_max`` (noise) down to data.
 
+The last time may be the schedule's ``data_time``, pure data: nothing is evaluated there.
+
 A grid is a float64 tensor made by a plain function of a schedule; :func:`check_grid` refuses anything that is not
 strictly decreasing, because a repeated level is a silent division by zero in every multistep solver.
 """
@@ -18,7 +20,7 @@ Grid = Callable[[Schedule, int], Tensor]
 
 def check_grid(times: Tensor, schedule: Schedule | None = None) -> Tensor:
     """``times`` as a float64 vector; ValueError unless it is finite, strictly decreasing, at least two long, and
-    inside the schedule's range when one is given (0 is allowed as the last time)."""
+    inside the schedule's range when one is given (its ``data_time`` is allowed as the last one)."""
     times = torch.as_tensor(times, dtype=torch.float64)
     if times.ndim != 1 or len(times) < 2 or not bool(torch.isfinite(times).all()):
         raise ValueError(f"a time grid is a vector of at least two finite times, got shape {list(times.shape)}")
@@ -26,7 +28,7 @@ def check_grid(times: Tensor, schedule: Schedule | None = None) -> Tensor:
         raise ValueError(f"a time grid must be strictly decreasing, got {times.tolist()}")
     if schedule is not None:
         slack = 1e-9 * schedule.t_max
-        inner = times[:-1] if float(times[-1]) == 0 else times
+        inner = times[:-1] if float(times[-1]) == schedule.data_time else times
         if float(times[0]) > schedule.t_max + slack or float(inner[-1]) < schedule.t_min - slack:
             raise ValueError(
                 f"times {float(times[0]):g} .. {float(times[-1]):g} leave the schedule's range "
@@ -93,10 +95,9 @@ def trailing(schedule: Schedule, steps: int, end: float | None = None) -> Tensor
     return check_grid(torch.cat([times, last])) if times[-1] > last[0] else check_grid(times)
 
 
-def to_zero(grid: Tensor) -> Tensor:
-    """The same grid with its last time replaced by 0: the last step becomes a plain "denoise", for schedules whose
-    ``sigma(0)`` is zero."""
-    return check_grid(torch.cat([grid[:-1], grid.new_zeros(1)]))
+def to_data(grid: Tensor, schedule: Schedule) -> Tensor:
+    """The same grid with its last time replaced by that of pure data: the last step becomes a plain "denoise"."""
+    return check_grid(torch.cat([grid[:-1], grid.new_tensor([schedule.data_time])]), schedule)
 
 
 def _reach(schedule: Schedule, end: float | None) -> Tensor:

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, Schedule, TrigFlow, VPCosine, VPLinear
+from fewstep.schedules import EDM, DiscreteVP, FlowMatching, Schedule, ShiftedFlow, TrigFlow, VPCosine, VPLinear
 
 SCHEDULES: dict[str, Schedule] = {
     "vp-linear": VPLinear(),
     "vp-cosine": VPCosine(),
     "edm": EDM(),
     "flow": FlowMatching(),
+    "shifted-flow": ShiftedFlow(),
     "trig": TrigFlow(),
     "trig-full": TrigFlow(t_max=math.pi / 2, sigma_data=1.0),
     "ddpm": DiscreteVP.linear(),

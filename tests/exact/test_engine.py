@@ -315,13 +315,12 @@ def test_refusals_of_the_engine():
 @pytest.mark.parametrize("steps", [1, 2, 10, 100, 1000])
 def test_balanced_grid_on_every_schedule(schedule, steps):
     """steps + 1 falling times from t_max, usable by the engine; the last network call is not below t_min; the end is
-    0 where that is pure data."""
+    pure data."""
     grid = balanced(schedule, steps)
     assert grid.shape == (steps + 1,) and float(grid[0]) == schedule.t_max
     assert float(grid[-2]) >= schedule.t_min * (1 - 1e-9)
-    pure = float(schedule.sigma(torch.zeros((), dtype=torch.float64))) == 0
-    assert float(grid[-1]) == (0 if pure else schedule.t_min)
-    if pure and steps == 1000 and schedule.t_min > 0:
+    assert float(grid[-1]) == schedule.data_time
+    if steps == 1000 and schedule.t_min > 0:
         assert float(grid[-2]) == pytest.approx(schedule.t_min, rel=1e-9)
     Levels.of(schedule, grid)
 
@@ -433,7 +432,7 @@ def test_sample_switches_dropout_off_and_back():
 
 def test_refusals_of_sample():
     """Unknown names are answered with the choices; counts and shapes that do not fit are named."""
-    with pytest.raises(ValueError, match=r"solver='eulr' is not known; choose one of ddim, .*unipc"):
+    with pytest.raises(ValueError, match=r"solver='eulr' is not known; choose one of abm, .*unipc"):
         sample(WORLD, 2, solver="eulr")
     with pytest.raises(ValueError, match=r"grid='kerras' is not known; choose one of balanced, karras"):
         sample(WORLD, 2, grid="kerras")

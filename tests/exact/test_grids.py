@@ -1,10 +1,13 @@
 """Grids: strictly decreasing, the right ends, the spacing that their name says."""
 
+import math
+
 import pytest
 import torch
 
-from fewstep.grids import GRIDS, check_grid, karras, log_snr, power, shifted, to_zero, trailing, uniform
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPLinear
+from fewstep.grids import GRIDS, check_grid, karras, log_snr, power, shifted, to_data, trailing, uniform
+from fewstep.sampling import Levels
+from fewstep.schedules import EDM, DiscreteVP, FlowMatching, ShiftedFlow, TrigFlow, VPLinear
 
 CONTINUOUS = [name for name in GRIDS if name != "trailing"]
 
@@ -76,11 +79,21 @@ def test_trailing_equals_diffusers():
         assert trailing(DiscreteVP.linear(), steps)[:steps].tolist() == theirs.timesteps.tolist()
 
 
-def test_to_zero_replaces_the_last_time():
-    """The last step becomes a plain denoise."""
-    grid = karras(EDM(), 5)
-    assert torch.equal(to_zero(grid)[:-1], grid[:-1]) and float(to_zero(grid)[-1]) == 0
-    assert torch.equal(check_grid(to_zero(grid), EDM()), to_zero(grid))
+def test_a_shifted_schedule_is_the_shifted_grid():
+    """Uniform in the shifted schedule's time are the levels of the shifted grid of flow matching."""
+    schedule = ShiftedFlow(shift=3.0)
+    levels = schedule.sigma(uniform(schedule, 10))
+    torch.testing.assert_close(levels, shifted(FlowMatching(), 10, shift=3.0), rtol=1e-14, atol=0)
+
+
+def test_to_data_replaces_the_last_time():
+    """The last step becomes a plain denoise: time 0 where that is pure data, the mark -1 on a table of betas."""
+    for schedule, end in ((EDM(), 0), (DiscreteVP.linear(), -1)):
+        grid = karras(schedule, 5)
+        ended = to_data(grid, schedule)
+        assert torch.equal(ended[:-1], grid[:-1]) and float(ended[-1]) == end == schedule.data_time
+        assert torch.equal(check_grid(ended, schedule), ended)
+        assert Levels.of(schedule, ended).point(5) == (1.0, 0.0, math.inf)
 
 
 @pytest.mark.parametrize(

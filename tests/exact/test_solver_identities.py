@@ -13,7 +13,7 @@ import torch
 
 from fewstep.denoisers import Denoiser
 from fewstep.exact import three_modes
-from fewstep.grids import karras, log_snr, to_zero
+from fewstep.grids import karras, log_snr, to_data
 from fewstep.randomness import Rng
 from fewstep.sampling import (
     DDIM,
@@ -242,7 +242,7 @@ def edm_heun(denoiser, x, sigmas, churn=NO_CHURN, noise=()):
 def test_heun_is_edms_sampler():
     """The Heun tableau in the ratio frame = EDM's algorithm, on its own grid and with its last step to 0."""
     world = three_modes(EDM())
-    times = to_zero(karras(EDM(), 12))
+    times = to_data(karras(EDM(), 12), EDM())
     x = 80 * torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     mine = solve(world, x, times, RungeKutta(HEUN2))
     # The states have size 80 and Heun's last large steps amplify rounding some ten times.
@@ -263,7 +263,7 @@ class SharedNoise(Rng):
 def test_churned_heun_is_edms_stochastic_sampler():
     """The same with churn: the lifts, their range and their inflation, with shared noise."""
     world, churn = three_modes(EDM(t_max=200.0)), Churn(amount=6.0, low=0.05, high=50.0, inflation=1.007)
-    times = to_zero(karras(EDM(), 12))
+    times = to_data(karras(EDM(), 12), EDM())
     gen = torch.Generator().manual_seed(0)
     x = 80 * torch.randn(9, 1, generator=gen, dtype=torch.float64)
     noise = torch.randn(12, 9, 1, generator=gen, dtype=torch.float64)

@@ -14,7 +14,7 @@ from fewstep.discrete.bits import COSINE, Unsigned
 from fewstep.discrete.captions import WORDS, Captioner, Captions, Lookup
 from fewstep.discrete.levels import histogram_distance, invalid_fraction, to_levels, to_pictures
 from fewstep.distill.analog_bits import AnalogBits
-from fewstep.grids import to_zero, uniform
+from fewstep.grids import to_data, uniform
 from fewstep.metrics import accuracy, load_features
 from fewstep.networks import MLP
 from fewstep.randomness import Rng
@@ -22,7 +22,7 @@ from fewstep.sampling.self_conditioning import Asymmetric, SelfConditioning
 from fewstep.training.budget import Budget
 from fewstep.training.trainer import Settings, train
 
-TIMES = to_zero(uniform(COSINE, 10))
+TIMES = to_data(uniform(COSINE, 10), COSINE)
 
 
 def trained(net: torch.nn.Module, data: Dataset, steps: int, seed: int = 0) -> NetworkDenoiser:

@@ -37,8 +37,8 @@ DIFFUSERS = "diffusers"
 SCHEDULES: dict[str, type[Schedule]] = {
     cls.__name__: cls
     for cls in (
-        schedules.VPLinear, schedules.VPCosine, schedules.EDM, schedules.FlowMatching, schedules.TrigFlow,
-        schedules.DiscreteVP,
+        schedules.VPLinear, schedules.VPCosine, schedules.EDM, schedules.FlowMatching,
+        schedules.ShiftedFlow, schedules.TrigFlow, schedules.DiscreteVP,
     )
 }  # fmt: skip
 _PREDICTION_NAMES = {cls: name for name, cls in PREDICTIONS.items()}

@@ -16,8 +16,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +72,13 @@ def vandermonde(nodes: Sequence[float], moments: Sequence[float]) -> list[float]
     return w
 
 
+@cache
+def gauss_legendre(n: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of the quadrature on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    return (nodes + 1) / 2, weights / 2
+
+
 class Point(NamedTuple):
     """The coefficients of one noise level: ``x = alpha x_0 + sigma eps``."""
 
@@ -101,6 +110,8 @@ class Levels:
         """
         times = check_grid(times, schedule).cpu()
         alpha, sigma = schedule.alpha(times).tolist(), schedule.sigma(times).tolist()
+        if float(times[-1]) == schedule.data_time:
+            alpha[-1], sigma[-1] = 1.0, 0.0
         log_snr = [_log_snr(a, s) for a, s in zip(alpha, sigma, strict=True)]
         for i in range(len(log_snr) - 1):
             if not log_snr[i] < log_snr[i + 1]:

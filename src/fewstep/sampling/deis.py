@@ -16,23 +16,20 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.sampling.coefficients import NOISE, Form, Levels, vandermonde
+from fewstep.sampling.coefficients import NOISE, Form, Levels, gauss_legendre, vandermonde
 from fewstep.sampling.engine import Row
 from fewstep.sampling.multistep import Multistep
 from fewstep.schedules import Schedule
 
 
-@cache
-def gauss_legendre(n: int = 48) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the quadrature on [0, 1]."""
-    nodes, weights = np.polynomial.legendre.leggauss(n)
-    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+def quadrature() -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre nodes and weights on [0, 1] as tensors."""
+    nodes, weights = gauss_legendre()
+    return torch.from_numpy(nodes), torch.from_numpy(weights)
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ class TAB(AdamsBashforth):
         return levels.times[i]
 
     def moments(self, levels: Levels, i: int, n: int) -> list[float]:
-        nodes, weights = gauss_legendre()
+        nodes, weights = quadrature()
         first, last = ratio(levels, i), ratio(levels, i + 1)
         times = levels.schedule.time_at(-(first + nodes * (last - first)).log())
         u = (times - levels.times[i]) / (levels.times[i + 1] - levels.times[i])
@@ -171,7 +168,7 @@ class ScoreExponential(Multistep):
         a, c = NOISE.exact(levels.point(i), levels.point(i + 1))
         if math.isinf(levels.h(i)):
             return Row(a, (c,))
-        nodes, weights = gauss_legendre()
+        nodes, weights = quadrature()
         first, last = ratio(levels, i), ratio(levels, i + 1)
         sigma = _sigma(levels.schedule, first + nodes * (last - first))
         return Row(a, (levels.alpha[i + 1] * (last - first) * float(sigma @ weights) / levels.sigma[i],))

@@ -15,7 +15,8 @@ from fewstep.sampling.engine import Row, Solver, Stage, Step, Table
 
 
 def usable_outputs(levels: Levels, i: int, most: int, lower_order_final: bool) -> int:
-    """How many outputs the row of step ``i`` may use: what the history holds, 1 on a step of infinite length.
+    """How many outputs a polynomial in lambda may use at step ``i``: what the history holds, 1 on a step of infinite
+    length.
 
     An output made at pure noise (lambda = -inf) is infinitely far away and carries no slope.  ``lower_order_final``
     falls to first order over the last steps.
@@ -55,13 +56,44 @@ class Multistep(Solver):
     def row(self, levels: Levels, i: int, outputs: int) -> Row:
         """Step ``i`` from the latest ``outputs`` model outputs; ``outputs = 1`` must hold at singular levels too."""
 
+    def usable(self, levels: Levels, i: int) -> int:
+        """How many outputs the row of step ``i`` may use."""
+        return usable_outputs(levels, i, self.outputs, self.lower_order_final)
+
     def step(self, levels: Levels, i: int) -> Row:
         """The row of step ``i``; from pure noise, where a noise prediction says nothing, that of the data form."""
         if self.form == NOISE and levels.log_snr[i] == -math.inf:
             a, c = DATA.exact(levels.point(i), levels.point(i + 1))
             return Row(a, (c,))
-        return self.row(levels, i, usable_outputs(levels, i, self.outputs, self.lower_order_final))
+        return self.row(levels, i, self.usable(levels, i))
 
     def table(self, levels: Levels) -> Table:
         steps = [Step((Stage(levels.times[i], self.step(levels, i)),)) for i in range(levels.steps)]
+        return Table(levels, steps, self.form.output)
+
+
+@dataclass(frozen=True)
+class PredictorCorrector(Multistep):
+    """A multistep predictor whose step is made again, from where it started, once the next output is there: one order
+    more at no further call.  The last step is not corrected."""
+
+    @abstractmethod
+    def rows(self, levels: Levels, i: int, outputs: int) -> tuple[Row, Row | None]:
+        """Predictor and corrector of step ``i``, which must hold at singular levels too; None leaves a step as it
+        is."""
+
+    def row(self, levels: Levels, i: int, outputs: int) -> Row:
+        """The predictor."""
+        return self.rows(levels, i, outputs)[0]
+
+    def table(self, levels: Levels) -> Table:
+        steps: list[Step] = []
+        correct: Row | None = None
+        for i in range(levels.steps):
+            if self.form == NOISE and levels.log_snr[i] == -math.inf:
+                row, correct_next = self.step(levels, i), None
+            else:
+                row, correct_next = self.rows(levels, i, self.usable(levels, i))
+            steps.append(Step((Stage(levels.times[i], row, correct),)))
+            correct = correct_next
         return Table(levels, steps, self.form.output)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fewstep.sampling.coefficients import DATA, Form, Levels, vandermonde
-from fewstep.sampling.engine import Row, Stage, Step, Table
-from fewstep.sampling.multistep import Multistep, usable_outputs
+from fewstep.sampling.engine import Row
+from fewstep.sampling.multistep import PredictorCorrector
 
 
 @dataclass(frozen=True)
-class UniPC(Multistep):
+class UniPC(PredictorCorrector):
     """UniPC-p (Zhao et al. 2023, algorithms 5 to 8), p = 1, 2, 3, ...
 
     The predictor extrapolates the last p outputs; when the next output is there, the corrector redoes the step with it
@@ -50,10 +50,6 @@ class UniPC(Multistep):
     def outputs(self) -> int:
         return self.p
 
-    def row(self, levels: Levels, i: int, outputs: int) -> Row:
-        """The predictor."""
-        return self.rows(levels, i, outputs)[0]
-
     def rows(self, levels: Levels, i: int, outputs: int) -> tuple[Row, Row | None]:
         """Predictor and corrector of step ``i``; no corrector where the step has infinite length."""
         s, t, h = levels.point(i), levels.point(i + 1), levels.h(i)
@@ -77,15 +73,3 @@ class UniPC(Multistep):
             return predictor, None
         *past, new = weights([*nodes, 1.0])
         return predictor, Row(a, (new, c - sum(past) - new, *past))
-
-    def table(self, levels: Levels) -> Table:
-        steps: list[Step] = []
-        correct: Row | None = None
-        for i in range(levels.steps):
-            if levels.log_snr[i] == -math.inf:
-                row, correct_next = self.step(levels, i), None
-            else:
-                row, correct_next = self.rows(levels, i, usable_outputs(levels, i, self.p, self.lower_order_final))
-            steps.append(Step((Stage(levels.times[i], row, correct),)))
-            correct = correct_next
-        return Table(levels, steps, self.form.output)
