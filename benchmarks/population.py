@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser, Guided
 from fewstep.exact import GaussianMixture
+from fewstep.grids import balanced
 from fewstep.randomness import Rng
 from fewstep.sampling import Levels, run
 from fewstep.sampling.abm import ABM
-from fewstep.sampling.named import balanced
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, Schedule, TrigFlow
 
 #: The families of schedules on which problems live.

@@ -168,8 +168,12 @@ class Denoiser(nn.Module, ABC):
 
     ``x`` is ``[B, ...]``; ``t`` is a number, ``[B]`` or ``[B, F]``; ``cond`` is what the network takes (class labels
     ``[B]``), None for the unconditional branch.  ``shape`` is the shape of one sample and ``classes`` the number of
-    class labels (None for unconditional models).
+    class labels (None for unconditional models).  ``half_level`` is the noise level ``sigma / alpha`` at which half of
+    the prediction is decided, where it has been measured (:func:`fewstep.sampling.tuning.half_level`): solvers centre
+    on it.
     """
+
+    half_level: float | None = None
 
     def __init__(self, schedule: Schedule, shape: tuple[int, ...], classes: int | None = None) -> None:
         super().__init__()
@@ -202,6 +206,18 @@ class Denoiser(nn.Module, ABC):
     def on(self, schedule: Schedule) -> Denoiser:
         """The same denoiser on another schedule, exactly, by matching the signal-to-noise ratio."""
         return self if schedule == self.schedule else OnSchedule(self, schedule)
+
+
+def half_level_of(denoiser: Denoiser) -> float | None:
+    """The half level of a denoiser, or of one that it is made of; None where none was measured."""
+    levels = (module.half_level for module in denoiser.modules() if isinstance(module, Denoiser))
+    return next((level for level in levels if level is not None), None)
+
+
+def guidance_of(denoiser: Denoiser) -> float:
+    """The largest guidance scale at work in a denoiser; 1 for none."""
+    scales = [module.scale for module in denoiser.modules() if isinstance(module, Guidance)]
+    return max((float(torch.as_tensor(scale).max()) for scale in scales), default=1.0)
 
 
 class OnSchedule(Denoiser):
@@ -260,7 +276,9 @@ class NetworkDenoiser(Denoiser):
     def on(self, schedule: Schedule) -> Denoiser:
         if not self.prediction.portable:
             return super().on(schedule)
-        return NetworkDenoiser(self.net, schedule, self.prediction, self.shape, self.classes)
+        view = NetworkDenoiser(self.net, schedule, self.prediction, self.shape, self.classes)
+        view.half_level = self.half_level
+        return view
 
     def raw(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         """``F`` itself, with its input scaled and its time mapped."""

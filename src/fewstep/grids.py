@@ -114,6 +114,28 @@ def _with_ends(grid: Tensor, schedule: Schedule, end: float | None) -> Tensor:
     return check_grid(grid)
 
 
+def balanced(schedule: Schedule, steps: int, centre: float = 1.0, kappa: float = 1.5) -> Tensor:
+    """Equally spaced in ``u^(1 / kappa)``, ``u = rho / (rho + centre)``, down to pure data.
+
+    ``u`` is flow matching's time when ``centre = 1``: half the grid lies above the noise level ``centre``, about the
+    standard deviation of the data, and neither end is singular, so one rule serves every schedule.  No time lies below
+    ``t_min``: with many steps the last network call is there.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a grid needs at least one step")
+    ratio = schedule.ratio(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
+    first, last = ((ratio / (ratio + centre)) ** (1 / kappa)).tolist()
+    if first / steps >= last:
+        v = torch.linspace(first, 0, steps + 1, dtype=torch.float64)[1:-1]
+    else:
+        v = torch.linspace(first, last, steps, dtype=torch.float64)[1:]
+    u = v**kappa
+    inner = schedule.time_at(-(centre * u / (1 - u)).log())
+    ends = torch.tensor([schedule.t_max, schedule.data_time], dtype=torch.float64)
+    return check_grid(torch.cat([ends[:1], inner, ends[1:]]))
+
+
+#: Grids by name: functions of a schedule and a number of steps, and of parameters with defaults.
 GRIDS: dict[str, Grid] = {
     "uniform": uniform,
     "quadratic": power,
@@ -121,4 +143,5 @@ GRIDS: dict[str, Grid] = {
     "karras": karras,
     "shifted": shifted,
     "trailing": trailing,
+    "balanced": balanced,
 }

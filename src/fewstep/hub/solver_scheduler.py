@@ -30,7 +30,7 @@ from fewstep.hub.schedulers import BETA_TABLE, FLOW, PRECONDITIONED, read_schedu
 from fewstep.hub.trajectory import Trajectory, independent, part, same_times, times_of
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
-from fewstep.sampling.named import balanced, named_times
+from fewstep.sampling.named import named_times
 from fewstep.sampling.stochastic import DDIM
 from fewstep.schedules import DiscreteVP, FlowMatching, align
 
@@ -202,7 +202,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             return self._through(self._sigma_times(torch.as_tensor(sigmas), mu))
         schedule = self.reading.schedule
         if self.grid is None:
-            return self._to_end(balanced(schedule, steps, self.solver.centre * self._shift(mu)))
+            return self._to_end(self.solver.grid(schedule, steps, self._shift(mu)))
         grid = self.grid if isinstance(self.grid, str) else torch.tensor(self.grid, dtype=torch.float64)
         return self._to_end(named_times(schedule, self.solver, steps, grid))
 

@@ -1,5 +1,7 @@
 """Few steps now: solvers as tables of coefficients, the engine that runs them, and rollouts of students."""
 
+from fewstep.grids import balanced
+from fewstep.sampling.abm import ABM
 from fewstep.sampling.brownian import BrownianPath
 from fewstep.sampling.coefficients import DATA, NOISE, Levels
 from fewstep.sampling.deis import IPNDM, TAB, RhoAB, ScoreExponential
@@ -29,7 +31,7 @@ from fewstep.sampling.editing import (
 from fewstep.sampling.engine import FieldRow, Row, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.multistep import Multistep
-from fewstep.sampling.named import SOLVERS, balanced
+from fewstep.sampling.named import SOLVERS
 from fewstep.sampling.rollout import Plan, Student, greedy_times, rollout
 from fewstep.sampling.runge_kutta import NATIVE, RATIO, RungeKutta, Tableau
 from fewstep.sampling.sample import sample
@@ -38,6 +40,7 @@ from fewstep.sampling.student_samplers import STUDENT_SAMPLERS, ending_clean, sa
 from fewstep.sampling.unipc import UniPC
 
 __all__ = [
+    "ABM",
     "DATA",
     "DDIM",
     "IPNDM",

@@ -15,14 +15,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
+from fewstep.grids import balanced
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point, gauss_legendre, vandermonde
 from fewstep.sampling.engine import Row
 from fewstep.sampling.multistep import PredictorCorrector
 from fewstep.sampling.stochastic import check_eta
+from fewstep.schedules import Schedule
+
+#: The scale where nothing is known of the model (see :func:`fewstep.sampling.tuning.half_level`).
+USUAL_SCALE = 1.4
+
+
+def order_for(steps: int, guidance: float) -> int:
+    """The order ``p`` that did best for a number of steps, measured: extrapolation needs steps that are short beside
+    the scale on which the prediction changes, and guidance makes that scale shorter."""
+    return 2 if steps < 10 else 4
 
 
 @dataclass(frozen=True)
@@ -30,46 +41,63 @@ class ABM(PredictorCorrector):
     """The polynomial in ``v`` through the latest ``p`` = 1 to 4 predictions, integrated exactly; when the next one is
     there, the step is made again with the polynomial through ``p + 1``, at no further call.
 
-    ``c`` is the noise level ``sigma / alpha`` at ``v = 1/2``.  ``eta`` is the share of the reverse SDE (data
-    prediction, no corrector): the weight becomes ``(1 + eta) (rho_t / rho)^eta`` of the above, and fresh noise keeps
-    the marginals.  A step to pure data is the prediction itself.
+    ``c`` is the noise level ``sigma / alpha`` at ``v = 1/2``; it should be that at which half of the prediction is
+    decided (:func:`fewstep.sampling.tuning.half_level`; None is 1.4).  ``p=None`` is by the number of steps, for the
+    ``guidance`` scale that the model is sampled with.  ``eta`` is the share of the reverse SDE (data prediction, no
+    corrector): the weight becomes ``(1 + eta) (rho_t / rho)^eta`` of the above, and fresh noise keeps the marginals.
+    A step to pure data is the prediction itself.
 
     Ours.  The construction is UniPC's (Zhao et al. 2023) with another variable; its nearest published relative is CAB
     (Roy & Nair 2026, arXiv 2605.16736), Adams-Bashforth on the velocity in the time of ``c = 1``.
     """
 
-    centre: ClassVar[float] = 1.5
-
-    p: int = 2
-    c: float = 1.5
+    p: int | None = None
+    c: float | None = None
     corrector: bool = True
     form: Form = DATA
     eta: float = 0.0
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.p not in (1, 2, 3, 4):
-            raise ValueError(f"ABM: p={self.p} must be 1, 2, 3 or 4")
-        if not 0 < self.c < math.inf:
-            raise ValueError(f"ABM: c={self.c} must be a positive noise level sigma / alpha")
+        if self.p not in (None, 1, 2, 3, 4):
+            raise ValueError(f"ABM: p={self.p} must be 1, 2, 3, 4 or None (by the number of steps)")
+        if self.c is not None and not 0 < self.c < math.inf:
+            raise ValueError(f"ABM: c={self.c} must be a positive noise level sigma / alpha, or None")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"ABM: guidance={self.guidance} must be a guidance scale, 1 for none")
         check_eta("ABM", self.eta)
         if self.eta and (self.form == NOISE or self.corrector):
             raise ValueError(f"ABM: eta={self.eta} needs form=DATA and corrector=False")
 
     @property
+    def scale(self) -> float:
+        """``c``, or what stands in for it."""
+        return USUAL_SCALE if self.c is None else self.c
+
+    @property
     def order(self) -> int:
+        """A multistep start of lower order holds the third order and above back."""
         if self.eta:
             return 1
-        return self.p + 1 if self.corrector else self.p
+        p = 4 if self.p is None else self.p
+        return min(p + 1, 3) if self.corrector else min(p, 2)
+
+    def grid(self, schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
+        """Around the scale; many steps want a little less of them near the data."""
+        return balanced(schedule, steps, self.scale * shift, 2.2 if steps <= 10 else 1.8)
 
     @property
     def outputs(self) -> int:
-        return self.p
+        return 2 if self.p is None else self.p
 
     def usable(self, levels: Levels, i: int) -> int:
         """Predictions of the data count at pure noise too; those of the noise say nothing there."""
         if self.form == NOISE:
             return super().usable(levels, i)
-        return 1 if levels.sigma[i + 1] == 0 else min(self.p, i + 1)
+        p = order_for(levels.steps, self.guidance) if self.p is None else self.p
+        if levels.sigma[i + 1] == 0:
+            return 1
+        return min(p, i + 1, levels.steps - i if self.lower_order_final else p)
 
     def rows(self, levels: Levels, i: int, outputs: int) -> tuple[Row, Row | None]:
         s, t = levels.point(i), levels.point(i + 1)
@@ -89,7 +117,7 @@ class ABM(PredictorCorrector):
 
     def v(self, point: Point) -> float:
         """The variable of the polynomial at a level."""
-        return point.sigma / (point.sigma + self.c * point.alpha)
+        return point.sigma / (point.sigma + self.scale * point.alpha)
 
     def moments(self, s: Point, t: Point, n: int) -> tuple[float, list[float]]:
         """``a`` of the step, and its integrals with ``u^k``, k < n, in the place of the prediction: ``u`` is 0 at ``s``
@@ -102,14 +130,14 @@ class ABM(PredictorCorrector):
         if self.form == DATA:
             a, length = t.sigma / s.sigma, math.log(v / end)
             level = end * np.exp(length * nodes)
-            density = (t.sigma / self.c * length) * weights / level
+            density = (t.sigma / self.scale * length) * weights / level
             if self.eta:
                 ratio = end / (1 - end) * (1 - level) / level  # rho_t / rho
                 density = density * (1 + self.eta) * ratio**self.eta
         else:
             a, length = t.alpha / s.alpha, math.log((1 - end) / (1 - v))
             level = 1 - (1 - end) * np.exp(-length * nodes)
-            density = (-t.alpha * self.c * length) * weights / (1 - level)
+            density = (-t.alpha * self.scale * length) * weights / (1 - level)
         u, found = (v - level) / (v - end), []
         for _ in range(n):
             found.append(float(density.sum()))

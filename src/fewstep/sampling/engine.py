@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser
+from fewstep.grids import balanced
 from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import Levels, OutputKind
 from fewstep.sampling.hooks import NO_HOOKS, Hooks
+from fewstep.schedules import Schedule
 
 #: ``(p, q)``: what a call leaves in the history is ``p x + q D``; None leaves ``D``.
 Kept = tuple[Tensor, float] | None
@@ -226,7 +228,7 @@ class Solver(ABC):
     ``order`` is the order of convergence on the probability-flow ODE (1 for the stochastic ones); ``calls(steps)``
     the model calls of ``steps`` steps, one less per extra stage for every step that starts at pure noise or ends at
     pure data (``Table.calls`` is exact).  ``centre`` is the noise level ``sigma / alpha`` at the middle of the
-    solver's default grid, measured (see :func:`fewstep.sampling.named.balanced`).
+    solver's own grid, measured.
     """
 
     centre: ClassVar[float] = 2.0
@@ -244,6 +246,11 @@ class Solver(ABC):
     def calls(self, steps: int) -> int:
         """The model calls of ``steps`` steps."""
         return steps
+
+    def grid(self, schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
+        """The times ``[steps + 1]`` of the solver's own grid; ``shift`` multiplies its noise levels, as flow pipelines
+        ask for."""
+        return balanced(schedule, steps, self.centre * shift)
 
     @abstractmethod
     def table(self, levels: Levels) -> Table:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep.grids import GRIDS, Grid, check_grid, to_data
@@ -102,30 +101,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
 
 DEFAULT_STEPS = 10
 
-
-def balanced(schedule: Schedule, steps: int, centre: float = 1.0, kappa: float = 1.5) -> Tensor:
-    """Equally spaced in ``u^(1 / kappa)``, ``u = rho / (rho + centre)``, down to pure data.
-
-    ``u`` is flow matching's time when ``centre = 1``: half the grid lies above the noise level ``centre``, about the
-    standard deviation of the data, and neither end is singular, so one rule serves every schedule.  No time lies below
-    ``t_min``: with many steps the last network call is there.
-    """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: a grid needs at least one step")
-    ratio = schedule.ratio(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
-    first, last = ((ratio / (ratio + centre)) ** (1 / kappa)).tolist()
-    if first / steps >= last:
-        v = torch.linspace(first, 0, steps + 1, dtype=torch.float64)[1:-1]
-    else:
-        v = torch.linspace(first, last, steps, dtype=torch.float64)[1:]
-    u = v**kappa
-    inner = schedule.time_at(-(centre * u / (1 - u)).log())
-    ends = torch.tensor([schedule.t_max, schedule.data_time], dtype=torch.float64)
-    return check_grid(torch.cat([ends[:1], inner, ends[1:]]))
-
-
-#: Grids by name: functions of a schedule and a number of steps, and of parameters with defaults.
-ALL_GRIDS: dict[str, Grid] = {**GRIDS, "balanced": balanced}
+ALL_GRIDS = GRIDS
 
 
 def named_solver(solver: str | Solver) -> Solver:
@@ -143,12 +119,12 @@ def named_solver(solver: str | Solver) -> Solver:
 
 def named_grid(grid: str) -> Grid:
     """A grid function from its name and parameters; ValueError names the choices."""
-    name, options = parsed("grid", grid, ALL_GRIDS)
+    name, options = parsed("grid", grid, GRIDS)
     known = {
-        p.name: p.default for p in inspect.signature(ALL_GRIDS[name]).parameters.values() if p.default is not p.empty
+        p.name: p.default for p in inspect.signature(GRIDS[name]).parameters.values() if p.default is not p.empty
     }
     values = checked(f"grid={grid!r}", options, known)
-    return partial(ALL_GRIDS[name], **values) if values else ALL_GRIDS[name]
+    return partial(GRIDS[name], **values) if values else GRIDS[name]
 
 
 def parsed(what: str, text: str, known: dict[str, Any]) -> tuple[str, dict[str, str]]:
@@ -195,8 +171,8 @@ FORMS = {"data": DATA, "noise": NOISE}
 
 
 def named_times(schedule: Schedule, solver: Solver, steps: int | None, grid: str | Grid | Tensor | None) -> Tensor:
-    """The times ``[steps + 1]`` of a grid given by name, as a function or as the times themselves; None is
-    :func:`balanced` with the solver's own centre.
+    """The times ``[steps + 1]`` of a grid given by name, as a function or as the times themselves; None is the solver's
+    own grid.
 
     A named grid of a schedule that starts in noise (a table of betas) ends at pure data, unless its ``end`` is given.
     ValueError when ``steps`` contradicts given times.
@@ -208,7 +184,7 @@ def named_times(schedule: Schedule, solver: Solver, steps: int | None, grid: str
         return times
     steps = DEFAULT_STEPS if steps is None else steps
     if grid is None:
-        return balanced(schedule, steps, solver.centre)
+        return solver.grid(schedule, steps)
     if not isinstance(grid, str):
         return grid(schedule, steps)
     times = named_grid(grid)(schedule, steps)

@@ -20,7 +20,10 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.randomness import Rng
+from fewstep.sampling.abm import ABM, USUAL_SCALE
 from fewstep.sampling.coefficients import Levels
+from fewstep.sampling.engine import run
+from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.named import named_solver, named_times
 from fewstep.sampling.sample import Threshold, sample
 from fewstep.schedules import Schedule, VPLinear
@@ -182,6 +185,35 @@ def as_json(best: dict[str, dict[int, Setting]], about: str) -> str:
     """The file that :func:`evidence` reads."""
     rows = {kind: {str(calls): asdict(setting) for calls, setting in found.items()} for kind, found in best.items()}
     return json.dumps({"about": about, "best": rows}, indent=1) + "\n"
+
+
+@torch.no_grad()
+def half_level(denoiser: Denoiser, cond: Cond = None, n: int = 32, steps: int = 16, seed: int = 0) -> float:
+    """The noise level ``sigma / alpha`` at which half of the prediction is decided: the mean of ``|D(x_t) - D(x_T)|^2``
+    along ``n`` trajectories is half of what it is at their end.
+
+    For Gaussian data it is the standard deviation; for data of several scales (principal components, far modes) the
+    scale that carries half of the change.  Costs ``n`` times ``steps`` calls, once a model: assign it to
+    ``denoiser.half_level``.  ValueError when the prediction does not depend on the state.
+    """
+    noise, seen = noise_for(denoiser, n, seed), []
+
+    def look(k: int, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        seen.append((float(denoiser.schedule.ratio(t[:1])), x0))
+        return x0
+
+    solver = ABM()
+    levels = Levels.of(denoiser.schedule, solver.grid(denoiser.schedule, steps))
+    with evaluating(denoiser):
+        run(denoiser, denoiser.schedule.prior(noise), solver.table(levels), labels(denoiser, n, cond), None, Hooks(output=look))
+    change = [float((x0 - seen[0][1]).square().mean()) for _, x0 in seen]
+    if not change[-1] > 0:
+        raise ValueError("half_level: the prediction is the same at every noise level, there is nothing to measure")
+    half = next(i for i, found in enumerate(change) if found >= change[-1] / 2)
+    share = (change[-1] / 2 - change[half - 1]) / (change[half] - change[half - 1])
+    above, below = (rho / (rho + USUAL_SCALE) for rho, _ in (seen[half - 1], seen[half]))  # finite at pure noise
+    v = above + share * (below - above)
+    return USUAL_SCALE * v / (1 - v)
 
 
 def noise_for(denoiser: Denoiser, n: int, seed: int) -> Tensor:
