@@ -135,7 +135,7 @@ class Table:
 
     def moves(self, x: Tensor) -> Iterator[Move]:
         """The rows in the order of use.  A scale is a 0-d tensor, because multiplying by one takes half the time that
-        wrapping a Python number takes; at least float32, also for states in half precision."""
+        wrapping a Python number takes."""
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         intervals = self._intervals if self.noisy else [None] * len(self.rows)
         if isinstance(self.rows[0], FieldRow):
@@ -207,7 +207,7 @@ def moved(how: Move, x: Tensor, outputs: Iterable[Tensor], noise: Noise | None, 
     if isinstance(row, FieldRow):
         for field, m in zip(row.c, outputs):  # noqa: B905  (a row may reach back less far than the history)
             new.addcmul_(field, m)
-        return new.add_(row.b).to(x.dtype)  # fields are float32 at least, and not 0-d: they would lift the state
+        return new.add_(row.b)
     _, weights, n, on_anchor = row
     for c, m in zip(weights, outputs):  # noqa: B905
         new.add_(m, alpha=c)
@@ -264,6 +264,9 @@ def run(
 
     Differentiable in ``x`` and the denoiser's parameters in whatever gradient mode the caller is in.  Raises
     ValueError when the table was made for another schedule, or draws noise and ``rng`` is None.
+
+    A state in half precision is kept in float32 between the calls, as its fresh noise and the hooks' tensors are; the
+    denoiser is called in half precision, and the end is given back in it.
     """
     if table.schedule != denoiser.schedule:
         raise ValueError(f"the table is for {table.schedule}, the denoiser lives on {denoiser.schedule}")
@@ -271,6 +274,10 @@ def run(
         raise ValueError("this solver draws fresh noise at its steps: pass rng")
     if hooks.start is not None:
         x = hooks.start(x)
+    kind = x.dtype
+    call: Callable[[Tensor, Tensor, Cond], Tensor] = denoiser
+    if kind in HALF:
+        x, call = x.float(), in_half(denoiser, kind)
     times, moves = table.times(x), table.moves(x)
     history: deque[Tensor] = deque(maxlen=table.memory)
     anchor: Tensor | None = None
@@ -281,7 +288,7 @@ def run(
         before, base = base, x
         for stage in step.stages:
             shown, t = (x, times[k]) if hooks.input is None else hooks.input(k, x, times[k])
-            x0 = denoiser(shown, t, cond)
+            x0 = call(shown, t, cond)
             if hooks.output is not None:
                 x0 = hooks.output(k, x0, shown, t)
             m = table.stored(k, x0, x)
@@ -301,7 +308,16 @@ def run(
             x = hooks.after(i, x)
         if progress is not None:
             progress(i + 1, len(table.steps))
-    return x
+    return x.to(kind)
+
+
+#: Coefficients of noise predictions leave float16 at both ends of a grid, and cancel there to less than its rounding.
+HALF = (torch.float16, torch.bfloat16)
+
+
+def in_half(denoiser: Denoiser, kind: torch.dtype) -> Callable[[Tensor, Tensor, Cond], Tensor]:
+    """A denoiser that is called in half precision, for states in float32."""
+    return lambda x, t, cond: denoiser(x.to(kind), t, cond).float()
 
 
 def solve(

@@ -60,7 +60,7 @@ class Remembering(Denoiser):
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         if self.memory.estimate is None:
             return self.inner(x, t, cond)
-        return self.inner(x, t, cond, beside=self.memory.estimate)
+        return self.inner(x, t, cond, beside=self.memory.estimate.to(x.dtype))
 
 
 @dataclass(frozen=True)
