@@ -26,6 +26,7 @@ from fewstep.denoisers import Cond, Denoiser
 from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import Levels, OutputKind
 from fewstep.sampling.hooks import NO_HOOKS, Hooks
+from fewstep.values import check_fields
 
 #: ``(p, q)``: what a call leaves in the history is ``p x + q D``; None leaves ``D``.
 Kept = tuple[Tensor, float] | None
@@ -231,6 +232,10 @@ class Solver(ABC):
 
     centre: ClassVar[float] = 2.0
 
+    def __post_init__(self) -> None:
+        """ValueError for a hyper-parameter of another type than its field's, or not finite."""
+        check_fields(self)
+
     @property
     @abstractmethod
     def order(self) -> int:
@@ -289,6 +294,8 @@ def run(
         for stage in step.stages:
             shown, t = (x, times[k]) if hooks.input is None else hooks.input(k, x, times[k])
             x0 = call(shown, t, cond)
+            if k == 0:
+                check_prediction(x0, x)
             if hooks.output is not None:
                 x0 = hooks.output(k, x0, shown, t)
             m = table.stored(k, x0, x)
@@ -311,13 +318,21 @@ def run(
     return x.to(kind)
 
 
+def check_prediction(x0: Tensor, x: Tensor) -> None:
+    """ValueError unless a denoiser gave a data prediction for a state, and not what broadcasts to one."""
+    if not isinstance(x0, Tensor):
+        raise ValueError(f"the denoiser gave a {type(x0).__name__}, not a tensor of shape {list(x.shape)}")
+    if x0.shape != x.shape or not x0.is_floating_point():
+        raise ValueError(f"the denoiser gave {x0.dtype} of shape {list(x0.shape)} for states of shape {list(x.shape)}")
+
+
 #: Coefficients of noise predictions leave float16 at both ends of a grid, and cancel there to less than its rounding.
 HALF = (torch.float16, torch.bfloat16)
 
 
 def in_half(denoiser: Denoiser, kind: torch.dtype) -> Callable[[Tensor, Tensor, Cond], Tensor]:
     """A denoiser that is called in half precision, for states in float32."""
-    return lambda x, t, cond: denoiser(x.to(kind), t, cond).float()
+    return lambda x, t, cond: denoiser(x.to(kind), t, cond).to(torch.float32)
 
 
 def solve(
