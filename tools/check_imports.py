@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-IDEAS = {"schedules", "grids", "denoisers", "flow_maps", "generators", "tangents", "randomness", "exact"}
+IDEAS = {"schedules", "grids", "denoisers", "flow_maps", "generators", "tangents", "randomness", "values", "exact"}
 BELOW_DISTILL = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}
 BELOW_TRAINING = BELOW_DISTILL | {"distill", "hub"}

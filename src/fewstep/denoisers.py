@@ -21,9 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.schedules import Schedule, align, as_time
+from fewstep.values import real
 
 Cond = Any  # class labels [B], or whatever tree of tensors the network takes; None means unconditional
 GradientMode = Literal["none", "input", "all"]
+#: A larger weight is a slip: already this one leaves float16.
+MOST_GUIDANCE = 1e5
 
 
 @contextmanager
@@ -214,7 +217,7 @@ def half_level_of(denoiser: Denoiser) -> float | None:
     return next((level for level in levels if level is not None), None)
 
 
-def guidance_of(denoiser: Denoiser) -> float:
+def guidance_scale(denoiser: Denoiser) -> float:
     """The largest guidance scale at work in a denoiser; 1 for none."""
     scales = [module.scale for module in denoiser.modules() if isinstance(module, Guidance)]
     return max((float(torch.as_tensor(scale).max()) for scale in scales), default=1.0)
@@ -292,12 +295,14 @@ class NetworkDenoiser(Denoiser):
 class Guidance(Denoiser, ABC):
     """A model steered away from another prediction, ``D = D_away + w (D_plain - D_away)``; w = 1 is no guidance.
 
-    ``scale`` is w, a number or one weight per sample ``[B]`` (ValueError when called with another count).  Costs two
-    calls, unless :class:`GuidanceInterval` leaves one out.
+    ``scale`` is w, a number or one weight per sample ``[B]`` (ValueError when called with another count, or when a
+    number is out of range).  Costs two calls, unless :class:`GuidanceInterval` leaves one out.
     """
 
     def __init__(self, main: Denoiser, scale: float | Tensor) -> None:
         super().__init__(main.schedule, main.shape, main.classes)
+        if not isinstance(scale, Tensor):
+            real("guidance", scale, -MOST_GUIDANCE, MOST_GUIDANCE)
         self.scale = scale
 
     @abstractmethod

@@ -8,24 +8,41 @@ strictly decreasing, because a repeated level is a silent division by zero in ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.schedules import LOG_SNR_BOUND, Schedule
+from fewstep.values import real, tensor_of, whole
 
 Grid = Callable[[Schedule, int], Tensor]
 
 
-def check_grid(times: Tensor, schedule: Schedule | None = None) -> Tensor:
+#: Times as they may be given: a vector, an array or numbers.
+AnyTimes = Tensor | np.ndarray | Sequence[float]
+
+#: More steps than any sampler is asked for; a larger number is a slip.
+MOST_STEPS = 100_000
+
+
+def check_grid(times: AnyTimes, schedule: Schedule | None = None) -> Tensor:
     """``times`` as a float64 vector; ValueError unless it is finite, strictly decreasing, at least two long, and
-    inside the schedule's range when one is given (its ``data_time`` is allowed as the last one)."""
-    times = torch.as_tensor(times, dtype=torch.float64)
+    inside the schedule's range when one is given (its ``data_time`` is allowed as the last one).  TypeError for what
+    are not real numbers."""
+    times = tensor_of("a time grid", times)
+    if times.is_complex() or times.dtype == torch.bool:
+        raise TypeError(f"a time grid is a vector of real numbers, got {times.dtype}")
+    times = times.double()
     if times.ndim != 1 or len(times) < 2 or not bool(torch.isfinite(times).all()):
         raise ValueError(f"a time grid is a vector of at least two finite times, got shape {list(times.shape)}")
     if not bool((times[1:] < times[:-1]).all()):
-        raise ValueError(f"a time grid must be strictly decreasing, got {times.tolist()}")
+        k = int((times[1:] >= times[:-1]).nonzero()[0])
+        raise ValueError(
+            f"a time grid must be strictly decreasing, times {k} and {k + 1} are {float(times[k])!r} and "
+            f"{float(times[k + 1])!r}"
+        )
     if schedule is not None:
         slack = 1e-9 * schedule.t_max
         inner = times[:-1] if float(times[-1]) == schedule.data_time else times
@@ -37,15 +54,28 @@ def check_grid(times: Tensor, schedule: Schedule | None = None) -> Tensor:
     return times
 
 
+def check_steps(steps: int) -> int:
+    """``steps`` as an int; TypeError unless it is a whole number, ValueError unless it lies in 1 .. MOST_STEPS."""
+    return whole("steps", steps, 1, MOST_STEPS)
+
+
+def check_spacing(**values: float) -> None:
+    """ValueError unless the parameters of a grid are positive, and in a range that float64 can tell apart; TypeError
+    for what are not numbers."""
+    for name, value in values.items():
+        real(name, value, 1e-6, 1e6)
+
+
 def _unit(steps: int) -> Tensor:
-    if steps < 1:
-        raise ValueError(f"steps={steps}: a grid needs at least one step")
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    return torch.linspace(0, 1, check_steps(steps) + 1, dtype=torch.float64)
 
 
 def _ends(schedule: Schedule, end: float | None) -> tuple[Tensor, Tensor]:
+    last = schedule.t_min if end is None else real("end", end)
+    if last != 0 and not schedule.t_min <= last < schedule.t_max:
+        raise ValueError(f"end={last} must be 0 or a time in [{schedule.t_min:g}, {schedule.t_max:g})")
     first = torch.tensor(schedule.t_max, dtype=torch.float64)
-    return first, torch.tensor(schedule.t_min if end is None else end, dtype=torch.float64)
+    return first, torch.tensor(last, dtype=torch.float64)
 
 
 def uniform(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
@@ -55,6 +85,7 @@ def uniform(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
 
 def power(schedule: Schedule, steps: int, kappa: float = 2.0, end: float | None = None) -> Tensor:
     """Equally spaced in ``t ** (1 / kappa)``; kappa = 2 is DDIM's and DEIS's quadratic grid."""
+    check_spacing(kappa=kappa)
     first, last = _ends(schedule, end)
     a, b = first ** (1 / kappa), last ** (1 / kappa)
     grid = (a + _unit(steps) * (b - a)) ** kappa
@@ -70,6 +101,7 @@ def log_snr(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
 
 def karras(schedule: Schedule, steps: int, rho: float = 7.0, end: float | None = None) -> Tensor:
     """Equally spaced in ``(sigma / alpha) ** (1 / rho)`` (Karras et al. 2022, eq. 5), mapped back to time."""
+    check_spacing(rho=rho)
     first, last = _reach(schedule, end) ** (1 / rho)
     ratio = (first + _unit(steps) * (last - first)) ** rho
     return _with_ends(schedule.time_at(-torch.log(ratio)), schedule, end)
@@ -78,6 +110,7 @@ def karras(schedule: Schedule, steps: int, rho: float = 7.0, end: float | None =
 def shifted(schedule: Schedule, steps: int, shift: float = 3.0, end: float | None = None) -> Tensor:
     """``t' = k t / (1 + (k - 1) t)`` of a uniform grid on the unit interval: more steps at high noise for k > 1
     (Stable Diffusion 3, Flux)."""
+    check_spacing(shift=shift)
     first, last = _ends(schedule, end)
     u = uniform(schedule, steps, end) / schedule.t_max
     grid = schedule.t_max * shift * u / (1 + (shift - 1) * u)
@@ -88,10 +121,10 @@ def shifted(schedule: Schedule, steps: int, shift: float = 3.0, end: float | Non
 def trailing(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
     """Integer times spaced from the last one back, as few-step diffusers schedulers do ("trailing")."""
     n = int(schedule.t_max) + 1
-    if steps > n:
+    if check_steps(steps) > n:
         raise ValueError(f"steps={steps}: a schedule of {n} discrete times has no trailing grid that long")
     times = torch.round(n - torch.arange(steps, dtype=torch.float64) * n / steps) - 1
-    last = torch.tensor([schedule.t_min if end is None else end], dtype=torch.float64)
+    last = _ends(schedule, end)[1][None]
     return check_grid(torch.cat([times, last])) if times[-1] > last[0] else check_grid(times)
 
 
@@ -121,8 +154,8 @@ def balanced(schedule: Schedule, steps: int, centre: float = 1.0, kappa: float =
     standard deviation of the data, and neither end is singular, so one rule serves every schedule.  No time lies below
     ``t_min``: with many steps the last network call is there.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: a grid needs at least one step")
+    check_steps(steps)
+    check_spacing(centre=centre, kappa=kappa)
     ratio = schedule.ratio(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
     first, last = ((ratio / (ratio + centre)) ** (1 / kappa)).tolist()
     if first / steps >= last:

@@ -8,6 +8,7 @@ that a resumed run needs no saved random state.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -44,13 +45,21 @@ class Rng:
         self.generator = torch.Generator().manual_seed(derive_seed(*seed))
         self.part, self.parts, self.device = part, parts, torch.device(device)
 
+    @classmethod
+    def of(cls, generator: torch.Generator, device: torch.device | str = "cpu") -> Rng:
+        """Draws from a generator of the caller's, on its device, and hands them out on ``device``."""
+        rng = cls(device=device)
+        rng.generator = generator
+        return rng
+
     def _mine(self, drawn: Tensor) -> Tensor:
         return drawn.chunk(self.parts)[self.part].to(self.device) if self.parts > 1 else drawn.to(self.device)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal of this part's ``shape`` (leading dimension = samples of this part)."""
         n, *rest = shape
-        return self._mine(torch.randn(n * self.parts, *rest, generator=self.generator, dtype=dtype))
+        where = self.generator.device
+        return self._mine(torch.randn(n * self.parts, *rest, generator=self.generator, dtype=dtype, device=where))
 
     def normal_like(self, x: Tensor) -> Tensor:
         """Standard normal of the shape and type of ``x``."""
@@ -63,20 +72,42 @@ class Rng:
 
     def uniform(self, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """``n`` float64 numbers in ``[low, high)``, one per sample of this part."""
-        u = torch.rand(n * self.parts, generator=self.generator, dtype=torch.float64)
+        where = self.generator.device
+        u = torch.rand(n * self.parts, generator=self.generator, dtype=torch.float64, device=where)
         return self._mine(low + (high - low) * u)
 
     def integers(self, n: int, low: int, high: int) -> Tensor:
         """``n`` integers in ``[low, high)``, one per sample of this part."""
-        return self._mine(torch.randint(low, high, (n * self.parts,), generator=self.generator))
+        where = self.generator.device
+        return self._mine(torch.randint(low, high, (n * self.parts,), generator=self.generator, device=where))
 
     def shared_integer(self, low: int, high: int) -> int:
         """One integer in ``[low, high)``, the same for every part."""
-        return int(torch.randint(low, high, (1,), generator=self.generator))
+        return int(torch.randint(low, high, (1,), generator=self.generator, device=self.generator.device))
 
     def shuffled(self, n: int) -> Tensor:
         """A permutation of ``n``, the same for every part."""
-        return torch.randperm(n, generator=self.generator)
+        return torch.randperm(n, generator=self.generator, device=self.generator.device)
+
+
+class PerSample:
+    """One source of noise a sample: what sample k gets does not depend on how many are drawn with it."""
+
+    def __init__(self, sources: Sequence[Noise]) -> None:
+        self.sources = sources
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        """Standard normal of the shape and type of ``x``, every sample from its own source."""
+        return torch.cat([source.normal_like(one) for source, one in self._pairs(x)])
+
+    def increment(self, x: Tensor, start: float, end: float) -> Tensor:
+        """The same for the stretch ``start .. end`` of lambda."""
+        return torch.cat([source.increment(one, start, end) for source, one in self._pairs(x)])
+
+    def _pairs(self, x: Tensor) -> Iterator[tuple[Noise, Tensor]]:
+        if len(x) != len(self.sources):
+            raise ValueError(f"{len(self.sources)} sources of noise for {len(x)} samples: one a sample")
+        return zip(self.sources, x.split(1), strict=True)
 
 
 def repeated_draws(device: torch.device) -> AbstractContextManager[None]:

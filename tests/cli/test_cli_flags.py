@@ -152,8 +152,8 @@ def test_unknown_names_in_a_recipe_are_refused() -> None:
 
 
 def test_a_flag_of_no_known_type_is_a_bug() -> None:
-    """A field that no flag can set raises when it is read, so the tests above notice it."""
-    with pytest.raises(TypeError, match="no flag can set"):
+    """A field that no word can stand for raises when it is read, so the tests above notice it."""
+    with pytest.raises(TypeError, match="no word can stand for"):
         Parameter("x", complex, 0j).read("1")
 
 

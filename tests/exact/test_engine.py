@@ -303,7 +303,7 @@ def test_refusals_of_the_engine():
         DDIM(eta=1.5)
     with pytest.raises(ValueError, match="p=0"):
         UniPC(p=0)
-    with pytest.raises(ValueError, match="variant='bh3'"):
+    with pytest.raises(ValueError, match="variant: 'bh3' is not one of bh1, bh2, vary"):
         UniPC(variant="bh3")
     with pytest.raises(ValueError, match="explicit tableau"):
         Tableau(2, (0, 1), ((), (1, 2)), (0.5, 0.5))

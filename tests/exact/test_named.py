@@ -5,9 +5,24 @@ import torch
 
 from fewstep.denoisers import NetworkDenoiser, TrigPrediction
 from fewstep.exact import three_modes
+from fewstep.grids import GRIDS
 from fewstep.networks import MLP
-from fewstep.sampling import DDIM, NOISE, SOLVERS, TAB, DPMSolverPP2M, UniPC, balanced, sample
-from fewstep.sampling.named import ALL_GRIDS, named_grid, named_solver
+from fewstep.sampling import (
+    DDIM,
+    NATIVE,
+    NOISE,
+    SOLVERS,
+    TAB,
+    Churn,
+    DPMSolverPP2M,
+    DualFast,
+    RungeKutta,
+    UniPC,
+    balanced,
+    sample,
+)
+from fewstep.sampling.named import named_grid, named_solver
+from fewstep.sampling.runge_kutta import EULER, HEUN2
 from fewstep.sampling.self_conditioning import SelfConditioning
 from fewstep.schedules import TrigFlow, VPLinear
 
@@ -18,6 +33,12 @@ def test_parameters_of_a_solver():
     assert named_solver("deis:degree=2") == TAB(degree=2)
     assert named_solver("unipc:p=3,variant=bh1,corrector=false") == UniPC(p=3, variant="bh1", corrector=False)
     assert named_solver("dpmpp-2m:form=noise,lower_order_final=true") == DPMSolverPP2M(True, NOISE)
+    assert named_solver("dualfast:ramp=linear,weight=0.3") == DualFast(ramp="linear", weight=0.3)
+    assert named_solver("dualfast:weight=none, anchor=first") == DualFast(anchor="first")
+    assert named_solver("heun:churn=40") == RungeKutta(HEUN2, churn=Churn(40.0))
+    churn = Churn(amount=40.0, low=0.05, high=50.0, inflation=1.003)
+    named = named_solver("euler:churn=40,churn_low=0.05,churn_high=50,churn_noise=1.003")
+    assert named == RungeKutta(EULER, NATIVE, churn)
     assert all(named_solver(name) == SOLVERS[name]() for name in SOLVERS)
 
 
@@ -25,7 +46,7 @@ def test_parameters_of_a_grid():
     """The arguments of the grid function."""
     schedule = VPLinear()
     assert torch.equal(named_grid("balanced:centre=3,kappa=2")(schedule, 7), balanced(schedule, 7, 3.0, 2.0))
-    assert torch.equal(named_grid("karras:rho=5")(schedule, 7), ALL_GRIDS["karras"](schedule, 7, 5.0))
+    assert torch.equal(named_grid("karras:rho=5")(schedule, 7), GRIDS["karras"](schedule, 7, 5.0))
 
 
 @pytest.mark.parametrize(
@@ -34,15 +55,15 @@ def test_parameters_of_a_grid():
         (named_solver, "nosuch", "choose one of"),
         (named_solver, "unipc:q=3", "'q' is not a parameter; it has lower_order_final, p"),
         (named_solver, "unipc:p", "'p' has no value"),
-        (named_solver, "unipc:p=two", "p='two' must be a whole number"),
+        (named_solver, "unipc:p=two", "p: 'two' is not a whole number"),
         (named_solver, "unipc:p=0", "p=0 must be at least 1"),
-        (named_solver, "unipc:corrector=no", "must be true or false"),
-        (named_solver, "unipc:variant=bh3", "variant='bh3' must be 'bh1', 'bh2' or 'vary'"),
-        (named_solver, "dpm2:form=x0", "form='x0' must be 'data' or 'noise'"),
+        (named_solver, "unipc:corrector=no", "corrector: 'no' is not true or false"),
+        (named_solver, "unipc:variant=bh3", "variant: 'bh3' is not one of bh1, bh2, vary"),
+        (named_solver, "dpm2:form=x0", "form: 'x0' is not data or noise"),
         (named_solver, "ddim:eta=2", r"eta=2.0 must lie in \[0, 1\]"),
         (named_solver, "dpmpp-2m-sde:form=noise", "needs form=DATA"),
         (named_grid, "nosuch", "choose one of"),
-        (named_grid, "karras:rho=x", "rho='x' must be a number"),
+        (named_grid, "karras:rho=x", "rho: 'x' is not a finite number"),
         (named_grid, "uniform:rho=3", "'rho' is not a parameter"),
     ],
 )

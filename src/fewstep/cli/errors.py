@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import linecache
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+
+from fewstep.values import suggestion
 
 PACKAGE = str(Path(__file__).parent.parent)
 
@@ -21,12 +22,6 @@ class Stopped(Exception):
     def __init__(self, number: int, message: str = "stopped") -> None:
         super().__init__(message)
         self.number = number
-
-
-def suggestion(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for a near miss, else nothing."""
-    near = difflib.get_close_matches(word, list(choices), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def choose(what: str, word: str, choices: Iterable[str]) -> str:

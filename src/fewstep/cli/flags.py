@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import math
 import re
 import textwrap
-import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fewstep.cli.errors import UserError, suggestion
+from fewstep.cli.errors import UserError
+from fewstep.values import as_words, check, element, read, suggestion, union
 
 #: Help for names that mean the same everywhere and that docstrings therefore leave out.
 COMMON = {
@@ -53,8 +52,6 @@ COMMON = {
 
 #: Longest help of a flag, in characters.
 HELP_LENGTH = 200
-
-KIND_NAMES = {int: "a whole number", float: "a finite number", str: "a word", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -102,65 +99,6 @@ class Parameter:
             raise UserError(f"{self.name}: {error}") from None
 
 
-def read(kind: Any, word: str) -> Any:
-    """``word`` as a value of type ``kind``; ValueError saying what would be right."""
-    options = union(kind)
-    if options:
-        return None if word.lower() == "none" and types.NoneType in options else read(options[0], word)
-    if get_origin(kind) is tuple:
-        return check(kind, [read(element(kind), part) for part in word.strip("()[]").split(",") if part.strip()])
-    if get_origin(kind) is Literal:
-        return check(kind, word)
-    if kind is int:
-        if not re.fullmatch(r"[+-]?[0-9_]+", word.strip()):
-            raise ValueError(f"'{word}' is not a whole number")
-        return int(word)
-    if kind is float:
-        try:
-            return check(float, float(word))
-        except ValueError:
-            raise ValueError(f"'{word}' is not a finite number") from None
-    if kind is str:
-        return word
-    raise TypeError(f"no flag can set a {kind}")
-
-
-def check(kind: Any, value: Any) -> Any:
-    """``value`` (plain data) as a value of type ``kind``; ValueError saying what would be right."""
-    options = union(kind)
-    if options:
-        return None if value is None and types.NoneType in options else check(options[0], value)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple) or not value:
-            raise ValueError(f"'{value}' is not a list such as 1,2,4")
-        length = None if get_args(kind)[-1] is Ellipsis else len(get_args(kind))
-        if length not in (None, len(value)):
-            raise ValueError(f"'{as_words(value)}' has {len(value)} values, {length} are needed")
-        return tuple(check(element(kind), part) for part in value)
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            near = suggestion(str(value), get_args(kind))
-            raise ValueError(f"'{value}' is not one of {', '.join(get_args(kind))}{near}")
-        return value
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)) and kind is not float:
-        return value
-    raise ValueError(f"'{value}' is not {KIND_NAMES[kind]}")
-
-
-def union(kind: Any) -> tuple[Any, ...]:
-    """The members of ``X | None``, None last; empty for other types."""
-    if get_origin(kind) not in (Union, types.UnionType):
-        return ()
-    return tuple(sorted(get_args(kind), key=lambda member: member is types.NoneType))
-
-
-def element(kind: Any) -> Any:
-    """The type of a tuple's elements."""
-    return get_args(kind)[0]
-
-
 def metavar(kind: Any) -> str:
     """What stands for the value in the help."""
     options = union(kind)
@@ -171,15 +109,6 @@ def metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     return {int: "N", float: "X", str: "NAME"}[kind]
-
-
-def as_words(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if isinstance(value, tuple | list):
-        return ",".join(map(as_words, value))
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "none" if value is None else str(value)
 
 
 def of_dataclass(cls: type) -> list[Parameter]:

@@ -84,9 +84,10 @@ def run(chosen: argparse.Namespace) -> None:
 
 
 def print_names() -> None:
-    from fewstep.sampling.named import ALL_GRIDS, SOLVERS
+    from fewstep.grids import GRIDS
+    from fewstep.sampling.named import SOLVERS
 
-    for title, names in (("solvers: ", SOLVERS), ("grids:   ", ALL_GRIDS)):
+    for title, names in (("solvers: ", SOLVERS), ("grids:   ", GRIDS)):
         print(textwrap.fill(", ".join(sorted(names)), 80, initial_indent=title, subsequent_indent=" " * len(title),
                             break_on_hyphens=False))  # fmt: skip
 
@@ -144,7 +145,8 @@ def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, i
     """Samples, steps and network calls of a solver."""
     from fewstep.denoisers import CountCalls
     from fewstep.sampling import sample
-    from fewstep.sampling.named import ALL_GRIDS, SOLVERS
+    from fewstep.grids import GRIDS
+    from fewstep.sampling.named import SOLVERS
 
     if chosen.settings is not None:
         take_settings(chosen)
@@ -156,7 +158,7 @@ def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, i
     else:
         solver = with_statistics(model, chosen)
     if grid is not None:
-        choose("grid", grid.partition(":")[0], sorted(ALL_GRIDS))
+        choose("grid", grid.partition(":")[0], sorted(GRIDS))
     counted = CountCalls(model)
     steered, guides = guided(counted, chosen)
     x = sample(

@@ -17,7 +17,7 @@ from fewstep.hub.requires import require
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.named import named_grid, named_solver
 
-#: The grid that the replaced scheduler makes, beside the names in :data:`fewstep.sampling.named.ALL_GRIDS`.
+#: The grid that the replaced scheduler makes, beside the names in :data:`fewstep.sampling.grids.GRIDS`.
 ORIGINAL = "original"
 
 

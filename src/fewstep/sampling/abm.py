@@ -14,11 +14,12 @@ it is infinitely far away.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
+from fewstep.denoisers import Denoiser, guidance_scale, half_level_of
 from fewstep.grids import balanced
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point, gauss_legendre, vandermonde
 from fewstep.sampling.engine import Row
@@ -26,14 +27,18 @@ from fewstep.sampling.multistep import PredictorCorrector
 from fewstep.sampling.stochastic import check_eta
 from fewstep.schedules import Schedule
 
-#: The scale where nothing is known of the model (see :func:`fewstep.sampling.tuning.half_level`).
-USUAL_SCALE = 1.4
+#: The scale where nothing is known of the model, and under guidance (see :func:`fewstep.sampling.tuning.half_level`).
+USUAL_SCALE, GUIDED_SCALE = 1.4, 2.0
 
 
-def order_for(steps: int, guidance: float) -> int:
-    """The order ``p`` that did best for a number of steps, measured: extrapolation needs steps that are short beside
-    the scale on which the prediction changes, and guidance makes that scale shorter."""
-    return 2 if steps < 10 else 4
+def order_for(steps: int, guidance: float = 1.0) -> int:
+    """The order ``p`` that did best for a number of steps, measured (``docs/systems/abm.md``).
+
+    Extrapolation needs steps that are short beside the scale on which the prediction changes; guidance makes that scale
+    shorter, about as its power 3/4.
+    """
+    room = steps / max(guidance, 1.0) ** 0.75
+    return 1 if room < 3 else 2 if room < 10 else 4
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class ABM(PredictorCorrector):
     there, the step is made again with the polynomial through ``p + 1``, at no further call.
 
     ``c`` is the noise level ``sigma / alpha`` at ``v = 1/2``; it should be that at which half of the prediction is
-    decided (:func:`fewstep.sampling.tuning.half_level`; None is 1.4).  ``p=None`` is by the number of steps, for the
-    ``guidance`` scale that the model is sampled with.  ``eta`` is the share of the reverse SDE (data prediction, no
+    decided (:func:`fewstep.sampling.tuning.half_level`; None is 1.4, under guidance 2).  ``p=None`` is by the number of
+    steps, for the ``guidance`` scale that the model is sampled with.  ``eta`` is the share of the reverse SDE (data prediction, no
     corrector): the weight becomes ``(1 + eta) (rho_t / rho)^eta`` of the above, and fresh noise keeps the marginals.
     A step to pure data is the prediction itself.
 
@@ -59,12 +64,11 @@ class ABM(PredictorCorrector):
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.p not in (None, 1, 2, 3, 4):
             raise ValueError(f"ABM: p={self.p} must be 1, 2, 3, 4 or None (by the number of steps)")
-        if self.c is not None and not 0 < self.c < math.inf:
+        if self.c is not None and not self.c > 0:
             raise ValueError(f"ABM: c={self.c} must be a positive noise level sigma / alpha, or None")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"ABM: guidance={self.guidance} must be a guidance scale, 1 for none")
         check_eta("ABM", self.eta)
         if self.eta and (self.form == NOISE or self.corrector):
             raise ValueError(f"ABM: eta={self.eta} needs form=DATA and corrector=False")
@@ -72,7 +76,18 @@ class ABM(PredictorCorrector):
     @property
     def scale(self) -> float:
         """``c``, or what stands in for it."""
-        return USUAL_SCALE if self.c is None else self.c
+        if self.c is not None:
+            return self.c
+        return USUAL_SCALE if self.guidance <= 1 else GUIDED_SCALE
+
+    def fitted_to(self, model: Denoiser) -> ABM:
+        """The same solver with what it leaves open filled in: the guidance that the model is under, and its half
+        level (measured without guidance, which moves it up)."""
+        guidance = max(self.guidance, guidance_scale(model))
+        half_level = half_level_of(model)
+        if self.c is not None or half_level is None:
+            return replace(self, guidance=guidance)
+        return replace(self, c=half_level if guidance <= 1 else max(half_level, GUIDED_SCALE), guidance=guidance)
 
     @property
     def order(self) -> int:
@@ -83,8 +98,8 @@ class ABM(PredictorCorrector):
         return min(p + 1, 3) if self.corrector else min(p, 2)
 
     def grid(self, schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
-        """Around the scale; many steps want a little less of them near the data."""
-        return balanced(schedule, steps, self.scale * shift, 2.2 if steps <= 10 else 1.8)
+        """``v`` falls as a square."""
+        return balanced(schedule, steps, self.scale * shift, kappa=2.0)
 
     @property
     def outputs(self) -> int:

@@ -29,8 +29,9 @@ from fewstep.grids import Grid
 from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
+from fewstep.sampling.inputs import evaluating
 from fewstep.sampling.named import named_solver, named_times
-from fewstep.sampling.sample import evaluating, sample
+from fewstep.sampling.sample import sample
 from fewstep.schedules import Schedule
 
 

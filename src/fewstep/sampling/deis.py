@@ -39,6 +39,7 @@ class AdamsBashforth(Multistep):
     degree: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.degree <= 3:
             raise ValueError(f"{type(self).__name__}: degree={self.degree} must lie in 0 .. 3")
 
@@ -116,6 +117,7 @@ class IPNDM(Multistep):
     p: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.p not in MIXES:
             raise ValueError(f"IPNDM: p={self.p} must lie in 1 .. 4")
 

@@ -41,6 +41,7 @@ class DPMSolver1(Multistep):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_eta(type(self).__name__, self.eta)
         if self.eta and self.form == NOISE:
             raise ValueError(f"{type(self).__name__}: eta={self.eta} needs form=DATA, the SDE solvers predict data")
@@ -180,10 +181,9 @@ class Single(Solver):
     kind: Kind = "dpmsolver"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.p not in (2, 3):
             raise ValueError(f"{type(self).__name__}: p={self.p} must be 2 or 3")
-        if self.kind not in ("dpmsolver", "taylor"):
-            raise ValueError(f"{type(self).__name__}: kind={self.kind!r} must be 'dpmsolver' or 'taylor'")
 
     @property
     def order(self) -> int:
@@ -260,6 +260,7 @@ class Ancestral(Solver):
     eta: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_eta(type(self).__name__, self.eta)
 
     @property

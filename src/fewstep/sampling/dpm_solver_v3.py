@@ -209,10 +209,9 @@ class DPMSolverV3(Solver):
     lower_order_final: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.p not in (1, 2, 3):
             raise ValueError(f"DPMSolverV3: p={self.p} must be 1, 2 or 3")
-        if self.corrector not in ("off", "on", "half", "first-half"):
-            raise ValueError(f"DPMSolverV3: corrector={self.corrector!r} must be 'off', 'on', 'half' or 'first-half'")
 
     @property
     def order(self) -> int:

@@ -22,6 +22,7 @@ from fewstep.sampling.coefficients import DATA, NOISE, Levels
 from fewstep.sampling.engine import Anchor, Row, Solver, Stage, Step, Table
 from fewstep.sampling.multistep import Multistep
 from fewstep.sampling.stochastic import DDIM
+from fewstep.values import real
 
 #: The best constant ``c`` with the previous prediction on DDIM, by number of steps; it tends to 1/2.
 BEST = {5: 0.8, 10: 0.65, 20: 0.55}
@@ -45,9 +46,9 @@ class DualFast(Solver):
 
     ``anchor`` is the noisier prediction: that of the call before ("previous") or the very first ("first").  ``ramp``
     says how the weight ``c`` runs over the steps: "constant", or "linear" from 0 at the first step to ``weight`` at the
-    last; None is constant with the previous prediction, linear with the first.  ``weight=None`` takes the measured one
-    for DDIM (with the first prediction ``4 / steps``) and 0 for other bases.  The first step, a step from pure noise
-    and one to pure data are the base's own.
+    last; None is constant with the previous prediction, linear with the first.  ``weight``, -10 to 10, is ``c``; None
+    takes the measured one for DDIM (with the first prediction ``4 / steps``) and 0 for other bases.  The first step, a
+    step from pure noise and one to pure data are the base's own.
     """
 
     base: Multistep = field(default_factory=DDIM)
@@ -56,10 +57,9 @@ class DualFast(Solver):
     ramp: Literal["constant", "linear"] | None = None
 
     def __post_init__(self) -> None:
-        if self.anchor not in ("previous", "first"):
-            raise ValueError(f"DualFast: anchor={self.anchor!r} must be 'previous' or 'first'")
-        if self.ramp not in (None, "constant", "linear"):
-            raise ValueError(f"DualFast: ramp={self.ramp!r} must be 'constant' or 'linear'")
+        super().__post_init__()
+        if self.weight is not None:
+            real("DualFast: weight", self.weight, -10, 10)
 
     @property
     def order(self) -> int:

@@ -16,18 +16,19 @@ import copy
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser
-from fewstep.grids import balanced
+from fewstep.grids import balanced, check_grid
 from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import Levels, OutputKind
 from fewstep.sampling.hooks import NO_HOOKS, Hooks
 from fewstep.schedules import Schedule
+from fewstep.values import check_fields
 
 #: ``(p, q)``: what a call leaves in the history is ``p x + q D``; None leaves ``D``.
 Kept = tuple[Tensor, float] | None
@@ -137,7 +138,7 @@ class Table:
 
     def moves(self, x: Tensor) -> Iterator[Move]:
         """The rows in the order of use.  A scale is a 0-d tensor, because multiplying by one takes half the time that
-        wrapping a Python number takes; at least float32, also for states in half precision."""
+        wrapping a Python number takes."""
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         intervals = self._intervals if self.noisy else [None] * len(self.rows)
         if isinstance(self.rows[0], FieldRow):
@@ -209,7 +210,7 @@ def moved(how: Move, x: Tensor, outputs: Iterable[Tensor], noise: Noise | None, 
     if isinstance(row, FieldRow):
         for field, m in zip(row.c, outputs):  # noqa: B905  (a row may reach back less far than the history)
             new.addcmul_(field, m)
-        return new.add_(row.b).to(x.dtype)  # fields are float32 at least, and not 0-d: they would lift the state
+        return new.add_(row.b)
     _, weights, n, on_anchor = row
     for c, m in zip(weights, outputs):  # noqa: B905
         new.add_(m, alpha=c)
@@ -232,6 +233,10 @@ class Solver(ABC):
     """
 
     centre: ClassVar[float] = 2.0
+
+    def __post_init__(self) -> None:
+        """ValueError for a hyper-parameter of another type than its field's, or not finite."""
+        check_fields(self)
 
     @property
     @abstractmethod
@@ -271,6 +276,9 @@ def run(
 
     Differentiable in ``x`` and the denoiser's parameters in whatever gradient mode the caller is in.  Raises
     ValueError when the table was made for another schedule, or draws noise and ``rng`` is None.
+
+    A state in half precision is kept in float32 between the calls, as its fresh noise and the hooks' tensors are; the
+    denoiser is called in half precision, and the end is given back in it.
     """
     if table.schedule != denoiser.schedule:
         raise ValueError(f"the table is for {table.schedule}, the denoiser lives on {denoiser.schedule}")
@@ -278,6 +286,10 @@ def run(
         raise ValueError("this solver draws fresh noise at its steps: pass rng")
     if hooks.start is not None:
         x = hooks.start(x)
+    kind = x.dtype
+    call: Callable[[Tensor, Tensor, Cond], Tensor] = denoiser
+    if kind in HALF:
+        x, call = x.float(), in_half(denoiser, kind)
     times, moves = table.times(x), table.moves(x)
     history: deque[Tensor] = deque(maxlen=table.memory)
     anchor: Tensor | None = None
@@ -288,7 +300,9 @@ def run(
         before, base = base, x
         for stage in step.stages:
             shown, t = (x, times[k]) if hooks.input is None else hooks.input(k, x, times[k])
-            x0 = denoiser(shown, t, cond)
+            x0 = call(shown, t, cond)
+            if k == 0:
+                check_prediction(x0, x)
             if hooks.output is not None:
                 x0 = hooks.output(k, x0, shown, t)
             m = table.stored(k, x0, x)
@@ -308,7 +322,31 @@ def run(
             x = hooks.after(i, x)
         if progress is not None:
             progress(i + 1, len(table.steps))
-    return x
+    return x.to(kind)
+
+
+def check_prediction(x0: Tensor, x: Tensor) -> None:
+    """ValueError unless a denoiser gave a data prediction for a state, and not what broadcasts to one."""
+    if not isinstance(x0, Tensor):
+        raise ValueError(f"the denoiser gave a {type(x0).__name__}, not a tensor of shape {list(x.shape)}")
+    if x0.shape != x.shape or not x0.is_floating_point():
+        raise ValueError(f"the denoiser gave {x0.dtype} of shape {list(x0.shape)} for states of shape {list(x.shape)}")
+
+
+#: Coefficients of noise predictions leave float16 at both ends of a grid, and cancel there to less than its rounding.
+HALF = (torch.float16, torch.bfloat16)
+
+
+def in_half(denoiser: Denoiser, kind: torch.dtype) -> Callable[[Tensor, Tensor, Cond], Tensor]:
+    """A denoiser that is called in half precision, for states in float32."""
+    return lambda x, t, cond: denoiser(x.to(kind), t, cond).to(torch.float32)
+
+
+@lru_cache(maxsize=64)
+def table_for(solver: Solver, schedule: Schedule, times: tuple[float, ...], denoise: bool = False) -> Table:
+    """The table of a solver on a grid, made once for equal arguments; ``denoise`` adds a step to pure data."""
+    levels = Levels.of(schedule, torch.tensor(times, dtype=torch.float64))
+    return solver.table(levels.denoised() if denoise else levels)
 
 
 def solve(
@@ -326,4 +364,5 @@ def solve(
     ``x`` is a state, not noise: at ``times[0]`` it has the scale of ``alpha x_0 + sigma eps``.  Raises ValueError on a
     bad grid, see :meth:`Levels.of`.
     """
-    return run(denoiser, x, solver.table(Levels.of(denoiser.schedule, times)), cond, rng, hooks, progress)
+    table = table_for(solver, denoiser.schedule, tuple(check_grid(times).tolist()))
+    return run(denoiser, x, table, cond, rng, hooks, progress)

@@ -21,9 +21,9 @@ from fewstep.denoisers import Cond, Denoiser
 from fewstep.grids import Grid, check_grid
 from fewstep.randomness import Rng
 from fewstep.sampling.engine import Solver, solve
+from fewstep.sampling.inputs import evaluating
 from fewstep.sampling.named import named_solver, named_times
 from fewstep.sampling.optimal_transport import SOURCES, BrenierPotential, Masses
-from fewstep.sampling.sample import evaluating
 from fewstep.schedules import Schedule, align, as_time, described
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Hooks:
-    """Each hook is a function or None (nothing happens).  ``k`` counts model calls, ``i`` steps, both from 0.
+    """Each hook is a function or None (nothing happens).  ``k`` counts model calls, ``i`` steps, both from 0.  All but
+    ``start`` see a state in half precision, and what was predicted from it, in float32.
 
     * ``start(x)``: the start state -> the state that sampling starts from.
     * ``input(k, x, t)``: state and times ``[B]`` -> what the denoiser is given.

@@ -27,7 +27,7 @@ from torch import Tensor
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.randomness import Rng
 from fewstep.sampling.dpm_solver_v3 import Statistics, statistics_grid
-from fewstep.sampling.sample import evaluating
+from fewstep.sampling.inputs import evaluating
 from fewstep.schedules import Schedule, align
 from fewstep.tangents import Field, finite_difference, tangent
 

@@ -1,22 +1,24 @@
 """Solvers and time grids by name: ``"unipc"``, ``"dpmpp-2m-sde:eta=0.5"``, ``"balanced:centre=2"``.
 
 After a colon come parameters, ``name=value`` with commas between: the fields of the solver, or the arguments of the
-grid function.  Everything that takes a name takes the object itself too.
+grid function.  Runge-Kutta solvers take EDM's churn as ``"heun:churn=40,churn_low=0.05,churn_high=50,
+churn_noise=1.003"`` (S_churn, S_min, S_max and S_noise; :class:`~fewstep.sampling.Churn`).  Everything that takes a
+name takes the object itself too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, get_origin, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
-from fewstep.grids import GRIDS, Grid, check_grid, to_data
+from fewstep.grids import GRIDS, AnyTimes, Grid, check_grid, check_steps, to_data
 from fewstep.sampling.abm import ABM
-from fewstep.sampling.coefficients import DATA, NOISE
+from fewstep.sampling.coefficients import DATA, NOISE, Form
 from fewstep.sampling.deis import IPNDM, TAB, RhoAB
 from fewstep.sampling.dpm_solver import (
     Ancestral,
@@ -43,9 +45,13 @@ from fewstep.sampling.runge_kutta import (
     SSP3,
     RungeKutta,
 )
-from fewstep.sampling.stochastic import DDIM, DDPMLarge
+from fewstep.sampling.stochastic import DDIM, Churn, DDPMLarge
 from fewstep.sampling.unipc import UniPC
 from fewstep.schedules import Schedule
+from fewstep.values import declared, read
+
+#: A grid by name, as a function or as the times themselves; None is the default.
+AnyGrid = str | Grid | AnyTimes | None
 
 #: Solvers by name: constructors that take the solver's hyper-parameters.
 SOLVERS: dict[str, Callable[..., Solver]] = {
@@ -101,91 +107,112 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
 
 DEFAULT_STEPS = 10
 
-ALL_GRIDS = GRIDS
-
 
 def named_solver(solver: str | Solver) -> Solver:
     """A solver from its name and parameters; ValueError names the choices."""
     if isinstance(solver, Solver):
         return solver
-    name, options = parsed("solver", solver, SOLVERS)
+    if not isinstance(solver, str):
+        raise TypeError(f"solver={solver!r} must be a name such as 'unipc', or a Solver")
+    name, words = parsed("solver", solver, SOLVERS)
     made = SOLVERS[name]()
-    fields = {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.init}  # type: ignore[arg-type]
-    try:
-        return dataclasses.replace(made, **checked(f"solver={solver!r}", options, fields))  # type: ignore[type-var]
-    except ValueError as error:
-        raise ValueError(str(error)) from None
+    if not words:
+        return made
+    kinds = {name: kind for name, kind in declared(type(made)).items() if readable(kind)}
+    fields = values_of(f"solver={solver!r}", words, kinds | (CHURN if isinstance(made, RungeKutta) else {}))
+    churn = {CHURN_FIELDS[key]: fields.pop(key) for key in list(fields) if key in CHURN_FIELDS}
+    if churn:
+        fields["churn"] = Churn(**churn)
+    return dataclasses.replace(made, **fields)  # type: ignore[type-var]
+
+
+#: The parameters of EDM's churn, behind the name of a Runge-Kutta solver.
+CHURN_FIELDS = {"churn": "amount", "churn_low": "low", "churn_high": "high", "churn_noise": "inflation"}
+CHURN = dict.fromkeys(CHURN_FIELDS, float)
 
 
 def named_grid(grid: str) -> Grid:
     """A grid function from its name and parameters; ValueError names the choices."""
-    name, options = parsed("grid", grid, GRIDS)
-    known = {
-        p.name: p.default for p in inspect.signature(GRIDS[name]).parameters.values() if p.default is not p.empty
-    }
-    values = checked(f"grid={grid!r}", options, known)
+    name, words = parsed("grid", grid, GRIDS)
+    hints = get_type_hints(GRIDS[name])
+    kinds = {name: kind for name, kind in hints.items() if readable(kind) and name != "steps"}
+    values = values_of(f"grid={grid!r}", words, kinds)
     return partial(GRIDS[name], **values) if values else GRIDS[name]
 
 
 def parsed(what: str, text: str, known: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """``name:key=value,key=value``; ValueError for a name that is not known and for a parameter without a value."""
-    name, _, rest = text.partition(":")
+    """``name:key=value,key=value``; ValueError for a name that is not known, and for a parameter without a value or
+    given twice."""
+    name, colon, rest = text.partition(":")
     if name not in known:
         raise ValueError(f"{what}={name!r} is not known; choose one of {', '.join(sorted(known))}")
-    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
-    for key, equals, value in pairs:
-        if not equals or not value:
-            raise ValueError(f"{what}={text!r}: '{key}' has no value; write {what}='{name}:{key}=...'")
-    return name, {key: value for key, _, value in pairs}
+    words: dict[str, str] = {}
+    for pair in rest.split(",") if colon else ():
+        key, _, value = (part.strip() for part in pair.partition("="))
+        if not value:
+            raise ValueError(f"{what}={text!r}: '{key}' has no value; write {what}='{name}:{key or 'parameter'}=...'")
+        if key in words:
+            raise ValueError(f"{what}={text!r}: '{key}' is given twice")
+        words[key] = value
+    return name, words
 
 
-def checked(where: str, options: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
-    """The values in the types of the defaults; ValueError for an unknown parameter or a value of another type."""
+def values_of(where: str, words: dict[str, str], kinds: dict[str, Any]) -> dict[str, Any]:
+    """The words in their types; ValueError for an unknown parameter or a value of another type."""
     values: dict[str, Any] = {}
-    for key, text in options.items():
-        if key not in known:
-            raise ValueError(f"{where}: '{key}' is not a parameter; it has {', '.join(known) or 'none'}")
-        values[key] = _value(where, key, text, known[key])
+    for key, word in words.items():
+        if key not in kinds:
+            raise ValueError(f"{where}: '{key}' is not a parameter; it has {', '.join(kinds) or 'none'}")
+        try:
+            values[key] = read_form(word) if kinds[key] is Form else read(kinds[key], word)
+        except ValueError as error:
+            raise ValueError(f"{where}: {key}: {error}") from None
     return values
 
 
-def _value(where: str, key: str, text: str, default: Any) -> Any:
-    if key == "form":
-        if text not in FORMS:
-            raise ValueError(f"{where}: form={text!r} must be 'data' or 'noise'")
-        return FORMS[text]
-    if isinstance(default, bool):
-        if text not in ("true", "false"):
-            raise ValueError(f"{where}: {key}={text!r} must be true or false")
-        return text == "true"
-    if isinstance(default, str):
-        return text
-    try:
-        return int(text) if isinstance(default, int) else float(text)
-    except ValueError:
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise ValueError(f"{where}: {key}={text!r} must be {kind}") from None
+def readable(kind: Any) -> bool:
+    """Whether a word can stand for a value of this type: not for a tableau, or a solver inside a solver."""
+    return kind is Form or get_origin(kind) is not None or kind in (bool, int, float, str)
 
 
-FORMS = {"data": DATA, "noise": NOISE}
+def read_form(word: str) -> Form:
+    """ "data" or "noise"."""
+    forms: dict[str, Form] = {"data": DATA, "noise": NOISE}
+    if word not in forms:
+        raise ValueError(f"'{word}' is not data or noise")
+    return forms[word]
 
 
-def named_times(schedule: Schedule, solver: Solver, steps: int | None, grid: str | Grid | Tensor | None) -> Tensor:
+def named_times(schedule: Schedule, solver: Solver, steps: int | None, grid: AnyGrid) -> Tensor:
     """The times ``[steps + 1]`` of a grid given by name, as a function or as the times themselves; None is the solver's
     own grid.
 
     A named grid of a schedule that starts in noise (a table of betas) ends at pure data, unless its ``end`` is given.
-    ValueError when ``steps`` contradicts given times.
+    ValueError when ``steps`` contradicts given times, TypeError for what is neither.
     """
-    if isinstance(grid, Tensor):
+    if isinstance(grid, Tensor | Sequence | np.ndarray) and not isinstance(grid, str):
         times = check_grid(grid, schedule)
         if steps is not None and steps != len(times) - 1:
             raise ValueError(f"steps={steps}, but the given grid of {len(times)} times has {len(times) - 1} steps")
         return times
-    steps = DEFAULT_STEPS if steps is None else steps
+    steps = DEFAULT_STEPS if steps is None else check_steps(steps)
+    return _made_times(schedule, solver, steps, grid).clone()
+
+
+@lru_cache(maxsize=64)
+def _made_times(schedule: Schedule, solver: Solver, steps: int, grid: str | Grid | None) -> Tensor:
     if grid is None:
         return solver.grid(schedule, steps)
-    if not isinstance(grid, str):
-        return grid(schedule, steps)
-    times = named_grid(grid)(schedule, steps)
-    return to_data(times, schedule) if schedule.data_time < 0 and "end=" not in grid else times
+    make = named_grid(grid) if isinstance(grid, str) else grid
+    if not callable(make):
+        raise TypeError(f"grid={grid!r} must be a name such as 'karras', a function or the times themselves")
+    try:
+        times = check_grid(make(schedule, steps), schedule)
+    except ValueError as error:
+        if not isinstance(grid, str):
+            raise
+        raise ValueError(f"grid={grid!r} with steps={steps}: {error}") from None
+    if len(times) != steps + 1:
+        raise ValueError(f"grid={grid!r} gave {len(times)} times for steps={steps}, which need {steps + 1}")
+    to_the_data = isinstance(grid, str) and schedule.data_time < 0 and "end=" not in grid
+    return to_data(times, schedule) if to_the_data else times

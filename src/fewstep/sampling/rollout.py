@@ -15,14 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond, GradientMode, gradients
 from fewstep.flow_maps import FlowMap
-from fewstep.randomness import Rng
+from fewstep.randomness import Noise
+from fewstep.sampling.inputs import Generators, evaluating, start_of
 from fewstep.schedules import Schedule, align
 
 
@@ -73,7 +74,7 @@ def rollout(
     noise: Tensor,
     plan: Plan,
     cond: Cond = None,
-    rng: Rng | None = None,
+    rng: Noise | None = None,
     *,
     stop: int | None = None,
     grad_at: int | None = None,
@@ -110,7 +111,7 @@ def rollout(
     raise AssertionError("unreachable")
 
 
-def renoise(x: Tensor, inner: float, outer: float, schedule: Schedule, rng: Rng | None) -> Tensor:
+def renoise(x: Tensor, inner: float, outer: float, schedule: Schedule, rng: Noise | None) -> Tensor:
     """Lift the output of a call from its inner time to the next time of the plan with fresh noise."""
     if rng is None:
         raise ValueError(f"the plan jumps to {inner:g} and re-noises to {outer:g}: pass rng")
@@ -164,7 +165,7 @@ class Student(nn.Module):
     def classes(self) -> int | None:
         return self.flow_map.classes
 
-    def forward(self, noise: Tensor, cond: Cond = None, steps: int | None = None, rng: Rng | None = None) -> Tensor:
+    def forward(self, noise: Tensor, cond: Cond = None, steps: int | None = None, rng: Noise | None = None) -> Tensor:
         """Data from standard normal ``noise`` in ``steps`` calls (default: the fewest)."""
         steps = next(iter(self.plans)) if steps is None else steps
         if steps not in self.plans:
@@ -172,11 +173,21 @@ class Student(nn.Module):
         return rollout(self.flow_map, noise, self.plans[steps], cond, rng)
 
     @torch.no_grad()
-    def sample(self, n: int, cond: Cond = None, *, steps: int | None = None, seed: int = 0) -> Tensor:
-        """``n`` samples on the device of the weights.  Class labels are cycled when the student is conditional and
-        ``cond`` is None."""
-        device = next(chain(self.parameters(), self.buffers())).device
-        rng = Rng(seed, "sample", device=device)
-        if cond is None and self.classes:
-            cond = torch.arange(n, device=device) % self.classes
-        return self(rng.normal(n, *self.shape), cond, steps, rng)
+    def sample(
+        self,
+        n: int,
+        cond: Cond = None,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        generator: Generators | None = None,
+    ) -> Tensor:
+        """``n`` samples ``[n, *shape]`` in the type and on the device of the weights.
+
+        Class labels are cycled when the student is conditional and ``cond`` is None; ``seed``, ``seeds`` and
+        ``generator`` are those of :func:`~fewstep.sampling.sample`, and so are the errors.
+        """
+        start = start_of(self.flow_map, n, cond, seed=seed, seeds=seeds, generator=generator)
+        with evaluating(self):
+            return self(start.noise, start.cond, steps, start.fresh)

@@ -60,7 +60,7 @@ class Remembering(Denoiser):
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         if self.memory.estimate is None:
             return self.inner(x, t, cond)
-        return self.inner(x, t, cond, beside=self.memory.estimate)
+        return self.inner(x, t, cond, beside=self.memory.estimate.to(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,9 @@ class Asymmetric(Solver):
     td: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.td) and self.td >= 0):
-            raise ValueError(f"Asymmetric: td={self.td} must be finite and not negative")
+        super().__post_init__()
+        if self.td < 0:
+            raise ValueError(f"Asymmetric: td={self.td} must not be negative")
 
     @property
     def order(self) -> int:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from fewstep.sampling.coefficients import Levels, tensor
 from fewstep.sampling.engine import Row
 from fewstep.sampling.multistep import Multistep
+from fewstep.values import real
 
 
 def check_eta(name: str, eta: float) -> None:
     """ValueError unless ``eta`` is a share of noise."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"{name}: eta={eta} must lie in [0, 1]")
+    real(f"{name}: eta", eta, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class DDIM(Multistep):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_eta(type(self).__name__, self.eta)
 
     @property
@@ -71,8 +72,8 @@ class Churn:
     """EDM's churn (Karras et al. 2022, algorithm 2): before a step at noise level ``rho = sigma / alpha`` within
     ``[low, high]``, noise lifts the state to ``(1 + gamma) rho``, ``gamma = min(amount / steps, sqrt 2 - 1)``.
 
-    ``inflation`` (S_noise) is the standard deviation of that noise.  A level above the schedule's ``t_max`` is cut
-    there (EDM's code goes on).
+    ``inflation`` (S_noise, 0 to 10) is the standard deviation of that noise.  A level above the schedule's ``t_max`` is
+    cut there (EDM's code goes on).
     """
 
     amount: float = 0.0
@@ -81,11 +82,9 @@ class Churn:
     inflation: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.amount < 0 or self.inflation < 0 or not 0 <= self.low <= self.high:
-            raise ValueError(
-                f"Churn: amount={self.amount} and inflation={self.inflation} must be >= 0 and "
-                f"0 <= low={self.low} <= high={self.high}"
-            )
+        real("Churn: amount", self.amount, 0)
+        real("Churn: low", self.low, 0, real("Churn: high", self.high, 0))
+        real("Churn: inflation", self.inflation, 0, 10)
 
     def lifts(self, levels: Levels) -> tuple[tuple[float, ...], list[Row | None]]:
         """For every step, the time that it starts from after the lift, and the lift (None: stay)."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from fewstep import grids
 from fewstep.denoisers import Cond
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
-from fewstep.randomness import Rng
+from fewstep.randomness import Noise
 from fewstep.sampling.rollout import Plan, Student, rollout
 from fewstep.schedules import DiscreteVP, Schedule
 
@@ -135,7 +135,7 @@ def sample_student(
     sampler: str,
     steps: int,
     cond: Cond = None,
-    rng: Rng | None = None,
+    rng: Noise | None = None,
     **settings: Any,
 ) -> Tensor:
     """Data from standard normal ``noise`` with a sampler by name, as in ``sample_student(student, noise, "lcm", 4,

@@ -205,7 +205,14 @@ def half_level(denoiser: Denoiser, cond: Cond = None, n: int = 32, steps: int = 
     solver = ABM()
     levels = Levels.of(denoiser.schedule, solver.grid(denoiser.schedule, steps))
     with evaluating(denoiser):
-        run(denoiser, denoiser.schedule.prior(noise), solver.table(levels), labels(denoiser, n, cond), None, Hooks(output=look))
+        run(
+            denoiser,
+            denoiser.schedule.prior(noise),
+            solver.table(levels),
+            labels(denoiser, n, cond),
+            None,
+            Hooks(output=look),
+        )
     change = [float((x0 - seen[0][1]).square().mean()) for _, x0 in seen]
     if not change[-1] > 0:
         raise ValueError("half_level: the prediction is the same at every noise level, there is nothing to measure")

@@ -37,10 +37,9 @@ class UniPC(PredictorCorrector):
     form: Form = DATA
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.p < 1:
             raise ValueError(f"UniPC: p={self.p} must be at least 1")
-        if self.variant not in ("bh1", "bh2", "vary"):
-            raise ValueError(f"UniPC: variant={self.variant!r} must be 'bh1', 'bh2' or 'vary'")
 
     @property
     def order(self) -> int:
