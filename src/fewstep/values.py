@@ -79,9 +79,9 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
     """``value`` as an int; TypeError unless it is a whole number, ValueError outside of ``least .. most``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r} must be a whole number")
-    if least is not None and value < least:
+    if least is not None and int(value) < least:
         raise ValueError(f"{name}={value} must be at least {least}")
-    if most is not None and value > most:
+    if most is not None and int(value) > most:
         raise ValueError(f"{name}={value} must be at most {most}")
     return int(value)
 
@@ -90,7 +90,7 @@ def real(name: str, value: Any, least: float = -math.inf, most: float = math.inf
     """``value`` as a float; TypeError unless it is a real number, ValueError outside of ``least .. most``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} must be a number")
-    if not least <= value <= most:
+    if not least <= float(value) <= most:
         raise ValueError(f"{name}={value} must lie in [{least:g}, {most:g}]")
     return float(value)
 
@@ -111,7 +111,8 @@ def tensor_of(name: str, value: Any) -> Tensor:
 def check_fields(made: Any) -> None:
     """ValueError when a field of a dataclass holds a value of another type than it declares, or a number that is not
     finite."""
-    for name, kind in declared(type(made)).items():
+    cls: Any = type(made)
+    for name, kind in declared(cls).items():
         try:
             check(kind, getattr(made, name))
         except ValueError as error:

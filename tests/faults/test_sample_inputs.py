@@ -12,9 +12,8 @@ import torch
 
 from fewstep.denoisers import Denoiser, Guided
 from fewstep.exact import three_modes
-from fewstep.grids import karras
+from fewstep.grids import GRIDS, karras
 from fewstep.sampling import DDIM, SOLVERS, Churn, RungeKutta, sample
-from fewstep.grids import GRIDS
 from fewstep.sampling.named import CHURN_FIELDS
 from fewstep.schedules import EDM, DiscreteVP
 from fewstep.values import declared

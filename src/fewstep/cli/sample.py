@@ -144,8 +144,8 @@ def from_student(student: Student, chosen: argparse.Namespace) -> tuple[Tensor, 
 def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
     """Samples, steps and network calls of a solver."""
     from fewstep.denoisers import CountCalls
-    from fewstep.sampling import sample
     from fewstep.grids import GRIDS
+    from fewstep.sampling import sample
     from fewstep.sampling.named import SOLVERS
 
     if chosen.settings is not None:

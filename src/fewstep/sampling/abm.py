@@ -48,9 +48,9 @@ class ABM(PredictorCorrector):
 
     ``c`` is the noise level ``sigma / alpha`` at ``v = 1/2``; it should be that at which half of the prediction is
     decided (:func:`fewstep.sampling.tuning.half_level`; None is 1.4, under guidance 2).  ``p=None`` is by the number of
-    steps, for the ``guidance`` scale that the model is sampled with.  ``eta`` is the share of the reverse SDE (data prediction, no
-    corrector): the weight becomes ``(1 + eta) (rho_t / rho)^eta`` of the above, and fresh noise keeps the marginals.
-    A step to pure data is the prediction itself.
+    steps, for the ``guidance`` scale that the model is sampled with.  ``eta`` is the share of the reverse SDE (data
+    prediction, no corrector): the weight becomes ``(1 + eta) (rho_t / rho)^eta`` of the above, and fresh noise keeps
+    the marginals.  A step to pure data is the prediction itself.
 
     Ours.  The construction is UniPC's (Zhao et al. 2023) with another variable; its nearest published relative is CAB
     (Roy & Nair 2026, arXiv 2605.16736), Adams-Bashforth on the velocity in the time of ``c = 1``.

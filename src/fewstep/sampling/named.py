@@ -196,6 +196,8 @@ def named_times(schedule: Schedule, solver: Solver, steps: int | None, grid: Any
             raise ValueError(f"steps={steps}, but the given grid of {len(times)} times has {len(times) - 1} steps")
         return times
     steps = DEFAULT_STEPS if steps is None else check_steps(steps)
+    if not (grid is None or isinstance(grid, str) or callable(grid)):
+        raise TypeError(f"grid={grid!r} must be a name such as 'karras', a function or the times themselves")
     return _made_times(schedule, solver, steps, grid).clone()
 
 
@@ -204,8 +206,6 @@ def _made_times(schedule: Schedule, solver: Solver, steps: int, grid: str | Grid
     if grid is None:
         return solver.grid(schedule, steps)
     make = named_grid(grid) if isinstance(grid, str) else grid
-    if not callable(make):
-        raise TypeError(f"grid={grid!r} must be a name such as 'karras', a function or the times themselves")
     try:
         times = check_grid(make(schedule, steps), schedule)
     except ValueError as error:

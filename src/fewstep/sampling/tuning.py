@@ -1,39 +1,36 @@
-"""Which solver, grid and thresholding for a budget of network calls: from measured evidence, or measured on your model.
+"""Which solver, grid and thresholding for a budget of network calls: by rule, or measured on your model.
 
-:func:`solver_for` looks the answer up in a table that ``benchmarks/solvers.py`` measured on exact mixtures and on the
-digits teacher; :func:`tune` measures it, on a small reference set: a few starting points and where many steps take
-them. Both answer with a :class:`Setting`::
+:func:`solver_for` applies the rule that did best on a population of exact models; :func:`tune` searches, on a small
+reference set: a few starting points and where many steps take them. Both answer with a :class:`Setting`::
 
     images = fs.sample(teacher, 64, **fs.solver_for(steps=8).options())
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Cond, Denoiser
+from fewstep.denoisers import Cond, Denoiser, Guided
 from fewstep.randomness import Rng
-from fewstep.sampling.abm import ABM, USUAL_SCALE
+from fewstep.sampling.abm import ABM, USUAL_SCALE, order_for
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import run
 from fewstep.sampling.hooks import Hooks
+from fewstep.sampling.inputs import evaluating, start_of
 from fewstep.sampling.named import named_solver, named_times
 from fewstep.sampling.sample import Threshold, sample
-from fewstep.schedules import Schedule, VPLinear
-
-EVIDENCE = Path(__file__).parents[1] / "assets" / "solvers.json"
+from fewstep.schedules import Schedule
+from fewstep.values import whole
 
 #: What is searched.  Stochastic solvers follow no path that a reference could give.
 SEARCHED_SOLVERS = (
-    "ddim", "dualfast", "dpmpp-2m", "dpmpp-2m-taylor", "dpmpp-3m", "dpmpp-3m:lower_order_final=true", "dpm-2m", "unipc",
-    "unipc:variant=bh1", "unipc-3", "unipc-3:variant=bh1", "deis-1", "deis-2", "deis", "lms", "ipndm", "heun",
+    *(f"abm:p={p},c={c}" for p in (1, 2, 3, 4) for c in (0.5, 1, 2, 4)),
+    "ddim", "dualfast", "dpmpp-2m", "dpmpp-2m-taylor", "dpmpp-3m", "dpmpp-3m:lower_order_final=true", "dpm-2m",
+    "unipc", "unipc:variant=bh1", "unipc-3", "unipc-3:variant=bh1", "deis-1", "deis-2", "deis", "lms", "ipndm", "heun",
     "dpmpp-2s-fast", "dpmpp-3s-fast", "dpmpp-3s", "rk4",
 )  # fmt: skip
 SEARCHED_GRIDS = (
@@ -156,35 +153,23 @@ def tune(
     return sorted(trials, key=lambda trial: trial.error)
 
 
-def solver_for(steps: int, guided: bool | float = False) -> Setting:
-    """The setting that did best, for ``steps`` network calls, on the problems of the measured table.
+def solver_for(steps: int, guided: bool | float = False, model: Denoiser | None = None, cond: Cond = None) -> Setting:
+    """The setting for ``steps`` network calls: the default solver, centred on the model.
 
-    ``guided`` is the guidance scale, True for a usual one (7.5) and False or 1 for none.  Between the measured budgets
-    the next smaller one decides; above 50 calls, 50.  Best is: the smallest geometric mean, over the problems, of the
-    error divided by the problem's least.  ValueError for fewer than 1 step.
+    ``guided`` is the guidance scale, True for a usual one (7.5) and False or 1 for none.  With a ``model`` its half
+    level is measured under that guidance (512 calls of one sample each; see :func:`half_level`) and the setting is made
+    for it; without, it is the one for models of which nothing is known.  ValueError for fewer than 1 step.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: need at least one network call")
-    scale = 7.5 if guided is True else float(guided)
-    kind = "unguided" if scale <= 1 else "guided at 3" if scale < 5 else "guided at 7.5"
-    table = evidence()[kind]
-    measured = max((calls for calls in table if calls <= steps), default=min(table))
-    best = table[measured]
-    found = setting_of(best.solver, best.grid, steps, VPLinear(), best.threshold)
-    return found or Setting("unipc", "balanced:centre=1", steps, steps)  # too few steps for the best one's order
-
-
-@cache
-def evidence() -> dict[str, dict[int, Setting]]:
-    """The measured table: kind of guidance -> calls -> setting."""
-    stored = json.loads(EVIDENCE.read_text())["best"]
-    return {kind: {int(calls): Setting(**row) for calls, row in rows.items()} for kind, rows in stored.items()}
-
-
-def as_json(best: dict[str, dict[int, Setting]], about: str) -> str:
-    """The file that :func:`evidence` reads."""
-    rows = {kind: {str(calls): asdict(setting) for calls, setting in found.items()} for kind, found in best.items()}
-    return json.dumps({"about": about, "best": rows}, indent=1) + "\n"
+    steps = whole("steps", steps, 1)
+    scale = 7.5 if guided is True else max(float(guided), 1.0)
+    c: float | None = None
+    if model is not None:
+        c = half_level(model if scale == 1 else Guided(model, scale), cond)
+    solver = ABM(c=c, guidance=scale)
+    return Setting(
+        f"abm:p={order_for(steps, scale)},c={solver.scale:.4g}", f"balanced:centre={solver.scale:.4g},kappa=2",
+        steps, steps,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -192,27 +177,20 @@ def half_level(denoiser: Denoiser, cond: Cond = None, n: int = 32, steps: int = 
     """The noise level ``sigma / alpha`` at which half of the prediction is decided: the mean of ``|D(x_t) - D(x_T)|^2``
     along ``n`` trajectories is half of what it is at their end.
 
-    For Gaussian data it is the standard deviation; for data of several scales (principal components, far modes) the
-    scale that carries half of the change.  Costs ``n`` times ``steps`` calls, once a model: assign it to
+    For Gaussian data it is about the standard deviation; for data of several scales (principal components, far modes)
+    the scale that carries half of the change.  Costs ``n`` times ``steps`` calls, once a model: assign it to
     ``denoiser.half_level``.  ValueError when the prediction does not depend on the state.
     """
-    noise, seen = noise_for(denoiser, n, seed), []
+    start, seen = start_of(denoiser, n, cond, seed=seed), []
 
     def look(k: int, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         seen.append((float(denoiser.schedule.ratio(t[:1])), x0))
         return x0
 
     solver = ABM()
-    levels = Levels.of(denoiser.schedule, solver.grid(denoiser.schedule, steps))
+    table = solver.table(Levels.of(denoiser.schedule, solver.grid(denoiser.schedule, steps)))
     with evaluating(denoiser):
-        run(
-            denoiser,
-            denoiser.schedule.prior(noise),
-            solver.table(levels),
-            labels(denoiser, n, cond),
-            None,
-            Hooks(output=look),
-        )
+        run(denoiser, denoiser.schedule.prior(start.noise), table, start.cond, None, Hooks(output=look))
     change = [float((x0 - seen[0][1]).square().mean()) for _, x0 in seen]
     if not change[-1] > 0:
         raise ValueError("half_level: the prediction is the same at every noise level, there is nothing to measure")
