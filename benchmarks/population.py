@@ -31,7 +31,7 @@ FAMILIES: dict[str, Schedule] = {
     "cosine": DiscreteVP.cosine(1000),
 }
 #: Samples of a problem.
-N = 64
+N = 32
 
 
 @dataclass(frozen=True)

@@ -27,18 +27,25 @@ from fewstep.sampling.multistep import PredictorCorrector
 from fewstep.sampling.stochastic import check_eta
 from fewstep.schedules import Schedule
 
-#: The scale where nothing is known of the model, and under guidance (see :func:`fewstep.sampling.tuning.half_level`).
-USUAL_SCALE, GUIDED_SCALE = 1.4, 2.0
+#: The half level where it is not known (see :func:`fewstep.sampling.tuning.half_level`).
+USUAL = 1.4
 
 
 def order_for(steps: int, guidance: float = 1.0) -> int:
-    """The order ``p`` that did best for a number of steps, measured (``docs/systems/abm.md``).
+    """The order ``p`` that did best for a number of steps and a guidance scale, measured (``docs/systems/abm.md``):
+    extrapolation needs steps that are short beside the scale on which the prediction changes, and guidance makes that
+    scale shorter."""
+    w = max(guidance, 1.0)
+    return 1 if steps < 3 * w**0.5 else 2 if steps < 12.5 * w**0.3 else 4
 
-    Extrapolation needs steps that are short beside the scale on which the prediction changes; guidance makes that scale
-    shorter, about as its power 3/4.
-    """
-    room = steps / max(guidance, 1.0) ** 0.75
-    return 1 if room < 3 else 2 if room < 10 else 4
+
+def scale_for(half_level: float | None, guidance: float = 1.0, guided: float | None = None) -> float:
+    """``c`` for a model: the geometric mean of its half levels without guidance and with it (``guided``).  One that is
+    not known counts as 1.4, and as 1.4 times the guidance scale."""
+    w = max(guidance, 1.0)
+    if w == 1:
+        return half_level or USUAL
+    return math.sqrt((half_level or USUAL) * (guided or USUAL * w))
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,10 @@ class ABM(PredictorCorrector):
     there, the step is made again with the polynomial through ``p + 1``, at no further call.
 
     ``c`` is the noise level ``sigma / alpha`` at ``v = 1/2``; it should be that at which half of the prediction is
-    decided (:func:`fewstep.sampling.tuning.half_level`; None is 1.4, under guidance 2).  ``p=None`` is by the number of
-    steps, for the ``guidance`` scale that the model is sampled with.  ``eta`` is the share of the reverse SDE (data
-    prediction, no corrector): the weight becomes ``(1 + eta) (rho_t / rho)^eta`` of the above, and fresh noise keeps
-    the marginals.  A step to pure data is the prediction itself.
+    decided (:func:`fewstep.sampling.tuning.half_level`).  ``p`` and ``c`` that are None are chosen for the number of
+    steps and the ``guidance`` scale that the model is sampled with (:func:`order_for`, :func:`scale_for`).  ``eta`` is
+    the share of the reverse SDE (data prediction, no corrector): the weight becomes ``(1 + eta) (rho_t / rho)^eta`` of
+    the above, and fresh noise keeps the marginals.  A step to pure data is the prediction itself.
 
     Ours.  The construction is UniPC's (Zhao et al. 2023) with another variable; its nearest published relative is CAB
     (Roy & Nair 2026, arXiv 2605.16736), Adams-Bashforth on the velocity in the time of ``c = 1``.
@@ -76,18 +83,13 @@ class ABM(PredictorCorrector):
     @property
     def scale(self) -> float:
         """``c``, or what stands in for it."""
-        if self.c is not None:
-            return self.c
-        return USUAL_SCALE if self.guidance <= 1 else GUIDED_SCALE
+        return scale_for(None, self.guidance) if self.c is None else self.c
 
     def fitted_to(self, model: Denoiser) -> ABM:
-        """The same solver with what it leaves open filled in: the guidance that the model is under, and its half
-        level (measured without guidance, which moves it up)."""
+        """The same solver with what it leaves open filled in: the guidance that the model is under, and its scale."""
         guidance = max(self.guidance, guidance_scale(model))
-        half_level = half_level_of(model)
-        if self.c is not None or half_level is None:
-            return replace(self, guidance=guidance)
-        return replace(self, c=half_level if guidance <= 1 else max(half_level, GUIDED_SCALE), guidance=guidance)
+        c = scale_for(half_level_of(model), guidance) if self.c is None else self.c
+        return replace(self, c=c, guidance=guidance)
 
     @property
     def order(self) -> int:
@@ -121,11 +123,13 @@ class ABM(PredictorCorrector):
         v, end = self.v(s), self.v(t)
         nodes = [(v - self.v(levels.point(i - j))) / (v - end) for j in range(outputs)]  # 0 now, 1 at the end
         a, moments = self.moments(s, t, outputs + 1)
-        # exp(-inf) at pure noise: the SDE forgets the state
-        decay, fresh = math.exp(-self.eta * levels.h(i)) if self.eta else 1.0, 0.0
-        if self.eta:
+        if self.eta:  # exp(-inf) at pure noise: the SDE forgets the state
+            decay = math.exp(-self.eta * levels.h(i))
+            a *= decay
+            moments[0] = t.alpha - a * s.alpha  # what a constant prediction gives, exactly
             fresh = t.sigma * math.sqrt(1 - decay**2)
-        predictor = Row(a * decay, tuple(vandermonde(nodes, moments[:outputs])), fresh)
+            return Row(a, tuple(vandermonde(nodes, moments[:outputs])), fresh), None
+        predictor = Row(a, tuple(vandermonde(nodes, moments[:outputs])))
         if not self.corrector:
             return predictor, None
         return predictor, Row(a, tuple(vandermonde([1.0, *nodes], moments)))

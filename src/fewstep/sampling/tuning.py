@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Cond, Denoiser, Guided
+from fewstep.denoisers import Cond, Denoiser, Guided, half_level_of
 from fewstep.randomness import Rng
-from fewstep.sampling.abm import ABM, USUAL_SCALE, order_for
+from fewstep.sampling.abm import ABM, USUAL, order_for, scale_for
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import run
 from fewstep.sampling.hooks import Hooks
@@ -157,19 +157,18 @@ def solver_for(steps: int, guided: bool | float = False, model: Denoiser | None 
     """The setting for ``steps`` network calls: the default solver, centred on the model.
 
     ``guided`` is the guidance scale, True for a usual one (7.5) and False or 1 for none.  With a ``model`` its half
-    level is measured under that guidance (512 calls of one sample each; see :func:`half_level`) and the setting is made
-    for it; without, it is the one for models of which nothing is known.  ValueError for fewer than 1 step.
+    level is used, measured where it has none, and measured under that guidance (512 calls of one sample each; see
+    :func:`half_level`); without, the setting is the one for models of which nothing is known.  ValueError for fewer
+    than 1 step.
     """
     steps = whole("steps", steps, 1)
     scale = 7.5 if guided is True else max(float(guided), 1.0)
-    c: float | None = None
+    plain = steered = None
     if model is not None:
-        c = half_level(model if scale == 1 else Guided(model, scale), cond)
-    solver = ABM(c=c, guidance=scale)
-    return Setting(
-        f"abm:p={order_for(steps, scale)},c={solver.scale:.4g}", f"balanced:centre={solver.scale:.4g},kappa=2",
-        steps, steps,
-    )  # fmt: skip
+        plain = half_level_of(model) or half_level(model, cond)
+        steered = None if scale == 1 else half_level(Guided(model, scale), cond)
+    c = scale_for(plain, scale, steered)
+    return Setting(f"abm:p={order_for(steps, scale)},c={c:.4g}", f"balanced:centre={c:.4g},kappa=2", steps, steps)
 
 
 @torch.no_grad()
@@ -196,9 +195,9 @@ def half_level(denoiser: Denoiser, cond: Cond = None, n: int = 32, steps: int = 
         raise ValueError("half_level: the prediction is the same at every noise level, there is nothing to measure")
     half = next(i for i, found in enumerate(change) if found >= change[-1] / 2)
     share = (change[-1] / 2 - change[half - 1]) / (change[half] - change[half - 1])
-    above, below = (rho / (rho + USUAL_SCALE) for rho, _ in (seen[half - 1], seen[half]))  # finite at pure noise
+    above, below = (rho / (rho + USUAL) for rho, _ in (seen[half - 1], seen[half]))  # finite at pure noise
     v = above + share * (below - above)
-    return USUAL_SCALE * v / (1 - v)
+    return USUAL * v / (1 - v)
 
 
 def noise_for(denoiser: Denoiser, n: int, seed: int) -> Tensor:
