@@ -1,4 +1,4 @@
-"""Every solver converges at its declared order, on smooth and on random grids, against an exact non-linear flow.
+"""Every solver converges at its order, on smooth and on random grids, against an exact non-linear flow.
 
 The world is a mixture on the line, whose probability flow is the quantile map.  A wrong coefficient can be invisible on
 a uniform grid, so the order is measured on log-uniform, Karras and random strictly decreasing grids.  An order alone
@@ -19,6 +19,7 @@ from fewstep.sampling import (
     IPNDM,
     NATIVE,
     NOISE,
+    SOLVERS,
     TAB,
     Ancestral,
     DPMSolverPP2M,
@@ -28,6 +29,8 @@ from fewstep.sampling import (
     DPMSolverPPSDE,
     DualFast,
     Fast,
+    Levels,
+    Multistep,
     RhoAB,
     RungeKutta,
     ScoreExponential,
@@ -126,17 +129,27 @@ GRIDS = {
 }
 
 
+def formula_order(solver):
+    """The order of a solver's rows once its history is there: from a start at noise the first steps, where predictions
+    hardly move, do not show at these lengths."""
+    if isinstance(solver, UniPC):
+        return solver.p + solver.corrector
+    if isinstance(solver, Multistep) and not isinstance(solver, DPMSolverPP3MPublished):
+        return solver.outputs
+    return solver.order
+
+
 def assert_order(measured, solver, grid):
-    """At least the declared order; at most a little more (third-order ones fall faster on random grids of this length,
-    where the first step, of low order, is still large)."""
+    """At least the order of the formula; at most a little more (third-order ones fall faster on random grids of this
+    length, where the first step, of low order, is still large)."""
     low, high = (0.25, 0.6) if grid == "random" else (0.1, 0.15)
-    assert solver.order - low < measured < solver.order + high
+    assert formula_order(solver) - low < measured < formula_order(solver) + high
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_order_of_multistep_solvers(name, grid):
-    """The error decays at the declared order: 1, 2, and p + 1 with UniPC's corrector."""
+    """The error decays at the order of the formula: 1, 2, and p + 1 with UniPC's corrector."""
     solver = MULTISTEP[name]
     late = name in ("unipc-3", "3m-published", "tab-2", "rho-ab-2")
     steps = (160, 320) if late else (80, 160)
@@ -274,3 +287,59 @@ def test_order_on_another_schedule(grid):
     for solver in (DPMSolverPP2M(), UniPC(p=2, lower_order_final=False), RungeKutta(RK4)):
         measured = slope(world, solver, lambda n: GRIDS[grid](world.schedule, n), (60, 120), 10 * normal_points(40))
         assert_order(measured, solver, grid)
+
+
+def irregular_grid(schedule, steps):
+    """Neighbouring steps in lambda differ by up to a factor of 3, in the pattern of the golden ratio: as irregular as
+    chance.  It is counted from both ends, because the first and last steps, of low order, show, and should have the
+    same proportions in grids of every length."""
+    place = torch.arange(1, steps + 1, dtype=torch.float64)
+    gaps = 1 + 2 * torch.frac(torch.minimum(place, place.flip(0)) * (math.sqrt(5) - 1) / 2)
+    gaps = gaps.cumsum(0)
+    first, last = schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
+    times = schedule.time_at(first + torch.cat([gaps.new_zeros(1), gaps / gaps[-1]]) * (last - first))
+    times[0], times[-1] = schedule.t_max, schedule.t_min
+    return times
+
+
+#: From noise, and from the middle of the way (sigma 2), where predictions move in the first step already.
+STARTS = {
+    "noise": (WORLD, normal_points(12)),
+    "middle": (three_modes(EDM(t_min=0.1, t_max=2.0)), 2.2 * normal_points(12)),
+}
+ENDS = {name: world.flow(x, world.schedule.t_max, world.schedule.t_min) for name, (world, x) in STARTS.items()}
+DETERMINISTIC = [
+    name
+    for name in SOLVERS
+    if not SOLVERS[name]().table(Levels.of(WORLD.schedule, grids.log_snr(WORLD.schedule, 8))).noisy
+]
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_the_declared_order_holds_on_every_grid(name):
+    """As defaulted, a solver never falls slower than it declares, and somewhere not a whole order faster.
+
+    A lack of .4 is let through: at these lengths the next term of the error still counts, most where it has the other
+    sign (measured: .36 with ``dualfast-deis``, whose term of first order is small, .27 and less with all others).
+    """
+    solver, found = SOLVERS[name](), []
+    for start, (world, x) in STARTS.items():
+        for grid in (grids.karras, irregular_grid):
+            errors = [solve(world, x, grid(world.schedule, n), solver) - ENDS[start] for n in (48, 96)]
+            first, second = (float(error.square().mean().sqrt()) for error in errors)
+            found.append(math.log2(first / second))
+    assert solver.order - 0.4 < min(found) < solver.order + 1, found
+
+
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [
+        (DDIM(), 1), (DPMSolverPP2M(), 2), (DPMSolverPP3M(), 2), (DPMSolverPP3M(eta=0.5), 1), (TAB(degree=0), 1),
+        (TAB(degree=3), 2), (UniPC(p=1), 2), (UniPC(p=3), 2), (UniPC(p=3, lower_order_final=False), 3),
+        (UniPC(p=3, corrector=False), 2), (IPNDM(), 1), (IPNDM(p=1), 1), (Fast(3), 2), (Single(3), 3),
+        (DualFast(), 1), (DualFast(weight=0.3, anchor="first"), 0), (DualFast(DPMSolverPP2M()), 2),
+    ],
+)  # fmt: skip
+def test_declared_orders(solver, order):
+    """A run is of the order of its worst step, which may be one order lower than the others."""
+    assert solver.order == order

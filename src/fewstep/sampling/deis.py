@@ -34,7 +34,8 @@ def quadrature() -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class AdamsBashforth(Multistep):
-    """The polynomial of ``degree`` 0 to 3 through the latest ``degree + 1`` noise predictions; order ``degree + 1``."""
+    """The polynomial of ``degree`` 0 to 3 through the latest ``degree + 1`` noise predictions, of order ``degree + 1``
+    once they are there."""
 
     degree: int = 3
 
@@ -46,10 +47,6 @@ class AdamsBashforth(Multistep):
     @property
     def form(self) -> Form:
         return NOISE
-
-    @property
-    def order(self) -> int:
-        return self.degree + 1
 
     @property
     def outputs(self) -> int:
@@ -111,7 +108,7 @@ class IPNDM(Multistep):
     """iPNDM: DDIM with the noise prediction replaced by a fixed Adams-Bashforth mix of the last ``p`` = 1 .. 4.
 
     The mixes are those of equal steps, whatever the grid, and of growing length at the start: second order on smooth
-    grids, first on others.
+    grids, first on others, which is what is declared.
     """
 
     p: int = 4
@@ -127,7 +124,7 @@ class IPNDM(Multistep):
 
     @property
     def order(self) -> int:
-        return min(self.p, 2)
+        return 1
 
     @property
     def outputs(self) -> int:

@@ -48,7 +48,7 @@ class DPMSolver1(Multistep):
 
     @property
     def order(self) -> int:
-        return 1 if self.eta else self.outputs
+        return 1 if self.eta else super().order
 
     @property
     def outputs(self) -> int:
@@ -130,10 +130,6 @@ class DPMSolverPP3MPublished(DPMSolverPP3M):
 
     curvature: ClassVar[float] = 1.0
 
-    @property
-    def order(self) -> int:
-        return 1 if self.eta else 2
-
     def slope_weight(self, w: list[float]) -> float:
         return w[0] / 2
 
@@ -213,6 +209,11 @@ class Fast(Single):
     """
 
     p: int = 3
+
+    @property
+    def order(self) -> int:
+        """Of a run, whose last step may be of first order."""
+        return 2
 
     def calls(self, steps: int) -> int:
         return steps

@@ -63,11 +63,12 @@ class DualFast(Solver):
 
     @property
     def order(self) -> int:
-        """With its own weights it tends to Adams-Bashforth 2 on DDIM (for equal steps).  A fixed weight breaks a higher
-        order, and on the first prediction, which does not come closer as the steps become many, convergence itself."""
+        """First on DDIM, where its own weights tend to Adams-Bashforth 2, which is of second for equal steps.  A fixed
+        weight breaks a higher order, and on the first prediction, which does not come closer as the steps become many,
+        convergence itself."""
         if self.weight:
             return 1 if self.anchor == "previous" else 0
-        return (2 if self.anchor == "previous" else 1) if type(self.base) is DDIM else self.base.order
+        return self.base.order
 
     def weights(self, steps: int) -> list[float]:
         """``c`` of every step."""

@@ -226,10 +226,11 @@ def moved(how: Move, x: Tensor, outputs: Iterable[Tensor], noise: Noise | None, 
 class Solver(ABC):
     """A frozen dataclass that makes a table.
 
-    ``order`` is the order of convergence on the probability-flow ODE (1 for the stochastic ones); ``calls(steps)``
-    the model calls of ``steps`` steps, one less per extra stage for every step that starts at pure noise or ends at
-    pure data (``Table.calls`` is exact).  ``centre`` is the noise level ``sigma / alpha`` at the middle of the
-    solver's own grid, measured.
+    ``order`` is the order of convergence of a whole run on the probability-flow ODE, on any grid (1 for the stochastic
+    ones): a step of low order at the start or the end counts, although a start at pure noise hides it for long.
+    ``calls(steps)`` are the model calls of ``steps`` steps, one less per extra stage for every step that starts at pure
+    noise or ends at pure data (``Table.calls`` is exact).  ``centre`` is the noise level ``sigma / alpha`` at the
+    middle of the solver's own grid, measured.
     """
 
     centre: ClassVar[float] = 2.0

@@ -48,6 +48,11 @@ class Multistep(Solver):
         return self.outputs if self.outputs > 2 else 1
 
     @property
+    def order(self) -> int:
+        """Of a run: the first step has one output, and a single step of first order holds a run at second."""
+        return min(self.outputs, 2)
+
+    @property
     @abstractmethod
     def outputs(self) -> int:
         """The most model outputs that a row uses."""

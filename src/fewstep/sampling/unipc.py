@@ -17,7 +17,7 @@ class UniPC(PredictorCorrector):
     """UniPC-p (Zhao et al. 2023, algorithms 5 to 8), p = 1, 2, 3, ...
 
     The predictor extrapolates the last p outputs; when the next output is there, the corrector redoes the step with it
-    and the model is *not* called again, so p + 1 orders cost one call a step.  Both solve
+    and the model is *not* called again, so order p + 1 costs one call a step.  Both solve
 
         sum_j c_j r_j^k = k! w_k,   k = 1, 2, ...
 
@@ -43,7 +43,9 @@ class UniPC(PredictorCorrector):
 
     @property
     def order(self) -> int:
-        return self.p + 1 if self.corrector else self.p
+        """Of a run: the first step is of first order, of second when it is corrected; the last is not corrected, and of
+        first order with ``lower_order_final``."""
+        return min(self.p + 1, 2 if self.lower_order_final else 3) if self.corrector else min(self.p, 2)
 
     @property
     def outputs(self) -> int:
