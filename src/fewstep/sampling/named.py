@@ -195,8 +195,6 @@ def named_times(schedule: Schedule, solver: Solver, steps: int | None, grid: Any
         if steps is not None and steps != len(times) - 1:
             raise ValueError(f"steps={steps}, but the given grid of {len(times)} times has {len(times) - 1} steps")
         return times
-    if grid is not None and not isinstance(grid, str) and not callable(grid):
-        raise TypeError(f"grid={grid!r} must be a name such as 'karras', a function or the times themselves")
     steps = DEFAULT_STEPS if steps is None else check_steps(steps)
     if not (grid is None or isinstance(grid, str) or callable(grid)):
         raise TypeError(f"grid={grid!r} must be a name such as 'karras', a function or the times themselves")
