@@ -95,14 +95,14 @@ def power(schedule: Schedule, steps: int, kappa: float = 2.0, end: float | None 
 
 def log_snr(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
     """Equally spaced in lambda = log(alpha / sigma)."""
-    first, last = -_reach(schedule, end).log()
+    first, last = -reach(schedule, end).log()
     return _with_ends(schedule.time_at(first + _unit(steps) * (last - first)), schedule, end)
 
 
 def karras(schedule: Schedule, steps: int, rho: float = 7.0, end: float | None = None) -> Tensor:
     """Equally spaced in ``(sigma / alpha) ** (1 / rho)`` (Karras et al. 2022, eq. 5), mapped back to time."""
     check_spacing(rho=rho)
-    first, last = _reach(schedule, end) ** (1 / rho)
+    first, last = reach(schedule, end) ** (1 / rho)
     ratio = (first + _unit(steps) * (last - first)) ** rho
     return _with_ends(schedule.time_at(-torch.log(ratio)), schedule, end)
 
@@ -133,7 +133,7 @@ def to_data(grid: Tensor, schedule: Schedule) -> Tensor:
     return check_grid(torch.cat([grid[:-1], grid.new_tensor([schedule.data_time])]), schedule)
 
 
-def _reach(schedule: Schedule, end: float | None) -> Tensor:
+def reach(schedule: Schedule, end: float | None) -> Tensor:
     """The noise levels ``sigma / alpha`` at the two ends.  Pure noise and pure data, which flow matching reaches, are
     infinitely far away: the levels are spaced between EDM's 80 and 0.002 there, and the ends follow in one step."""
     log_snr = schedule.log_snr(torch.stack(_ends(schedule, end)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import sys
@@ -64,6 +65,27 @@ def test_sample_saves_what_the_library_samples(cli: Cli) -> None:
     labels = torch.tensor([3, 7, 3, 7, 3])
     expected = fs.sample(fs.load("digits"), 5, solver="heun", steps=3, grid="karras", cond=labels, seed=9, guidance=2.0)
     assert np.array_equal(np.load("x.npz")["samples"], expected.numpy())
+
+
+def test_sample_takes_a_seed_a_sample(cli: Cli) -> None:
+    """As many samples as seeds, each the library's; what is no list of numbers is answered before the work."""
+    cli("sample", "digits", "--solver", "ddpm", "--steps", "3", "--class", "3", "--seeds", "5,7", "--out", "x.npz")
+    labels = torch.tensor([3, 3])
+    expected = fs.sample(fs.load("digits"), 2, solver="ddpm", steps=3, cond=labels, seeds=[5, 7])
+    assert np.array_equal(np.load("x.npz")["samples"], expected.numpy())
+    done = cli("sample", "digits", "--seeds", "5,x", code=2)
+    assert "--seeds 5,x: give one whole number a sample" in done.err
+    done = cli("sample", "digits", "--seeds", "5,7", "--seed", "1", code=2)
+    assert "seed=1 stands beside seeds" in done.err
+
+
+def test_sample_with_adaptive_steps(cli: Cli) -> None:
+    """The steps and calls that were made are told; a number of steps is refused."""
+    done = cli("sample", "digits", "--n", "2", "--solver", "dpm-23:rtol=0.2")
+    steps, calls = (int(word) for word in re.findall(r"(\d+) (?:steps|network calls)", done.out))
+    assert 1 < steps < calls <= 3 * steps
+    done = cli("sample", "digits", "--n", "2", "--solver", "dpm-12", "--steps", "5", code=2)
+    assert "steps=5: DPM-Solver-12 finds its own" in done.err
 
 
 def test_sample_draws_a_sheet_and_tells_the_cost(cli: Cli) -> None:

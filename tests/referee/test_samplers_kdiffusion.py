@@ -4,6 +4,7 @@ Both compute in float64, so they agree to rounding: states start at size 80, hen
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -16,17 +17,20 @@ from fewstep.sampling import (
     DDIM,
     NATIVE,
     NOISE,
+    AdaptiveDPMSolver,
     Ancestral,
     Churn,
     DPMSolverPP2M,
     DPMSolverPP2MTaylor,
     DPMSolverPP3MPublished,
     DPMSolverPPSDE,
+    Hooks,
     RhoAB,
     RungeKutta,
     Single,
     solve,
 )
+from fewstep.sampling.named import named_solver
 from fewstep.sampling.runge_kutta import EULER, HEUN2, MIDPOINT
 from fewstep.schedules import EDM
 
@@ -157,10 +161,41 @@ class ExactWarmUp(DPMSolverPP3MPublished):
         return w[1]
 
 
+class TheirController(AdaptiveDPMSolver):
+    """k-diffusion's rule for the next step, in the place of the paper's, at its defaults."""
+
+    def judged(self, error, h):
+        factor = 1 + math.atan((error + 1e-8) ** (-1 / self.p) - 1)
+        return factor >= 0.81, h * factor
+
+
+@pytest.mark.parametrize(("rtol", "first"), [(0.05, 0.05), (0.05, 3.0), (0.001, 1.0)])
+@pytest.mark.parametrize("p", [2, 3])
+def test_adaptive_dpm_solvers(p, rtol, first):
+    """DPM-Solver-12 and -23, step for step and refusal for refusal; theirs makes the refused step's first call again.
+
+    Their tolerances are float32.
+    """
+    ends = torch.tensor([80.0, 0.002], dtype=torch.float64)
+    rtol, atol = torch.tensor([rtol, 0.0078]).tolist()
+    start, asked = -ends.log(), []
+    theirs, info = sampling.DPMSolver(model).dpm_solver_adaptive(
+        START[:1], start[0], start[1], order=p, rtol=rtol, atol=atol, h_init=first
+    )
+    hooks = Hooks(input=lambda k, x, t: asked.append(k) or (x, t))
+    ours = solve(WORLD, START[:1], ends, TheirController(p, NOISE, rtol, atol, first), hooks=hooks)
+    assert len(asked) == info["nfe"] - info["n_reject"]
+    assert float((ours - theirs).abs().max()) < TOLERANCE
+    assert first < 1 or info["n_reject"] > 0
+
+
 @pytest.mark.parametrize("name", ["sample_heun", "sample_euler"])
 def test_churn(name, sigmas):
-    """Heun and Euler with churn, with the noise that torch's global generator gives them."""
+    """Heun and Euler with churn, by name, with the noise that torch's global generator gives them.  (Their Euler is
+    one in the schedule's own time, which on theirs is the noise level.)"""
+    words = "churn=4,churn_low=0.05,churn_high=50,churn_noise=1.007"
     churn = Churn(amount=4.0, low=0.05, high=50.0, inflation=1.007)
+    assert named_solver(f"heun:{words}") == RungeKutta(HEUN2, churn=churn)
     torch.manual_seed(0)
     theirs = getattr(sampling, name)(
         model, START, sigmas, disable=True, s_churn=4.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.007
@@ -168,7 +203,6 @@ def test_churn(name, sigmas):
     torch.manual_seed(0)
     noises = [torch.randn_like(START) for _ in range(12)]  # they draw at every step, we where the churn acts
     inside = [z for z, sigma in zip(noises, sigmas[:-1].tolist(), strict=True) if 0.05 <= sigma <= 50]
-    tableau = {"sample_heun": HEUN2, "sample_euler": EULER}[name]
-    ours = solve(WORLD, START, sigmas, RungeKutta(tableau, churn=churn), rng=SharedNoise(inside))
-    assert len(inside) > 3
+    solver = named_solver(f"{name.removeprefix('sample_')}:{words}")
+    ours = solve(WORLD, START, sigmas, solver, rng=SharedNoise(inside))
     assert float((ours - theirs).abs().max()) < TOLERANCE

@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--interval", metavar="LOW,HIGH", help="guide at these noise levels sigma / alpha only")
     parser.add_argument("--prompt", metavar="TEXT", help="for a pipeline with text encoders")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
+    parser.add_argument("--seeds", metavar="N,..", help="one a sample, in the place of --n and --seed")
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="default cpu")
     parser.add_argument("--out", metavar="FILE", type=Path, help=".png or .npz (default: the model's name and .png)")
     parser.add_argument("--columns", metavar="N", type=int, default=10, help="of the grid (default 10)")
@@ -70,6 +71,9 @@ def run(chosen: argparse.Namespace) -> None:
         return
     if chosen.model is None:
         raise UserError("MODEL is missing: a bundled model (digits), a model or run folder, a pipeline's folder")
+    made_from = seeds(chosen)
+    if made_from is not None:
+        chosen.n = len(made_from)
     for flag in ("n", "columns"):
         if getattr(chosen, flag) < 1:
             raise UserError(f"--{flag} {getattr(chosen, flag)} must be at least 1")
@@ -85,9 +89,9 @@ def run(chosen: argparse.Namespace) -> None:
 
 def print_names() -> None:
     from fewstep.grids import GRIDS
-    from fewstep.sampling.named import SOLVERS
+    from fewstep.sampling.named import ALL_SOLVERS
 
-    for title, names in (("solvers: ", SOLVERS), ("grids:   ", GRIDS)):
+    for title, names in (("solvers: ", ALL_SOLVERS), ("grids:   ", GRIDS)):
         print(textwrap.fill(", ".join(sorted(names)), 80, initial_indent=title, subsequent_indent=" " * len(title),
                             break_on_hyphens=False))  # fmt: skip
 
@@ -137,7 +141,7 @@ def from_student(student: Student, chosen: argparse.Namespace) -> tuple[Tensor, 
     steps = chosen.steps if chosen.steps is not None else next(iter(student.plans))
     if steps not in student.plans:
         raise UserError(f"--steps {steps}: this student has plans for {', '.join(map(str, student.plans))} steps")
-    x = student.sample(chosen.n, condition(chosen, student), steps=steps, seed=chosen.seed)
+    x = student.sample(chosen.n, condition(chosen, student), steps=steps, seed=chosen.seed, seeds=seeds(chosen))
     return x, steps, len(student.plans[steps].times)
 
 
@@ -146,26 +150,27 @@ def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, i
     from fewstep.denoisers import CountCalls
     from fewstep.grids import GRIDS
     from fewstep.sampling import sample
-    from fewstep.sampling.named import SOLVERS
+    from fewstep.sampling.named import ALL_SOLVERS
 
     if chosen.settings is not None:
         take_settings(chosen)
-    steps = 10 if chosen.steps is None else chosen.steps
     grid = chosen.grid
     if chosen.statistics is None:
         solver: str | Solver = chosen.solver or "unipc"
-        choose("solver", str(solver).partition(":")[0], sorted(SOLVERS))
+        choose("solver", str(solver).partition(":")[0], sorted(ALL_SOLVERS))
     else:
         solver = with_statistics(model, chosen)
     if grid is not None:
         choose("grid", grid.partition(":")[0], sorted(GRIDS))
     counted = CountCalls(model)
     steered, guides = guided(counted, chosen)
+    steps: list[int] = []
     x = sample(
-        steered, chosen.n, solver=solver, steps=steps, grid=grid, cond=condition(chosen, model), seed=chosen.seed,
-        threshold=chosen.threshold, denoise=chosen.denoise, one_path=chosen.one_path,
+        steered, chosen.n, solver=solver, steps=chosen.steps, grid=grid, cond=condition(chosen, model),
+        seed=chosen.seed, seeds=seeds(chosen), threshold=chosen.threshold, denoise=chosen.denoise,
+        one_path=chosen.one_path, progress=lambda done, total: steps.append(done),
     )  # fmt: skip
-    return x, steps, counted.calls + sum(guide.calls for guide in guides)
+    return x, len(steps), counted.calls + sum(guide.calls for guide in guides)
 
 
 def with_statistics(model: Denoiser, chosen: argparse.Namespace) -> Solver:
@@ -242,6 +247,16 @@ def pipeline_of(model: Student | Denoiser) -> LoadedPipeline | None:
 
     net = network_of(model).net
     return from_pipeline(net.origin.pipe) if isinstance(net, Adapter) and net.origin is not None else None
+
+
+def seeds(chosen: argparse.Namespace) -> list[int] | None:
+    """``--seeds``, one a sample; None when it was not given."""
+    if chosen.seeds is None:
+        return None
+    try:
+        return [int(word) for word in chosen.seeds.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {chosen.seeds}: give one whole number a sample, such as 3,5,7") from None
 
 
 def condition(chosen: argparse.Namespace, model: Student | Denoiser) -> Any:

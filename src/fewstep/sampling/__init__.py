@@ -2,6 +2,7 @@
 
 from fewstep.grids import balanced
 from fewstep.sampling.abm import ABM
+from fewstep.sampling.adaptive import AdaptiveDPMSolver
 from fewstep.sampling.brownian import BrownianPath
 from fewstep.sampling.coefficients import DATA, NOISE, Levels
 from fewstep.sampling.deis import IPNDM, TAB, RhoAB, ScoreExponential
@@ -50,6 +51,7 @@ __all__ = [
     "SOLVERS",
     "STUDENT_SAMPLERS",
     "TAB",
+    "AdaptiveDPMSolver",
     "Ancestral",
     "BrownianPath",
     "Churn",

@@ -234,6 +234,8 @@ class Solver(ABC):
     """
 
     centre: ClassVar[float] = 2.0
+    #: The steps of a run where nobody says how many.
+    usual_steps: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
         """ValueError for a hyper-parameter of another type than its field's, or not finite."""
@@ -261,6 +263,22 @@ class Solver(ABC):
     @abstractmethod
     def table(self, levels: Levels) -> Table:
         """The coefficients on a grid."""
+
+    def move(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        times: Tensor,
+        cond: Cond = None,
+        rng: Noise | None = None,
+        hooks: Hooks = NO_HOOKS,
+        progress: Callable[[int, int], None] | None = None,
+        denoise: bool = False,
+    ) -> Tensor:
+        """Move the state ``x`` along the times of a grid, here along the solver's table; ``denoise`` adds a step to
+        pure data.  Otherwise as :func:`run`."""
+        table = table_for(self, denoiser.schedule, tuple(times.tolist()), denoise)
+        return run(denoiser, x, table, cond, rng, hooks, progress)
 
 
 def run(
@@ -340,7 +358,13 @@ HALF = (torch.float16, torch.bfloat16)
 
 def in_half(denoiser: Denoiser, kind: torch.dtype) -> Callable[[Tensor, Tensor, Cond], Tensor]:
     """A denoiser that is called in half precision, for states in float32."""
-    return lambda x, t, cond: denoiser(x.to(kind), t, cond).to(torch.float32)
+
+    def called(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        x0 = denoiser(x.to(kind), t, cond)
+        check_prediction(x0, x)
+        return x0.float()
+
+    return called
 
 
 @lru_cache(maxsize=64)
@@ -365,5 +389,4 @@ def solve(
     ``x`` is a state, not noise: at ``times[0]`` it has the scale of ``alpha x_0 + sigma eps``.  Raises ValueError on a
     bad grid, see :meth:`Levels.of`.
     """
-    table = table_for(solver, denoiser.schedule, tuple(check_grid(times).tolist()))
-    return run(denoiser, x, table, cond, rng, hooks, progress)
+    return solver.move(denoiser, x, check_grid(times), cond, rng, hooks, progress)

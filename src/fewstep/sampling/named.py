@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep.grids import GRIDS, AnyTimes, Grid, check_grid, check_steps, to_data
 from fewstep.sampling.abm import ABM
+from fewstep.sampling.adaptive import AdaptiveDPMSolver
 from fewstep.sampling.coefficients import DATA, NOISE, Form
 from fewstep.sampling.deis import IPNDM, TAB, RhoAB
 from fewstep.sampling.dpm_solver import (
@@ -105,7 +106,12 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "dualfast-deis": partial(DualFast, TAB(), weight=0.05),
 }
 
-DEFAULT_STEPS = 10
+#: Solvers that find their steps as they go: no table, and no scheduler can be made of them.
+ADAPTIVE: dict[str, Callable[..., Solver]] = {
+    "dpm-12": partial(AdaptiveDPMSolver, 2),
+    "dpm-23": AdaptiveDPMSolver,
+}
+ALL_SOLVERS = SOLVERS | ADAPTIVE
 
 
 def named_solver(solver: str | Solver) -> Solver:
@@ -114,8 +120,8 @@ def named_solver(solver: str | Solver) -> Solver:
         return solver
     if not isinstance(solver, str):
         raise TypeError(f"solver={solver!r} must be a name such as 'unipc', or a Solver")
-    name, words = parsed("solver", solver, SOLVERS)
-    made = SOLVERS[name]()
+    name, words = parsed("solver", solver, ALL_SOLVERS)
+    made = ALL_SOLVERS[name]()
     if not words:
         return made
     kinds = {name: kind for name, kind in declared(type(made)).items() if readable(kind)}
@@ -195,7 +201,7 @@ def named_times(schedule: Schedule, solver: Solver, steps: int | None, grid: Any
         if steps is not None and steps != len(times) - 1:
             raise ValueError(f"steps={steps}, but the given grid of {len(times)} times has {len(times) - 1} steps")
         return times
-    steps = DEFAULT_STEPS if steps is None else check_steps(steps)
+    steps = solver.usual_steps if steps is None else check_steps(steps)
     if not (grid is None or isinstance(grid, str) or callable(grid)):
         raise TypeError(f"grid={grid!r} must be a name such as 'karras', a function or the times themselves")
     return _made_times(schedule, solver, steps, grid).clone()

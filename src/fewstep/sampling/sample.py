@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.denoisers import Clipped, Cond, Denoiser, DynamicThreshold, Guided, NetworkDenoiser
 from fewstep.sampling.abm import ABM
-from fewstep.sampling.engine import Solver, run, table_for
+from fewstep.sampling.engine import Solver
 from fewstep.sampling.hooks import NO_HOOKS
 from fewstep.sampling.inputs import Generators, Numbers, evaluating, guidance_of, start_of
 from fewstep.sampling.named import AnyGrid, named_solver, named_times
@@ -44,8 +44,9 @@ def sample(
 
     ``solver`` and ``grid`` are names (:data:`~fewstep.sampling.SOLVERS`, :data:`~fewstep.sampling.grids.GRIDS`),
     with parameters if need be (:mod:`~fewstep.sampling.named`), or objects; ``grid`` may be the times themselves.
-    ``steps`` (default 10) counts steps; a solver of k stages makes about k calls a step.  Class labels ``cond`` ``[n]``
-    are cycled when the denoiser is conditional and ``cond`` is None.
+    ``steps`` (default 10) counts steps; a solver of k stages makes about k calls a step.  An adaptive one ("dpm-12",
+    "dpm-23") finds its own: leave ``steps`` out; :class:`~fewstep.denoisers.CountCalls` tells the calls.  Class labels
+    ``cond`` ``[n]`` are cycled when the denoiser is conditional and ``cond`` is None.
 
     ``noise`` ``[n, *shape]`` is standard normal; by default it is drawn from ``seed``, which also seeds stochastic
     solvers.  ``seeds`` are one a sample: then sample k does not depend on how many are drawn with it, and is that of
@@ -101,7 +102,6 @@ def sample(
             f"steps={len(times) - 1} are too few for solver {asked!r}, which needs {solver.least_steps} to reach its "
             "order; take more steps or a solver of lower order (abm, unipc, dpmpp-2m, ddim)"
         )
-    table = table_for(solver, denoiser.schedule, tuple(times.tolist()), denoise)
     scale = denoiser.schedule.sigma(times[:1]).to(x.device)
     with evaluating(denoiser):
-        return run(denoiser, align(scale, x) * x, table, cond, start.fresh, hooks, progress)
+        return solver.move(denoiser, align(scale, x) * x, times, cond, start.fresh, hooks, progress, denoise)
