@@ -27,6 +27,8 @@ METHODS = ("denoising", "flow-matching", "analog-bits", "lowdiff")
 SCHEDULES = ("TrigFlow", "FlowMatching", "EDM", "VPLinear", "VPCosine")
 #: What the data and the method decide about a network.
 FROM_DATA = ("shape", "classes", "extras", "beside")
+#: A network of more tensors of weights is a slip of the hand, and would take hours to build.
+MOST_TENSORS = 10_000
 DEFAULTS = {"method": "denoising", "network": "unet", "schedule": "TrigFlow", "prediction": "trig"}
 
 
@@ -100,9 +102,10 @@ def initialised(description: dict[str, Any], seed: int) -> NetworkDenoiser:
     import torch
 
     from fewstep.hub import native
+    from fewstep.hub.weights import no_larger_than
     from fewstep.randomness import derive_seed
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), no_larger_than(MOST_TENSORS):
         torch.manual_seed(derive_seed(seed, "initial weights"))
         return native.build(description)
 
