@@ -147,7 +147,7 @@ def check(value: Any, schema: Any, place: Place) -> Any:
         return check_object(value, schema, place)
     if origin in (list, tuple):
         any_length = origin is list or members[-1] is Ellipsis
-        if not isinstance(value, list) or not (any_length or len(value) == len(members)):
+        if not isinstance(value, list | tuple) or not (any_length or len(value) == len(members)):
             raise place.wrong(value, in_words(schema))
         each = (members[0],) * len(value) if any_length else members
         found = [
@@ -261,14 +261,16 @@ def with_sizes(hint: Any, whole: Any) -> Any:
 def blaming(place: Path | str) -> Iterator[None]:
     """What a library raises inside becomes one ValueError that names ``place``, the file whose content it was given.
 
-    Memory that runs out and packages that are missing stay what they are.
+    Memory that runs out stays what it is, a package that is missing an ImportError.
     """
     try:
         yield
-    except (MemoryError, ImportError):
+    except MemoryError:
         raise
+    except ImportError as error:
+        raise ImportError(f"{place}: {error}") from error
     except Exception as error:
-        if str(error).startswith(f"{place}: ") and isinstance(error, ValueError):
+        if isinstance(error, ValueError) and str(error).startswith(str(place)):
             raise  # it is said already
         first = (str(error).strip().splitlines() or [""])[0]
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+# as the command line does before it imports them
+os.environ.update(DIFFUSERS_VERBOSITY="error", TQDM_DISABLE="1")
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -159,7 +163,7 @@ def drop(file: Path, path: tuple[Any, ...]) -> None:
 
 
 def shown(text: str) -> str:
-    return text if len(text) < 20 else f"{text[:3]}.."
+    return text if len(text) < 100 else f"{text[:3]}..{text[-90:]}"
 
 
 def json_cases(folder: Path, name: str, wrong: tuple[str, ...]) -> Iterator[Case]:
@@ -273,7 +277,10 @@ def decoy_cases(folder: str, weights: str, pickled: str) -> Iterator[Case]:
                     pointing(f, shard, keep), trap(f / folder / pickled), trap(f / "x.bin"), trap(f / folder / "x.gguf")
                 ),
             )  # fmt: skip
-        for what, text in {"deep": DEEP, "a list": "[]", "no map": "{}", "a map of numbers": '{"weight_map": {"a": 1}, "metadata": {}}'}.items():  # fmt: skip
+        texts = {
+            "deep": DEEP, "a list": "[]", "no map": "{}", "a map of numbers": '{"weight_map": {"a": 1}, "metadata": {}}'
+        }  # fmt: skip
+        for what, text in texts.items():
             yield Case(
                 f"{folder}: an index {beside} that is {what}",
                 lambda f, keep=keep, text=text: (pointing(f, "x", keep), (f / folder / index).write_text(text)),
@@ -286,8 +293,14 @@ def adapter(f: Path, folder: str) -> None:
     (f / folder / "adapter_config.json").write_text(json.dumps(content))
 
 
+def replaced(file: str, path: tuple[Any, ...], text: str) -> Case:
+    """One value of a JSON file replaced."""
+    return Case(f"{file}: {'.'.join(map(str, path))} = {shown(text)}", lambda f: put(f / file, path, text))
+
+
 def index_cases() -> Iterator[Case]:
     """Component entries of model_index.json that are not what they should be."""
+    index = "model_index.json"
     for what in (
         '[null, null]', '["os", "system"]', '["diffusers", "nothing"]', '["nothing", "UNet2DModel"]', '["diffusers"]',
         '["diffusers", null]', '[null, "UNet2DModel"]', '[1, 2]', '["diffusers", "UNet2DModel", 3]', '"UNet2DModel"',
@@ -295,13 +308,10 @@ def index_cases() -> Iterator[Case]:
         '["diffusers", "DiffusionPipeline"]', '["sys", "modules"]', '["diffusers", "__doc__"]',
         '["diffusers.utils", "logging"]', '["evil", "Evil"]',
     ):  # fmt: skip
-        for component in ("unet", "scheduler"):
-            yield Case(
-                f"model_index.json: {component} = {what}",
-                lambda f, c=component, w=what: put(f / "model_index.json", (c,), w),
-            )
+        yield replaced(index, ("unet",), what)
+        yield replaced(index, ("scheduler",), what)
     for kind in ("UNet2DModel", "nothing", "DiffusionPipeline", "KandinskyCombinedPipeline", "__doc__", "os.system"):
-        yield Case(f"model_index.json: class {kind}", lambda f, k=kind: put(f / "model_index.json", ("_class_name",), json.dumps(k)))  # fmt: skip
+        yield replaced(index, ("_class_name",), json.dumps(kind))
     yield Case("model_index.json: own code", lambda f: own_code(f))
     yield Case("unet is missing", lambda f: shutil.rmtree(f / "unet"))
     yield Case("scheduler is missing", lambda f: shutil.rmtree(f / "scheduler"))
@@ -309,15 +319,10 @@ def index_cases() -> Iterator[Case]:
     yield Case("unet is linked", lambda f: (os.rename(f / "unet", f / "x"), (f / "unet").symlink_to("x")))
     yield Case("unet links to itself", lambda f: (shutil.rmtree(f / "unet"), (f / "unet").symlink_to("unet")))
     yield Case("unet: an adapter", lambda f: adapter(f, "unet"))
-    for what in ("owner/name--module.Class", "module.Class"):
-        text = json.dumps({"AutoModel": what, "AutoConfig": what})
-        yield Case(
-            f"unet/config.json: auto_map {what}", lambda f, t=text: put(f / "unet/config.json", ("auto_map",), t)
-        )
+    for code in ("owner/name--module.Class", "module.Class"):
+        yield replaced("unet/config.json", ("auto_map",), json.dumps({"AutoModel": code, "AutoConfig": code}))
     quantized = '{"quant_method": "bitsandbytes", "load_in_4bit": true}'
-    yield Case(
-        "unet/config.json: quantized", lambda f: put(f / "unet/config.json", ("quantization_config",), quantized)
-    )
+    yield replaced("unet/config.json", ("quantization_config",), quantized)
 
 
 def own_code(f: Path) -> None:
@@ -326,53 +331,46 @@ def own_code(f: Path) -> None:
 
 
 def student_cases() -> Iterator[Case]:
-    """A fewstep config with a network that is diffusers' own, plans and sizes that cannot be."""
-    network = ("model", "flow_map", "denoiser", "network")
-    for config in ('"owner/name"', '{"_class_name": "UNet2DModel"}', "[]", "null", '"."', DEEP, '{"layers_per_block": 10000000}',
-                   '{"block_out_channels": [1000000000, 1000000000]}', '{"in_channels": "owner/name"}'):  # fmt: skip
-        text = f'{{"name": "diffusers", "class": "UNet2DModel", "config": {config}, "size": [8, 8], "pipeline": null}}'
-        yield Case(f"config.json: a diffusers network of {shown(config)}", lambda f, t=text: put(f / "config.json", network, t))  # fmt: skip
+    """A fewstep config with a network that is diffusers' own, plans, sizes and schedules that cannot be."""
+    name, plans = "config.json", ("model", "plans")
+    denoiser = ("model", "flow_map", "denoiser")
+    network = (*denoiser, "network")
+    sides = '"class": "UNet2DModel", "size": [8, 8]'
+    for config in (
+        '"owner/name"', '{"_class_name": "UNet2DModel"}', "[]", "null", '"."', DEEP, '{"layers_per_block": 10000000}',
+        '{"block_out_channels": [1000000000, 1000000000]}', '{"in_channels": "owner/name"}',
+    ):  # fmt: skip
+        yield replaced(name, network, f'{{"name": "diffusers", {sides}, "pipeline": null, "config": {config}}}')
     for pipeline in ('"owner/name"', '"."', "7", '"\\u0000"', '"\\ud800"', '"/proc/self"'):
-        text = (
-            f'{{"name": "diffusers", "class": "UNet2DModel", "config": {{}}, "size": [8, 8], "pipeline": {pipeline}}}'
-        )
-        yield Case(f"config.json: the pipeline {pipeline}", lambda f, t=text: put(f / "config.json", network, t))
+        yield replaced(name, network, f'{{"name": "diffusers", {sides}, "config": {{}}, "pipeline": {pipeline}}}')
     for key in ("0", "-1", "x", "1.5", "1e3", " 2", "02", "\\u0662", "9" * 5000):
-        plans = f'{{"{key}": {{"times": [1.5]}}}}'
-        yield Case(f"config.json: a plan of {shown(key)} steps", lambda f, p=plans: put(f / "config.json", ("model", "plans"), p))  # fmt: skip
+        yield replaced(name, plans, f'{{"{key}": {{"times": [1.5]}}}}')
     for plan in (
-        '{"times": [1.5, 1.0, 0.5]}', '{"times": [-1]}', '{"times": [9]}', '{"times": [1.5], "gamma": 2}', '{"times": []}',
-        '{"times": [1.5], "more": 1}', '{"times": "1.5"}', '{"times": [1.5], "inner": [0.1]}', '{"times": ["1.5"]}',
-        '{"times": [NaN]}', '{"times": [true]}', '{"times": [1e400]}',
+        '{"times": [1.5, 1.0, 0.5]}', '{"times": [-1]}', '{"times": [9]}', '{"times": [1.5], "gamma": 2}',
+        '{"times": []}', '{"times": [1.5], "more": 1}', '{"times": "1.5"}', '{"times": [1.5], "inner": [0.1]}',
+        '{"times": ["1.5"]}', '{"times": [NaN]}', '{"times": [true]}', '{"times": [1e400]}',
     ):  # fmt: skip
-        yield Case(
-            f"config.json: the plan {plan}", lambda f, p=plan: put(f / "config.json", ("model", "plans", "1"), p)
-        )
+        yield replaced(name, (*plans, "1"), plan)
     for field, value in (
-        ("blocks", "10000000"), ("width", "100000000"), ("width", "7"), ("classes", "100000000000"), ("extras", '["x"]'),
-        ("extras", "[1]"), ("beside", "100000000"), ("shape", "[1, 80000, 80000]"), ("shape", "[0]"), ("name", '"unet"'),
-        ("name", '"cascade-unet"'), ("name", '"diffusers"'), ("name", "[]"),
+        ("blocks", "10000000"), ("width", "100000000"), ("width", "7"), ("classes", "100000000000"),
+        ("extras", '["x"]'), ("extras", "[1]"), ("beside", "100000000"), ("shape", "[1, 80000, 80000]"),
+        ("shape", "[0]"), ("name", '"unet"'), ("name", '"cascade-unet"'), ("name", '"diffusers"'), ("name", "[]"),
     ):  # fmt: skip
-        yield Case(f"config.json: network.{field} = {value}", lambda f, k=field, v=value: put(f / "config.json", (*network, k), v))  # fmt: skip
+        yield replaced(name, (*network, field), value)
     for kind in (
-        "jump",
-        "denoiser",
-        "edm-consistency",
-        "on-schedule",
-        "discrete-denoiser",
-        "learned-sampler",
-        "nothing",
-    ):
-        yield Case(
-            f"config.json: kind {kind}", lambda f, k=kind: put(f / "config.json", ("model", "kind"), json.dumps(k))
-        )
-    nested = '{"kind": "jump", "two_times": false, "denoiser": ' * 300 + "null" + "}" * 300
-    yield Case("config.json: jumps within jumps", lambda f: put(f / "config.json", ("model",), nested))
-    table = '{"name": "DiscreteVP", "alphas_cumprod": [0.9, 0.1]}'
-    for schedule in (table, '{"name": "DiscreteVP"}', '{"name": "DiscreteVP", "alphas_cumprod": ["a", "b"]}',
-                     '{"name": "VPCosine", "log_snr_max": -5}', '{"name": "VPCosine", "log_snr_max": 1e5}',
-                     '{"name": "EDM", "t_min": 0, "t_max": 1e-300}', '{"name": "EDM", "t_min": -1}', '{"name": "TrigFlow", "t_max": 2}'):  # fmt: skip
-        yield Case(f"config.json: the schedule {schedule}", lambda f, s=schedule: put(f / "config.json", (*network[:-1], "schedule"), s))  # fmt: skip
+        "jump", "denoiser", "edm-consistency", "on-schedule", "discrete-denoiser", "learned-sampler", "nothing",
+    ):  # fmt: skip
+        yield replaced(name, ("model", "kind"), json.dumps(kind))
+    yield replaced(name, ("model",), '{"kind": "jump", "two_times": false, "denoiser": ' * 300 + "null" + "}" * 300)
+    for schedule in (
+        '{"name": "DiscreteVP", "t_min": 0, "t_max": 1, "alphas_cumprod": [0.9, 0.1]}', '{"name": "DiscreteVP"}',
+        '{"name": "DiscreteVP", "t_min": 0, "t_max": 0, "alphas_cumprod": ["a", "b"]}',
+        '{"name": "VPCosine", "t_min": 0, "t_max": 1, "log_snr_max": -5}',
+        '{"name": "VPCosine", "t_min": 0, "t_max": 1, "log_snr_max": 1e5}',
+        '{"name": "EDM", "t_min": -1, "t_max": 80}', '{"name": "FlowMatching", "t_min": 0, "t_max": 2}',
+        '{"name": "TrigFlow", "t_min": 0, "t_max": 2, "sigma_data": 0.5}',
+    ):  # fmt: skip
+        yield replaced(name, (*denoiser, "schedule"), schedule)
 
 
 def cases(kind: str, folder: Path) -> list[Case]:
@@ -395,15 +393,13 @@ def cases(kind: str, folder: Path) -> list[Case]:
     if kind == "text":
         made += decoy_cases("text_encoder", "model.safetensors", "pytorch_model.bin")
         made.append(Case("text_encoder: an adapter", lambda f: adapter(f, "text_encoder")))
-        made += [
-            Case(f"text_encoder/config.json: {key}", lambda f, k=key, v=value: put(f / "text_encoder/config.json", (k,), v))
-            for key, value in {
-                "auto_map": '{"AutoModel": "owner/name--m.C"}', "_attn_implementation": '"owner/name"',
-                "attn_implementation": '"owner/name"', "model_type": '"bert"', "backbone": '"owner/name"',
-                "quantization_config": '{"quant_method": "bitsandbytes", "load_in_4bit": true}',
-                "num_hidden_layers": "10000000", "transformers_weights": '"pytorch_model.bin"',
-            }.items()
-        ]  # fmt: skip
+        pointing_elsewhere = {
+            "auto_map": '{"AutoModel": "owner/name--m.C"}', "_attn_implementation": '"owner/name"',
+            "attn_implementation": '"owner/name"', "model_type": '"bert"', "backbone": '"owner/name"',
+            "quantization_config": '{"quant_method": "bitsandbytes", "load_in_4bit": true}',
+            "num_hidden_layers": "10000000", "transformers_weights": '"pytorch_model.bin"',
+        }  # fmt: skip
+        made += [replaced("text_encoder/config.json", (key,), text) for key, text in pointing_elsewhere.items()]
     return made
 
 
@@ -450,7 +446,8 @@ def tried(words: list[str]) -> Outcome:
         except BaseException as error:
             what = f"{type(error).__name__}: {error}"
             return Outcome("contact" if asked else "traceback", what[:300])
-    said = err.getvalue()
+    # libraries' progress bars, which the command line switches off before it imports them
+    said = "".join(f"{line}\n" for line in err.getvalue().splitlines() if not re.search(r"\d%\|", line) and line)
     if asked:
         return Outcome("contact", asked[0])
     if Path(SPRUNG).exists():
@@ -488,18 +485,15 @@ def in_a_child(case: Case, good: Path, seconds: int = 20) -> Outcome:
 
 def main() -> int:
     """Every case of every good folder (or of those named); 1 when one ends as none may."""
-    import diffusers  # noqa: F401
-    import transformers  # noqa: F401
-
-    import fewstep.hub.diffusers
-    from fewstep.cli import sample  # noqa: F401
-
-    os.environ.update(DIFFUSERS_VERBOSITY="error", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
     bad = 0
     with tempfile.TemporaryDirectory() as place:
         for kind in sys.argv[1:] or GOOD:
             good = Path(place) / kind
             GOOD[kind](good)
+            os.chdir(place)
+            shutil.copytree(good, "victim")
+            tried(SAMPLE)  # what is imported now is not imported again for every case
+            shutil.rmtree("victim")
             start, counts = time.time(), Counter[str]()
             for case in cases(kind, good):
                 found = in_a_child(case, good)

@@ -76,7 +76,10 @@ class Adapter(nn.Module):
         size = self.model.config.sample_size
         if size is None:
             raise ValueError(f"{type(self.model).__name__}: its config has no sample_size; pass size=(height, width)")
-        return (size, size) if isinstance(size, int) else tuple(size)
+        height_width = (size, size) if isinstance(size, int) else tuple(size)
+        if len(height_width) != 2 or min(height_width) < 1:
+            raise ValueError(f"{type(self.model).__name__}: sample_size={size} must be height and width, at least 1")
+        return height_width
 
     @property
     def patch(self) -> int:

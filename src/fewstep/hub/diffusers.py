@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep import grids
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser
@@ -122,13 +122,45 @@ def load_pipeline(
     folder = Path(path_or_id)
     if not folder.is_dir():
         folder = _cached(str(path_or_id), local_only)
-    absent = check_pipeline(folder)
+    classes = check_pipeline(folder)
+    # diffusers wants to be told which components the folder was written without
+    given: dict[str, Any] = {name: None for name, kind in classes.items() if kind is None}
     with offline(), no_larger_than(_tensors(folder)), blaming(folder):
+        given |= {
+            name: _text_model(folder / name, kind)
+            for name, kind in classes.items()
+            if kind is not None and _is_text_model(kind)
+        }
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, **absent
+            str(folder), use_safetensors=True, local_files_only=True, **given
         )
-    # not an argument above: its name differs between versions of diffusers
-    return from_pipeline(pipe.to(dtype), size=size)
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            _refuse_missing(folder / name, [k for k, v in component.state_dict().items() if v.is_meta])
+    with blaming(folder):
+        # not an argument above: its name differs between versions of diffusers
+        return from_pipeline(pipe.to(dtype), size=size)
+
+
+def _is_text_model(kind: Any) -> bool:
+    transformers = (
+        require("transformers", "reading a pipeline") if kind.__module__.startswith("transformers.") else None
+    )
+    return transformers is not None and issubclass(kind, transformers.PreTrainedModel)
+
+
+def _text_model(folder: Path, kind: Any) -> Any:
+    """A component that is a model of transformers, which by itself would draw at random what its weights lack."""
+    model, told = kind.from_pretrained(
+        str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    _refuse_missing(folder, sorted(told["missing_keys"]))
+    return model
+
+
+def _refuse_missing(folder: Path, names: list[str]) -> None:
+    if names:
+        raise ValueError(f"{folder}: its weights lack the tensor '{names[0]}' ({len(names)} in all)")
 
 
 def _cached(name: str, local_only: bool) -> Path:
@@ -155,6 +187,10 @@ def from_pipeline(pipe: Any, *, size: tuple[int, int] | None = None) -> LoadedPi
     name = next((n for n in ("unet", "transformer") if pipe.components.get(n) is not None), None)
     if name is None:
         raise ValueError(f"{type(pipe).__name__}: no unet or transformer among its components")
+    if pipe.components.get("scheduler") is None:
+        raise ValueError(
+            f"{type(pipe).__name__}: no scheduler among its components, which says what the network predicts"
+        )
     net = adapt(pipe.components[name], Origin(pipe, name), size)
     if isinstance(net, TextAdapter) and _has_text_encoder(pipe):
         with torch.no_grad():
@@ -180,6 +216,7 @@ def load_model(
     check_component(folder, model_class)
     with offline(), no_larger_than(_tensors(folder)), blaming(folder):
         model = model_class.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
+    _refuse_missing(folder, [name for name, tensor in model.state_dict().items() if tensor.is_meta])
     return wrap(model.to(dtype), scheduler, size=size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,7 @@ from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.noise import NOISES
 from fewstep.discrete.samplers import Plan
-from fewstep.files import Choice, Map, Size, arguments_of, fields_of
+from fewstep.files import Choice, Map, Place, Size, arguments_of, check, fields_of
 from fewstep.networks.transformer import Transformer
 
 NETWORKS = {"transformer": Transformer}
@@ -58,22 +59,30 @@ def describe(model: NetworkDiscreteDenoiser | LearnedSampler) -> dict[str, Any]:
     }
 
 
-def build(config: dict[str, Any]) -> NetworkDiscreteDenoiser | LearnedSampler:
-    """The model that :func:`describe` described, with untrained weights; ``config`` is checked, see :data:`KINDS`.
+def build_network(config: dict[str, Any]) -> nn.Module:
+    """A token network from its description, with fresh weights."""
+    arguments = dict(config)
+    return NETWORKS[arguments.pop("name")](**arguments)
 
-    Raises ValueError for values that contradict each other.
+
+def build(
+    config: dict[str, Any], network: Callable[[dict[str, Any]], nn.Module] = build_network
+) -> NetworkDiscreteDenoiser | LearnedSampler:
+    """The model that :func:`describe` described, with untrained weights; ``network`` builds the network.
+
+    Raises ValueError naming the field that is wrong, or values that contradict each other.
     """
+    config = check(config, Choice("kind", KINDS), Place("description"))
     if config["kind"] == "learned-sampler":
         plans = {int(steps): Plan(**plan) for steps, plan in config["plans"].items()}
-        denoiser: Any = build(config["denoiser"])
+        denoiser: Any = build(config["denoiser"], network)
         return LearnedSampler(denoiser, plans, config["stepper"])
-    network, chain = dict(config["network"]), _build_chain(config["chain"])
-    net: nn.Module = NETWORKS[network.pop("name")](**network)
+    chain = _build_chain(config["chain"])
     told = {"length": config["length"], "classes": config["classes"], "tokens": chain.tokens, "states": chain.states}
     for field, value in told.items():
-        if network.get(field) != value:
-            raise ValueError(f"the model's {field} is {value}, that of its network {network.get(field)}")
-    return NetworkDiscreteDenoiser(net, chain, config["length"], config["classes"])
+        if config["network"].get(field) != value:
+            raise ValueError(f"the model's {field} is {value}, that of its network {config['network'].get(field)}")
+    return NetworkDiscreteDenoiser(network(config["network"]), chain, config["length"], config["classes"])
 
 
 def _chain(chain: Chain) -> dict[str, Any]:

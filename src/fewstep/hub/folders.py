@@ -8,13 +8,16 @@ here, and configs are checked against the annotations of the classes that they a
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import ModuleType, NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from numpy import ndarray
 
 from fewstep.files import Map, Maybe, Place, Range, check, read_json
 from fewstep.hub.requires import require
@@ -29,10 +32,10 @@ INDEX = {"metadata": Maybe(dict), "weight_map": Map(r"[^\0]+", "the name of a te
 MOST_STEPS, WIDEST = 100_000, 2**31 - 1
 
 
-def check_pipeline(folder: Path) -> dict[str, None]:
+def check_pipeline(folder: Path) -> dict[str, Any]:
     """One clear line for what is no pipeline, is damaged, or would run code, open a pickle or ask a host.
 
-    Gives the components that the folder was written without, which diffusers wants to be told of.
+    Gives the classes of its components by name, None for those that the folder was written without.
     """
     path = folder / "model_index.json"
     if not path.is_file():
@@ -48,16 +51,17 @@ def check_pipeline(folder: Path) -> dict[str, None]:
     pipeline = named_class(diffusers, index.get("_class_name"), place)
     if not issubclass(pipeline, diffusers.DiffusionPipeline) or pipeline._load_connected_pipes:
         raise place.wrong(index["_class_name"], "a pipeline that needs no other one")
-    absent: dict[str, None] = {}
+    classes: dict[str, Any] = {}
     for name in inspect.signature(pipeline.__init__).parameters:
         value = index.get(name)
         if value == [None, None]:
-            absent[name] = None
+            classes[name] = None
         elif isinstance(value, list):
             place = Place(path, name)
             library, kind = check(value, tuple[str, str], place)
-            check_component(folder / name, named_class(library_of(library, place), kind, place))
-    return absent
+            classes[name] = named_class(library_of(library, place), kind, place)
+            check_component(folder / name, classes[name])
+    return classes
 
 
 def refuse_code(folder: Path, module: str) -> None:
@@ -118,35 +122,35 @@ def check_weights(folder: Path) -> None:
 def check_config(config: dict[str, Any], cls: Any, place: Place) -> dict[str, Any]:
     """The config of a diffusers class when each value is of a kind that the class's annotations name.
 
-    They say more about kinds than about shapes: a list is let pass for a number, and null for anything.  What the class
-    does not take, other versions and libraries may.
+    What the class does not take, other versions and libraries may.  Texts and switches may be null, as in many configs.
     """
     diffusers = require("diffusers", "reading diffusers models")
     if not issubclass(cls, diffusers.ConfigMixin):
         return config
     most = MOST_STEPS if issubclass(cls, diffusers.SchedulerMixin) else WIDEST
+    defaults = inspect.signature(cls.__init__).parameters
     for name, hint in get_type_hints(cls.__init__).items():
-        if name in config:
+        if name in config and not (config[name] is None and defaults[name].default is None):
             check(config[name], loosely(hint, most), place.inside(name))
     return config
 
 
 def loosely(hint: Any, most: int) -> Any:
-    """The schema of values, and lists of values, of the kinds in an annotation."""
-    number, real = Annotated[int, Range(-most, most)], Annotated[float, Range(-float("inf"), float("inf"))]
-    known: dict[Any, Any] = {bool: bool, int: number, float: real, str: str}
-    kinds = tuple(known[kind] for kind in known if kind in leaves(hint))
-    if not kinds:
-        return Any
-    leaf: Any = reduce(or_, (*kinds, None))
-    return leaf | list[leaf] | list[list[leaf]]
-
-
-def leaves(hint: Any) -> set[Any]:
-    """The plain types in an annotation."""
-    if get_origin(hint) is None:
-        return {hint}
-    return {kind for part in get_args(hint) for kind in (leaves(part) if not isinstance(part, str) else {str})}
+    """The schema of an annotation: lists of any length for tuples, whole numbers up to ``most``, and anything for what
+    JSON has no word for."""
+    origin, members = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return reduce(or_, (loosely(member, most) for member in members if member is not ndarray))
+    if origin in (list, tuple):
+        element: Any = reduce(or_, (loosely(member, most) for member in members if member is not Ellipsis))
+        return list[element]
+    if origin is Literal:
+        return str | None
+    known: dict[Any, Any] = {
+        bool: bool | None, int: Annotated[int, Range(0, most)], float: Annotated[float, Range(-math.inf, math.inf)],
+        str: str | None, NoneType: None, list: list, tuple: list, dict: dict,
+    }  # fmt: skip
+    return known.get(hint, Any)
 
 
 @contextmanager

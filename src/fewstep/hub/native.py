@@ -159,7 +159,15 @@ def build_network(config: dict[str, Any]) -> nn.Module:
     """A network from its description, with fresh weights."""
     arguments = dict(config)
     name = arguments.pop("name")
+    if name in discrete_models.NETWORKS:
+        return discrete_models.build_network(config)
     return fresh(arguments) if name == DIFFUSERS else NETWORKS[name](**arguments)
+
+
+def _without_memory(config: dict[str, Any]) -> nn.Module:
+    """Like :func:`build_network`, with shapes and no values."""
+    with torch.device("meta"):
+        return build_network(config)
 
 
 def _build_in_pipeline(config: dict[str, Any]) -> nn.Module:
@@ -208,7 +216,7 @@ def _build(config: dict[str, Any], network: Callable[[dict[str, Any]], nn.Module
             if config[field] != found:
                 raise ValueError(f"the model's {field} is {config[field]}, that of its network {found}")
         return NetworkDenoiser(net, schedule, prediction, config["shape"], config["classes"])
-    return discrete_models.build(config)
+    return discrete_models.build(config, network)
 
 
 def _build_named(registry: dict[str, Any], config: dict[str, Any]) -> Any:
@@ -236,8 +244,8 @@ def load(folder: str | Path) -> Any:
     path, weights = folder / "config.json", folder / "model.safetensors"
     config = _read_config(path)
     held = headers(weights)
-    with blaming(path), torch.device("meta"), no_larger_than(len(held)):
-        expected = build(config["model"], build_network, Place(path, "model")).state_dict()
+    with blaming(path), no_larger_than(len(held)):
+        expected = build(config["model"], _without_memory, Place(path, "model")).state_dict()
     _check_fit(weights, held, expected)
     if "sha256" in config and sha256(weights) != config["sha256"]:
         raise ValueError(f"{weights}: its SHA-256 is not the one in config.json: damaged, or of another model")
