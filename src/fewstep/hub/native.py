@@ -249,8 +249,9 @@ def load(folder: str | Path) -> Any:
     _check_fit(weights, held, expected)
     if "sha256" in config and sha256(weights) != config["sha256"]:
         raise ValueError(f"{weights}: its SHA-256 is not the one in config.json: damaged, or of another model")
-    model = build(config["model"])
-    model.load_state_dict(load_tensors(weights))
+    with blaming(path):  # the pipeline that a network came from may have changed
+        model = build(config["model"])
+        model.load_state_dict(load_tensors(weights))
     return model.requires_grad_(False).eval()
 
 
