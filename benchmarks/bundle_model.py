@@ -10,7 +10,6 @@ the checksum of its weights.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -54,12 +53,9 @@ def main() -> None:
     teacher = api.load(arguments.teacher) if arguments.teacher else model
     quality = figures(model, teacher, arguments.data, arguments.n)
     folder = api.BUNDLED / arguments.name
-    native.save(model, folder)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     card = {
         "about": arguments.about, "command": arguments.command, "data": arguments.data,
         "parameters": sum(p.numel() for p in model.parameters()), "quality": quality, "licence": LICENCE,
-        "sha256": digest,
     }  # fmt: skip
     if arguments.teacher:
         card["teacher"] = arguments.teacher

@@ -12,7 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-IDEAS = {"schedules", "grids", "denoisers", "flow_maps", "generators", "tangents", "randomness", "values", "exact"}
+IDEAS = {
+    "files", "schedules", "grids", "denoisers", "flow_maps", "generators", "tangents", "randomness", "values", "exact",
+}  # fmt: skip
 BELOW_DISTILL = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}
 BELOW_TRAINING = BELOW_DISTILL | {"distill", "hub"}

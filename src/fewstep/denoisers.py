@@ -11,6 +11,7 @@ held) and ``"all"``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,11 @@ class Prediction(ABC):
     portable: ClassVar[bool] = False
 
     time_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{type(self).__name__}: {name}={value} must be positive and finite")
 
     @abstractmethod
     def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

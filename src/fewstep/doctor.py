@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -14,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 import fewstep
+from fewstep.files import Map, read_json
 from fewstep.training.precision import probe
 
 ASSETS = Path(__file__).parent / "assets"
@@ -133,10 +133,12 @@ def checksums(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     data = folder / "data.json"
     if data.is_file():
-        found |= {name: card["sha256"] for name, card in json.loads(data.read_text()).items()}
+        found |= {
+            name: card["sha256"]
+            for name, card in read_json(data, Map(".*", "a file", {"sha256": str, ...: Any})).items()
+        }
     for path in folder.glob("classifier-*.json"):
-        found[path.with_suffix(".safetensors").name] = json.loads(path.read_text())["sha256"]
+        found[path.with_suffix(".safetensors").name] = read_json(path, {"sha256": str, ...: Any})["sha256"]
     for path in folder.glob("models/*/config.json"):
-        card = json.loads(path.read_text()).get("card", {})
-        found[f"models/{path.parent.name}/model.safetensors"] = card.get("sha256", "")
+        found[f"models/{path.parent.name}/model.safetensors"] = read_json(path, {"sha256": str, ...: Any})["sha256"]
     return found

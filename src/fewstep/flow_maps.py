@@ -91,6 +91,8 @@ class EDMConsistency(FlowMap):
     def __init__(self, denoiser: Denoiser, sigma_data: float = 0.5) -> None:
         if not isinstance(denoiser.schedule, EDM):
             raise TypeError(f"EDMConsistency is written on EDM, the denoiser is on {type(denoiser.schedule).__name__}")
+        if not sigma_data > 0:
+            raise ValueError(f"EDMConsistency: sigma_data={sigma_data} must be positive")
         super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes)
         self.denoiser = denoiser
         self.sigma_data = sigma_data

@@ -173,6 +173,14 @@ class VPCosine(Schedule):
     t_max: float = 1.0
     log_snr_max: float = 10.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.log_snr_max <= LOG_SNR_BOUND or self.t_max > 1:
+            raise ValueError(
+                f"VPCosine: need 0 < log_snr_max <= {LOG_SNR_BOUND:g} and t_max <= 1, "
+                f"got {self.log_snr_max} and {self.t_max}"
+            )
+
     @cached_property
     def _angles(self) -> tuple[float, float]:
         b = math.atan(math.exp(-self.log_snr_max))
@@ -228,6 +236,11 @@ class FlowMatching(Schedule):
 
     t_min: float = 0.0
     t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.t_max > 1:
+            raise ValueError(f"FlowMatching: t_max={self.t_max} must be at most 1, pure noise")
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t

@@ -342,9 +342,9 @@ def test_plans_are_files_that_belong_to_a_model(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     for broken, message in (
         ("{", "not valid JSON"),
-        ("[]", "not a file of discrete sampler plans"),
-        (json.dumps(content | {"format": 9}), "not a file of discrete sampler plans"),
-        (json.dumps(content | {"plans": {"4": {"times": [1.0]}}}), "a field is missing"),
+        ("[]", r"\[\] must be an object"),
+        (json.dumps(content | {"format": 9}), "format = 9 must be 1"),
+        (json.dumps(content | {"plans": {"4": {"times": [1.0]}}}), r"'plans\.4\.phi' is missing"),
         (json.dumps(content | {"plans": {"4": {"times": [1.0, 2.0], "phi": [1.0]}}}), "strictly decreasing"),
     ):
         path.write_text(broken)

@@ -17,14 +17,23 @@ from typing import Any, Literal
 import torch
 
 import fewstep
-from fewstep.cli.errors import UserError, suggestion
 from fewstep.cli.flags import as_words
 from fewstep.cli.settings import FREE, SETTINGS
 from fewstep.data import Dataset
+from fewstep.files import Choice, Place, check, read_json
+from fewstep.hub import native
 from fewstep.training.budget import Budget
 
 FORMAT = 1
 NAME = "recipe.json"
+#: What recipe.json holds.  Hyper-parameters and settings are checked by the types of what they set.
+_SHARED = {
+    "format": Literal[1], "method": str, "hyper_parameters": dict, "settings": dict, "versions": dict,
+    "data": {"source": str, "sha256": str, ...: Any},
+}  # fmt: skip
+RECIPE = Choice(
+    "command", {"train": {**_SHARED, "start": dict}, "distill": {**_SHARED, "start": {"model": str, "sha256": str}}}
+)
 
 
 @dataclass(frozen=True)
@@ -53,29 +62,13 @@ def versions() -> dict[str, str]:
 
 
 def read(path: Path) -> Record:
-    """The record in a file; :class:`UserError` naming the file and what is wrong with it."""
+    """The record in a file; ValueError naming the file and what is wrong with it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
-    try:
-        written = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(written, dict) or written.pop("format", None) != FORMAT:
-        raise UserError(f"{path}: not a recipe of format {FORMAT}, the one that this version of fewstep reads")
-    kinds = {"command": str, "method": str} | dict.fromkeys(
-        ("hyper_parameters", "start", "data", "settings", "versions"), dict
-    )
-    for name, kind in kinds.items():
-        if not isinstance(written.get(name), kind):
-            what = "missing" if name not in written else f"{json.dumps(written[name])[:60]}"
-            raise UserError(f"{path}: '{name}' is {what}, it must be {'an object' if kind is dict else 'a string'}")
-    if unknown := sorted(set(written) - set(kinds)):
-        raise UserError(f"{path}: a recipe has no '{unknown[0]}'{suggestion(unknown[0], kinds)}")
-    named = {"data": ("source", "sha256")} | ({"start": ("model", "sha256")} if written["command"] == "distill" else {})
-    for place, keys in named.items():
-        for key in keys:
-            if not isinstance(written[place].get(key), str):
-                raise UserError(f"{path}: '{place}.{key}' is missing or not a string")
+    written = read_json(path, RECIPE)
+    if written["command"] == "train":
+        check(written["start"], native.DENOISER, Place(path, "start"))
+    del written["format"]
     known = {parameter.name: parameter.default for parameter in SETTINGS}
     return Record(**written | {"settings": known | written["settings"]})
 

@@ -27,10 +27,12 @@ from fewstep.cli.settings import FREE, SETTINGS
 from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser
 from fewstep.distill.method import Recipe
+from fewstep.files import read_records
 from fewstep.hub import native
 from fewstep.training.budget import Budget
 from fewstep.training.ema import Power
 from fewstep.training.precision import resolve
+from fewstep.training.progress import LOGGED
 from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settings
 
@@ -177,11 +179,12 @@ def join_logs(out: Path) -> None:
     lines: list[str] = []
     before = {"step": 0, "images": 0, "seconds": 0.0}
     for stage, path in enumerate(stages):
-        written = [json.loads(line) for line in path.read_text().splitlines()]
+        written = read_records(path, LOGGED)
         for entry in written:
             counted = {name: round(entry[name] + before[name], 3) for name in before}
             lines.append(json.dumps({**entry, **counted, "stage": stage}))
-        before = {name: before[name] + written[-1][name] for name in before}
+        if written:
+            before = {name: before[name] + written[-1][name] for name in before}
     native.write_atomically(out / "log.jsonl", ("\n".join(lines) + "\n").encode())
 
 

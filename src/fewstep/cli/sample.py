@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 import textwrap
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.errors import UserError, choose
+from fewstep.files import Maybe, Size, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from fewstep.hub import LoadedPipeline
     from fewstep.sampling import Solver, Student
 
+#: What is read of a file that ``fewstep tune-steps`` wrote.
+SETTINGS_FILE = {
+    "setting": {"solver": str, "grid": str | None, "steps": Size, "threshold": str | None, ...: Any},
+    "guidance": Maybe(float | None), ...: Any,
+}  # fmt: skip
 #: A preview of wider pictures would not fit a terminal.
 PREVIEW_SIDE = 32
 
@@ -228,13 +233,9 @@ def take_settings(chosen: argparse.Namespace) -> None:
     for flag in ("solver", "grid", "steps", "threshold"):
         if getattr(chosen, flag) is not None:
             raise UserError(f"--{flag} stands in {chosen.settings} already: leave out one of the two")
-    try:
-        found = json.loads(chosen.settings.read_text())
-        setting = found["setting"]
-        for flag in ("solver", "grid", "steps", "threshold"):
-            setattr(chosen, flag, setting[flag])
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--settings {chosen.settings}: not a file of 'fewstep tune-steps' ({error})") from None
+    found = read_json(chosen.settings, SETTINGS_FILE)
+    for flag in ("solver", "grid", "steps", "threshold"):
+        setattr(chosen, flag, found["setting"][flag])
     if chosen.guidance is None:
         chosen.guidance = found.get("guidance")
 

@@ -27,6 +27,8 @@ METHODS = ("denoising", "flow-matching", "analog-bits", "lowdiff")
 SCHEDULES = ("TrigFlow", "FlowMatching", "EDM", "VPLinear", "VPCosine")
 #: What the data and the method decide about a network.
 FROM_DATA = ("shape", "classes", "extras", "beside")
+#: A network of more tensors of weights is a slip of the hand, and would take hours to build.
+MOST_TENSORS = 2000
 DEFAULTS = {"method": "denoising", "network": "unet", "schedule": "TrigFlow", "prediction": "trig"}
 
 
@@ -72,6 +74,7 @@ def fresh_model(chosen: argparse.Namespace, data: Dataset) -> dict[str, Any]:
     """The description of an untrained model for the data, as :func:`fewstep.hub.native.build` takes it."""
     from fewstep.denoisers import PREDICTIONS, NetworkDenoiser
     from fewstep.hub import native
+    from fewstep.hub.weights import no_larger_than
     from fewstep.networks import NETWORKS
 
     picked = {what: getattr(chosen, what) for what in DEFAULTS}
@@ -83,7 +86,8 @@ def fresh_model(chosen: argparse.Namespace, data: Dataset) -> dict[str, Any]:
 
     network, prediction = NETWORKS[chosen.network], PREDICTIONS[chosen.prediction]
     schedule = native.SCHEDULES[chosen.schedule]
-    net = build(network, of_constructor(network, FROM_DATA), shape=data.shape, classes=classes)
+    with no_larger_than(MOST_TENSORS):
+        net = build(network, of_constructor(network, FROM_DATA), shape=data.shape, classes=classes)
     return native.describe(
         NetworkDenoiser(
             net,
@@ -100,9 +104,10 @@ def initialised(description: dict[str, Any], seed: int) -> NetworkDenoiser:
     import torch
 
     from fewstep.hub import native
+    from fewstep.hub.weights import no_larger_than
     from fewstep.randomness import derive_seed
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), no_larger_than(MOST_TENSORS):
         torch.manual_seed(derive_seed(seed, "initial weights"))
         return native.build(description)
 

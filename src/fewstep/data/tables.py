@@ -6,25 +6,29 @@ struct with a field ``bytes``, as Hugging Face stores them) and optionally an in
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fewstep.data.dataset import Dataset
 from fewstep.data.labels import as_labels
 from fewstep.data.pictures import PARTS, decode, stack
+from fewstep.files import Maybe, Place, check, parse_json, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGES = ("img", "image")
 LABELS = ("label", "labels")
+#: What is read of Hugging Face's ``state.json``, and of what it writes into tables.
+FILE: Any = {"filename": str, ...: Any}
+STATE = {"_data_files": list[FILE], ...: Any}
+METADATA = {"info": Maybe({"features": Maybe(dict), ...: Any}), ...: Any}
 
 
 @contextmanager
@@ -74,7 +78,7 @@ def read_arrow_folder(path: Path, split: Literal["train", "test"]) -> Dataset:
     """A data set, or a dictionary of data sets, that ``save_to_disk`` of Hugging Face's ``datasets`` wrote."""
     dictionary = path / "dataset_dict.json"
     if dictionary.exists():
-        splits = read_json(dictionary).get("splits", [])
+        splits = read_json(dictionary, {"splits": list[str], ...: Any})["splits"]
         for name in PARTS[split]:
             if name in splits:
                 return read_arrow_part(path / name, path.name)
@@ -85,9 +89,10 @@ def read_arrow_folder(path: Path, split: Literal["train", "test"]) -> Dataset:
 
 
 def read_arrow_part(path: Path, name: str) -> Dataset:
-    files = [path / entry["filename"] for entry in read_json(path / "state.json").get("_data_files", [])]
-    if not files:
-        raise ValueError(f"'{path / 'state.json'}' names no data files")
+    names = [entry["filename"] for entry in read_json(path / "state.json", STATE)["_data_files"]]
+    files = [path / name for name in names if Path(name).name == name]
+    if not files or len(files) < len(names):
+        raise ValueError(f"'{path / 'state.json'}' names no data files beside it")
     batches: list[pa.RecordBatch] = []
     for file in files:
         if not file.exists():
@@ -98,15 +103,6 @@ def read_arrow_part(path: Path, name: str) -> Dataset:
             with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as stream:
                 batches += [batch.select(list(columns_of(batch.schema, file))) for batch in stream]
     return read_batches(batches, name, files[0])
-
-
-def read_json(path: Path) -> dict[str, list]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"'{path}' is missing: not a data set that save_to_disk wrote") from None
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not valid JSON; save the data set again") from error
 
 
 def columns_of(schema: pa.Schema, path: Path) -> tuple[str, ...]:
@@ -159,5 +155,9 @@ def class_names(schema: pa.Schema) -> tuple[str, ...]:
     written = (schema.metadata or {}).get(b"huggingface")
     if written is None:
         return ()
-    feature = json.loads(written).get("info", {}).get("features", {}).get(schema.names[1], {})
-    return tuple(feature["names"]) if feature.get("_type") == "ClassLabel" else ()
+    where = Place("the metadata of a table", "huggingface")
+    content = check(parse_json(written, where.file), METADATA, where)
+    feature = content.get("info", {}).get("features", {}).get(schema.names[1])
+    if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
+        return ()
+    return tuple(check(feature, {"names": list[str], ...: Any}, where.inside(schema.names[1]))["names"])

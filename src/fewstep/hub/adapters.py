@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond
+from fewstep.files import Place, check
+from fewstep.hub.folders import check_config
 from fewstep.hub.requires import require
 
 
@@ -74,7 +76,10 @@ class Adapter(nn.Module):
         size = self.model.config.sample_size
         if size is None:
             raise ValueError(f"{type(self.model).__name__}: its config has no sample_size; pass size=(height, width)")
-        return (size, size) if isinstance(size, int) else tuple(size)
+        height_width = (size, size) if isinstance(size, int) else tuple(size)
+        if len(height_width) != 2 or min(height_width) < 1:
+            raise ValueError(f"{type(self.model).__name__}: sample_size={size} must be height and width, at least 1")
+        return height_width
 
     @property
     def patch(self) -> int:
@@ -378,18 +383,25 @@ def described(net: Adapter) -> dict[str, Any]:
     }
 
 
-def rebuilt(description: dict[str, Any]) -> Adapter:
-    """The model of :func:`described` with fresh weights (or, where its pipeline still is, with the pipeline's).
+def fresh(description: dict[str, Any]) -> Adapter:
+    """The model of :func:`described` with fresh weights; ValueError for a class that is not known or a config that
+    does not fit it."""
+    name = description["class"]
+    adapter_class(name)
+    model_class = attrgetter(name)(require("diffusers", "reading a student of a diffusers model"))
+    # a config that is text would be taken for the name of a model on the hub
+    place = Place("network.config")
+    config = check_config(check(description["config"], dict, place), model_class, place)
+    return adapt(model_class.from_config(config), size=description["size"])
 
-    Raises ValueError for a class that is not known.
-    """
-    name, size, folder = description["class"], tuple(description["size"]), description["pipeline"]
-    adapter = adapter_class(name)
+
+def rebuilt(description: dict[str, Any]) -> Adapter:
+    """The model of :func:`described` in its pipeline, where that still is; else :func:`fresh`."""
+    folder = description["pipeline"]
     if folder is not None and (Path(folder) / "model_index.json").is_file():
         from fewstep.hub.diffusers import load_pipeline
 
-        found = load_pipeline(folder, size=size).denoiser.net
-        if isinstance(found, adapter):
+        found = load_pipeline(folder, size=description["size"]).denoiser.net
+        if isinstance(found, adapter_class(description["class"])):
             return found
-    model_class = attrgetter(name)(require("diffusers", "reading a student of a diffusers model"))
-    return adapt(model_class.from_config(description["config"]), size=size)
+    return fresh(description)

@@ -1,33 +1,34 @@
 """Diffusers pipelines as denoisers: read from a folder, from the hub's local cache, or from memory.
 
-Only safetensors weights are read: nothing is unpickled, and no code of a repository is run.
+Only safetensors weights are read: nothing is unpickled, no code of a repository is run, and no host is asked unless
+``local_only=False`` says so.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep import grids
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser
-from fewstep.hub.adapters import ADAPTERS, Adapter, Origin, TextAdapter, adapt
+from fewstep.files import Place, blaming, check, read_json
+from fewstep.hub.adapters import Adapter, Origin, TextAdapter, adapt, adapter_class
 from fewstep.hub.exporting import Exported, export, export_with_code
+from fewstep.hub.folders import check_component, check_pipeline, offline
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import Reading, read_scheduler
+from fewstep.hub.weights import headers, no_larger_than
 from fewstep.randomness import Rng
 from fewstep.schedules import DiscreteVP, FlowMatching
 
 __all__ = [
     "Exported", "LoadedPipeline", "export", "export_with_code", "from_pipeline", "load_model", "load_pipeline", "wrap"
 ]  # fmt: skip
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -119,57 +120,66 @@ def load_pipeline(
     """
     diffusers = require("diffusers", "reading diffusers pipelines")
     folder = Path(path_or_id)
-    absent: dict[str, None] = {}
-    if folder.is_dir():
-        absent = _check_folder(folder)
-    elif folder.is_absolute() or str(path_or_id).startswith(".") or str(path_or_id).count("/") != 1:
-        raise FileNotFoundError(f"{path_or_id}: no such folder (a hub id has the form owner/name)")
-    try:
+    if not folder.is_dir():
+        folder = _cached(str(path_or_id), local_only)
+    classes = check_pipeline(folder)
+    # diffusers wants to be told which components the folder was written without
+    given: dict[str, Any] = {name: None for name, kind in classes.items() if kind is None}
+    with offline(), no_larger_than(_tensors(folder)), blaming(folder):
+        given |= {
+            name: _text_model(folder / name, kind)
+            for name, kind in classes.items()
+            if kind is not None and _is_text_model(kind)
+        }
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(path_or_id), use_safetensors=True, local_files_only=local_only, **absent
+            str(folder), use_safetensors=True, local_files_only=True, **given
         )
-    except OSError as error:
-        if folder.is_dir():
-            raise ValueError(f"{folder}: {_first_line(error)}") from None
-        hint = "; pass local_only=False to download it" if local_only else ""
-        raise FileNotFoundError(f"{path_or_id}: not in the local hub cache{hint} ({_first_line(error)})") from None
-    # not an argument above: its name differs between versions of diffusers
-    return from_pipeline(pipe.to(dtype), size=size)
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            _refuse_missing(folder / name, [k for k, v in component.state_dict().items() if v.is_meta])
+    with blaming(folder):
+        # not an argument above: its name differs between versions of diffusers
+        return from_pipeline(pipe.to(dtype), size=size)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _is_text_model(kind: Any) -> bool:
+    transformers = (
+        require("transformers", "reading a pipeline") if kind.__module__.startswith("transformers.") else None
+    )
+    return transformers is not None and issubclass(kind, transformers.PreTrainedModel)
 
 
-def _check_folder(folder: Path) -> dict[str, None]:
-    """One clear line for what would fail later: no pipeline here, code to run, or weights that only a pickle holds.
+def _text_model(folder: Path, kind: Any) -> Any:
+    """A component that is a model of transformers, which by itself would draw at random what its weights lack."""
+    model, told = kind.from_pretrained(
+        str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    _refuse_missing(folder, sorted(told["missing_keys"]))
+    return model
 
-    Gives the components that the folder was written without, which diffusers wants to be told of.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        if (folder / "config.json").is_file():
-            raise ValueError(f"{folder}: a bare model, no model_index.json; read it with load_model(path, scheduler)")
-        raise FileNotFoundError(f"{folder}: no diffusers pipeline here (model_index.json is missing)")
+
+def _refuse_missing(folder: Path, names: list[str]) -> None:
+    if names:
+        raise ValueError(f"{folder}: its weights lack the tensor '{names[0]}' ({len(names)} in all)")
+
+
+def _cached(name: str, local_only: bool) -> Path:
+    """The folder in the local cache that holds a pipeline of the hub."""
+    if name.startswith((".", "/")) or name.count("/") != 1:
+        raise FileNotFoundError(f"{name}: no such folder (a hub id has the form owner/name)")
+    diffusers = require("diffusers", "reading diffusers pipelines")
     try:
-        components = json.loads(index.read_text())
-    except ValueError as error:
-        raise ValueError(f"{index}: not valid JSON ({error})") from None
-    for name, value in components.items():
-        if isinstance(value, list):
-            code = folder / ("." if name == "_class_name" else name) / f"{value[0]}.py"
-            if code.is_file():
-                raise ValueError(f"{code}: a pipeline with code of its own is not read, because that code would be run")
-        refuse_pickles(folder / name)
-    return {name: None for name, value in components.items() if value == [None, None]}
+        with offline(local_only):
+            return Path(diffusers.DiffusionPipeline.download(name, use_safetensors=True, local_files_only=local_only))
+    except OSError as error:
+        hint = "; pass local_only=False to download it" if local_only else ""
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"{name}: not in the local hub cache{hint} ({first})") from None
 
 
-def refuse_pickles(folder: Path) -> None:
-    """ValueError when the weights in ``folder`` are pickled, with no safetensors file beside them."""
-    files = list(folder.glob("*")) if folder.is_dir() else []
-    pickled = [file for file in files if file.suffix in PICKLES]
-    if pickled and not any(file.suffix == ".safetensors" for file in files):
-        raise ValueError(f"{pickled[0]}: pickled weights are never read; convert them to safetensors first")
+def _tensors(folder: Path) -> int:
+    """How many tensors the safetensors files in a folder and those below it hold."""
+    return sum(len(headers(file)) for file in (*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")))
 
 
 def from_pipeline(pipe: Any, *, size: tuple[int, int] | None = None) -> LoadedPipeline:
@@ -177,6 +187,10 @@ def from_pipeline(pipe: Any, *, size: tuple[int, int] | None = None) -> LoadedPi
     name = next((n for n in ("unet", "transformer") if pipe.components.get(n) is not None), None)
     if name is None:
         raise ValueError(f"{type(pipe).__name__}: no unet or transformer among its components")
+    if pipe.components.get("scheduler") is None:
+        raise ValueError(
+            f"{type(pipe).__name__}: no scheduler among its components, which says what the network predicts"
+        )
     net = adapt(pipe.components[name], Origin(pipe, name), size)
     if isinstance(net, TextAdapter) and _has_text_encoder(pipe):
         with torch.no_grad():
@@ -193,15 +207,16 @@ def load_model(
     ``scheduler`` is a diffusers scheduler object: it says which noise schedule and prediction the model belongs to.
     """
     diffusers = require("diffusers", "reading diffusers models")
-    config = Path(path) / "config.json"
+    folder, config = Path(path), Path(path) / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{path}: no diffusers model here (config.json is missing)")
-    refuse_pickles(Path(path))
-    name = json.loads(config.read_text()).get("_class_name")
-    if name not in ADAPTERS:
-        raise ValueError(f"{config}: model class '{name}' is unknown; fewstep reads {', '.join(ADAPTERS)}")
+    name = check(read_json(config), dict, Place(config)).get("_class_name")
+    adapter_class(check(name, str, Place(config, "_class_name")))
     model_class = attrgetter(name)(diffusers)
-    model = model_class.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
+    check_component(folder, model_class)
+    with offline(), no_larger_than(_tensors(folder)), blaming(folder):
+        model = model_class.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
+    _refuse_missing(folder, [name for name, tensor in model.state_dict().items() if tensor.is_meta])
     return wrap(model.to(dtype), scheduler, size=size)
 
 

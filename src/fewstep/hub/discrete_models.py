@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,11 +13,25 @@ from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.noise import NOISES
 from fewstep.discrete.samplers import Plan
+from fewstep.files import Choice, Map, Place, Size, arguments_of, check, fields_of
 from fewstep.networks.transformer import Transformer
 
-#: The kinds of description that :func:`build` reads.
-KINDS = ("discrete-denoiser", "learned-sampler")
 NETWORKS = {"transformer": Transformer}
+
+#: How the keys of plans must look: a number of steps.
+STEPS = (r"[1-9]\d{0,5}", "a number of steps, such as 4")
+_NOISE = Choice("name", {name: fields_of(cls) for name, cls in NOISES.items()})
+_CHAIN = Choice("name", {name: fields_of(cls) | {"noise": _NOISE} for name, cls in CHAINS.items()})
+_NETWORK = Choice("name", {name: arguments_of(cls) for name, cls in NETWORKS.items()})
+_DENOISER = {"chain": _CHAIN, "network": _NETWORK, "length": Size, "classes": Size | None}
+#: The kinds of description that :func:`build` reads, and what they hold.
+KINDS: dict[str, dict[str, Any]] = {
+    "discrete-denoiser": _DENOISER,
+    "learned-sampler": {
+        "denoiser": Choice("kind", {"discrete-denoiser": _DENOISER}), "plans": Map(*STEPS, fields_of(Plan)),
+        "stepper": str,
+    },
+}  # fmt: skip
 
 
 def describe(model: NetworkDiscreteDenoiser | LearnedSampler) -> dict[str, Any]:
@@ -44,15 +59,30 @@ def describe(model: NetworkDiscreteDenoiser | LearnedSampler) -> dict[str, Any]:
     }
 
 
-def build(config: dict[str, Any]) -> NetworkDiscreteDenoiser | LearnedSampler:
-    """The model that :func:`describe` described, with untrained weights; ValueError for unknown names."""
+def build_network(config: dict[str, Any]) -> nn.Module:
+    """A token network from its description, with fresh weights."""
+    arguments = dict(config)
+    return NETWORKS[arguments.pop("name")](**arguments)
+
+
+def build(
+    config: dict[str, Any], network: Callable[[dict[str, Any]], nn.Module] = build_network
+) -> NetworkDiscreteDenoiser | LearnedSampler:
+    """The model that :func:`describe` described, with untrained weights; ``network`` builds the network.
+
+    Raises ValueError naming the field that is wrong, or values that contradict each other.
+    """
+    config = check(config, Choice("kind", KINDS), Place("description"))
     if config["kind"] == "learned-sampler":
-        plans = {int(k): Plan(tuple(plan["times"]), tuple(plan["phi"])) for k, plan in config["plans"].items()}
-        denoiser: Any = build(config["denoiser"])
+        plans = {int(steps): Plan(**plan) for steps, plan in config["plans"].items()}
+        denoiser: Any = build(config["denoiser"], network)
         return LearnedSampler(denoiser, plans, config["stepper"])
-    network = dict(config["network"])
-    net: nn.Module = _choose(NETWORKS, network.pop("name"), "network")(**network)
-    return NetworkDiscreteDenoiser(net, _build_chain(config["chain"]), config["length"], config["classes"])
+    chain = _build_chain(config["chain"])
+    told = {"length": config["length"], "classes": config["classes"], "tokens": chain.tokens, "states": chain.states}
+    for field, value in told.items():
+        if config["network"].get(field) != value:
+            raise ValueError(f"the model's {field} is {value}, that of its network {config['network'].get(field)}")
+    return NetworkDiscreteDenoiser(network(config["network"]), chain, config["length"], config["classes"])
 
 
 def _chain(chain: Chain) -> dict[str, Any]:
@@ -62,12 +92,6 @@ def _chain(chain: Chain) -> dict[str, Any]:
 
 def _build_chain(config: dict[str, Any]) -> Chain:
     arguments, noise = dict(config), dict(config["noise"])
-    arguments["noise"] = _choose(NOISES, noise.pop("name"), "noise")(**noise)
-    chain: Chain = _choose(CHAINS, arguments.pop("name"), "chain")(**arguments)
+    arguments["noise"] = NOISES[noise.pop("name")](**noise)
+    chain: Chain = CHAINS[arguments.pop("name")](**arguments)
     return chain
-
-
-def _choose(registry: dict[str, Any], name: str, what: str) -> Any:
-    if name not in registry:
-        raise ValueError(f"{what} '{name}' is unknown; this version knows {', '.join(registry)}")
-    return registry[name]

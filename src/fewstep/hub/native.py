@@ -1,7 +1,9 @@
 """fewstep's own folders: ``config.json`` says what the model is, ``model.safetensors`` holds its weights.
 
 The config is plain data: the schedule, the prediction and the network with their arguments, a student's flow map and
-sampling plans, and a card (how the model was made and how good it is).  Nothing is unpickled.
+sampling plans, the SHA-256 of the weights, and a card (how the model was made and how good it is).  The config is
+checked before anything is made of it, the shapes of the weights before memory is taken for them, and nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -23,10 +25,12 @@ from fewstep import schedules
 from fewstep.denoisers import PREDICTIONS, Denoiser, NetworkDenoiser, OnSchedule, Prediction
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
+from fewstep.files import Choice, Map, Maybe, Place, Size, arguments_of, blaming, check, fields_of, read_json
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.hub import discrete_models
-from fewstep.hub.adapters import Adapter, rebuilt
+from fewstep.hub.adapters import Adapter, fresh, rebuilt
 from fewstep.hub.adapters import described as described_adapter
+from fewstep.hub.weights import Header, headers, no_larger_than, opened, sha256
 from fewstep.networks import NETWORKS
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule, described
@@ -42,6 +46,32 @@ SCHEDULES: dict[str, type[Schedule]] = {
     )
 }  # fmt: skip
 _PREDICTION_NAMES = {cls: name for name, cls in PREDICTIONS.items()}
+
+# What config.json may hold.
+SCHEDULE = Choice("name", {name: fields_of(cls) for name, cls in SCHEDULES.items()})
+PREDICTION = Choice("name", {name: fields_of(cls) for name, cls in PREDICTIONS.items()})
+NETWORK = Choice(
+    "name",
+    {name: arguments_of(cls) for name, cls in NETWORKS.items()}
+    | {DIFFUSERS: {"class": str, "config": dict, "size": tuple[Size, Size], "pipeline": str | None}},
+)
+_DENOISERS: dict[str, Any] = {
+    "denoiser": {
+        "schedule": SCHEDULE, "prediction": PREDICTION, "network": NETWORK, "shape": tuple[Size, ...],
+        "classes": Size | None,
+    },
+}  # fmt: skip
+DENOISER = Choice("kind", _DENOISERS)
+_DENOISERS["on-schedule"] = {"inner": DENOISER, "schedule": SCHEDULE}
+_FLOW_MAPS: dict[str, Any] = {
+    "jump": {"denoiser": DENOISER, "two_times": bool},
+    "edm-consistency": {"denoiser": DENOISER, "sigma_data": float},
+}
+_STUDENT = {"flow_map": Choice("kind", _FLOW_MAPS), "plans": Map(*discrete_models.STEPS, arguments_of(Plan))}
+MODEL = Choice("kind", {"student": _STUDENT, **_FLOW_MAPS, **_DENOISERS, **discrete_models.KINDS})
+#: Where a description stands that no file holds.
+IN_MEMORY = Place("description")
+CONFIG = {"format": Literal[1], "model": dict, "sha256": Maybe(str), "card": Maybe(dict)}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -83,12 +113,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; ValueError naming the file when it is damaged or not safetensors."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file")
-    try:
+    with opened(path):
         return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or make it again") from None
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -129,66 +155,82 @@ def _network(net: nn.Module) -> dict[str, Any]:
     return {"name": name, **config}
 
 
-def _build_network(config: dict[str, Any]) -> nn.Module:
+def build_network(config: dict[str, Any]) -> nn.Module:
+    """A network from its description, with fresh weights."""
     arguments = dict(config)
     name = arguments.pop("name")
-    if name == DIFFUSERS:
-        return rebuilt(arguments)
-    network: nn.Module = _choose(NETWORKS, name, "network")(**_tuples(arguments))
-    return network
+    if name in discrete_models.NETWORKS:
+        return discrete_models.build_network(config)
+    return fresh(arguments) if name == DIFFUSERS else NETWORKS[name](**arguments)
+
+
+def _without_memory(config: dict[str, Any]) -> nn.Module:
+    """Like :func:`build_network`, with shapes and no values."""
+    with torch.device("meta"):
+        return build_network(config)
+
+
+def _build_in_pipeline(config: dict[str, Any]) -> nn.Module:
+    """Like :func:`build_network`; a diffusers network inside its pipeline, where that still is."""
+    return rebuilt(config) if config["name"] == DIFFUSERS else build_network(config)
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(plan).items() if value is not None}
 
 
-def build(config: dict[str, Any]) -> Any:
-    """The model that :func:`describe` described, with untrained weights."""
+def build(
+    config: dict[str, Any],
+    network: Callable[[dict[str, Any]], nn.Module] = _build_in_pipeline,
+    place: Place = IN_MEMORY,
+) -> Any:
+    """The model that :func:`describe` described, with untrained weights.
+
+    ``network`` builds networks, ``place`` is where the description stands.  Raises ValueError naming the field that is
+    wrong, or values that contradict each other.
+    """
+    return _build(check(config, MODEL, place), network)
+
+
+def _build(config: dict[str, Any], network: Callable[[dict[str, Any]], nn.Module]) -> Any:
     kind = config["kind"]
     if kind == "student":
-        plans = {int(steps): Plan(**_tuples(plan)) for steps, plan in config["plans"].items()}
-        flow_map: FlowMap = build(config["flow_map"])
+        plans = {int(steps): Plan(**plan) for steps, plan in config["plans"].items()}
+        flow_map: FlowMap = _build(config["flow_map"], network)
         return Student(flow_map, plans)
     if kind == "jump":
-        return Jump(build(config["denoiser"]), bool(config["two_times"]))
+        return Jump(_build(config["denoiser"], network), config["two_times"])
     if kind == "edm-consistency":
-        return EDMConsistency(build(config["denoiser"]), float(config["sigma_data"]))
+        return EDMConsistency(_build(config["denoiser"], network), config["sigma_data"])
     if kind == "on-schedule":
-        return OnSchedule(build(config["inner"]), _build_schedule(config["schedule"]))
+        return OnSchedule(_build(config["inner"], network), _build_named(SCHEDULES, config["schedule"]))
     if kind == "denoiser":
-        prediction = dict(config["prediction"])
-        head: type[Prediction] = _choose(PREDICTIONS, prediction.pop("name"), "prediction")
-        net = _build_network(config["network"])
-        return NetworkDenoiser(
-            net, _build_schedule(config["schedule"]), head(**prediction), tuple(config["shape"]), config["classes"]
-        )
-    if kind in discrete_models.KINDS:
-        return discrete_models.build(config)
-    known = ("student", "jump", "edm-consistency", "on-schedule", "denoiser", *discrete_models.KINDS)
-    raise ValueError(f"kind '{kind}' is not one of {', '.join(known)}")
+        prediction: Prediction = _build_named(PREDICTIONS, config["prediction"])
+        schedule: Schedule = _build_named(SCHEDULES, config["schedule"])
+        net = network(config["network"])
+        takes = {
+            "shape": (net.channels, *net.size) if isinstance(net, Adapter) else net.shape,
+            "classes": net.classes if isinstance(net, Adapter) else config["network"].get("classes"),
+        }
+        for field, found in takes.items():
+            if config[field] != found:
+                raise ValueError(f"the model's {field} is {config[field]}, that of its network {found}")
+        return NetworkDenoiser(net, schedule, prediction, config["shape"], config["classes"])
+    return discrete_models.build(config, network)
 
 
-def _build_schedule(config: dict[str, Any]) -> Schedule:
-    arguments = _tuples(dict(config))
-    return _choose(SCHEDULES, arguments.pop("name"), "schedule")(**arguments)
-
-
-def _choose(registry: dict[str, Any], name: str, what: str) -> Any:
-    if name not in registry:
-        raise ValueError(f"{what} '{name}' is unknown; this version knows {', '.join(registry)}")
-    return registry[name]
-
-
-def _tuples(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+def _build_named(registry: dict[str, Any], config: dict[str, Any]) -> Any:
+    return registry[config["name"]](**{key: value for key, value in config.items() if key != "name"})
 
 
 def save(model: Student | Denoiser, folder: str | Path, card: dict[str, Any] | None = None) -> Path:
     """Write a model folder; existing files are replaced one by one, each atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "model.safetensors", model.state_dict())
-    config = {"format": FORMAT, "model": describe(model), "card": card or {}}
+    description = describe(model)
+    weights = folder / "model.safetensors"
+    save_tensors(weights, model.state_dict())
+    config = {"format": FORMAT, "model": description, "sha256": sha256(weights), "card": card or {}}
     write_atomically(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     return folder
 
@@ -199,42 +241,41 @@ def load(folder: str | Path) -> Any:
     Raises FileNotFoundError when there is no model, ValueError when a file is damaged or its weights do not fit.
     """
     folder = Path(folder)
-    path = folder / "config.json"
+    path, weights = folder / "config.json", folder / "model.safetensors"
     config = _read_config(path)
-    try:
+    held = headers(weights)
+    with blaming(path), no_larger_than(len(held)):
+        expected = build(config["model"], _without_memory, Place(path, "model")).state_dict()
+    _check_fit(weights, held, expected)
+    if "sha256" in config and sha256(weights) != config["sha256"]:
+        raise ValueError(f"{weights}: its SHA-256 is not the one in config.json: damaged, or of another model")
+    with blaming(path):  # the pipeline that a network came from may have changed
         model = build(config["model"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a model description of this version of fewstep ({error})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    weights = load_tensors(folder / "model.safetensors")
-    expected = model.state_dict()
-    for name, tensor in expected.items():
-        found = weights.get(name)
-        if found is None or found.shape != tensor.shape:
-            shape = "missing" if found is None else f"of shape {list(found.shape)}"
-            raise ValueError(
-                f"{folder / 'model.safetensors'}: tensor '{name}' is {shape}, config.json asks for {list(tensor.shape)}"
-            )
-    if extra := sorted(set(weights) - set(expected)):
-        raise ValueError(f"{folder / 'model.safetensors'}: tensor '{extra[0]}' does not belong to this model")
-    model.load_state_dict(weights)
+        model.load_state_dict(load_tensors(weights))
     return model.requires_grad_(False).eval()
+
+
+def _check_fit(path: Path, held: dict[str, Header], expected: dict[str, torch.Tensor]) -> None:
+    """ValueError for the first tensor in a file that is not what a model expects."""
+    for name, tensor in expected.items():
+        found = held.get(name)
+        if found is None or found.shape != tuple(tensor.shape):
+            shape = "missing" if found is None else f"of shape {list(found.shape)}"
+            raise ValueError(f"{path}: tensor '{name}' is {shape}, config.json asks for {list(tensor.shape)}")
+        if found.floating != tensor.is_floating_point():
+            raise ValueError(f"{path}: tensor '{name}' is of type {found.dtype}, the model needs {tensor.dtype}")
+    if extra := sorted(set(held) - set(expected)):
+        raise ValueError(f"{path}: tensor '{extra[0]}' does not belong to this model")
 
 
 def card(folder: str | Path) -> dict[str, Any]:
     """The card of a model folder: how it was made and how good it is."""
-    return dict(_read_config(Path(folder) / "config.json").get("card", {}))
+    found: dict[str, Any] = _read_config(Path(folder) / "config.json").get("card", {})
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent}: no fewstep model here (config.json is missing)")
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
-        raise ValueError(f"{path}: format {found} is not {FORMAT}, the one this version of fewstep reads")
+    config: dict[str, Any] = read_json(path, CONFIG)
     return config

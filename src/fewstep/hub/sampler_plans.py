@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan
+from fewstep.files import Map, fields_of, read_json
+from fewstep.hub.discrete_models import STEPS
 from fewstep.hub.native import write_atomically
 from fewstep.hub.statistics import digest
 
 FORMAT = 1
 KIND = "discrete sampler plans"
+CONTENT = {
+    "format": Literal[1], "kind": Literal["discrete sampler plans"], "stepper": str,
+    "plans": Map(*STEPS, fields_of(Plan)), "fingerprint": {"chain": str, "length": str, "weights": str},
+}  # fmt: skip
 
 
 def fingerprint(denoiser: DiscreteDenoiser) -> dict[str, str]:
@@ -46,20 +52,13 @@ def load_plans(path: str | Path, denoiser: DiscreteDenoiser) -> LearnedSampler:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of sampler plans")
+    content = read_json(path, CONTENT)
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict) or content.get("kind") != KIND or content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a file of {KIND} of format {FORMAT}")
-    try:
-        recorded = content["fingerprint"]
         for name, found in fingerprint(denoiser).items():
-            if recorded[name] != found:
-                raise ValueError(f"learned for another model: {name} {recorded[name][:60]}, this one has {found[:60]}")
-        plans = {int(k): Plan(tuple(p["times"]), tuple(p["phi"])) for k, p in content["plans"].items()}
+            recorded = content["fingerprint"][name]
+            if recorded != found:
+                raise ValueError(f"learned for another model: {name} {recorded[:60]}, this one has {found[:60]}")
+        plans = {int(steps): Plan(**plan) for steps, plan in content["plans"].items()}
         return LearnedSampler(denoiser, plans, content["stepper"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: a field is missing or of the wrong type ({error})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

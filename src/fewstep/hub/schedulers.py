@@ -75,7 +75,9 @@ def read_scheduler(scheduler: Any) -> Reading:
         raise ValueError(f"{name}: timestep_type '{config.timestep_type}' is not read, only 'discrete'")
     if kind not in _PREDICTIONS:
         raise ValueError(f"{name}: prediction_type '{kind}' is unknown; fewstep reads {', '.join(_PREDICTIONS)}")
-    table: list[float] = scheduler.alphas_cumprod.double().tolist()
+    table: list[float] = scheduler.alphas_cumprod.double().flatten().tolist()
+    if len(table) < 2:
+        raise ValueError(f"{name}: a table of {len(table)} betas is no noise schedule")
     if table[-1] < math.exp(-2 * LOG_SNR_BOUND):
         if kind == "epsilon":
             raise ValueError(f"{name}: prediction_type 'epsilon' is undefined at zero terminal SNR (alpha = 0)")

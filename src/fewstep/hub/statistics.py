@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fewstep.files import Place, check, parse_json
 from fewstep.hub.native import load_tensors, save_tensors
 
 KEY = "fingerprint"
@@ -60,7 +61,8 @@ def read_fingerprint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or make it again") from None
     if KEY not in metadata:
         raise ValueError(f"{path}: holds tensors but no fingerprint: not a file of statistics")
-    return dict(json.loads(metadata[KEY]))
+    found: dict[str, Any] = check(parse_json(metadata[KEY], path), dict, Place(path, KEY))
+    return found
 
 
 def flattened(fields: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ what was asked for, so that a page can print the exact command that repeats the 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fewstep import files
 from fewstep.distill import RECIPES, recipe_class
 from fewstep.distill.method import Method
 from fewstep.hub import native
@@ -75,25 +75,32 @@ def _words(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+#: What is looked at in ``recipe.json``.
+NOTED = {
+    "command": str, "method": str, "hyper_parameters": dict, "settings": dict,
+    "start": {"model": files.Maybe(str), ...: Any}, "data": {"source": str, ...: Any}, ...: Any,
+}  # fmt: skip
+
+
 def read_note(folder: Path) -> Note | None:
     """What the recipe in a run folder says, None when there is none; ValueError naming the file when it is damaged."""
     path = folder / RECIPE_FILE
     if not path.is_file():
         return None
+    written = files.read_json(path, NOTED)
     try:
-        written = json.loads(path.read_text())
-        recipe = str(written["method"])
+        recipe = written["method"]
         defaults = {f.name: f.default for f in dataclasses.fields(recipe_class(recipe))}
         changed = {
             name: value
-            for name, value in dict(written["hyper_parameters"]).items()
+            for name, value in written["hyper_parameters"].items()
             if name not in defaults or _plain(value) != defaults[name]
         }
         return Note(
-            str(written["command"]), recipe, changed, str(written["start"].get("model", "")),
-            str(written["data"]["source"]), dict(written["settings"]),
+            written["command"], recipe, changed, written["start"].get("model", ""), written["data"]["source"],
+            written["settings"],
         )  # fmt: skip
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not the recipe of a run ({error}); delete it to report without it") from None
 
 
@@ -203,13 +210,5 @@ def _read_stage(folder: Path) -> StageCourse:
 
 
 def read_records(path: Path) -> list[dict[str, float]]:
-    """The records of a run, without a last line that a kill cut short; none when there is no log."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    """The records of a run, without lines that are cut short or damaged; none when there is no log."""
+    return files.read_records(path, {"seconds": float, ...: int | float})

@@ -12,6 +12,7 @@ sigma_s``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -42,8 +43,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         falling = all(b < a for a, b in pairwise(self.times))
-        if not self.times or not falling:
-            raise ValueError(f"a plan needs at least one time, strictly decreasing, got {self.times}")
+        if not self.times or not falling or not (self.times[-1] >= 0 and self.times[0] < math.inf):
+            raise ValueError(f"a plan needs at least one time, strictly decreasing and not negative, got {self.times}")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma} must lie in [0, 1] (0 deterministic, 1 re-noising)")
         lifted = self.times[1:]
@@ -51,6 +52,8 @@ class Plan:
             len(self.inner) != len(lifted) or any(r > s for r, s in zip(self.inner, lifted, strict=True))
         ):
             raise ValueError(f"inner={self.inner} must be one time per re-noising, none above {lifted}")
+        if self.inner is not None and not all(r >= 0 for r in self.inner):
+            raise ValueError(f"inner={self.inner}: times are not negative")
 
     def inner_at(self, schedule: Schedule, i: int) -> float:
         """The time that call ``i`` jumps to, before noise lifts the state back to the next time."""
@@ -154,6 +157,11 @@ class Student(nn.Module):
         super().__init__()
         if not plans:
             raise ValueError("a student needs at least one sampling plan")
+        for steps, plan in plans.items():
+            if len(plan.times) != steps:
+                raise ValueError(f"the plan for {steps} steps has {len(plan.times)} times")
+            if plan.times[0] > flow_map.schedule.t_max:
+                raise ValueError(f"the plan for {steps} steps starts at {plan.times[0]}, above {flow_map.schedule}")
         self.flow_map = flow_map
         self.plans = dict(sorted(plans.items()))
 

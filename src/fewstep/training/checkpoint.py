@@ -16,7 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fewstep.files import Count, Map, Place, check, parse_json
 from fewstep.hub.native import save_tensors
+
+#: What the trainer counts.
+COUNTERS = {
+    "steps": Count, "seconds": float, "averages": Map(".*", "a network", list[Count]), "recent": dict, "precision": str,
+    "run": dict, ...: Any,
+}  # fmt: skip
 
 
 def optimiser_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -112,7 +119,8 @@ class OneFile(Checkpoint):
     def counters(self) -> dict[str, Any]:
         try:
             with safe_open(self.path, framework="pt") as file:
-                return json.loads((file.metadata() or {})["counters"])
+                written = (file.metadata() or {})["counters"]
+            return checked_counters(parse_json(written, "its counters"))
         except (SafetensorError, KeyError, ValueError) as error:
             raise self.damaged(error) from None
 
@@ -125,6 +133,12 @@ class OneFile(Checkpoint):
         except (SafetensorError, KeyError, ValueError) as error:
             raise self.damaged(error) from None
         return tensors
+
+
+def checked_counters(counters: Any) -> dict[str, Any]:
+    """The counters of a checkpoint, when they are what :mod:`fewstep.training.trainer` writes; else ValueError."""
+    found: dict[str, Any] = check(counters, COUNTERS, Place("its counters"))
+    return found
 
 
 def checksum(tensors: dict[str, Tensor]) -> int:

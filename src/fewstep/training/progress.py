@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from fewstep.files import Count, read_records
 from fewstep.hub.native import write_atomically
+
+#: A line of ``log.jsonl``, whatever else it tells.
+LOGGED = {"step": Count, "images": Count, "seconds": float, ...: Any}
 
 
 class Records:
@@ -25,14 +29,7 @@ class Records:
         self._file: TextIO | None = None
         if path is None:
             return
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # a line cut short by a kill
-                if record["step"] <= step:
-                    self.lines.append(record)
+        self.lines = [record for record in read_records(path, LOGGED) if record["step"] <= step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self._file = path.open("a")
 

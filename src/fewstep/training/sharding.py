@@ -34,8 +34,9 @@ from torch.distributed.tensor import DTensor
 
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.distill.method import Networks
+from fewstep.files import read_json
 from fewstep.hub.native import write_atomically
-from fewstep.training.checkpoint import Checkpoint
+from fewstep.training.checkpoint import Checkpoint, checked_counters
 from fewstep.training.parallel import Parallel
 
 
@@ -126,7 +127,7 @@ class Parts(Checkpoint):
 
     def counters(self) -> dict[str, Any]:
         try:
-            counters = json.loads(self.path.read_text())
+            counters = checked_counters(read_json(self.path, {"parts": str, "bytes": dict, ...: Any}))
             for name, size in counters["bytes"].items():
                 part = self.path.parent / counters["parts"] / name
                 if not part.is_file() or part.stat().st_size != size:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fewstep.files import Count, Place, check, parse_json
 from fewstep.hub.native import save_tensors
 from fewstep.training.ema import reconstruct
 
@@ -24,6 +25,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 #: How many snapshots a run writes, at equal parts of its budget.
 PER_RUN = 8
+COUNTERS = {"step": Count, "updates": Count, "sigma_rel": list[float]}
 
 
 def due(before: float, after: float) -> bool:
@@ -57,7 +59,7 @@ def read(folder: Path) -> list[tuple[int, float, dict[str, Tensor]]]:
     for path in sorted(place.glob("[0-9]*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                counters = json.loads((file.metadata() or {})["counters"])
+                counters = check(parse_json((file.metadata() or {})["counters"], path), COUNTERS, Place(path))
                 names = list(file.keys())
                 for i, width in enumerate(counters["sigma_rel"]):
                     mine = [n for n in names if n.startswith(f"{i}/")]
