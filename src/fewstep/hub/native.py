@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from fewstep import schedules
 from fewstep.denoisers import PREDICTIONS, Denoiser, NetworkDenoiser, OnSchedule, Prediction
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
-from fewstep.files import Choice, Map, Maybe, Place, Size, arguments_of, blaming, check, fields_of, read_json
+from fewstep.files import Choice, Map, Maybe, Place, Range, Size, arguments_of, blaming, check, fields_of, read_json
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.hub import discrete_models
 from fewstep.hub.adapters import Adapter, fresh, rebuilt
@@ -58,7 +58,7 @@ NETWORK = Choice(
 _DENOISERS: dict[str, Any] = {
     "denoiser": {
         "schedule": SCHEDULE, "prediction": PREDICTION, "network": NETWORK, "shape": tuple[Size, ...],
-        "classes": Size | None,
+        "classes": Size | None, "half_level": Maybe(Annotated[float, Range(1e-6, 1e6)]),
     },
 }  # fmt: skip
 DENOISER = Choice("kind", _DENOISERS)
@@ -136,6 +136,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
             "network": _network(model.net),
             "shape": list(model.shape),
             "classes": model.classes,
+            **({} if model.half_level is None else {"half_level": model.half_level}),
         }
     if isinstance(model, NetworkDiscreteDenoiser | LearnedSampler):
         return discrete_models.describe(model)
@@ -215,7 +216,9 @@ def _build(config: dict[str, Any], network: Callable[[dict[str, Any]], nn.Module
         for field, found in takes.items():
             if config[field] != found:
                 raise ValueError(f"the model's {field} is {config[field]}, that of its network {found}")
-        return NetworkDenoiser(net, schedule, prediction, config["shape"], config["classes"])
+        denoiser = NetworkDenoiser(net, schedule, prediction, config["shape"], config["classes"])
+        denoiser.half_level = config.get("half_level")
+        return denoiser
     return discrete_models.build(config, network)
 
 
