@@ -220,7 +220,7 @@ def make_cases(root: Path) -> dict[str, Case]:
         student = plans(Jump(straight.denoiser), times, gamma)
         inputs = {**cond, "latents": noise}
         cases[name] = Case(student, export(student, root / name), inputs, {"output_type": "latent"}, cond, noise)
-    tokens = from_pipeline(flux(), size=(8, 8))
+    tokens = from_pipeline(flux(), size=(16, 16))
     student = plans(Jump(tokens.denoiser), {n: tokens.grid(n)[:-1].tolist() for n in (1, 4)}, 0.0)
     inputs = {**cond, "latents": diffusers.FluxPipeline._pack_latents(noise, BATCH, 4, 8, 8)}
     size = {"height": 16, "width": 16, "output_type": "latent"}
