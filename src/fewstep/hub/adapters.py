@@ -369,10 +369,13 @@ class UNet2DCondition(UNetAdapter, TextAdapter):
             found["prompt_embeds"] = (None, width if encoder is None else config.encoder_hid_dim)
         if encoder in ("image_proj", "text_image_proj") or added in ("image", "text_image"):
             found["image_embeds"] = (config.encoder_hid_dim if encoder == "image_proj" else width,)
-        if added in ("text_time", "text_image"):
-            found["pooled_prompt_embeds"] = (None,)
+        if added == "text_image":
+            found["pooled_prompt_embeds"] = (width,)
         if added == "text_time":
-            found["time_ids"] = (None,)
+            # SDXL's refiner has an aesthetic score in the place of the two numbers of a target size
+            ids = 6 if self.origin is None or not self.origin.pipe.config.get("requires_aesthetics_score") else 5
+            pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
+            found.update({"pooled_prompt_embeds": (pooled,), "time_ids": (ids,)})
         kind = config.class_embed_type
         if kind is not None or config.num_class_embeds is not None:
             label = config.projection_class_embeddings_input_dim

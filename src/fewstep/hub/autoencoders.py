@@ -44,6 +44,13 @@ def pixels_per_latent(pipe: Any) -> int:
     return int(2 ** (len(widths) - 1))
 
 
+def step_of_sides(pipe: Any, patch: int) -> int:
+    """What the sides of pictures must be multiples of, in pixels, for a network of patches of ``patch`` latents."""
+    scale = pixels_per_latent(pipe)
+    # Kandinsky rounds its latents to multiples of the scale
+    return scale * (scale if autoencoder_name(pipe) == "movq" else patch)
+
+
 def latent_units(pipe: Any) -> tuple[list[float], list[float]]:
     """``(mean, scale)``, one number or one a channel: the network sees ``(the autoencoder's latents - mean) scale``."""
     name = autoencoder_name(pipe)
