@@ -21,6 +21,7 @@ from tiny_pipelines import (  # noqa: E402
     ours,
     sana,
     sd3,
+    sd3_with_text,
     stable_diffusion,
     unet2d,
     unet2d_condition,
@@ -237,14 +238,7 @@ def test_flow_transformers_take_their_pipelines_prompts() -> None:
     noise = torch.randn(2, 4, 16, 16, dtype=torch.float64)
     call = {"prompt": ["a b", "c"], "num_inference_steps": 2, "sigmas": [1.0, 0.5], "height": 32, "width": 32}
 
-    pipe = sd3()
-    pipe.register_modules(**clip, text_encoder_2=clip["text_encoder"], tokenizer_2=clip["tokenizer"])
-    pipe.transformer = diffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
-        joint_attention_dim=12, caption_projection_dim=8, pooled_projection_dim=10, out_channels=4,
-        pos_embed_max_size=16,
-    )  # fmt: skip
-    pipe.to(torch.float64)
+    pipe = sd3_with_text()
     loaded = from_pipeline(pipe)
     theirs = last_sample(pipe, **call, latents=noise, guidance_scale=1.0)
     assert gap(ours(loaded.denoiser, noise, loaded.grid(2).tolist(), loaded.embed(["a b", "c"])), theirs) < EXACT

@@ -122,6 +122,18 @@ def sd3() -> Any:
     ).to(torch.float64)  # fmt: skip
 
 
+def sd3_with_text() -> Any:
+    """With two CLIP text encoders; the pipeline puts zeros in the place of the third."""
+    pipe, clip = sd3(), clip_text(projected=True)
+    pipe.register_modules(**clip, text_encoder_2=clip["text_encoder"], tokenizer_2=clip["tokenizer"])
+    pipe.transformer = diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=8, pooled_projection_dim=10, out_channels=4,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+    return pipe.to(torch.float64)
+
+
 def flux(kind: str = "FluxPipeline", **changes: Any) -> Any:
     config = {
         "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond
-from fewstep.hub.autoencoders import autoencoder_name, latent_channels, pixels_per_latent
+from fewstep.hub.autoencoders import autoencoder_name, latent_channels, pixels_per_latent, step_of_sides
 from fewstep.hub.requires import require
 
 #: What pipelines put beside the noisy channels of their network's input: the condition ``concat``, in its order.
@@ -118,6 +118,27 @@ class Adapter(nn.Module):
             raise ValueError(f"{type(self.model).__name__}: its config has no sample_size; pass size=(height, width)")
         return (size, size) if isinstance(size, int) else tuple(size)
 
+    def sides(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the samples that are pictures of ``size`` pixels; ValueError when there are none."""
+        scale = 1 if self.origin is None else pixels_per_latent(self.origin.pipe)
+        step = self.patch if self.origin is None else step_of_sides(self.origin.pipe, self.patch)
+        if any(side < step or side % step for side in size):
+            raise ValueError(f"size={size[0]}x{size[1]}: height and width in pixels must be multiples of {step}")
+        return size[0] // scale, size[1] // scale
+
+    def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """The shape of a sample that is a picture of ``size`` pixels, for :func:`fewstep.sampling.sample`.
+
+        ValueError when the network cannot make it, or sees its size in its condition.
+        """
+        sides = self.sides(size)
+        if "time_ids" in self.needs() and sides != self.size:
+            raise ValueError(
+                f"size={size[0]}x{size[1]}: this network sees the size in its condition, so load the model with it: "
+                "load(folder, size=(height, width))"
+            )
+        return (self.channels, *sides)
+
     def needs(self) -> dict[str, tuple[int | None, ...]]:
         """The conditions that the network cannot do without, by name, with the shape of one row (None: any length)."""
         beside = self.takes - self.channels
@@ -126,6 +147,10 @@ class Adapter(nn.Module):
     def optional(self) -> dict[str, tuple[int | None, ...]]:
         """The conditions that may be left out."""
         return {"guidance_scale": ()} if self.takes_guidance else {}
+
+    def lacks(self) -> dict[str, tuple[int | None, ...]]:
+        """The conditions that cannot be left out, because nothing stands for them when there is no condition."""
+        return self.needs()
 
     def listed(self, conditions: dict[str, tuple[int | None, ...]]) -> str:
         """Names and shapes of conditions as a message lists them."""
@@ -296,6 +321,9 @@ class TextAdapter(Adapter):
         for name, value in cond.items():
             self.register_buffer(f"null_{name}", value.detach(), persistent=False)
         self.null_names = tuple(cond)
+
+    def lacks(self) -> dict[str, tuple[int | None, ...]]:
+        return {name: shape for name, shape in self.needs().items() if name not in self.null_names}
 
     def null(self, n: int) -> dict[str, Tensor]:
         """The condition that :meth:`set_null` was given, for ``n`` samples; empty when it was not."""

@@ -34,6 +34,12 @@ def latent_channels(pipe: Any) -> int | None:
     return None if name is None else int(pipe.components[name].config.latent_channels)
 
 
+def picture_channels(pipe: Any) -> int | None:
+    """The channels of decoded pictures (LDM3D's hold a depth map, too); None for a pixel model."""
+    name = autoencoder_name(pipe)
+    return None if name is None else int(pipe.components[name].config.get("out_channels", 3))
+
+
 def pixels_per_latent(pipe: Any) -> int:
     """The side of the square of pixels that one place of the latents stands for; 1 for a pixel model."""
     name = autoencoder_name(pipe)
@@ -86,9 +92,11 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     name = autoencoder_name(pipe)
     if name is None:
         return latents
+    autoencoder = pipe.components[name]
+    latents = latents.to(autoencoder.device, autoencoder.dtype)
     mean, scale = _units(pipe, latents)
     how = {"force_not_quantize": True} if name == "movq" else {}
-    pictures: Tensor = pipe.components[name].decode(latents / scale + mean, return_dict=False, **how)[0]
+    pictures: Tensor = autoencoder.decode(latents / scale + mean, return_dict=False, **how)[0]
     return pictures
 
 

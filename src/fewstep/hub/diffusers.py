@@ -168,9 +168,8 @@ def from_pipeline(pipe: Any, *, size: tuple[int, int] | None = None) -> LoadedPi
     """
     scale = autoencoders.pixels_per_latent(pipe)
     net = network_in(pipe, None if size is None else (size[0] // scale, size[1] // scale))
-    step = autoencoders.step_of_sides(pipe, net.patch)
-    if size is not None and any(side < step or side % step for side in size):
-        raise ValueError(f"size={size[0]}x{size[1]}: height and width in pixels must be multiples of {step}")
+    if size is not None:
+        net.sides(size)  # refuses what the division above rounded
     reading = read_scheduler(pipe.scheduler)
     return LoadedPipeline(_denoiser(net, reading), reading, pipe)
 
