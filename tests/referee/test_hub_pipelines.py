@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -174,6 +175,36 @@ def test_flux_with_a_control_picture() -> None:
     handle.remove()
     packed = [pipe._pack_latents(x, 2, 4, 8, 8) for x in (start, control)]
     assert loaded.denoiser.shape == (4, 8, 8) and torch.equal(seen[0], torch.cat(packed, dim=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [
+        ("StableDiffusionImg2ImgPipeline", True),
+        ("TextToVideoZeroPipeline", True),
+        ("LatentConsistencyModelPipeline", True),
+        ("LEditsPPPipelineStableDiffusion", False),
+        ("SemanticStableDiffusionPipeline", False),
+    ],
+)
+def test_relatives_of_stable_diffusion_are_read_as_it(name: str, reads: bool) -> None:
+    """Editing and video pipelines on the same network; where encode_prompt takes no prompt, the condition is given."""
+    taken = inspect.signature(attrgetter(name)(diffusers)).parameters
+    scheduler = diffusers.LCMScheduler if name.startswith("Latent") else ddim
+    text = clip_text(projected=False)
+    parts = {**CHECKED, **text, "unet": unet2d_condition(), "scheduler": scheduler}
+    made = {part: make() if part in ("vae", "scheduler") else make for part, make in parts.items() if part in taken}
+    loaded = from_pipeline(attrgetter(name)(diffusers)(**made))
+    twin = from_pipeline(stable_diffusion(made["unet"], made["scheduler"]).to(torch.float32))
+    twin.pipe.register_modules(**text)
+    cond, x = twin.embed(["a b"]), torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded.denoiser(x, 500.0, cond), twin.denoiser(x, 500.0, cond))
+    if reads:
+        assert torch.equal(loaded.embed(["a b"])["prompt_embeds"], cond["prompt_embeds"])
+    else:
+        with pytest.raises(ValueError, match="no text encoder"):
+            loaded.embed(["a b"])
 
 
 # --- the guidance scale as an input -------------------------------------------------------------------------------

@@ -344,9 +344,14 @@ class TextAdapter(Adapter):
         if self.origin is None or "image_embeds" in self.needs():
             return False
         pipe = self.origin.pipe
-        encodes = "bert" in pipe.components or any("encode_prompt" in vars(cls) for cls in type(pipe).__mro__)
-        encoder = pipe.components.get("text_encoder") or pipe.components.get("bert")
-        return encodes and encoder is not None and pipe.components.get("tokenizer") is not None
+        if pipe.components.get("tokenizer") is None:
+            return False
+        if pipe.components.get("bert") is not None:
+            return True
+        encode = next((vars(cls)["encode_prompt"] for cls in type(pipe).__mro__ if "encode_prompt" in vars(cls)), None)
+        # some editing pipelines have one that takes no prompt
+        takes = encode is not None and "prompt" in inspect.signature(encode).parameters
+        return takes and pipe.components.get("text_encoder") is not None
 
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         """The condition for ``prompts``, from the text encoders of the network's pipeline, as its own call makes it."""
@@ -361,7 +366,12 @@ class TextAdapter(Adapter):
         own call (Sana's instruction to the language model, the lengths of prompts)."""
         assert self.origin is not None
         pipe = self.origin.pipe
-        own = {"device": pipe._execution_device, "do_classifier_free_guidance": False, **given}
+        own = {
+            "device": pipe._execution_device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+            **given,
+        }
         call = inspect.signature(pipe.__call__).parameters
         taken = [name for name in inspect.signature(pipe.encode_prompt).parameters if name != "prompt"]
         arguments = {name: call[name].default for name in taken if name in call}
