@@ -150,7 +150,7 @@ def test_conditions_are_checked() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="knows no empty prompt: pass cond, a dict of prompt_embeds"):
         wrap(text, diffusers.DDPMScheduler())(x, 5.0)
-    with pytest.raises(ValueError, match="time_cond_proj_dim=None was called with w="):
+    with pytest.raises(ValueError, match="a network without time_cond_proj_dim was called with w="):
         wrap(text, diffusers.DDPMScheduler())(x, 5.0, torch.zeros(2, 3, 6), w=torch.ones(2))
 
 
