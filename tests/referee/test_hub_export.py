@@ -170,11 +170,11 @@ def autoencoder() -> Any:
     )  # fmt: skip
 
 
-def stable_diffusion() -> Any:
+def stable_diffusion(**changes: Any) -> Any:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
         attention_head_dim=4, cross_attention_dim=6, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **changes,
     )  # fmt: skip
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
@@ -282,7 +282,17 @@ def make_cases(root: Path) -> dict[str, Case]:
     written = export(student, root / "dit-ddim")
     cases["dit-ddim"] = Case(student, written, call={"class_labels": labels.tolist()}, cond=labels)
 
+    # LCM's input, the guidance scale, is the pipeline's own argument
+    lcm = stable_diffusion(time_cond_proj_dim=16)
+    student = plans(Jump(from_pipeline(lcm).denoiser), TRAILING, 1.0)
+    written = export(student, root / "sd-lcm")
+    inputs = {**text, "latents": written.start * noise}
+    cases["sd-lcm"] = Case(student, written, inputs, {"output_type": "latent"}, text, noise)
+
     # --- diffusers networks that need the student's own scheduler
+    wide = from_pipeline(diffusers.DDIMPipeline(unet2d(), gentle()), size=(8, 16)).denoiser  # DDIMPipeline has one size
+    student = plans(Jump(wide), {1: [999.0]}, 0.0)
+    cases["unet2d-wide"] = own(student, export(student, root / "unet2d-wide"))
     student = plans(Jump(pixel), TRAILING, 1.0)
     cases["unet2d-noisy"] = Case(student, export(student, root / "unet2d-noisy"), call={"batch_size": BATCH})
     for name, changes in (("unet2d-classes", {"num_class_embeds": 4}), ("unet2d-variance", {"out_channels": 2})):
@@ -390,6 +400,7 @@ PLAIN = {
     "sd-noisy": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-uneven": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-uneven-ddim": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd-lcm": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd3-euler": ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"),
     "sd3-noisy": ("StableDiffusion3Pipeline", "FlowMatchLCMScheduler"),
     "flux-euler": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
@@ -400,6 +411,7 @@ PLAIN = {
 }
 WITH_CODE = {
     "unet2d-noisy": "StudentPipeline",
+    "unet2d-wide": "StudentPipeline",
     "unet2d-classes": "StudentPipeline",
     "unet2d-variance": "StudentPipeline",
     "sd-trig": "StableDiffusionPipeline",
