@@ -59,7 +59,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
 
 def sampled(*words: object) -> Tensor:
     """What ``fewstep sample`` writes."""
-    assert main(["sample", *map(str, words), "--steps", "2", "--out", "x.npz"]) == 0
+    assert main(["sample", *map(str, words), "--solver", "ddim", "--steps", "2", "--out", "x.npz"]) == 0
     return torch.from_numpy(np.load("x.npz")["samples"])
 
 
@@ -76,7 +76,7 @@ def test_latents_are_shown_as_pictures() -> None:
     """An LDM's samples are decoded, on the command line and by fs.pictures; a PNG is made of them."""
     name = saved(latent_diffusion())
     model = fs.load(name)
-    expected = fs.pictures(model, fs.sample(model, 3, steps=2))
+    expected = fs.pictures(model, fs.sample(model, 3, solver="ddim", steps=2))
     assert expected.shape == (3, 3, 16, 16)
     assert torch.equal(sampled(name, "--n", 3), expected)
     assert main(["sample", name, "--n", "3", "--out", "x.png"]) == 0
@@ -104,10 +104,10 @@ def test_image_embeddings_come_from_a_file(fails: Fails) -> None:
     save_file({"image_embeds": good, "negative_image_embeds": bad}, "both.safetensors")
     save_file({"image_embeds": good}, "one.safetensors")
     model, cond = fs.load(name), {"image_embeds": good}
-    plain = fs.pictures(model, fs.sample(model, 3, steps=2, cond=cond))
+    plain = fs.pictures(model, fs.sample(model, 3, solver="ddim", steps=2, cond=cond))
     assert torch.equal(sampled(name, "--n", 3, "--cond", "one.safetensors"), plain)
     guided = fs.sample(
-        fs.denoisers.Guided(model, 3.0, {"image_embeds": bad.expand(3, 5)}), 3, steps=2, cond=cond
+        fs.denoisers.Guided(model, 3.0, {"image_embeds": bad.expand(3, 5)}), 3, solver="ddim", steps=2, cond=cond
     )  # fmt: skip
     found = sampled(name, "--n", 3, "--cond", "both.safetensors", "--guidance", 3)
     assert torch.equal(found, fs.pictures(model, guided))
@@ -143,9 +143,9 @@ def test_sizes_in_pixels(fails: Fails) -> None:
     save_file({"prompt_embeds": rows(1, 7, 6), "pooled_prompt_embeds": rows(1, 5)}, "text.safetensors")
     cond = {"prompt_embeds": rows(1, 7, 6).expand(2, 7, 6), "pooled_prompt_embeds": rows(1, 5).expand(2, 5)}
     model = fs.load(name, size=(16, 24))
-    expected = fs.sample(model, 2, steps=2, cond=cond)
+    expected = fs.sample(model, 2, solver="ddim", steps=2, cond=cond)
     assert expected.shape == (2, 4, 8, 12)
-    assert torch.equal(fs.sample(fs.load(name), 2, steps=2, cond=cond, size=(16, 24)), expected)
+    assert torch.equal(fs.sample(fs.load(name), 2, solver="ddim", steps=2, cond=cond, size=(16, 24)), expected)
     found = sampled(name, "--n", 2, "--cond", "text.safetensors", "--size", "16x24")
     assert found.shape == (2, 3, 16, 24) and torch.equal(found, fs.pictures(model, expected))
     assert "size=16x22: height and width in pixels must be multiples of 4" in fails("sample", name, "--size", "16x22")
@@ -180,7 +180,7 @@ def test_guidance_reaches_networks_that_take_it(kind: str, fails: Fails) -> None
     save_file(text, "text.safetensors")
     words = (name, "--n", 1, "--cond", "text.safetensors", "--size", "16x16")
     model = fs.load(name, size=(16, 16))
-    expected = fs.sample(model, 1, steps=2, cond={**text, "guidance_scale": torch.tensor([2.0])})
+    expected = fs.sample(model, 1, solver="ddim", steps=2, cond={**text, "guidance_scale": torch.tensor([2.0])})
     found = sampled(*words, "--guidance", 2)
     assert torch.equal(found, fs.pictures(model, expected))
     assert float((found - sampled(*words)).abs().max()) > 1e-4
