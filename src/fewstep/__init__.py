@@ -19,6 +19,7 @@ _EXPORTS = {
     "distill": "fewstep.api",
     "compare": "fewstep.api",
     "save": "fewstep.api",
+    "pictures": "fewstep.api",
     "sample": "fewstep.sampling",
     "solver_for": "fewstep.sampling.tuning",
     "Student": "fewstep.sampling",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from fewstep.api import compare as compare
     from fewstep.api import distill as distill
     from fewstep.api import load as load
+    from fewstep.api import pictures as pictures
     from fewstep.api import save as save
     from fewstep.sampling import Plan as Plan
     from fewstep.sampling import Student as Student

@@ -14,6 +14,7 @@ from fewstep.hub.models import BUNDLED as BUNDLED
 from fewstep.hub.models import bundled_models as bundled_models
 from fewstep.hub.models import load as load
 from fewstep.hub.models import locate as locate
+from fewstep.hub.models import pictures as pictures
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
 from fewstep.training.stages import run_recipe

@@ -148,9 +148,9 @@ def test_conditions_are_checked() -> None:
         attention_head_dim=4, cross_attention_dim=6, down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="pass cond, it knows no empty prompt"):
+    with pytest.raises(ValueError, match="knows no empty prompt: pass cond, a dict of prompt_embeds"):
         wrap(text, diffusers.DDPMScheduler())(x, 5.0)
-    with pytest.raises(ValueError, match="time_cond_proj_dim=None was called with w="):
+    with pytest.raises(ValueError, match="a network without time_cond_proj_dim was called with w="):
         wrap(text, diffusers.DDPMScheduler())(x, 5.0, torch.zeros(2, 3, 6), w=torch.ones(2))
 
 

@@ -6,11 +6,13 @@ clipping to pictures and before decoding) in a file, which the tests compare wit
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,16 @@ from torch import Tensor, nn
 
 diffusers = pytest.importorskip("diffusers")
 
-from fewstep.denoisers import Clipped, EDMPrediction, Guided, NetworkDenoiser, TrigPrediction  # noqa: E402
+from tiny_pipelines import clip_text, kandinsky, latent_diffusion  # noqa: E402
+from tiny_pipelines import sana as tiny_sana  # noqa: E402
+
+from fewstep.denoisers import Clipped, Denoiser, EDMPrediction, Guided, NetworkDenoiser, TrigPrediction  # noqa: E402
+from fewstep.distill.consistency.cm import ConsistencyDistillation  # noqa: E402
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump  # noqa: E402
 from fewstep.hub.adapters import TextAdapter  # noqa: E402
 from fewstep.hub.diffusers import Exported, export, export_with_code, from_pipeline, load_pipeline, wrap  # noqa: E402
 from fewstep.hub.source import standalone  # noqa: E402
-from fewstep.hub.tables import plan_table, scheduler_table  # noqa: E402
+from fewstep.hub.tables import network_of, plan_table, scheduler_table  # noqa: E402
 from fewstep.networks import MLP, UNet  # noqa: E402
 from fewstep.randomness import Rng, derive_seed  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
@@ -69,11 +75,48 @@ for case in json.loads(sys.argv[1]):
     for steps, call in case["calls"].items():
         seen.clear()
         torch.manual_seed(case["seed"])
-        pipe(**call, **inputs, generator=torch.Generator().manual_seed(case["seed"]))
+        made = pipe(**call, **inputs, generator=torch.Generator().manual_seed(case["seed"]))
         out[case["name"] + "/" + steps] = seen[-1].contiguous()
+        if call.get("output_type") == "np":
+            out[case["name"] + "/" + steps + "/pictures"] = torch.from_numpy(made.images)
 save_file(out, sys.argv[2])
 assert not [name for name in sys.modules if name.partition(".")[0] == "fewstep"]
 """
+
+
+README_PROCESS = """
+import os, sys, warnings
+
+class NoFewstep:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "fewstep":
+            raise ImportError("fewstep is not here")
+
+sys.meta_path.insert(0, NoFewstep())
+os.chdir(sys.argv[1])
+for name in sys.argv[2:]:
+    block = open(name + "/README.md").read().split("```python")[1].split("```")[0]
+    names = {}
+    for line in block.strip().splitlines():
+        try:
+            exec(line, names)
+        except Exception as error:
+            raise SystemExit(f"{name}: {line}: {type(error).__name__}: {error}")
+        if line.startswith("images"):
+            steps = int(line.split("#")[1].split()[0])
+            assert len(names["pipe"].scheduler.timesteps) == steps and len(names["images"]) == 1, (name, line)
+            print(name, steps)
+assert not [name for name in sys.modules if name.partition(".")[0] == "fewstep"]
+"""
+
+
+class PackedRng(Rng):
+    """Draws noise in the order of Flux's tokens."""
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        tokens = super().normal_like(diffusers.FluxPipeline._pack_latents(x, *x.shape))
+        sides = (x.shape[2] // 2, x.shape[3] // 2)
+        return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, sides), 2)
 
 
 @dataclass
@@ -92,7 +135,7 @@ class Case:
     @torch.no_grad()
     def expected(self, steps: int, seed: int) -> Tensor:
         """The student's own images, from the generator that the pipeline gets."""
-        rng = Rng("case")
+        rng = PackedRng("case") if self.pack else Rng("case")
         rng.generator.manual_seed(seed)
         noise = self.noise
         if noise is None:
@@ -127,11 +170,11 @@ def autoencoder() -> Any:
     )  # fmt: skip
 
 
-def stable_diffusion() -> Any:
+def stable_diffusion(**changes: Any) -> Any:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
         attention_head_dim=4, cross_attention_dim=6, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **changes,
     )  # fmt: skip
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
@@ -163,6 +206,12 @@ def flux() -> Any:
         transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0), vae=autoencoder(),
         text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
     )  # fmt: skip
+
+
+def sana() -> Any:
+    made = tiny_sana().to(torch.float32)
+    made.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return made
 
 
 def dit() -> Any:
@@ -214,13 +263,14 @@ def make_cases(root: Path) -> dict[str, Case]:
         cases[name] = Case(student, written, inputs, {"output_type": "latent"}, text, noise)
 
     cond = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 2 + [0] * 5])
     straight = from_pipeline(sd3())
     for name, gamma in (("sd3-euler", 0.0), ("sd3-noisy", 1.0)):
         times = {n: straight.grid(n)[:-1].tolist() for n in (1, 2, 4)}
         student = plans(Jump(straight.denoiser), times, gamma)
         inputs = {**cond, "latents": noise}
         cases[name] = Case(student, export(student, root / name), inputs, {"output_type": "latent"}, cond, noise)
-    tokens = from_pipeline(flux(), size=(8, 8))
+    tokens = from_pipeline(flux(), size=(16, 16))
     student = plans(Jump(tokens.denoiser), {n: tokens.grid(n)[:-1].tolist() for n in (1, 4)}, 0.0)
     inputs = {**cond, "latents": diffusers.FluxPipeline._pack_latents(noise, BATCH, 4, 8, 8)}
     size = {"height": 16, "width": 16, "output_type": "latent"}
@@ -232,7 +282,17 @@ def make_cases(root: Path) -> dict[str, Case]:
     written = export(student, root / "dit-ddim")
     cases["dit-ddim"] = Case(student, written, call={"class_labels": labels.tolist()}, cond=labels)
 
+    # LCM's input, the guidance scale, is the pipeline's own argument
+    lcm = stable_diffusion(time_cond_proj_dim=16)
+    student = plans(Jump(from_pipeline(lcm).denoiser), TRAILING, 1.0)
+    written = export(student, root / "sd-lcm")
+    inputs = {**text, "latents": written.start * noise}
+    cases["sd-lcm"] = Case(student, written, inputs, {"output_type": "latent"}, text, noise)
+
     # --- diffusers networks that need the student's own scheduler
+    wide = from_pipeline(diffusers.DDIMPipeline(unet2d(), gentle()), size=(8, 16)).denoiser  # DDIMPipeline has one size
+    student = plans(Jump(wide), {1: [999.0]}, 0.0)
+    cases["unet2d-wide"] = own(student, export(student, root / "unet2d-wide"))
     student = plans(Jump(pixel), TRAILING, 1.0)
     cases["unet2d-noisy"] = Case(student, export(student, root / "unet2d-noisy"), call={"batch_size": BATCH})
     for name, changes in (("unet2d-classes", {"num_class_embeds": 4}), ("unet2d-variance", {"out_channels": 2})):
@@ -247,6 +307,36 @@ def make_cases(root: Path) -> dict[str, Case]:
     student = plans(Jump(classes.denoiser), UNEVEN, 1.0)
     written = export(student, root / "dit-noisy")
     cases["dit-noisy"] = Case(student, written, call={"class_labels": labels.tolist()}, cond=labels, unseeded=True)
+
+    # --- consistency models of flow-matching teachers: they start from noise of 0.98765, their pipelines from 1
+    for name, teacher in (("sd3-cm", straight), ("flux-cm", tokens), ("sana-cm", from_pipeline(sana(), size=(32, 64)))):
+        student = consistency(teacher.denoiser)
+        given = {"prompt_embeds": prompt, "prompt_attention_mask": mask} if name == "sana-cm" else cond
+        start = torch.randn(BATCH, *teacher.denoiser.shape, generator=generator)
+        first = diffusers.FluxPipeline._pack_latents(start, BATCH, 4, 8, 8) if name == "flux-cm" else start
+        written = export(student, root / name)
+        seeded = {} if name == "sana-cm" else {"unseeded": True}
+        cases[name] = Case(
+            student, written, {**given, "latents": first}, {"output_type": "latent"}, given, start,
+            pack=name == "flux-cm", **seeded,
+        )  # fmt: skip
+
+    # --- autoencoders of other names
+    ldm = from_pipeline(latent_diffusion())
+    for name, gamma in (("ldm-ddim", 0.0), ("ldm-noisy", 1.0)):
+        student = plans(Jump(ldm.denoiser), TRAILING, gamma)
+        written = export(student, root / name)
+        cases[name] = Case(student, written, call={"batch_size": BATCH, "output_type": "np"}, unseeded=gamma > 0)
+    student = plans(Jump(from_pipeline(latent_diffusion(num_class_embeds=4)).denoiser), TRAILING, 1.0)
+    cases["ldm-classes"] = own(student, export(student, root / "ldm-classes"))
+    cases["ldm-classes"].call["output_type"] = "np"
+    images = from_pipeline(kandinsky())
+    given = {"image_embeds": pooled}
+    for name, gamma in (("kandinsky-ddim", 0.0), ("kandinsky-noisy", 1.0)):
+        student = plans(Jump(images.denoiser), TRAILING, gamma)
+        written = export(student, root / name)
+        inputs = {"image_embeds": pooled, "negative_image_embeds": -pooled, "latents": written.start * noise}
+        cases[name] = Case(student, written, inputs, {"output_type": "np"}, given, noise)
 
     # --- our own networks
     trig = TrigFlow()
@@ -263,6 +353,14 @@ def make_cases(root: Path) -> dict[str, Case]:
     student = plans(EDMConsistency(denoiser), {1: [20.0], 2: [20.0, 0.7]}, 1.0)
     cases["own-mlp"] = own(student, export(student, root / "own-mlp"))
     return cases
+
+
+def consistency(teacher: Denoiser) -> Student:
+    """The student that consistency distillation would hand over, untrained."""
+    method = ConsistencyDistillation(steps=(1, 2))
+    student = method.student(method.networks(teacher))
+    assert isinstance(student, Student)
+    return student.requires_grad_(False)
 
 
 def own(student: Student, exported: Exported) -> Case:
@@ -302,18 +400,28 @@ PLAIN = {
     "sd-noisy": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-uneven": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-uneven-ddim": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd-lcm": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd3-euler": ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"),
     "sd3-noisy": ("StableDiffusion3Pipeline", "FlowMatchLCMScheduler"),
     "flux-euler": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
     "dit-ddim": ("DiTPipeline", "DDIMScheduler"),
+    "ldm-ddim": ("LDMPipeline", "DDIMScheduler"),
+    "ldm-noisy": ("LDMPipeline", "TCDScheduler"),
+    "kandinsky-ddim": ("KandinskyV22Pipeline", "DDIMScheduler"),
 }
 WITH_CODE = {
     "unet2d-noisy": "StudentPipeline",
+    "unet2d-wide": "StudentPipeline",
     "unet2d-classes": "StudentPipeline",
     "unet2d-variance": "StudentPipeline",
     "sd-trig": "StableDiffusionPipeline",
     "sd-code": "StableDiffusionPipeline",
     "dit-noisy": "DiTPipeline",
+    "ldm-classes": "StudentPipeline",
+    "kandinsky-noisy": "StudentKandinskyV22Pipeline",
+    "sd3-cm": "StudentStableDiffusion3Pipeline",
+    "flux-cm": "StudentFluxPipeline",
+    "sana-cm": "StudentSanaPipeline",
     "own-unet": "StudentPipeline",
     "own-two-times": "StudentPipeline",
     "own-mlp": "StudentPipeline",
@@ -329,6 +437,54 @@ def test_plain_diffusers_makes_the_students_images(name: str, made: Any) -> None
         expected = case.expected(steps, SEED)
         assert 0.05 < float(expected.abs().max()) < 50  # images of ordinary size, not zeros
         assert float((plain[f"{name}/{steps}"] - expected).abs().max()) < CLOSE, steps
+
+
+@pytest.mark.parametrize("name", ["ldm-ddim", "ldm-noisy", "ldm-classes", "kandinsky-ddim", "kandinsky-noisy"])
+def test_exports_keep_their_autoencoder(name: str, made: Any) -> None:
+    """What plain diffusers shows are the pictures that the student's latents decode to, not the latents."""
+    cases, plain = made
+    case = cases[name]
+    for steps in case.student.plans:
+        latents = case.expected(steps, SEED)
+        decoded = from_pipeline(network_of(case.student).net.origin.pipe).decode(latents)
+        expected = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        theirs = plain[f"{name}/{steps}/pictures"]
+        assert theirs.shape == (BATCH, 16, 16, 3)
+        assert float(theirs.std()) > 0.01
+        # the codes of a VQ model jump
+        assert float((theirs - expected).abs().max()) < CLOSE, steps
+
+
+def test_every_line_of_every_readme_runs(made: Any, tmp_path: Path) -> None:
+    """The lines of the cards, one by one, in plain diffusers beside the folders; each makes an image in as many calls
+    as it says."""
+    cases, _ = made
+    root = cases["sd-ddim"].exported.folder.parent
+    torch.manual_seed(0)
+    pipe = stable_diffusion()
+    pipe.register_modules(**clip_text(projected=False))
+    student = plans(Jump(from_pipeline(pipe).denoiser), TRAILING, 1.0)
+    export(student, root / "sd-prompts")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", README_PROCESS, str(root), *cases, "sd-prompts"],
+        env={**os.environ, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == sum(len(case.student.plans) for case in cases.values()) + 3
+
+
+def test_cards_name_no_argument_that_is_not_there(made: Any) -> None:
+    """Where the start is not the pipeline's, the card says what can be done: pass latents, if they are taken."""
+    cases, _ = made
+    for name, case in cases.items():
+        card = (case.exported.folder / "README.md").read_text()
+        if case.exported.code or abs(case.exported.start - 1) <= 1e-6:
+            assert "standard deviation" not in card, name
+            continue
+        pipeline = attrgetter(case.exported.pipeline)(diffusers)
+        taken = "latents" in inspect.signature(pipeline.__call__).parameters
+        assert ("pass `latents`" in card) == taken and ("--with-code" in card) != taken, name
+    assert "--with-code" in (cases["unet2d-ddim"].exported.folder / "README.md").read_text()
 
 
 def test_plain_folders_hold_no_code(made: Any) -> None:

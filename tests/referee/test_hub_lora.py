@@ -14,11 +14,13 @@ from torch import Tensor
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+from tiny_pipelines import autoencoder, ddim, dit, flux, kandinsky, sana, sd3, unet2d  # noqa: E402
+
 from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser  # noqa: E402
 from fewstep.distill.method import Networks, Optimiser, copy_of  # noqa: E402
 from fewstep.flow_maps import Jump  # noqa: E402
 from fewstep.hub import lora  # noqa: E402
-from fewstep.hub.diffusers import export, from_pipeline  # noqa: E402
+from fewstep.hub.diffusers import export, from_pipeline, load_pipeline  # noqa: E402
 from fewstep.networks import MLP  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
 from fewstep.schedules import EDM  # noqa: E402
@@ -141,6 +143,52 @@ def test_saved_weights_are_read_back(pipe: Any, tmp_path: Path) -> None:
     lora.save(student, tmp_path)
     again = lora.load(teacher, tmp_path)
     assert float((again(X, 500.0, PROMPT) - student(X, 500.0, PROMPT)).abs().max()) < 1e-5
+
+
+FLOW = {"prompt_embeds": PROMPT, "pooled_prompt_embeds": PROMPT[:, 0, :5]}
+IMAGE = {"image_embeds": PROMPT[:, 0, :5]}
+MASK = {"prompt_embeds": PROMPT, "prompt_attention_mask": torch.ones(2, 7)}
+
+
+@pytest.mark.parametrize(
+    ("make", "cond"),
+    [(sd3, FLOW), (lambda: flux(), FLOW), (sana, MASK), (kandinsky, IMAGE)],
+    ids=["sd3", "flux", "sana", "kandinsky"],
+)
+def test_every_network_that_takes_lora_weights_loads_ours(make: Any, cond: dict[str, Tensor], tmp_path: Path) -> None:
+    """load_lora_weights of the pipeline, or load_lora_adapter of its network where it has no such method."""
+    torch.manual_seed(0)
+    plain = make().to(torch.float32)
+    teacher = from_pipeline(plain, size=(16, 16)).denoiser
+    student = trained(teacher)
+    expected, before = student(X, 0.5, cond), teacher(X, 0.5, cond)
+    lora.save(student, tmp_path)
+    net = plain.components[teacher.net.component]
+    if isinstance(plain, diffusers.loaders.lora_base.LoraBaseMixin):
+        plain.load_lora_weights(tmp_path)
+    else:
+        net.load_lora_adapter(tmp_path, weight_name=lora.WEIGHTS, prefix=teacher.net.component)
+    with torch.no_grad():
+        assert float((teacher(X, 0.5, cond) - expected).abs().max()) < 1e-5
+    assert float((before - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["DiTPipeline", "DDPMPipeline"])
+def test_networks_that_take_no_lora_weights_are_exported_merged(kind: str, tmp_path: Path) -> None:
+    """DiT and UNet2DModel: save says so and writes nothing; the way that it names works."""
+    torch.manual_seed(0)
+    plain = diffusers.DDPMPipeline(unet2d(in_channels=4, out_channels=4, add_attention=True), ddim())
+    if kind == "DiTPipeline":
+        plain = diffusers.DiTPipeline(dit(), autoencoder(), ddim())
+    student = trained(from_pipeline(plain).denoiser)
+    with pytest.raises(ValueError, match=r"write the whole student with export\(lora\.merged\(student\), folder\)"):
+        lora.save(student, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    labels = torch.tensor([1, 2]) if kind == "DiTPipeline" else None
+    written = export(lora.merged(student), tmp_path / "model")
+    again = load_pipeline(written.folder).denoiser
+    with torch.no_grad():
+        assert float((again(X, 500.0, labels) - student(X, 500.0, labels)).abs().max()) < 1e-5
 
 
 def test_bad_requests_get_one_line(pipe: Any, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def run(chosen: argparse.Namespace) -> None:
         record = records.Record(
             "distill", chosen.method, {}, {}, models.described(source, data), settings_given(chosen), records.versions()
         )  # fmt: skip
+    models.check_conditions(teacher)
     start = {"model": teacher.name, "sha256": teacher.sha256}
     record = dataclasses.replace(record, hyper_parameters=dataclasses.asdict(recipe), start=start)
     if chosen.dry_run:

@@ -13,6 +13,7 @@ from fewstep.data import load as load_data
 from fewstep.data.bundled import BUNDLED
 from fewstep.denoisers import Denoiser
 from fewstep.hub import native
+from fewstep.hub.models import adapter_of
 from fewstep.sampling.rollout import Student
 from fewstep.training.stages import as_teacher
 
@@ -45,21 +46,31 @@ class Named:
         return self.name if self.name in BUNDLED else None
 
 
-def named_model(name: str) -> Named:
-    """The model behind a name; FileNotFoundError or ValueError when there is none or it is damaged."""
+def named_model(name: str, size: tuple[int, int] | None = None) -> Named:
+    """The model behind a name; FileNotFoundError or ValueError when there is none or it is damaged.
+
+    ``size`` is the height and width in pixels of what a pipeline is to make.
+    """
     if not name.strip():
         raise UserError("the name of a model is empty")
     try:
         folder = api.locate(name)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}{suggestion(name, api.bundled_models())}") from None
-    return Named(name, folder, api.load(name))
+    return Named(name, folder, api.load(name, size))
 
 
 def named_teacher(name: str) -> tuple[Named, Denoiser]:
     """A model that can teach: a denoiser, or the one inside a student."""
     found = named_model(name)
     return found, as_teacher(found.model)
+
+
+def check_conditions(named: Named) -> None:
+    """:class:`UserError` for a network that needs conditions which no data set here holds, before it is trained on."""
+    net = adapter_of(named.model)
+    if net is not None and (missing := net.lacks()):
+        raise UserError(f"'{named.name}': its network needs {net.listed(missing)}, which no data set here holds")
 
 
 def named_data(name: str | None, model: Named) -> tuple[str, Dataset]:

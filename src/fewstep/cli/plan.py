@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fewstep.cli.errors import one_line
 from fewstep.cli.flags import as_words
 from fewstep.cli.runs import check_fit
 from fewstep.cli.terminal import console
@@ -53,6 +54,9 @@ def show(recipe: Recipe, teacher: Denoiser, data: Dataset, settings: Settings) -
     terminal.print(f"memory:    {memory(run)}", highlight=False)
     for line in durations(settings, seconds, preparing, len(stages)):
         terminal.print(line, highlight=False)
+    last = stages[-1]
+    nets = run.nets if last is stage else last.networks(teacher)
+    terminal.print(f"export:    {export(last, nets)}", highlight=False, markup=False)
     bullets(terminal, "differs from the paper:", recipe.paper.deviations or ("nothing known",))
     bullets(terminal, "a healthy run:", (f"{name} {text}" for name, text in stage.healthy.items()))
 
@@ -160,6 +164,16 @@ def durations(settings: Settings, seconds: float, preparing: float | None, stage
         f"{duration(total)}{shared}"
     )
     return lines
+
+
+def export(stage: Method, nets: Networks) -> str:
+    """What ``fewstep export`` will make of the result: a plain folder, one with code, or why nothing."""
+    from fewstep.hub.exporting import foretold
+
+    try:
+        return foretold(stage.student(nets))
+    except (ValueError, TypeError, ImportError) as error:
+        return f"not possible: {one_line(error)}"
 
 
 def duration(seconds: float) -> str:

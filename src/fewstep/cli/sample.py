@@ -8,6 +8,8 @@
   fewstep sample digits --statistics digits.safetensors --steps 6      DPM-Solver-v3
   fewstep sample runs/main --guide runs/small --guidance 2 --interval 0.2,5
   fewstep sample my-pipeline --prompt "a red boat"        a diffusers folder with text encoders
+  fewstep sample my-pipeline --size 512x768 --prompt "a red boat" --guidance 3.5
+  fewstep sample kandinsky --cond embeddings.safetensors  what else a network takes: image_embeds, concat, ...
   fewstep sample --list                                   the names of solvers and time grids
 
 An --out that ends in .npz keeps the numbers, of samples that are not pictures too.
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from fewstep.cli.models import Named
     from fewstep.denoisers import CountCalls, Denoiser
-    from fewstep.hub import LoadedPipeline
+    from fewstep.hub.adapters import Adapter
     from fewstep.sampling import Solver, Student
 
 #: What is read of a file that ``fewstep tune-steps`` wrote.
@@ -57,10 +59,22 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--settings", metavar="FILE", type=Path, help="solver, grid, steps as tune-steps found them")
     parser.add_argument("--n", metavar="N", type=int, default=40, help="how many (default 40)")
     parser.add_argument("--class", metavar="K,..", dest="labels", help="class numbers, cycled (default: all classes)")
-    parser.add_argument("--guidance", metavar="X", type=float, help="guidance of a teacher, 1 for none")
+    parser.add_argument(
+        "--guidance",
+        metavar="X",
+        type=float,
+        help="guidance of a teacher, 1 for none; LCM and Flux take it as an input",
+    )
     parser.add_argument("--guide", metavar="MODEL", help="guide away from this worse version of it (autoguidance)")
     parser.add_argument("--interval", metavar="LOW,HIGH", help="guide at these noise levels sigma / alpha only")
     parser.add_argument("--prompt", metavar="TEXT", help="for a pipeline with text encoders")
+    parser.add_argument(
+        "--cond", metavar="FILE", type=Path,
+        help="a pipeline's conditions by name (docs/hub.md), safetensors of 1 or N rows; negative_... to guide away",
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", metavar="HEIGHTxWIDTH", type=size_of, help="of a pipeline's pictures, in pixels (default: its own)"
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
     parser.add_argument("--seeds", metavar="N,..", help="one a sample, in the place of --n and --seed")
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="default cpu")
@@ -68,6 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--columns", metavar="N", type=int, default=10, help="of the grid (default 10)")
     parser.add_argument("--preview", action=argparse.BooleanOptionalAction, help="small pictures in the terminal")
     parser.add_argument("--list", action="store_true", help="print the solvers and grids and stop")
+
+
+def size_of(word: str) -> tuple[int, int]:
+    """``512x768`` as height and width."""
+    height, cross, width = word.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"'{word}' is not HEIGHTxWIDTH in pixels, such as 512x768")
+    return int(height), int(width)
 
 
 def run(chosen: argparse.Namespace) -> None:
@@ -84,7 +106,7 @@ def run(chosen: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {getattr(chosen, flag)} must be at least 1")
     from fewstep.cli.models import named_model
 
-    found = named_model(chosen.model)
+    found = named_model(chosen.model, chosen.size)
     out = output_file(chosen.out or Path(f"{found.stem}.png"), found.model)
     x, what = draw(found, chosen)
     write(out, x, chosen.columns)
@@ -103,12 +125,11 @@ def print_names() -> None:
 
 def output_file(out: Path, model: Student | Denoiser) -> Path:
     """Where the samples go, checked before they are made."""
-    from fewstep.report.pictures import is_picture
-
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {out}: the name must end in .png (a grid of pictures) or .npz (numbers)")
-    if out.suffix == ".png" and not is_picture(tuple(model.shape)) and len(model.shape) != 3:
-        raise UserError(f"samples of shape {list(model.shape)} are not pictures: give --out FILE.npz")
+    reason = no_pictures(model)
+    if out.suffix == ".png" and reason is not None:
+        raise UserError(f"{reason}: give --out FILE.npz")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name a file")
     if not out.absolute().parent.is_dir():
@@ -116,9 +137,25 @@ def output_file(out: Path, model: Student | Denoiser) -> Path:
     return out
 
 
+def no_pictures(model: Student | Denoiser) -> str | None:
+    """Why what the model makes cannot be shown; None when it can."""
+    from fewstep.hub.autoencoders import picture_channels
+    from fewstep.hub.models import adapter_of
+    from fewstep.report.pictures import is_picture
+
+    net = adapter_of(model)
+    if net is None or not net.latent:
+        return None if is_picture(tuple(model.shape)) else f"samples of shape {list(model.shape)} are not pictures"
+    if net.origin is None:
+        return "the samples are latents, and the pipeline with their autoencoder is not where it was"
+    channels = picture_channels(net.origin.pipe)
+    return None if channels in (1, 3) else f"pictures of {channels} channels cannot be shown"
+
+
 def draw(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, str]:
     """The samples, and one line on what they cost."""
     from fewstep.cli.runs import device_of
+    from fewstep.hub.models import adapter_of, pictures
     from fewstep.sampling import Student
 
     model = found.model.to(device_of(chosen.device))
@@ -127,9 +164,9 @@ def draw(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, str]:
         x, steps, calls = from_student(model, chosen)
     else:
         x, steps, calls = from_teacher(model, chosen)
-    pipeline = pipeline_of(model)
-    if pipeline is not None:
-        x = pipeline.decode(x)
+    net = adapter_of(model)
+    if net is not None and net.origin is not None:
+        x = pictures(model, x)
     x = x.float().cpu()  # the copy waits for the device
     seconds = time.perf_counter() - start
     if not bool(x.isfinite().all()):
@@ -140,13 +177,14 @@ def draw(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, str]:
 
 def from_student(student: Student, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
     """Samples, steps and network calls of a student's own plan."""
+    taken = ("guidance",) if takes_guidance(student) else ()
     for flag in ("solver", "grid", "guidance", "threshold", "settings", "guide", "interval", "statistics"):
-        if getattr(chosen, flag) is not None:
+        if getattr(chosen, flag) is not None and flag not in taken:
             raise UserError(f"--{flag} is for teachers: '{chosen.model}' is a student and samples in its own way")
     steps = chosen.steps if chosen.steps is not None else next(iter(student.plans))
     if steps not in student.plans:
         raise UserError(f"--steps {steps}: this student has plans for {', '.join(map(str, student.plans))} steps")
-    x = student.sample(chosen.n, condition(chosen, student), steps=steps, seed=chosen.seed, seeds=seeds(chosen))
+    x = student.sample(chosen.n, condition(chosen, student)[0], steps=steps, seed=chosen.seed, seeds=seeds(chosen))
     return x, steps, len(student.plans[steps].times)
 
 
@@ -168,12 +206,13 @@ def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, i
     if grid is not None:
         choose("grid", grid.partition(":")[0], sorted(GRIDS))
     counted = CountCalls(model)
-    steered, guides = guided(counted, chosen)
+    cond, negative = condition(chosen, model)
+    steered, guides = guided(counted, negative, chosen)
     steps: list[int] = []
     x = sample(
-        steered, chosen.n, solver=solver, steps=chosen.steps, grid=grid, cond=condition(chosen, model),
-        seed=chosen.seed, seeds=seeds(chosen), threshold=chosen.threshold, denoise=chosen.denoise,
-        one_path=chosen.one_path, progress=lambda done, total: steps.append(done),
+        steered, chosen.n, solver=solver, steps=chosen.steps, grid=grid, cond=cond, seed=chosen.seed,
+        seeds=seeds(chosen), threshold=chosen.threshold, denoise=chosen.denoise, one_path=chosen.one_path,
+        progress=lambda done, total: steps.append(done),
     )  # fmt: skip
     return x, len(steps), counted.calls + sum(guide.calls for guide in guides)
 
@@ -192,8 +231,9 @@ def with_statistics(model: Denoiser, chosen: argparse.Namespace) -> Solver:
     return DPMSolverV3(model_statistics.load(chosen.statistics, seen))
 
 
-def guided(model: CountCalls, chosen: argparse.Namespace) -> tuple[Denoiser, list[CountCalls]]:
-    """The model under ``--guidance``, ``--guide`` and ``--interval``, and the guides whose calls count too."""
+def guided(model: CountCalls, negative: Any, chosen: argparse.Namespace) -> tuple[Denoiser, list[CountCalls]]:
+    """The model under ``--guidance`` (away from ``negative``), ``--guide`` and ``--interval``, and the guides, whose
+    calls count too."""
     from fewstep.cli.models import named_model
     from fewstep.cli.runs import device_of
     from fewstep.denoisers import Autoguided, CountCalls, Guidance, GuidanceInterval, Guided
@@ -207,15 +247,19 @@ def guided(model: CountCalls, chosen: argparse.Namespace) -> tuple[Denoiser, lis
     steered: Guidance
     guides = []
     if chosen.guide is not None:
-        weak = named_model(chosen.guide).model
+        weak = named_model(chosen.guide, chosen.size).model
         if isinstance(weak, Student):
             raise UserError(f"--guide {chosen.guide}: a student cannot guide, name a worse teacher")
         guides.append(CountCalls(weak.to(device_of(chosen.device))))
         steered = Autoguided(model, guides[0], chosen.guidance)
+    elif takes_guidance(model):
+        if chosen.interval is not None:
+            raise UserError(f"--interval: '{chosen.model}' takes its guidance as an input, at every noise level")
+        return model, []  # it is in the condition
     else:
-        if chosen.prompt is None and not model.classes:
+        if chosen.prompt is None and chosen.cond is None and not model.classes:
             raise UserError(f"--guidance {chosen.guidance:g}: '{chosen.model}' has no classes to guide to")
-        steered = Guided(model, chosen.guidance)
+        steered = Guided(model, chosen.guidance, negative)
     if chosen.interval is None:
         return steered, guides
     low, comma, high = chosen.interval.partition(",")
@@ -240,14 +284,49 @@ def take_settings(chosen: argparse.Namespace) -> None:
         chosen.guidance = found.get("guidance")
 
 
-def pipeline_of(model: Student | Denoiser) -> LoadedPipeline | None:
-    """The diffusers pipeline that a model's network came from, with its text encoders and its autoencoder."""
-    from fewstep.hub import from_pipeline
-    from fewstep.hub.adapters import Adapter
-    from fewstep.hub.tables import network_of
+def takes_guidance(model: Student | Denoiser) -> bool:
+    """Whether the model's network takes the guidance scale as an input."""
+    from fewstep.hub.models import adapter_of
 
-    net = network_of(model).net
-    return from_pipeline(net.origin.pipe) if isinstance(net, Adapter) and net.origin is not None else None
+    net = adapter_of(model)
+    return net is not None and net.takes_guidance
+
+
+def condition(chosen: argparse.Namespace, model: Student | Denoiser) -> tuple[Any, Any]:
+    """What to make, and what ``--guidance`` leads away from: ``--prompt``, ``--cond`` and a guidance scale that the
+    network takes as dicts of tensors, else labels, or None for whatever comes."""
+    import torch
+
+    from fewstep.cli.runs import device_of
+    from fewstep.hub.adapters import TextAdapter
+    from fewstep.hub.models import adapter_of
+
+    scale = chosen.guidance if takes_guidance(model) and chosen.guide is None else None
+    if chosen.prompt is None and chosen.cond is None and scale is None:
+        return labels(chosen, model.classes), None
+    net = adapter_of(model)
+    for flag in ("prompt", "cond"):
+        if getattr(chosen, flag) is not None and net is None:
+            raise UserError(f"--{flag}: '{chosen.model}' is not a pipeline, it takes class numbers at most")
+    assert net is not None
+    null = net.null(chosen.n) if isinstance(net, TextAdapter) else {}
+    if model.classes:
+        null = {"class_labels": torch.full((chosen.n,), -1)}
+    given, negative = from_file(chosen)
+    asked = labels(chosen, model.classes)
+    if asked is not None:
+        given["class_labels"] = asked
+    cond = {**null, **prompted(chosen, net), **given}
+    if scale is not None:
+        cond["guidance_scale"] = torch.full((chosen.n,), scale)
+    away = {**cond, **null, **negative}
+    if chosen.guidance is not None and scale is None and not null and not negative:
+        raise UserError(
+            f"--guidance: '{chosen.model}' has no empty prompt; put negative_{next(iter(given))} into --cond"
+        )
+    device = device_of(chosen.device)
+    cond, away = ({name: value.to(device) for name, value in part.items()} for part in (cond, away))
+    return cond, away
 
 
 def seeds(chosen: argparse.Namespace) -> list[int] | None:
@@ -260,14 +339,36 @@ def seeds(chosen: argparse.Namespace) -> list[int] | None:
         raise UserError(f"--seeds {chosen.seeds}: give one whole number a sample, such as 3,5,7") from None
 
 
-def condition(chosen: argparse.Namespace, model: Student | Denoiser) -> Any:
-    """What to make: an embedded ``--prompt``, or labels, or None for whatever comes."""
+def prompted(chosen: argparse.Namespace, net: Adapter) -> dict[str, Tensor]:
+    """``--prompt``, embedded once for every sample."""
+    import torch
+
+    from fewstep.hub.adapters import TextAdapter
+
     if chosen.prompt is None:
-        return labels(chosen, model.classes)
-    pipeline = pipeline_of(model)
-    if pipeline is None:
-        raise UserError(f"--prompt: '{chosen.model}' is not a pipeline with text encoders")
-    return pipeline.embed([chosen.prompt] * chosen.n)
+        return {}
+    if not isinstance(net, TextAdapter) or not net.reads_prompts:
+        raise UserError(f"--prompt: '{chosen.model}' has no text encoder to read it")
+    with torch.no_grad():
+        return net.embed([chosen.prompt] * chosen.n)
+
+
+def from_file(chosen: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``--cond``: the conditions in the file, and the negative ones, one row a sample."""
+    from fewstep.hub.native import load_tensors
+
+    given: dict[str, Tensor] = {}
+    negative: dict[str, Tensor] = {}
+    if chosen.cond is None:
+        return given, negative
+    for name, value in load_tensors(chosen.cond).items():
+        if value.ndim == 0 or len(value) not in (1, chosen.n):
+            raise UserError(
+                f"--cond {chosen.cond}: {name} has the shape {list(value.shape)}, for --n {chosen.n} samples"
+            )
+        part = negative if name.startswith("negative_") else given
+        part[name.removeprefix("negative_")] = value.expand(chosen.n, *value.shape[1:])
+    return given, negative
 
 
 def labels(chosen: argparse.Namespace, classes: int | None) -> Tensor | None:

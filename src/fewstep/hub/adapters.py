@@ -1,20 +1,27 @@
-"""Diffusers models as networks ``F(x, t, cond)``: one small module per call signature.
+"""Diffusers models as networks ``F(x, t, cond)``: one small class per call signature.
 
 Time inputs are those of the diffusers schedulers (0 .. 1000), conditions are class labels ``[B]`` (-1 or None: the null
-label) or, for text models, a dict of tensors with the batch leading (a bare tensor means ``prompt_embeds``):
+label) or a dict of tensors with the batch leading (a bare tensor means ``prompt_embeds``):
 
-=========================  ==========================  ============================================
-``prompt_embeds``          ``[B, L, D]``               every text model
-``pooled_prompt_embeds``   ``[B, P]``                  SDXL, Stable Diffusion 3, Flux
-``time_ids``               ``[B, 6]``                  SDXL (size, crop and target size, in pixels)
-``prompt_attention_mask``  ``[B, L]``                  Sana
-=========================  ==========================  ============================================
+=========================  =======================  ===============================================================
+``prompt_embeds``          ``[B, L, D]``            text models (Kandinsky 2.1: the text encoder's hidden states)
+``pooled_prompt_embeds``   ``[B, P]``               SDXL, Kolors, Stable Diffusion 3, Flux, Kandinsky 2.1
+``time_ids``               ``[B, 6]``               SDXL, Kolors (size, crop, target size in pixels; SDXL's refiner: 5)
+``prompt_attention_mask``  ``[B, L]``               Sana
+``image_embeds``           ``[B, D]``               Kandinsky
+``class_labels``           ``[B]`` or ``[B, D]``    U-Nets with a class embedding (upscalers: the noise level)
+``concat``                 ``[B, C, h, w]``         networks with more input channels than samples have, in the order
+                                                    of :data:`BESIDE` (inpainting: mask, masked latents)
+``guidance_scale``         ``[B]``                  LCM U-Nets, Flux with a guidance input: the pipeline's
+                                                    ``guidance_scale``; may be left out, its default is the pipeline's
+=========================  =======================  ===============================================================
 
-Only the first channels of an output are kept, as many as the input has: what follows is a learned variance.
+Only the first channels of an output are kept, as many as a sample has: what follows is a learned variance.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from operator import attrgetter
@@ -26,8 +33,27 @@ from torch import Tensor, nn
 
 from fewstep.denoisers import Cond
 from fewstep.files import Place, check
+from fewstep.hub.autoencoders import autoencoder_name, latent_channels, pixels_per_latent, step_of_sides
 from fewstep.hub.folders import check_config
 from fewstep.hub.requires import require
+
+#: What pipelines put beside the noisy channels of their network's input: the condition ``concat``, in its order.
+BESIDE = {
+    "StableDiffusionInpaintPipeline": "the mask, then the masked picture's latents",
+    "StableDiffusionXLInpaintPipeline": "the mask, then the masked picture's latents",
+    "StableDiffusion3InpaintPipeline": "the mask, then the masked picture's latents",
+    "PaintByExamplePipeline": "the masked picture's latents, then the mask",
+    "KandinskyInpaintPipeline": "the masked picture's latents, then the mask",
+    "KandinskyV22InpaintPipeline": "the masked picture's latents, then the mask",
+    "StableDiffusionInstructPix2PixPipeline": "the picture's latents",
+    "StableDiffusionXLInstructPix2PixPipeline": "the picture's latents",
+    "StableDiffusionDepth2ImgPipeline": "the depth in [-1, 1]",
+    "StableDiffusionUpscalePipeline": "the small picture with noise",
+    "LDMSuperResolutionPipeline": "the small picture",
+    "FluxFillPipeline": "the masked picture's latents, then the 8x8 pixels of the mask as channels",
+    "FluxControlPipeline": "the control picture's latents",
+    "FluxControlImg2ImgPipeline": "the control picture's latents",
+}
 
 
 class Origin:
@@ -56,6 +82,8 @@ class Adapter(nn.Module):
     component: ClassVar[str] = "transformer"
     #: The pipeline's ``guidance_scale`` that means "one call of the network, as it is".
     guidance: float = 1.0
+    #: Whether the network takes the guidance scale as an input.
+    takes_guidance: bool = False
     classes: int | None = None
     #: Names of the weights that LoRA froze (they are buffers then), see :mod:`fewstep.hub.lora`.
     frozen: tuple[str, ...] = ()
@@ -65,11 +93,25 @@ class Adapter(nn.Module):
         self.model = model
         self.origin = origin
         self.size = self.config_size() if size is None else size
+        #: Whether samples are latents, of an autoencoder that may be out of reach.
+        self.latent = origin is not None and autoencoder_name(origin.pipe) is not None
+
+    @property
+    def takes(self) -> int:
+        """The channels of the network's input."""
+        return int(self.model.config.in_channels)
+
+    @property
+    def gives(self) -> int:
+        """The channels of the network's output."""
+        return int(self.model.config.out_channels or self.takes)
 
     @property
     def channels(self) -> int:
-        """The channels of one sample."""
-        return int(self.model.config.in_channels)
+        """The channels of one sample: the autoencoder's, or of a network without one the fewer of what goes in and
+        comes out."""
+        latent = None if self.origin is None else latent_channels(self.origin.pipe)
+        return min(self.takes, self.gives) if latent is None else latent
 
     def config_size(self) -> tuple[int, int]:
         """Height and width of one sample in the model's config; ValueError when it names none."""
@@ -80,6 +122,77 @@ class Adapter(nn.Module):
         if len(height_width) != 2 or min(height_width) < 1:
             raise ValueError(f"{type(self.model).__name__}: sample_size={size} must be height and width, at least 1")
         return height_width
+
+    def sides(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the samples that are pictures of ``size`` pixels; ValueError when there are none."""
+        scale = 1 if self.origin is None else pixels_per_latent(self.origin.pipe)
+        step = self.patch if self.origin is None else step_of_sides(self.origin.pipe, self.patch)
+        if any(side < step or side % step for side in size):
+            raise ValueError(f"size={size[0]}x{size[1]}: height and width in pixels must be multiples of {step}")
+        return size[0] // scale, size[1] // scale
+
+    def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """The shape of a sample that is a picture of ``size`` pixels, for :func:`fewstep.sampling.sample`.
+
+        ValueError when the network cannot make it, or sees its size in its condition.
+        """
+        sides = self.sides(size)
+        if "time_ids" in self.needs() and sides != self.size:
+            raise ValueError(
+                f"size={size[0]}x{size[1]}: this network sees the size in its condition, so load the model with it: "
+                "load(folder, size=(height, width))"
+            )
+        return (self.channels, *sides)
+
+    def needs(self) -> dict[str, tuple[int | None, ...]]:
+        """The conditions that the network cannot do without, by name, with the shape of one row (None: any length)."""
+        beside = self.takes - self.channels
+        return {"concat": (beside, None, None)} if beside else {}
+
+    def optional(self) -> dict[str, tuple[int | None, ...]]:
+        """The conditions that may be left out."""
+        return {"guidance_scale": ()} if self.takes_guidance else {}
+
+    def lacks(self) -> dict[str, tuple[int | None, ...]]:
+        """The conditions that cannot be left out, because nothing stands for them when there is no condition."""
+        return self.needs()
+
+    def listed(self, conditions: dict[str, tuple[int | None, ...]]) -> str:
+        """Names and shapes of conditions as a message lists them."""
+        beside = None if self.origin is None else BESIDE.get(type(self.origin.pipe).__name__)
+        said = "" if beside is None or "concat" not in conditions else f" ({beside})"
+        return ", ".join(f"{name} {_shape(shape)}" for name, shape in conditions.items()) + said
+
+    def checked(self, given: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        """``given`` when it is what the network takes for the samples ``x``; ValueError naming what is wrong."""
+        model, known = type(self.model).__name__, {**self.needs(), **self.optional()}
+        if missing := {name: shape for name, shape in self.needs().items() if name not in given}:
+            raise ValueError(f"cond: this {model} needs {self.listed(missing)} as well")
+        for name, value in given.items():
+            if name not in known:
+                raise ValueError(f"cond: this {model} takes no '{name}', only {', '.join(known)}")
+            shape = value.shape[1:]
+            if len(value) != len(x) or len(shape) != len(known[name]) or any(
+                wanted not in (None, found) for wanted, found in zip(known[name], shape, strict=True)
+            ):  # fmt: skip
+                raise ValueError(
+                    f"cond: {name} has the shape {list(value.shape)}, this {model} needs {_shape(known[name])} for "
+                    f"{len(x)} samples"
+                )
+        return given
+
+    def with_concat(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """The network's input: ``x`` and the channels beside it."""
+        if "concat" not in given:
+            return x
+        beside = given["concat"].to(x)
+        if beside.shape[2:] != x.shape[2:]:
+            raise ValueError(f"cond: concat is {list(beside.shape[2:])} large, the samples are {list(x.shape[2:])}")
+        return torch.cat([x, beside], dim=1)
+
+    def guidance_scale(self, given: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The guidance scale that the network is given ``[B]``, of the type of ``x``."""
+        return given["guidance_scale"].to(x) if "guidance_scale" in given else x.new_full((len(x),), self.guidance)
 
     @property
     def patch(self) -> int:
@@ -116,10 +229,19 @@ class Adapter(nn.Module):
         return out.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, x.shape[3] // self.patch))
 
 
+def _shape(row: tuple[int | None, ...]) -> str:
+    """A shape with the batch leading, as it is written."""
+    return f"[{', '.join(['B', *('any' if length is None else str(length) for length in row)])}]"
+
+
 class UNetAdapter(Adapter):
     """Common to U-Nets: the bottleneck is the lowest resolution."""
 
     component = "unet"
+
+    @property
+    def patch(self) -> int:
+        return 1
 
     @property
     def feature_shape(self) -> tuple[int, int, int]:
@@ -137,31 +259,44 @@ class LabelAdapter(Adapter):
 
     null: int | None = None
 
-    def labels(self, cond: Cond, x: Tensor) -> Tensor | None:
+    def optional(self) -> dict[str, tuple[int | None, ...]]:
+        return {**super().optional(), **({} if self.classes is None else {"class_labels": ()})}
+
+    def conditions(self, cond: Cond, x: Tensor) -> dict[str, Tensor]:
+        """The condition as a dict, the labels in it those that the network takes."""
+        if isinstance(cond, Tensor) and self.classes is None:
+            raise ValueError("class labels were given to an unconditional network")
+        given = cond if isinstance(cond, dict) else {} if cond is None else {"class_labels": cond}
+        given = self.checked(given, x)
         if self.classes is None:
-            if cond is not None:
-                raise ValueError("class labels were given to an unconditional network")
-            return None
-        if cond is None:
-            cond = torch.full((len(x),), -1, device=x.device)
+            return given
+        labels = given.get("class_labels", torch.full((len(x),), -1, device=x.device))
         if self.null is not None:
-            return torch.where(cond < 0, self.null, cond)
-        if bool((cond < 0).any()):
+            labels = torch.where(labels < 0, self.null, labels)
+        elif bool((labels < 0).any()):
             raise ValueError("this network was trained with class labels only: pass cond, it has no null label")
-        return cond
+        return {**given, "class_labels": labels}
 
 
 class UNet2D(UNetAdapter, LabelAdapter):
-    """UNet2DModel: unconditional, or conditional on class labels."""
+    """UNet2DModel: unconditional, or conditional on class labels; LDM's upscaler takes the small picture as
+    ``concat``."""
 
     def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
         super().__init__(model, origin, size)
+        if model.config.class_embed_type is not None:
+            raise ValueError(
+                f"UNet2DModel: class_embed_type '{model.config.class_embed_type}' is not read, only labels"
+            )
         self.classes = model.config.num_class_embeds
         self.integer_times = model.config.time_embedding_type == "learned"
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         time = t.round().long() if self.integer_times else t
-        out: Tensor = self.model(x, time, class_labels=self.labels(cond, x), return_dict=False)[0]
+        given = self.conditions(cond, x)
+        out: Tensor = self.model(
+            self.with_concat(x, given), time, class_labels=given.get("class_labels"), return_dict=False
+        )[0]
         return out[:, : x.shape[1]]
 
 
@@ -176,12 +311,13 @@ class DiT(LabelAdapter):
             block.norm1.emb.class_embedder.dropout_prob = 0.0
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        out: Tensor = self.model(x, timestep=t, class_labels=self.labels(cond, x), return_dict=False)[0]
+        labels = self.conditions(cond, x)["class_labels"]
+        out: Tensor = self.model(x, timestep=t, class_labels=labels, return_dict=False)[0]
         return out[:, : x.shape[1]]
 
 
 class TextAdapter(Adapter):
-    """Common to text models; ``set_null`` gives the condition that None stands for (the empty prompt)."""
+    """Common to text models; ``set_null`` gives the condition that None stands for (what guidance leads away from)."""
 
     null_names: tuple[str, ...] = ()
 
@@ -191,70 +327,167 @@ class TextAdapter(Adapter):
             self.register_buffer(f"null_{name}", value.detach(), persistent=False)
         self.null_names = tuple(cond)
 
-    def conditions(self, cond: Cond, x: Tensor) -> dict[str, Tensor]:
-        if cond is None:
-            if not self.null_names:
-                raise ValueError("this network needs prompt embeddings: pass cond, it knows no empty prompt")
-            null = {name: self.get_buffer(f"null_{name}") for name in self.null_names}
-            return {name: value.expand(len(x), *value.shape[1:]) for name, value in null.items()}
-        return {"prompt_embeds": cond} if isinstance(cond, Tensor) else cond
+    def lacks(self) -> dict[str, tuple[int | None, ...]]:
+        return {name: shape for name, shape in self.needs().items() if name not in self.null_names}
 
-    @classmethod
-    def embed(cls, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        """The condition for ``prompts``, from the text encoders of a pipeline."""
+    def null(self, n: int) -> dict[str, Tensor]:
+        """The condition that :meth:`set_null` was given, for ``n`` samples; empty when it was not."""
+        rows = {name: self.get_buffer(f"null_{name}") for name in self.null_names}
+        return {name: row.expand(n, *row.shape[1:]) for name, row in rows.items()}
+
+    def conditions(self, cond: Cond, x: Tensor) -> dict[str, Tensor]:
+        """The condition as a dict; ValueError when it is not what the network needs."""
+        if cond is None and not self.null_names:
+            needs, model = self.listed(self.needs()), type(self.model).__name__
+            raise ValueError(f"this {model} knows no empty prompt: pass cond, a dict of {needs}")
+        given = self.null(len(x)) if cond is None else {"prompt_embeds": cond} if isinstance(cond, Tensor) else cond
+        return self.checked(given, x)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the network's pipeline can make the text part of its condition."""
+        if self.origin is None or "image_embeds" in self.needs():
+            return False
+        pipe = self.origin.pipe
+        if pipe.components.get("tokenizer") is None:
+            return False
+        if pipe.components.get("bert") is not None:
+            return True
+        encode = next((vars(cls)["encode_prompt"] for cls in type(pipe).__mro__ if "encode_prompt" in vars(cls)), None)
+        # some editing pipelines have one that takes no prompt
+        takes = encode is not None and "prompt" in inspect.signature(encode).parameters
+        return takes and pipe.components.get("text_encoder") is not None
+
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The condition for ``prompts``, from the text encoders of the network's pipeline, as its own call makes it."""
         raise NotImplementedError
+
+    def embed_null(self) -> dict[str, Tensor]:
+        """What the pipeline's guidance leads away from when it is given no negative prompt, one row."""
+        return self.embed([""])
+
+    def encoded(self, prompts: list[str], **given: Any) -> tuple[Any, ...]:
+        """What ``encode_prompt`` of the pipeline gives, called without guidance and with the defaults of the pipeline's
+        own call (Sana's instruction to the language model, the lengths of prompts)."""
+        assert self.origin is not None
+        pipe = self.origin.pipe
+        own = {
+            "device": pipe._execution_device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+            **given,
+        }
+        call = inspect.signature(pipe.__call__).parameters
+        taken = [name for name in inspect.signature(pipe.encode_prompt).parameters if name != "prompt"]
+        arguments = {name: call[name].default for name in taken if name in call}
+        arguments.update({name: value for name, value in own.items() if name in taken})
+        found: tuple[Any, ...] = pipe.encode_prompt(prompts, **arguments)
+        return found
 
 
 class UNet2DCondition(UNetAdapter, TextAdapter):
-    """UNet2DConditionModel: Stable Diffusion 1 and 2, and SDXL with its pooled embedding and sizes.
+    """UNet2DConditionModel: Stable Diffusion 1 and 2, SDXL with its pooled embedding and sizes, LCM, LDM, Kandinsky,
+    inpainting and other conditions on pictures.
 
     ``w`` ``[B]`` is the guidance weight of LCM-style students (models with ``time_cond_proj_dim``); it is the
-    pipelines' ``guidance_scale - 1``.
+    pipelines' ``guidance_scale - 1`` and takes the place of the condition ``guidance_scale``.
     """
+
+    def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
+        super().__init__(model, origin, size)
+        config = model.config
+        for field, unread in (("encoder_hid_dim_type", "ip_image_proj"), ("addition_embed_type", "image_hint")):
+            if config[field] == unread:
+                raise ValueError(f"UNet2DConditionModel: {field} '{unread}' is not read (unload the adapter first)")
+        self.takes_guidance = config.time_cond_proj_dim is not None
+        if self.takes_guidance:
+            self.guidance = guidance_of(origin, 8.5)
+
+    def needs(self) -> dict[str, tuple[int | None, ...]]:
+        config = self.model.config
+        width, encoder, added = config.cross_attention_dim, config.encoder_hid_dim_type, config.addition_embed_type
+        width = width if isinstance(width, int) else None
+        found: dict[str, tuple[int | None, ...]] = {}
+        if encoder != "image_proj":
+            found["prompt_embeds"] = (None, width if encoder is None else config.encoder_hid_dim)
+        if encoder in ("image_proj", "text_image_proj") or added in ("image", "text_image"):
+            found["image_embeds"] = (config.encoder_hid_dim if encoder == "image_proj" else width,)
+        if added == "text_image":
+            found["pooled_prompt_embeds"] = (width,)
+        if added == "text_time":
+            # SDXL's refiner has an aesthetic score in the place of the two numbers of a target size
+            ids = 6 if self.origin is None or not self.origin.pipe.config.get("requires_aesthetics_score") else 5
+            pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
+            found.update({"pooled_prompt_embeds": (pooled,), "time_ids": (ids,)})
+        kind = config.class_embed_type
+        if kind is not None or config.num_class_embeds is not None:
+            label = config.projection_class_embeddings_input_dim
+            found["class_labels"] = () if kind in (None, "timestep") else (None if kind == "identity" else label,)
+        return {**found, **super().needs()}
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None, w: Tensor | None = None) -> Tensor:
         given = self.conditions(cond, x)
-        added = None
-        if self.model.config.addition_embed_type == "text_time":
-            added = {"text_embeds": given["pooled_prompt_embeds"], "time_ids": given["time_ids"]}
         width = self.model.config.time_cond_proj_dim
-        if (w is None) != (width is None):
-            raise ValueError(f"a network with time_cond_proj_dim={width} was called with w={w}")
+        if w is not None and width is None:
+            raise ValueError(f"a network without time_cond_proj_dim was called with w={w}")
+        if w is None and width is not None:
+            w = self.guidance_scale(given, x) - 1
+        names = {"text_embeds": "pooled_prompt_embeds", "time_ids": "time_ids", "image_embeds": "image_embeds"}
+        added = {theirs: given[ours] for theirs, ours in names.items() if ours in given}
         out: Tensor = self.model(
-            x,
+            self.with_concat(x, given),
             t,
-            encoder_hidden_states=given["prompt_embeds"],
+            encoder_hidden_states=given.get("prompt_embeds"),
+            class_labels=given.get("class_labels"),
             timestep_cond=None if w is None else guidance_embedding(w, width).to(x),
-            added_cond_kwargs=added,
+            added_cond_kwargs=added or None,
             return_dict=False,
         )[0]
         return out[:, : x.shape[1]]
 
-    @classmethod
-    def embed(cls, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        device = pipe._execution_device
-        encoded = pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        if pipe.unet.config.addition_embed_type != "text_time":
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        assert self.origin is not None
+        pipe = self.origin.pipe
+        if "bert" in pipe.components:
+            # LDM's text-to-image pipeline, which encodes inside its call
+            words = pipe.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+            return {"prompt_embeds": pipe.bert(words.input_ids.to(pipe._execution_device))[0]}
+        encoded = self.encoded(prompts)
+        if self.model.config.addition_embed_type != "text_time":
             return {"prompt_embeds": encoded[0]}
-        embeds, pooled = encoded[0], encoded[2]
-        if pipe.config.force_zeros_for_empty_prompt:
-            empty = torch.tensor([prompt == "" for prompt in prompts], device=embeds.device)
-            embeds = embeds.masked_fill(empty[:, None, None], 0)
-            pooled = pooled.masked_fill(empty[:, None], 0)
-        side = pipe.default_sample_size * pipe.vae_scale_factor
-        sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=embeds.device)
-        return {
-            "prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": sizes.expand(len(prompts), 6)
-        }  # fmt: skip
+        return {"prompt_embeds": encoded[0], "pooled_prompt_embeds": encoded[2], "time_ids": self.time_ids(encoded[0])}
+
+    def embed_null(self) -> dict[str, Tensor]:
+        """The empty prompt, or zeros where the pipeline's config says so: a prompt that *is* empty is another thing."""
+        found = self.embed([""])
+        assert self.origin is not None
+        if not self.origin.pipe.config.get("force_zeros_for_empty_prompt"):
+            return found
+        zeros = {name: torch.zeros_like(found[name]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        return {**found, **zeros}
+
+    def time_ids(self, embeds: Tensor) -> Tensor:
+        """SDXL's sizes ``[B, 6]`` for pictures that were not cropped."""
+        assert self.origin is not None
+        height, width = (side * pixels_per_latent(self.origin.pipe) for side in self.size)
+        return embeds.new_tensor([[height, width, 0, 0, height, width]]).expand(len(embeds), 6)
 
 
 class SD3(TextAdapter):
     """SD3Transformer2DModel."""
 
+    def needs(self) -> dict[str, tuple[int | None, ...]]:
+        config = self.model.config
+        return {
+            "prompt_embeds": (None, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+            **super().needs(),
+        }
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         given = self.conditions(cond, x)
         out: Tensor = self.model(
-            hidden_states=x,
+            hidden_states=self.with_concat(x, given),
             timestep=t,
             encoder_hidden_states=given["prompt_embeds"],
             pooled_projections=given["pooled_prompt_embeds"],
@@ -262,23 +495,31 @@ class SD3(TextAdapter):
         )[0]
         return out
 
-    @classmethod
-    def embed(cls, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        encoded = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        encoded = self.encoded(prompts)
         return {"prompt_embeds": encoded[0], "pooled_prompt_embeds": encoded[2]}
 
 
 class Flux(TextAdapter):
     """FluxTransformer2DModel on plain latents ``[B, C, H, W]``: 2x2 patches become the channels of a token.
 
-    ``w`` ``[B]`` is the guidance scale that guidance-distilled models take as an input; ``guidance`` is its default.
+    ``w`` ``[B]`` is the guidance scale that guidance-distilled models take as an input, in the place of the condition
+    ``guidance_scale``.
     """
 
-    guidance = 3.5
+    def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
+        super().__init__(model, origin, size)
+        self.takes_guidance = bool(model.config.guidance_embeds)
+        # models without the input ignore the pipeline's guidance scale
+        self.guidance = guidance_of(origin, 3.5)
 
     @property
-    def channels(self) -> int:
-        return int(self.model.config.in_channels) // 4
+    def takes(self) -> int:
+        return super().takes // 4
+
+    @property
+    def gives(self) -> int:
+        return int(self.model.config.out_channels or self.model.config.in_channels) // 4
 
     @property
     def patch(self) -> int:
@@ -288,15 +529,23 @@ class Flux(TextAdapter):
         # it names none; 128 latents (1024 pixels) is the size these models were made for
         return (128, 128)
 
+    def needs(self) -> dict[str, tuple[int | None, ...]]:
+        config = self.model.config
+        return {
+            "prompt_embeds": (None, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+            **super().needs(),
+        }
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None, w: Tensor | None = None) -> Tensor:
         given = self.conditions(cond, x)
         height, width = x.shape[2] // 2, x.shape[3] // 2
-        if self.model.config.guidance_embeds and w is None:
-            w = torch.full((len(x),), self.guidance, device=x.device)
+        if self.takes_guidance and w is None:
+            w = self.guidance_scale(given, x)
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(x)
         tokens: Tensor = self.model(
-            hidden_states=nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
+            hidden_states=nn.functional.pixel_unshuffle(self.with_concat(x, given), 2).flatten(2).transpose(1, 2),
             timestep=t / 1000,  # the model multiplies by 1000 itself
             guidance=w,
             encoder_hidden_states=given["prompt_embeds"],
@@ -307,19 +556,29 @@ class Flux(TextAdapter):
         )[0]
         return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), 2)
 
-    @classmethod
-    def embed(cls, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        embeds, pooled, _ = pipe.encode_prompt(prompts, None)
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeds, pooled, _ = self.encoded(prompts)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
 class Sana(TextAdapter):
     """SanaTransformer2DModel."""
 
+    def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
+        super().__init__(model, origin, size)
+        if model.config.guidance_embeds:
+            raise ValueError("SanaTransformer2DModel: guidance_embeds (SANA-Sprint) is not read")
+
+    def needs(self) -> dict[str, tuple[int | None, ...]]:
+        return {"prompt_embeds": (None, self.model.config.caption_channels), **super().needs()}
+
+    def optional(self) -> dict[str, tuple[int | None, ...]]:
+        return {"prompt_attention_mask": (None,), **super().optional()}
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         given = self.conditions(cond, x)
         out: Tensor = self.model(
-            x,
+            self.with_concat(x, given),
             encoder_hidden_states=given["prompt_embeds"],
             encoder_attention_mask=given.get("prompt_attention_mask"),
             timestep=t * self.model.config.timestep_scale,
@@ -327,10 +586,19 @@ class Sana(TextAdapter):
         )[0]
         return out[:, : x.shape[1]]
 
-    @classmethod
-    def embed(cls, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-        embeds, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    def embed(self, prompts: list[str], **given: Any) -> dict[str, Tensor]:
+        embeds, mask, _, _ = self.encoded(prompts, **given)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def embed_null(self) -> dict[str, Tensor]:
+        """The empty prompt without the instruction that the pipeline writes before prompts."""
+        return self.embed([""], complex_human_instruction=None)
+
+
+def guidance_of(origin: Origin | None, bare: float) -> float:
+    """The default ``guidance_scale`` of the pipeline's call; ``bare`` without a pipeline."""
+    taken = {} if origin is None else inspect.signature(type(origin.pipe).__call__).parameters
+    return float(taken["guidance_scale"].default) if "guidance_scale" in taken else bare
 
 
 def guidance_embedding(w: Tensor, width: int) -> Tensor:
@@ -380,6 +648,7 @@ def described(net: Adapter) -> dict[str, Any]:
         "config": json.loads(net.model.to_json_string()),
         "size": list(net.size),
         "pipeline": str(folder) if folder is not None and (folder / "model_index.json").is_file() else None,
+        "latent": net.latent,
     }
 
 
@@ -392,16 +661,18 @@ def fresh(description: dict[str, Any]) -> Adapter:
     # a config that is text would be taken for the name of a model on the hub
     place = Place("network.config")
     config = check_config(check(description["config"], dict, place), model_class, place)
-    return adapt(model_class.from_config(config), size=description["size"])
+    net = adapt(model_class.from_config(config), size=description["size"])
+    net.latent = description["latent"]
+    return net
 
 
 def rebuilt(description: dict[str, Any]) -> Adapter:
     """The model of :func:`described` in its pipeline, where that still is; else :func:`fresh`."""
     folder = description["pipeline"]
     if folder is not None and (Path(folder) / "model_index.json").is_file():
-        from fewstep.hub.diffusers import load_pipeline
+        from fewstep.hub.diffusers import network_in, open_pipeline
 
-        found = load_pipeline(folder, size=description["size"]).denoiser.net
+        found = network_in(open_pipeline(folder), description["size"])
         if isinstance(found, adapter_class(description["class"])):
             return found
     return fresh(description)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser
 from fewstep.files import Place, blaming, check, read_json
-from fewstep.hub.adapters import Adapter, Origin, TextAdapter, adapt, adapter_class
+from fewstep.hub import autoencoders
+from fewstep.hub.adapters import BESIDE, Adapter, Origin, TextAdapter, adapt, adapter_class
 from fewstep.hub.exporting import Exported, export, export_with_code
 from fewstep.hub.folders import check_component, check_pipeline, offline
 from fewstep.hub.requires import require
@@ -29,6 +30,15 @@ from fewstep.schedules import DiscreteVP, FlowMatching
 __all__ = [
     "Exported", "LoadedPipeline", "export", "export_with_code", "from_pipeline", "load_model", "load_pipeline", "wrap"
 ]  # fmt: skip
+
+#: The components of pipelines whose part in the sampling is known: what is sampled, what makes conditions of texts and
+#: pictures (which are given as they are), and what looks at finished pictures.
+PARTS = frozenset({
+    "unet", "transformer", "scheduler", *autoencoders.AUTOENCODERS,
+    "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "bert",
+    "image_encoder", "feature_extractor", "depth_estimator", "low_res_scheduler",
+    "safety_checker", "watermarker", "inverse_scheduler",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,47 +72,21 @@ class LoadedPipeline:
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         """The condition for a list of prompts, from the pipeline's text encoders; ValueError when it has none."""
         net = self.denoiser.net
-        if not isinstance(net, TextAdapter) or not _has_text_encoder(self.pipe):
+        if not isinstance(net, TextAdapter) or not net.reads_prompts:
             raise ValueError(f"{type(self.pipe).__name__}: this pipeline has no text encoder to embed prompts with")
         with torch.no_grad():
-            return net.embed(self.pipe, prompts)
+            return net.embed(prompts)
 
     @torch.no_grad()
     def encode(self, images: Tensor, rng: Rng | None = None) -> Tensor:
         """Pictures ``[B, C, H, W]`` in [-1, 1] as the latents that the denoiser works on (themselves for a pixel
         model): the mean of the autoencoder's law, or a draw from it when ``rng`` is given."""
-        vae = self.pipe.components.get("vae")
-        if vae is None:
-            return images
-        coded = vae.encode(images)
-        if type(vae).__name__ == "AutoencoderDC":
-            return coded.latent * vae.config.scaling_factor
-        law = coded.latent_dist
-        latents = law.mean if rng is None else law.mean + law.std * rng.normal_like(law.mean)
-        mean, scale = _latent_units(vae, latents)
-        return (latents - mean) * scale
+        return autoencoders.encode(self.pipe, images, rng)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures in [-1, 1] (not clipped) from latents."""
-        vae = self.pipe.components.get("vae")
-        if vae is None:
-            return latents
-        mean, scale = _latent_units(vae, latents)
-        return vae.decode(latents / scale + mean, return_dict=False)[0]
-
-
-def _latent_units(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """``(mean, scale)``: the denoiser's latents are ``(autoencoder's latents - mean) scale``."""
-    config = vae.config
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (torch.tensor(v).to(latents)[:, None, None] for v in (config.latents_mean, config.latents_std))
-        return mean, config.scaling_factor / std
-    return config.get("shift_factor") or 0.0, config.scaling_factor
-
-
-def _has_text_encoder(pipe: Any) -> bool:
-    return pipe.components.get("text_encoder") is not None and pipe.components.get("tokenizer") is not None
+        return autoencoders.decode(self.pipe, latents)
 
 
 def load_pipeline(
@@ -114,10 +98,18 @@ def load_pipeline(
 ) -> LoadedPipeline:
     """Read a diffusers pipeline from a folder or, by its hub id, from the local cache.
 
-    ``local_only=False`` lets diffusers download what is missing.  ``size`` is the height and width of one sample (in
-    latents), for networks whose config names none or for another size.  Raises FileNotFoundError when there is no such
-    folder or cached pipeline, ValueError for pickled weights, unknown network or scheduler classes.
+    ``local_only=False`` lets diffusers download what is missing.  ``size`` is the height and width of the pictures in
+    pixels (default: the network's own size).  Raises FileNotFoundError when there is no such folder or cached pipeline,
+    ValueError for pickled weights, unknown network or scheduler classes, pipelines with parts that fewstep does not
+    know, and sizes that the network cannot make.
     """
+    pipe = open_pipeline(path_or_id, local_only, dtype)
+    with blaming(Path(path_or_id)):
+        return from_pipeline(pipe, size=size)
+
+
+def open_pipeline(path_or_id: str | Path, local_only: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    """The diffusers pipeline in a folder or in the local cache, as :func:`load_pipeline` finds it."""
     diffusers = require("diffusers", "reading diffusers pipelines")
     folder = Path(path_or_id)
     if not folder.is_dir():
@@ -137,9 +129,8 @@ def load_pipeline(
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             _refuse_missing(folder / name, [k for k, v in component.state_dict().items() if v.is_meta])
-    with blaming(folder):
-        # not an argument above: its name differs between versions of diffusers
-        return from_pipeline(pipe.to(dtype), size=size)
+    # not an argument above: its name differs between versions of diffusers
+    return pipe.to(dtype)
 
 
 def _is_text_model(kind: Any) -> bool:
@@ -183,20 +174,51 @@ def _tensors(folder: Path) -> int:
 
 
 def from_pipeline(pipe: Any, *, size: tuple[int, int] | None = None) -> LoadedPipeline:
-    """A diffusers pipeline that is in memory already, read; its network is shared, not copied."""
-    name = next((n for n in ("unet", "transformer") if pipe.components.get(n) is not None), None)
-    if name is None:
-        raise ValueError(f"{type(pipe).__name__}: no unet or transformer among its components")
+    """A diffusers pipeline that is in memory already, read; its network is shared, not copied.
+
+    ``size`` is the height and width of the pictures in pixels.
+    """
     if pipe.components.get("scheduler") is None:
         raise ValueError(
             f"{type(pipe).__name__}: no scheduler among its components, which says what the network predicts"
         )
-    net = adapt(pipe.components[name], Origin(pipe, name), size)
-    if isinstance(net, TextAdapter) and _has_text_encoder(pipe):
-        with torch.no_grad():
-            net.set_null(net.embed(pipe, [""]))
+    scale = autoencoders.pixels_per_latent(pipe)
+    net = network_in(pipe, None if size is None else (size[0] // scale, size[1] // scale))
+    if size is not None:
+        net.sides(size)  # refuses what the division above rounded
     reading = read_scheduler(pipe.scheduler)
     return LoadedPipeline(_denoiser(net, reading), reading, pipe)
+
+
+def network_in(pipe: Any, size: tuple[int, int] | None = None) -> Adapter:
+    """The network of a pipeline; ``size`` is that of its samples.
+
+    ValueError when the pipeline does with it what fewstep does not know, or feeds it what nobody could give.
+    """
+    kind = type(pipe).__name__
+    name = next((n for n in ("unet", "transformer") if pipe.components.get(n) is not None), None)
+    if name is None:
+        raise ValueError(f"{kind}: no unet or transformer among its components")
+    unknown = [part for part, value in pipe.components.items() if value is not None and part not in PARTS]
+    if unknown:
+        raise ValueError(
+            f"{kind}: its component '{unknown[0]}' takes part in the sampling, which fewstep does not know; "
+            f"wrap(pipe.{name}, pipe.scheduler) reads the network alone"
+        )
+    net = adapt(pipe.components[name], Origin(pipe, name), size)
+    if net.takes < net.channels or net.gives < net.channels:
+        raise ValueError(
+            f"{kind}: its {name} takes {net.takes} and gives {net.gives} channels, its latents have {net.channels}"
+        )
+    if net.takes > net.channels and kind not in BESIDE:
+        raise ValueError(
+            f"{kind}: its {name} takes {net.takes} channels for samples of {net.channels}; fewstep does not know what "
+            "this pipeline puts into the others"
+        )
+    if isinstance(net, TextAdapter) and net.reads_prompts:
+        with torch.no_grad():
+            net.set_null(net.embed_null())
+    return net
 
 
 def load_model(

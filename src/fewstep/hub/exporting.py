@@ -5,8 +5,9 @@ Two ways, chosen by comparing numbers (:mod:`fewstep.hub.tables`), never by gues
 * *plain*: the network is a diffusers model, and one of diffusers' own schedulers makes the calls of every plan with
   the plan's own coefficients.  The folder holds weights and configs only.
 * *with code*: everything else.  The folder also holds :mod:`fewstep.hub.student_scheduler` (a table of numbers), for
-  pictures without text :mod:`fewstep.hub.student_pipeline`, and for our own networks their source, made self-contained.
-  Diffusers runs such files after ``trust_remote_code=True`` only.
+  pictures without text :mod:`fewstep.hub.student_pipeline`, for pipelines that start from unit noise where the student
+  does not a subclass of five lines, and for our own networks their source, made self-contained.  Diffusers runs such
+  files after ``trust_remote_code=True`` only.
 
 A README in the folder says how to call it: the numbers of steps that there are plans for, and the arguments.
 """
@@ -30,7 +31,8 @@ from torch import nn
 from fewstep import grids
 from fewstep.denoisers import Denoiser, NetworkDenoiser, OnSchedule, Prediction
 from fewstep.flow_maps import Jump
-from fewstep.hub.adapters import Adapter, UNet2D
+from fewstep.hub.adapters import Adapter, DiT, TextAdapter, UNet2D
+from fewstep.hub.autoencoders import autoencoder_name, latent_units, pixels_per_latent
 from fewstep.hub.native import save_tensors, write_atomically
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import PREDICTION_TYPES
@@ -53,8 +55,8 @@ class Exported:
     """What was written: the pipeline and scheduler classes, whether the folder holds code, and per number of steps the
     arguments of the pipeline's call.
 
-    ``start`` is the standard deviation of the noise that the student starts from.  Plain pipelines start from 1; feed
-    them ``latents = start * noise`` for the very same pictures.
+    ``start`` is the standard deviation of the noise that the student starts from.  Plain pipelines start from 1; those
+    that take ``latents`` make the very same pictures of ``latents = start * noise``.
     """
 
     folder: Path
@@ -71,25 +73,47 @@ class Host:
 
     ``custom`` names the argument of its call that sets the times ("timesteps", "sigmas" or None), ``eta`` and
     ``seeded`` whether it hands ``eta`` and its generator to the scheduler's step, ``scales`` whether it lets the
-    scheduler scale the network's input, ``offsets`` the values of ``steps_offset`` that it leaves alone.
+    scheduler scale the network's input, ``draws`` whether it draws its first noise in ``prepare_latents``, where a
+    subclass can scale it, ``offsets`` the values of ``steps_offset`` that it leaves alone.
     """
 
     custom: str | None = None
     eta: bool = False
     seeded: bool = True
     scales: bool = True
+    draws: bool = True
     offsets: tuple[int, ...] = (0, 1)
 
 
 HOSTS = {
     "DDIMPipeline": Host(),
+    "LDMPipeline": Host(eta=True, seeded=False),
     "DiTPipeline": Host(seeded=False),
     "StableDiffusionPipeline": Host("timesteps", eta=True, offsets=(1,)),
     "StableDiffusionXLPipeline": Host("timesteps", eta=True),
     "StableDiffusion3Pipeline": Host("sigmas", seeded=False, scales=False),
     "FluxPipeline": Host("sigmas", seeded=False, scales=False),
     "SanaPipeline": Host("sigmas", scales=False),
+    "KandinskyV22Pipeline": Host(scales=False),
+    "LDMTextToImagePipeline": Host(eta=True, seeded=False, scales=False, draws=False),
 }
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is going to be written: into which pipeline, with which scheduler, and the arguments of each call.
+
+    ``code`` says whether the folder holds code, ``start`` is the first noise's standard deviation.  ``scaled`` is that
+    number where a subclass of ``pipeline`` scales its first noise by it, else None.
+    """
+
+    net: Any
+    pipeline: Any
+    scheduler: Any
+    calls: dict[int, Arguments]
+    start: float
+    code: bool = False
+    scaled: float | None = None
 
 
 def export(model: Student | Denoiser, folder: str | Path) -> Exported:
@@ -102,30 +126,108 @@ def export(model: Student | Denoiser, folder: str | Path) -> Exported:
     Raises FileExistsError when ``folder`` is not empty, ValueError when the model has no place in diffusers.
     """
     target = _new_folder(folder)
-    require("diffusers", "exporting to diffusers")
-    net = _exportable(model)
-    if isinstance(model, Denoiser):
-        if isinstance(net, Adapter) and net.origin is not None:
-            if not isinstance(model, NetworkDenoiser | OnSchedule):
-                raise ValueError(f"a {type(model).__name__} is not a network: export the denoiser inside it")
-            return _write_plain(net, net.origin.pipe.scheduler, type(net.origin.pipe), {}, 1.0, target)
-        model = _with_plans(model)
-    tables = {steps: plan_table(model.flow_map, plan) for steps, plan in model.plans.items()}
-    found = _plain_scheduler(net, network_of(model), model.plans, tables) if isinstance(net, Adapter) else None
-    if found is None:
-        return _write_with_code(net, model, tables, target)
-    scheduler, calls = found
-    return _write_plain(net, scheduler, _pipeline_class(net), calls, _start(tables), target)
+    return _write(_way(model), model, target)
 
 
 def export_with_code(model: Student | Denoiser, folder: str | Path) -> Exported:
     """Like :func:`export`, always with the student's own scheduler: the same pictures from the same noise, the start
     included."""
     target = _new_folder(folder)
+    return _write(_way_with_code(model), model, target)
+
+
+def foretold(model: Student | Denoiser) -> str:
+    """What :func:`export` would write, on one line; ValueError saying why when it could not write the model."""
+    way = _way(model)
+    kind = "with code" if way.code else "plain"
+    return f"{kind}, a {_pipeline_name(way)} with {type(way.scheduler).__name__}"
+
+
+def _way(model: Student | Denoiser) -> Way:
+    return _plain_way(model) or _way_with_code(model)
+
+
+def _plain_way(model: Student | Denoiser) -> Way | None:
+    """Into a pipeline of diffusers with a scheduler of diffusers; None when none has the coefficients."""
     require("diffusers", "exporting to diffusers")
+    net = _exportable(model)
+    if not isinstance(net, Adapter):
+        return None
+    if isinstance(model, Denoiser) and net.origin is not None:
+        if not isinstance(model, NetworkDenoiser | OnSchedule):
+            raise ValueError(f"a {type(model).__name__} is not a network: export the denoiser inside it")
+        pipe = net.origin.pipe
+        return Way(net, type(pipe), pipe.scheduler, {}, 1.0)
     student = _with_plans(model) if isinstance(model, Denoiser) else model
-    tables = {steps: plan_table(student.flow_map, plan) for steps, plan in student.plans.items()}
-    return _write_with_code(_exportable(model), student, tables, target)
+    tables = _tables(student)
+    found = _plain_scheduler(net, network_of(student), student.plans, tables)
+    if found is None:
+        return None
+    pipeline = _pipeline_class(net)
+    calls = {steps: {**call, **_arguments(net, pipeline)} for steps, call in found[1].items()}
+    return Way(net, pipeline, found[0], calls, _start(tables))
+
+
+def _way_with_code(model: Student | Denoiser) -> Way:
+    """Into a pipeline of diffusers, or our own, with the student's table as its scheduler."""
+    from fewstep.hub.student_pipeline import StudentPipeline
+    from fewstep.hub.student_scheduler import StudentScheduler
+
+    net = _exportable(model)
+    tables = _tables(_with_plans(model) if isinstance(model, Denoiser) else model)
+    pipeline, scaled = StudentPipeline, None
+    if isinstance(net, TextAdapter | DiT):
+        pipeline = _pipeline_class(net)
+        host = _host(net, pipeline)
+        scaled = None if host.scales else _scaled_start(pipeline.__name__, host, tables)
+    elif isinstance(net, Adapter):
+        _refuse_pictures_beside(net, "StudentPipeline")
+    usual = _arguments(net, pipeline)
+    if pipeline is StudentPipeline and (len(model.shape) != 3 or model.shape[0] not in (1, 3)) and not _decodes(net):
+        usual = {"output_type": "latent"}  # samples that are not pictures
+    plans = {
+        str(n): {"start": t.start if scaled is None else 1.0, "calls": [asdict(call) for call in t.calls]}
+        for n, t in tables.items()
+    }  # fmt: skip
+    calls = {n: {"num_inference_steps": n, **usual} for n in tables}
+    return Way(net, pipeline, StudentScheduler(plans=plans), calls, 1.0, code=True, scaled=scaled)
+
+
+def _decodes(net: Any) -> bool:
+    """Whether the network's samples are latents, written with their autoencoder."""
+    return isinstance(net, Adapter) and net.latent
+
+
+def _host(net: Adapter, pipeline: Any) -> Host:
+    """What ``pipeline`` does around a scheduler of students; ValueError when nobody knows or it cannot serve."""
+    name = pipeline.__name__
+    _refuse_pictures_beside(net, name)
+    if name not in HOSTS:
+        raise ValueError(f"{name}: fewstep does not know how this pipeline calls its scheduler")
+    if isinstance(net, DiT) and net.size != net.config_size():
+        raise ValueError(f"{name}: it makes samples of {net.config_size()} only, the student makes {net.size}")
+    return HOSTS[name]
+
+
+def _refuse_pictures_beside(net: Adapter, pipeline: str) -> None:
+    if net.takes != net.channels:
+        raise ValueError(f"{pipeline}: students of networks with pictures beside the noise (concat) are not exported")
+
+
+def _scaled_start(pipeline: str, host: Host, tables: dict[int, Table]) -> float | None:
+    """The factor on the first noise of a pipeline that does not let its scheduler scale it; None for 1."""
+    starts = [table.start for table in tables.values()]
+    if all(abs(start - 1) <= 1e-6 for start in starts):
+        return None
+    if not host.draws:
+        raise ValueError(f"{pipeline} starts from unit noise, the student from {starts[0]:g}")
+    if max(starts) - min(starts) > 1e-6:
+        raise ValueError(f"{pipeline} has one start, the student's plans start from {min(starts):g} to {max(starts):g}")
+    return starts[0]
+
+
+def _tables(student: Student) -> dict[int, Table]:
+    return {steps: plan_table(student.flow_map, plan) for steps, plan in student.plans.items()}
 
 
 def _new_folder(folder: str | Path) -> Path:
@@ -141,6 +243,8 @@ def _exportable(model: Student | Denoiser) -> nn.Module:
     if isinstance(net, Adapter):
         if any(".lora_A." in name for name in net.state_dict()):
             raise ValueError("the network holds LoRA layers: export lora.merged(model), or write them with lora.save")
+        if net.latent and net.origin is None:
+            raise ValueError("the model makes latents, and the pipeline with their autoencoder is not where it was")
     elif type(net) not in NETWORKS.values():
         raise ValueError(
             f"a {type(net).__name__} is neither a diffusers model nor one of fewstep's own networks "
@@ -161,11 +265,11 @@ def _start(tables: dict[int, Table]) -> float:
     return next(iter(tables.values())).start
 
 
-def _pipeline_class(net: nn.Module) -> Any:
+def _pipeline_class(net: Adapter) -> Any:
     """The pipeline that a plain export goes into; ValueError when the network came without one."""
     if isinstance(net, UNet2D):
-        return require("diffusers", "exporting to diffusers").DDIMPipeline
-    assert isinstance(net, Adapter)
+        diffusers = require("diffusers", "exporting to diffusers")
+        return diffusers.LDMPipeline if net.latent else diffusers.DDIMPipeline
     if net.origin is None:
         raise ValueError(f"a bare {type(net.model).__name__} has no pipeline to go back into; use load_pipeline")
     return type(net.origin.pipe)
@@ -179,9 +283,10 @@ def _plain_scheduler(
     pipeline = _pipeline_class(net).__name__
     if pipeline not in HOSTS:
         return None
-    config = net.model.config
-    if isinstance(net, UNet2D) and (net.classes is not None or config.out_channels != config.in_channels):
-        return None  # DDIMPipeline knows neither labels nor learned variances
+    if isinstance(net, UNet2D) and not _is_plain(net):
+        return None
+    if isinstance(net, DiT) and net.size != net.config_size():
+        return None
     host = HOSTS[pipeline]
     if any(abs(table.start - 1) > START_SLACK for table in tables.values()):
         return None
@@ -190,6 +295,19 @@ def _plain_scheduler(
         if all(_serves(scheduler, calls[steps], host, tables[steps]) for steps in plans):
             return scheduler, calls
     return None
+
+
+def _is_plain(net: UNet2D) -> bool:
+    """Whether DDIMPipeline or LDMPipeline can call the network: they know no labels, no learned variances, no pictures
+    beside the noise, no size but the config's, and LDM's autoencoder only."""
+    config = net.model.config
+    return (
+        net.classes is None
+        and net.takes == net.gives == net.channels
+        and config.sample_size is not None
+        and net.size == net.config_size()
+        and (net.origin is None or autoencoder_name(net.origin.pipe) in (None, "vqvae"))
+    )
 
 
 def _serves(scheduler: Any, call: Arguments, host: Host, table: Table) -> bool:
@@ -248,9 +366,22 @@ def _beta_config(schedule: DiscreteVP, prediction: Prediction, config: Any) -> A
     return {**kind, "trained_betas": (1 - kept[1:] / kept[:-1]).tolist()}
 
 
-def _with_guidance(net: Any, call: Arguments) -> Arguments:
-    """A call that does not guide on top of the student."""
-    return call if not isinstance(net, Adapter) or isinstance(net, UNet2D) else {**call, "guidance_scale": net.guidance}
+def _arguments(net: Any, pipeline: Any) -> Arguments:
+    """The arguments of a call that make the pipeline's network calls the student's: no guidance on top of it, and its
+    own size where that is not the pipeline's."""
+    if not isinstance(net, TextAdapter | DiT):
+        return {}
+    assert net.origin is not None
+    found: Arguments = {"guidance_scale": net.guidance}
+    taken = inspect.signature(pipeline.__call__).parameters
+    if "height" in taken:
+        scale = pixels_per_latent(net.origin.pipe)
+        own, usual = ((scale * height, scale * width) for height, width in (net.size, net.config_size()))
+        if own != (taken["height"].default or usual[0], taken["width"].default or usual[1]):
+            found.update(height=own[0], width=own[1])
+            if "use_resolution_binning" in taken:
+                found["use_resolution_binning"] = False
+    return found
 
 
 def _components(net: Adapter, scheduler: Any, pipeline: Any) -> Arguments:
@@ -264,49 +395,73 @@ def _components(net: Adapter, scheduler: Any, pipeline: Any) -> Arguments:
     return {**config, **components, **given}
 
 
-def _write_plain(
-    net: Any, scheduler: Any, pipeline: Any, calls: dict[int, Arguments], start: float, target: Path
-) -> Exported:
-    calls = {steps: _with_guidance(net, call) for steps, call in calls.items()}
-    result = Exported(target, pipeline.__name__, type(scheduler).__name__, False, calls, start)
+def _pipeline_name(way: Way) -> str:
+    name: str = way.pipeline.__name__
+    return name if way.scaled is None else f"Student{name}"
+
+
+def _write(way: Way, model: Student | Denoiser, target: Path) -> Exported:
+    """Write a model the chosen way; the folder appears when it is whole."""
     part = _part(target)
-    pipeline(**_components(net, scheduler, pipeline)).save_pretrained(part, safe_serialization=True)
-    _finish(part, result)
-    return result
-
-
-def _write_with_code(net: Any, student: Student, tables: dict[int, Table], target: Path) -> Exported:
-    from fewstep.hub.student_pipeline import StudentPipeline
-    from fewstep.hub.student_scheduler import StudentScheduler
-
-    plans = {str(n): {"start": t.start, "calls": [asdict(call) for call in t.calls]} for n, t in tables.items()}
-    scheduler = StudentScheduler(plans=plans)
-    calls = {n: _with_guidance(net, {"num_inference_steps": n}) for n in tables}
-    text = isinstance(net, Adapter) and not isinstance(net, UNet2D)
-    pipeline: Any = _pipeline_class(net) if text else StudentPipeline
-    if text:
-        host = HOSTS.get(pipeline.__name__)
-        if host is None:
-            raise ValueError(f"{pipeline.__name__}: fewstep does not know how this pipeline calls its scheduler")
-        if not host.scales and any(abs(table.start - 1) > 1e-6 for table in tables.values()):
-            raise ValueError(f"{pipeline.__name__} starts from unit noise, the student from {_start(tables):g}")
-    part = _part(target)
-    index: dict[str, Any]
-    if text:
-        pipeline(**_components(net, scheduler, pipeline)).save_pretrained(part, safe_serialization=True)
-        index = json.loads((part / "model_index.json").read_text())
+    if isinstance(way.net, Adapter) and way.pipeline.__name__ != "StudentPipeline":
+        pipeline = way.pipeline(**_components(way.net, way.scheduler, way.pipeline))
+        pipeline.save_pretrained(part, safe_serialization=True)
     else:
-        index = {"_class_name": ["student_pipeline", "StudentPipeline"], "_diffusers_version": _version()}
-        index.update(shape=list(student.shape), classes=student.classes or 0)
-        shutil.copyfile(_source_file("student_pipeline"), part / "student_pipeline.py")
-        scheduler.save_pretrained(part / "scheduler")
-        index["unet"] = _write_network(net, part / "unet")
-    index["scheduler"] = ["student_scheduler", "StudentScheduler"]
-    shutil.copyfile(_source_file("student_scheduler"), part / "scheduler" / "student_scheduler.py")
-    write_atomically(part / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
-    result = Exported(target, pipeline.__name__, "StudentScheduler", True, calls, 1.0)
-    _finish(part, result)
+        _write_student_pipeline(way, model, part)
+    if way.code:
+        index = json.loads((part / "model_index.json").read_text())
+        index["scheduler"] = ["student_scheduler", "StudentScheduler"]
+        shutil.copyfile(_source_file("student_scheduler"), part / "scheduler" / "student_scheduler.py")
+        if way.scaled is not None:
+            index["_class_name"] = [_write_scaled(way, part), _pipeline_name(way)]
+        write_atomically(part / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
+    result = Exported(target, _pipeline_name(way), type(way.scheduler).__name__, way.code, way.calls, way.start)
+    (part / "README.md").write_text(_card(way, result, part))
+    if target.is_dir():
+        target.rmdir()
+    os.replace(part, target)
     return result
+
+
+def _write_student_pipeline(way: Way, model: Student | Denoiser, part: Path) -> None:
+    """A folder with our own pipeline: the network, the scheduler, and the autoencoder where samples are latents."""
+    index: dict[str, Any] = {
+        "_class_name": ["student_pipeline", "StudentPipeline"], "_diffusers_version": _version(),
+        "shape": list(model.shape), "classes": model.classes or 0,
+    }  # fmt: skip
+    shutil.copyfile(_source_file("student_pipeline"), part / "student_pipeline.py")
+    way.scheduler.save_pretrained(part / "scheduler")
+    index["unet"] = _write_network(way.net, part / "unet")
+    if _decodes(way.net):
+        pipe = way.net.origin.pipe
+        autoencoder = pipe.components[autoencoder_name(pipe)]
+        autoencoder.save_pretrained(part / "vae", safe_serialization=True)
+        index["vae"] = ["diffusers", type(autoencoder).__name__]
+        index["latents_mean"], index["latents_scale"] = latent_units(pipe)
+    write_atomically(part / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
+SCALED_PIPELINE = '''"""{name} that starts from noise of its student's standard deviation instead of 1."""
+
+from diffusers import {name}
+
+
+class Student{name}({name}):
+    """Scales the first noise, drawn or given as ``latents``."""
+
+    def prepare_latents(self, *args, **kwargs):
+        made = super().prepare_latents(*args, **kwargs)
+        # Flux also gives the places of its tokens
+        return ({start!r} * made[0], *made[1:]) if isinstance(made, tuple) else {start!r} * made
+'''
+
+
+def _write_scaled(way: Way, part: Path) -> str:
+    """The subclass of the pipeline that scales its first noise; the name of its module."""
+    source = SCALED_PIPELINE.format(name=way.pipeline.__name__, start=way.scaled)
+    module = f"student_pipeline_{_digest(source)}"
+    (part / f"{module}.py").write_text(source)
+    return module
 
 
 NETWORK_CLASS = '''
@@ -340,14 +495,18 @@ def _write_network(net: Any, folder: Path) -> list[str]:
         1,
     )
     source += NETWORK_CLASS.format(name=name)
-    # diffusers copies such files to one shared place: different networks need different names
-    module = f"student_network_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    module = f"student_network_{_digest(source)}"
     (folder / f"{module}.py").write_text(source)
     config = {"_class_name": "StudentNetwork", "_diffusers_version": _version(), "arguments": net.config}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {f"net.{key}": value for key, value in net.state_dict().items()}
     save_tensors(folder / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
     return [module, "StudentNetwork"]
+
+
+def _digest(source: str) -> str:
+    """For names of modules: diffusers copies them to one shared place, so different sources need different names."""
+    return hashlib.sha256(source.encode()).hexdigest()[:8]
 
 
 def _version() -> str:
@@ -369,31 +528,55 @@ def _part(target: Path) -> Path:
     return part
 
 
-def _finish(part: Path, result: Exported) -> None:
-    (part / "README.md").write_text(_card(result))
-    if result.folder.is_dir():
-        result.folder.rmdir()
-    os.replace(part, result.folder)
+def _inputs(way: Way) -> str:
+    """The line of the card that makes what the pipeline's call cannot do without; empty when it needs nothing."""
+    net = way.net
+    if isinstance(net, DiT):
+        return 'inputs = {"class_labels": [0]}'
+    if not isinstance(net, TextAdapter):
+        return ""
+    if net.reads_prompts:
+        return 'inputs = {"prompt": "a red boat on a lake"}'
+    taken = inspect.signature(way.pipeline.__call__).parameters
+    shapes = {name: shape for name, shape in (net.needs() | net.optional()).items() if name in taken}
+    shapes.pop("guidance_scale", None)  # an argument of every call
+    if "negative_image_embeds" in taken:
+        shapes["negative_image_embeds"] = shapes["image_embeds"]
+    rows = {name: ", ".join(["1", *("77" if length is None else str(length) for length in shape)])
+            for name, shape in shapes.items()}  # fmt: skip
+    return "inputs = {" + ", ".join(f'"{name}": torch.ones({row})' for name, row in rows.items()) + "}"
 
 
-def _card(result: Exported) -> str:
-    """How to open and call what was written."""
-    trust = ", trust_remote_code=True" if result.code else ""
+def _card(way: Way, result: Exported, part: Path) -> str:
+    """How to open and call what was written, as lines that run where they stand (beside the folder)."""
+    index = json.loads((part / "model_index.json").read_text())
+    # diffusers wants to be told of what a folder was written without
+    absent = [name for name, value in index.items() if value == [None, None]]
+    opened = [f'"{result.folder.name}"', *(["trust_remote_code=True"] if result.code else [])]
+    opened += [f"{name}=None" for name in absent if name not in way.pipeline._optional_components]
+    inputs = _inputs(way)
     lines = [
         f"# {result.folder.name}", "",
         f"{result.pipeline} with {result.scheduler}; opens in plain diffusers:", "", "```python",
-        "from diffusers import DiffusionPipeline", "",
-        f'pipe = DiffusionPipeline.from_pretrained("{result.folder.name}"{trust})',
+        *(["import torch"] if "torch." in inputs else []), "from diffusers import DiffusionPipeline", "",
+        f"pipe = DiffusionPipeline.from_pretrained({', '.join(opened)})",
     ]  # fmt: skip
+    if result.calls and inputs:
+        lines.append(inputs)
     for steps, call in result.calls.items():
-        shown = ", ".join(f"{name}={value!r}" for name, value in call.items())
-        lines.append(f"images = pipe({'..., ' if 'guidance_scale' in call else ''}{shown}).images  # {steps} calls")
+        shown = ", ".join([*(["**inputs"] if inputs else []), *(f"{name}={value!r}" for name, value in call.items())])
+        lines.append(f"images = pipe({shown}).images  # {steps} call{'s' * (steps > 1)}")
     lines += ["```", ""]
+    if not result.calls:
+        lines += [f"It is called as every {result.pipeline}.", ""]
     if result.code:
         lines += ["The `.py` files in this folder are run by diffusers; read them before you trust them.", ""]
     elif abs(result.start - 1) > 1e-6:
-        lines += [
-            f"The pipeline starts from noise of standard deviation 1; the student was made for {result.start:.6f}. "
-            "For the very same pictures pass `latents` of that standard deviation.", ""
-        ]  # fmt: skip
+        same = (
+            "For the very same pictures pass `latents` of that standard deviation."
+            if "latents" in inspect.signature(way.pipeline.__call__).parameters
+            else "`fewstep export --with-code` writes a folder that starts exactly there."
+        )
+        start = f"The pipeline starts from noise of standard deviation 1; the student was made for {result.start:.6f}."
+        lines += [f"{start} {same}", ""]
     return "\n".join(lines)

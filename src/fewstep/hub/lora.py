@@ -115,15 +115,22 @@ def merged(model: Student | Denoiser) -> Any:
 
 def save(model: Student | Denoiser, folder: str | Path) -> Path:
     """Write the low-rank weights of a student on a diffusers network to ``folder / pytorch_lora_weights.safetensors``,
-    for ``pipe.load_lora_weights(folder)``.
+    for ``pipe.load_lora_weights(folder)``; where a pipeline has no such method (Kandinsky, LDM) for
+    ``pipe.unet.load_lora_adapter(folder, weight_name="pytorch_lora_weights.safetensors", prefix="unet")``.
 
     ``alpha / rank`` is multiplied into the second factor, so that the file means the same to every version of
-    diffusers, with or without metadata.
+    diffusers, with or without metadata.  Raises ValueError for a network into which diffusers loads no LoRA weights
+    (``UNet2DModel``, DiT): export the student merged.
     """
     net = _adapter(model)
     layers = _layers(net.model)
     if not layers:
         raise ValueError("the network holds no LoRA layers: make the student with lora.attach")
+    if not isinstance(net.model, require("diffusers.loaders.peft", "LoRA students").PeftAdapterMixin):
+        raise ValueError(
+            f"diffusers loads no LoRA weights into a {type(net.model).__name__}: write the whole student with "
+            "export(lora.merged(student), folder)"
+        )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{net.component}.{name}.lora_A.weight"] = layer.lora_A["default"].weight

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from fewstep.hub import native
+from fewstep.hub.adapters import Adapter
+from fewstep.hub.autoencoders import decode
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "models"
 
@@ -34,16 +39,40 @@ def locate(name: str | Path) -> Path:
     )
 
 
-def load(name: str | Path) -> Any:
+def load(name: str | Path, size: tuple[int, int] | None = None) -> Any:
     """A model: a bundled name ("digits", "fashion", "fashion-1step"), a fewstep folder (or a run folder, whose model
     is taken), or a folder with a diffusers pipeline.  Nothing is downloaded.
 
-    Returns a :class:`~fewstep.denoisers.Denoiser` or a :class:`~fewstep.sampling.Student`.  Raises FileNotFoundError
-    or ValueError naming what is wrong.
+    ``size`` is the height and width in pixels of the pictures that a pipeline is to make (default: its own size).
+    Returns a :class:`~fewstep.denoisers.Denoiser` or a :class:`~fewstep.sampling.Student`; what a latent model samples
+    becomes pictures by :func:`pictures`.  Raises FileNotFoundError or ValueError naming what is wrong.
     """
     folder = locate(name)
     if (folder / "config.json").is_file():
+        if size is not None:
+            raise ValueError(f"size={size[0]}x{size[1]}: '{name}' is not a pipeline, it has the size it was made with")
         return native.load(folder)
     from fewstep.hub.diffusers import load_pipeline
 
-    return load_pipeline(folder).denoiser
+    return load_pipeline(folder, size=size).denoiser
+
+
+def adapter_of(model: nn.Module) -> Adapter | None:
+    """The diffusers network inside a model; None when its network is another."""
+    found = [module for module in model.modules() if isinstance(module, Adapter)]
+    return found[0] if len(found) == 1 else None
+
+
+@torch.no_grad()
+def pictures(model: nn.Module, samples: Tensor) -> Tensor:
+    """What a model sampled, as pictures in [-1, 1] (not clipped): decoded by the autoencoder of the pipeline that its
+    network came from, as they are where there is none.
+
+    Raises ValueError when the samples are latents and their pipeline is not where it was.
+    """
+    net = adapter_of(model)
+    if net is None or not net.latent:
+        return samples
+    if net.origin is None:
+        raise ValueError("the samples are latents, and the pipeline with their autoencoder is not where it was")
+    return decode(net.origin.pipe, samples)

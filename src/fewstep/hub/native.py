@@ -53,7 +53,7 @@ PREDICTION = Choice("name", {name: fields_of(cls) for name, cls in PREDICTIONS.i
 NETWORK = Choice(
     "name",
     {name: arguments_of(cls) for name, cls in NETWORKS.items()}
-    | {DIFFUSERS: {"class": str, "config": dict, "size": tuple[Size, Size], "pipeline": str | None}},
+    | {DIFFUSERS: {"class": str, "config": dict, "size": tuple[Size, Size], "pipeline": str | None, "latent": bool}},
 )
 _DENOISERS: dict[str, Any] = {
     "denoiser": {

@@ -1,7 +1,7 @@
 """The pipeline that exported students carry when no pipeline of diffusers calls their network.
 
 This file is copied, as it stands, into the exported folder and runs there without fewstep.  It draws noise, plays
-the scheduler's plan on the network, and returns samples.
+the scheduler's plan on the network, decodes latents where there is an autoencoder, and returns samples.
 """
 
 # mypy: disable-error-code="attr-defined,misc"
@@ -14,14 +14,24 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class StudentPipeline(DiffusionPipeline):
-    """Unconditional or class-conditional samples of ``shape`` (one sample, without the batch)."""
+    """Unconditional or class-conditional samples of ``shape`` (one sample, without the batch).
 
-    model_cpu_offload_seq = "unet"
+    Where there is a ``vae``, the network's latents are ``(its latents - latents_mean) latents_scale``, both one number
+    or one a channel.
+    """
 
-    def __init__(self, unet, scheduler, shape: list | tuple = (), classes: int = 0) -> None:
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]  # noqa: RUF012
+
+    def __init__(
+        self, unet, scheduler, vae=None, shape: list | tuple = (), classes: int = 0,
+        latents_mean: list | tuple = (0.0,), latents_scale: list | tuple = (1.0,),
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(shape=list(shape), classes=classes)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_to_config(
+            shape=list(shape), classes=classes, latents_mean=list(latents_mean), latents_scale=list(latents_scale)
+        )
 
     @torch.no_grad()
     def __call__(
@@ -38,7 +48,7 @@ class StudentPipeline(DiffusionPipeline):
 
         ``class_labels`` is a list or tensor of labels; they are cycled when a conditional student gets None.
         ``latents`` is standard normal noise ``[batch_size, *shape]``, drawn from ``generator`` when None.
-        ``output_type``: "pil", "np" and "pt" are pictures in [0, 1], "latent" the raw samples.
+        ``output_type``: "pil", "np" and "pt" are pictures in [0, 1], "latent" the raw samples, before decoding.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
@@ -61,6 +71,12 @@ class StudentPipeline(DiffusionPipeline):
             output = self.unet(inputs, t, class_labels=class_labels, return_dict=False)[0][:, : inputs.shape[1]]
             sample = self.scheduler.step(output, t, sample, generator=generator, return_dict=False)[0]
         if output_type != "latent":
+            if self.vae is not None:
+                mean, scale = (
+                    torch.tensor(values, device=device, dtype=sample.dtype)[:, None, None]
+                    for values in (self.config.latents_mean, self.config.latents_scale)
+                )
+                sample = self.vae.decode(sample / scale + mean, return_dict=False)[0]
             sample = (sample / 2 + 0.5).clamp(0, 1)
         if output_type in ("np", "pil"):
             sample = sample.cpu().permute(0, 2, 3, 1).float().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -33,6 +34,7 @@ def sample(
     seeds: Sequence[int] | None = None,
     generator: Generators | None = None,
     noise: Numbers | None = None,
+    size: tuple[int, int] | None = None,
     guidance: float | Numbers | None = None,
     threshold: Threshold | None = None,
     denoise: bool = False,
@@ -54,10 +56,11 @@ def sample(
     sample, and draws as diffusers' pipelines do.  With ``one_path`` stochastic solvers draw from one Brownian path (one
     a sample), so that results with different ``steps`` can be compared sample by sample.
 
-    ``guidance`` w, a number or one a sample ``[n]``, samples from ``unc + w (cond - unc)`` and doubles the calls.
-    ``threshold`` clips data predictions to [-1, 1] ("static") or to a quantile of their own ("dynamic"), for pixel
-    models.  ``denoise`` adds a call at the last time and gives back what the network predicts there ("denoise to
-    zero").  ``self_conditioning`` feeds its predictions back to a network that was trained for it.
+    ``size`` is the height and width in pixels of the pictures, of models that were read from a diffusers pipeline
+    (default: their own).  ``guidance`` w, a number or one a sample ``[n]``, samples from ``unc + w (cond - unc)`` and
+    doubles the calls.  ``threshold`` clips data predictions to [-1, 1] ("static") or to a quantile of their own
+    ("dynamic"), for pixel models.  ``denoise`` adds a call at the last time and gives back what the network predicts
+    there ("denoise to zero").  ``self_conditioning`` feeds its predictions back to a network that was trained for it.
     ``progress(done, steps)`` is told after every step.
 
     The state has the type of the weights (a world, which has none, takes that of ``noise``); in half precision the
@@ -79,6 +82,8 @@ def sample(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress={progress!r} must be a function of (done, steps)")
     solver, asked = named_solver(solver), solver
+    if size is not None:
+        denoiser = at_size(denoiser, size)
     start = start_of(denoiser, n, cond, noise=noise, seed=seed, seeds=seeds, generator=generator, one_path=one_path)
     x, cond = start.noise, start.cond
     hooks = NO_HOOKS
@@ -105,3 +110,17 @@ def sample(
     scale = denoiser.schedule.sigma(times[:1]).to(x.device)
     with evaluating(denoiser):
         return solver.move(denoiser, align(scale, x) * x, times, cond, start.fresh, hooks, progress, denoise)
+
+
+def at_size(denoiser: Denoiser, size: tuple[int, int]) -> Denoiser:
+    """The same denoiser, making pictures of ``size`` pixels; its network says what shape they are."""
+    networks = [module.net for module in denoiser.modules() if isinstance(module, NetworkDenoiser)]
+    try:
+        shape_of = networks[0].shape_of
+    except (IndexError, AttributeError):
+        raise ValueError(
+            f"size={size[0]}x{size[1]}: only models read from a diffusers pipeline make other sizes than their own"
+        ) from None
+    other = copy.copy(denoiser)
+    other.shape = shape_of(size)
+    return other
