@@ -20,6 +20,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from fewstep.values import suggestion
+
 #: A longer or deeper file is refused: the longest that are read here are lists of a large model's tensors.
 MAX_BYTES, MAX_DEPTH = 16 * 2**20, 64
 
@@ -174,7 +176,9 @@ def check_object(value: dict[str, Any], schema: Any, place: Place) -> dict[str, 
             raise ValueError(f"{place.file}: '{place.inside(schema.key).field}' is missing")
         kind = value[schema.key]
         if not isinstance(kind, str) or kind not in schema.kinds:
-            raise place.inside(schema.key).wrong(kind, f"one of {', '.join(schema.kinds)}")
+            raise place.inside(schema.key).wrong(
+                kind, f"one of {', '.join(schema.kinds)}{suggestion(str(kind), schema.kinds)}"
+            )
         schema = {schema.key: str, **schema.kinds[kind]}
     if isinstance(schema, Map):
         for key in value:
@@ -187,7 +191,8 @@ def check_object(value: dict[str, Any], schema: Any, place: Place) -> dict[str, 
             raise ValueError(f"{place.file}: '{place.inside(key).field}' is missing")
     for key in value:
         if key not in schema and ... not in schema:
-            raise ValueError(f"{place.file}: '{place.inside(brief(key)[1:-1]).field}' is not among {', '.join(schema)}")
+            known = f"{', '.join(schema)}{suggestion(key, schema)}"
+            raise ValueError(f"{place.file}: '{place.inside(brief(key)[1:-1]).field}' is not among {known}")
     return {key: check(inner, plain.get(key, plain.get(...)), place.inside(key)) for key, inner in value.items()}
 
 

@@ -393,7 +393,7 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
         lambda: edit("run/recipe.json", lambda r: r.pop("settings")), AGAIN, "'settings' is missing",
     ),
     "a recipe with a strange key": (
-        lambda: edit("run/recipe.json", lambda r: r.update(setting={})), AGAIN, "'setting' is not among command",
+        lambda: edit("run/recipe.json", lambda r: r.update(setting={})), AGAIN, "did you mean 'settings'?",
     ),
     "a recipe of an unknown method": (
         lambda: edit("run/recipe.json", lambda r: r.update(method="cm-train")), AGAIN, "did you mean 'cm-training'?",

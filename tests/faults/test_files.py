@@ -108,7 +108,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (list[float], "ab", 'x.json: f = "ab" must be a list, each a finite number'),
     (SHAPE, [], "x.json: f = [] must be an object"),
     (SHAPE, {"name": "x"}, "x.json: 'f.size' is missing"),
-    (SHAPE, {"size": [], "name": "x", "sise": 1}, "x.json: 'f.sise' is not among size, name, at"),
+    (SHAPE, {"size": [], "name": "x", "sise": 1}, "x.json: 'f.sise' is not among size, name, at; did you mean 'size'?"),
     (KIND, {}, "x.json: 'f.kind' is missing"),
     (KIND, {"kind": "line"}, 'x.json: f.kind = "line" must be one of point, box'),
     (KIND, {"kind": []}, "x.json: f.kind = [] must be one of point, box"),

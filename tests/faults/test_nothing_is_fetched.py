@@ -120,8 +120,6 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("metrics/features.py", "load_safetensors"): (),
     ("metrics/quality.py", "json.loads"): (),
     ("report/comparison.py", "json.loads"): (),
-    ("sampling/tuning.py", "json.loads"): (),
-    ("sampling/tuning.py", ".read_text"): (),
     ("cli/methods.py", ".read_text"): (),
     ("report/machine.py", ".read_text"): (),
     ("report/machine.py", "platform.system"): (),
