@@ -32,7 +32,7 @@ from fewstep.discrete.captions import WORDS, Captioner, Captions, Lookup, senten
 from fewstep.discrete.heads import SigmoidHead, SoftmaxHead
 from fewstep.discrete.levels import histogram_distance, invalid_fraction, to_levels, to_pictures
 from fewstep.distill.analog_bits import AnalogBits, SigmoidAnalogBits, SoftmaxAnalogBits
-from fewstep.grids import to_zero, uniform
+from fewstep.grids import to_data, uniform
 from fewstep.hub.native import write_atomically
 from fewstep.metrics import Evaluator, load_features
 from fewstep.networks import UNet
@@ -84,7 +84,7 @@ def plain(solver: Solver) -> Sampler:
     """Without an estimate: zeros beside the state."""
 
     def sampled(model: NetworkDenoiser, noise: Tensor, steps: int, cond: Tensor, seed: int) -> Tensor:
-        return solve(model, noise, to_zero(uniform(COSINE, steps)), solver, cond, Rng(seed, "fresh"))
+        return solve(model, noise, to_data(uniform(COSINE, steps), COSINE), solver, cond, Rng(seed, "fresh"))
 
     return sampled
 
@@ -93,7 +93,7 @@ def fed_back(solver: Solver, momentum: float = 0.0) -> Sampler:
     """With the estimate of the call before."""
 
     def sampled(model: NetworkDenoiser, noise: Tensor, steps: int, cond: Tensor, seed: int) -> Tensor:
-        how, times = SelfConditioning(momentum=momentum), to_zero(uniform(COSINE, steps))
+        how, times = SelfConditioning(momentum=momentum), to_data(uniform(COSINE, steps), COSINE)
         return how.solve(model, noise, times, solver, cond, Rng(seed, "fresh"))
 
     return sampled
@@ -101,7 +101,7 @@ def fed_back(solver: Solver, momentum: float = 0.0) -> Sampler:
 
 def self_guided(model: NetworkDenoiser, noise: Tensor, steps: int, cond: Tensor, seed: int) -> Tensor:
     """With the estimate of the same time, twice the calls."""
-    return solve(SelfGuided(model, 3.0), noise, to_zero(uniform(COSINE, steps)), SOLVERS["ddim"](), cond)
+    return solve(SelfGuided(model, 3.0), noise, to_data(uniform(COSINE, steps), COSINE), SOLVERS["ddim"](), cond)
 
 
 def start(n: int, shape: tuple[int, ...], seed: int) -> Tensor:

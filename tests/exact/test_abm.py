@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fewstep as fs
+from fewstep import grids
 from fewstep.denoisers import Denoiser, Guided, guidance_scale, half_level_of
 from fewstep.exact import Gaussian, ring, three_modes
 from fewstep.randomness import Rng
@@ -213,6 +214,20 @@ def test_the_order_falls_with_the_steps_and_with_guidance():
     assert all(
         a >= b for strong, weak in zip(orders[1:], orders, strict=False) for a, b in zip(weak, strong, strict=True)
     )
+
+
+def test_on_a_grid_that_is_not_its_own_the_open_order_is_lower():
+    """Steps that grow in v make extrapolations explode: then fewer outputs are used, unless the order was given."""
+
+    def used(solver, grid):
+        table = solver.table(Levels.of(VPLinear(), grid(VPLinear(), 20)))
+        return len(table.steps[6].stages[0].row.c)
+
+    assert used(ABM(), ABM().grid) == 4 and used(ABM(), grids.log_snr) == 2 and used(ABM(p=4), grids.log_snr) == 4
+    world = ring(VPLinear())
+    for grid in ("karras", "log-snr", "quadratic", "uniform"):
+        x = fs.sample(world, 40, grid=grid, steps=20)
+        assert float((x.norm(dim=1) - 2).abs().mean()) < 0.3, grid  # the radius itself has sd 0.25
 
 
 def test_on_flow_matching_it_beats_unipc():

@@ -26,7 +26,7 @@ from fewstep.distill.denoising import denoising_loss
 from fewstep.distill.method import Batch, Progress
 from fewstep.distill.times import Uniform
 from fewstep.exact import BernoulliBits, FiniteData, Gaussian, probability_flow
-from fewstep.grids import to_zero, uniform
+from fewstep.grids import to_data, uniform
 from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
 from fewstep.sampling import DDIM, SOLVERS, DDPMLarge, Hooks, Levels, run, solve
@@ -257,7 +257,7 @@ def test_any_discrete_law_comes_out_of_its_bits():
     encoding, shares = Unsigned(5), torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25], dtype=torch.float64)
     world = FiniteData(COSINE, encoding.codebook.double().repeat_interleave((shares * 20).long(), 0))
     noise = Rng(0).normal(4000, 3, dtype=torch.float64)
-    symbols = encoding.decode(solve(world, noise, to_zero(uniform(COSINE, 40)), SOLVERS["dpmpp-2m"]()))
+    symbols = encoding.decode(solve(world, noise, to_data(uniform(COSINE, 40), COSINE), SOLVERS["dpmpp-2m"]()))
     assert invalid_fraction(symbols) == 0
     found = torch.bincount(symbols, minlength=5) / 4000
     assert bool(((found - shares).abs() < 4 * (shares * (1 - shares) / 4000).sqrt()).all()), found
@@ -336,7 +336,9 @@ def test_sampling_is_the_authors_loop(kind, td, momentum):
     made = how.solve(model, x, uniform(COSINE, 8), solver, rng=Rng(9))
     torch.testing.assert_close(made, state, rtol=1e-10, atol=1e-10)
     if kind == "ddim" and td == 0:  # on a grid that ends at pure data the state is the estimate, which they return
-        torch.testing.assert_close(how.solve(model, x, to_zero(uniform(COSINE, 8)), solver), data, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            how.solve(model, x, to_data(uniform(COSINE, 8), COSINE), solver), data, rtol=1e-3, atol=1e-3
+        )
     unclipped, _ = literal_sampler(model, x, 8, td, momentum, kind, Rng(9), 100.0)
     assert float((unclipped.clamp(-0.5, 0.5) - data).abs().max()) > 1e-3  # the clips along the way matter
 
@@ -444,7 +446,7 @@ def test_a_model_that_is_given_a_second_input_starts_as_it_was(net):
 @pytest.mark.parametrize("inner", STEPPERS.values(), ids=STEPPERS)
 def test_td_zero_is_the_plain_sampler(inner):
     """Bit for bit, as a solver and as a hook."""
-    world, x, times = BernoulliBits(COSINE, P), start_of(), to_zero(uniform(COSINE, 6))
+    world, x, times = BernoulliBits(COSINE, P), start_of(), to_data(uniform(COSINE, 6), COSINE)
     plain = solve(world, x, times, inner, rng=Rng(0))
     assert torch.equal(solve(world, x, times, Asymmetric(inner), rng=Rng(0)), plain)
     assert torch.equal(solve(world, x, times, inner, rng=Rng(0), hooks=told_later(COSINE, 0.0)), plain)
@@ -491,7 +493,7 @@ def test_asymmetric_steps_make_rare_bits_rarer():
     x = torch.linspace(0, 2, 2001, dtype=torch.float64)[:, None]
 
     def share(steps, solver, shift):
-        times = to_zero(uniform(COSINE, steps))
+        times = to_data(uniform(COSINE, steps), COSINE)
         ones = solve(world, x, times, solver, hooks=told_later(COSINE, shift * COSINE.t_max / steps)) > 0
         return float(torch.special.ndtr(-x[ones].min()))
 

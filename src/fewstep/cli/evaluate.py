@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--steps", metavar="N", type=int, nargs="+", help="default: all plans; of a teacher 1 2 4 8 16")
     parser.add_argument("--n", metavar="N", type=int, default=500, help="samples of each (default 500)")
     parser.add_argument("--teacher", metavar="MODEL", help="whose figures to show beside it; 'none' for nobody's")
-    parser.add_argument("--solver", metavar="NAME", default="unipc", help="of teachers (default unipc)")
+    parser.add_argument("--solver", metavar="NAME", default="abm", help="of teachers (default abm)")
     parser.add_argument("--features", metavar="NAME", help="pixels, digits, fashion, ... (default: those of the data)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="default cpu")
@@ -63,9 +63,9 @@ def run(chosen: argparse.Namespace) -> None:
     from fewstep.cli.terminal import console
     from fewstep.hub.native import write_atomically
     from fewstep.report import machine
-    from fewstep.sampling import SOLVERS
+    from fewstep.sampling.named import ALL_SOLVERS
 
-    choose("solver", chosen.solver.partition(":")[0], sorted(SOLVERS))
+    choose("solver", chosen.solver.partition(":")[0], sorted(ALL_SOLVERS))
     found = named_model(chosen.model)
     teacher = teacher_of(found, chosen.teacher)
     source = chosen.data or found.data or (teacher.data if teacher else None)

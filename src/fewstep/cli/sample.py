@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.usage = "fewstep sample MODEL [flags]"
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a bundled model, a model or run folder, a pipeline")
     parser.add_argument("--steps", metavar="N", type=int, help="default 10; of a student the fewest it has a plan for")
-    parser.add_argument("--solver", metavar="NAME", help="of a teacher (default unipc), NAME:parameter=value,...")
+    parser.add_argument("--solver", metavar="NAME", help="of a teacher (default abm), NAME:parameter=value,...")
     parser.add_argument("--grid", metavar="NAME", help="a teacher's time grid (default: balanced)")
     parser.add_argument("--threshold", metavar="KIND", help="static or dynamic, of a pixel teacher's predictions")
     parser.add_argument("--denoise", action="store_true", help="one more call at the end (denoise to zero)")
@@ -199,7 +199,7 @@ def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, i
         take_settings(chosen)
     grid = chosen.grid
     if chosen.statistics is None:
-        solver: str | Solver = chosen.solver or "unipc"
+        solver: str | Solver = chosen.solver or "abm"
         choose("solver", str(solver).partition(":")[0], sorted(ALL_SOLVERS))
     else:
         solver = with_statistics(model, chosen)

@@ -158,7 +158,7 @@ def compare_models(
     seed: int = 0,
     *,
     teacher_steps: Sequence[int] = TEACHER_STEPS,
-    solver: str = "unipc",
+    solver: str = "abm",
     features: str | Features | None = None,
     batch: int = 100,
     rows: int = 2,

@@ -42,11 +42,11 @@ SEARCHED_GRIDS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """How to sample: ``steps`` steps of a named solver on a named grid, ``calls`` network calls (twice that under
-    classifier-free guidance)."""
+    """How to sample: ``steps`` steps of a named solver on a named grid (None: its own), ``calls`` network calls (twice
+    that under classifier-free guidance)."""
 
     solver: str
-    grid: str
+    grid: str | None
     steps: int
     calls: int
     threshold: Threshold | None = None
@@ -57,7 +57,7 @@ class Setting:
 
     def __str__(self) -> str:
         threshold = f", {self.threshold} threshold" if self.threshold else ""
-        return f"{self.solver} on {self.grid}{threshold}, {self.steps} steps"
+        return f"{self.solver} on {self.grid or 'its own grid'}{threshold}, {self.steps} steps"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Trial:
 
 
 def setting_of(
-    solver: str, grid: str, calls: int, schedule: Schedule, threshold: Threshold | None = None
+    solver: str, grid: str | None, calls: int, schedule: Schedule, threshold: Threshold | None = None
 ) -> Setting | None:
     """As many steps as the budget of calls allows; None when it allows none, or the grid is not for the schedule."""
     made = named_solver(solver)
