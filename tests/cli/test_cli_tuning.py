@@ -129,7 +129,7 @@ def test_mistakes_get_one_line(cli: Cli, words: tuple[Any, ...], said: str) -> N
 def test_a_settings_file_must_be_one(cli: Cli) -> None:
     """Other JSON, and flags that say the same as the file, are refused by name."""
     Path("other.json").write_text('{"a": 1}')
-    assert "not a file of 'fewstep tune-steps'" in cli("sample", "digits", "--settings", "other.json", code=2).err
+    assert "other.json: 'setting' is missing" in cli("sample", "digits", "--settings", "other.json", code=2).err
     Path("x.json").write_text('{"setting": {"solver": "ddim", "grid": "karras", "steps": 3, "threshold": null}}')
     said = cli("sample", "digits", "--settings", "x.json", "--steps", 4, code=2).err
     assert "--steps stands in x.json already" in said

@@ -148,7 +148,7 @@ def test_a_file_without_a_learned_solver(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"times": ["a"]}, r"learned.times\[0\] = 'a' must be a number"),
+        ({"times": ["a"]}, r"learned.times\[0\] = \"a\" must be a finite number"),
         ({"rows": 3}, "learned.rows = 3 must be a list"),
         ({"rows": [[1.0]]}, r"LearnedSolver: rows\[0\] has 1 numbers, need 2"),
         ({"times": [1.0, 1.0], "rows": [[0.0, 1.0], [0.0, 1.0, 0.0]]}, "times must fall strictly"),

@@ -112,9 +112,7 @@ def steered(
     return denoiser
 
 
-def laid_out(
-    denoiser: Denoiser, solver: str | Solver, steps: int | None, grid: AnyGrid
-) -> tuple[Solver, Tensor]:
+def laid_out(denoiser: Denoiser, solver: str | Solver, steps: int | None, grid: AnyGrid) -> tuple[Solver, Tensor]:
     """The solver for a model (with its guidance) and its times; ValueError for too few steps."""
     made = named_solver(solver)
     if isinstance(made, ABM):
