@@ -22,6 +22,7 @@ _EXPORTS = {
     "pictures": "fewstep.api",
     "sample": "fewstep.sampling",
     "solver_for": "fewstep.sampling.tuning",
+    "load_settings": "fewstep.hub.settings",
     "Student": "fewstep.sampling",
     "Plan": "fewstep.sampling",
     "ConsistencyDistillation": "fewstep.distill.consistency.cm",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from fewstep.api import load as load
     from fewstep.api import pictures as pictures
     from fewstep.api import save as save
+    from fewstep.hub.settings import load_settings as load_settings
     from fewstep.sampling import Plan as Plan
     from fewstep.sampling import Student as Student
     from fewstep.sampling.sample import sample as sample

@@ -10,6 +10,7 @@ from torch import nn
 
 from fewstep.denoisers import CountCalls, Denoiser, Guided, NetworkDenoiser, V
 from fewstep.exact import Gaussian, ring, three_modes
+from fewstep.flow_maps import Jump
 from fewstep.grids import GRIDS, karras, log_snr
 from fewstep.randomness import Rng
 from fewstep.sampling import (
@@ -449,4 +450,4 @@ def test_refusals_of_sample():
     with pytest.raises(ValueError, match=r"steps=5, but the given grid of 9 times has 8 steps"):
         sample(WORLD, 2, grid=GRID, steps=5)
     with pytest.raises(ValueError, match="takes a Denoiser, got Student"):
-        sample(Student(nn.Identity(), {1: Plan((1.0,))}), 2)
+        sample(Student(Jump(WORLD), {1: Plan((1.0,))}), 2)

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.errors import UserError, choose
-from fewstep.files import Maybe, Size, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,11 +36,6 @@ if TYPE_CHECKING:
     from fewstep.hub.adapters import Adapter
     from fewstep.sampling import Solver, Student
 
-#: What is read of a file that ``fewstep tune-steps`` wrote.
-SETTINGS_FILE = {
-    "setting": {"solver": str, "grid": str | None, "steps": Size, "threshold": str | None, ...: Any},
-    "guidance": Maybe(float | None), ...: Any,
-}  # fmt: skip
 #: A preview of wider pictures would not fit a terminal.
 PREVIEW_SIDE = 32
 
@@ -200,7 +194,8 @@ def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, i
     grid = chosen.grid
     if chosen.statistics is None:
         solver: str | Solver = chosen.solver or "abm"
-        choose("solver", str(solver).partition(":")[0], sorted(ALL_SOLVERS))
+        if isinstance(solver, str):
+            choose("solver", solver.partition(":")[0], sorted(ALL_SOLVERS))
     else:
         solver = with_statistics(model, chosen)
     if grid is not None:
@@ -274,14 +269,20 @@ def guided(model: CountCalls, negative: Any, chosen: argparse.Namespace) -> tupl
 
 def take_settings(chosen: argparse.Namespace) -> None:
     """Fill in what ``fewstep tune-steps`` found; :class:`UserError` beside flags that say the same, or a wrong file."""
+    from fewstep.hub.settings import load_settings
+    from fewstep.sampling import LearnedSolver
+
     for flag in ("solver", "grid", "steps", "threshold"):
         if getattr(chosen, flag) is not None:
             raise UserError(f"--{flag} stands in {chosen.settings} already: leave out one of the two")
-    found = read_json(chosen.settings, SETTINGS_FILE)
+    found = load_settings(chosen.settings)
     for flag in ("solver", "grid", "steps", "threshold"):
-        setattr(chosen, flag, found["setting"][flag])
+        setattr(chosen, flag, found[flag])
     if chosen.guidance is None:
-        chosen.guidance = found.get("guidance")
+        chosen.guidance = found["guidance"]
+    elif isinstance(chosen.solver, LearnedSolver) and chosen.guidance != found["guidance"]:
+        taught = "no guidance" if found["guidance"] is None else f"guidance {found['guidance']:g}"
+        raise UserError(f"--guidance {chosen.guidance:g}: the solver in {chosen.settings} was learned at {taught}")
 
 
 def takes_guidance(model: Student | Denoiser) -> bool:

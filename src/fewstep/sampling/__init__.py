@@ -31,6 +31,7 @@ from fewstep.sampling.editing import (
 )
 from fewstep.sampling.engine import FieldRow, Row, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
+from fewstep.sampling.learned import LearnedSolver, folded
 from fewstep.sampling.multistep import Multistep
 from fewstep.sampling.named import SOLVERS
 from fewstep.sampling.rollout import Plan, Student, greedy_times, rollout
@@ -69,6 +70,7 @@ __all__ = [
     "FieldRow",
     "Hooks",
     "Inpainting",
+    "LearnedSolver",
     "Levels",
     "LinearMeasurement",
     "Multistep",
@@ -89,6 +91,7 @@ __all__ = [
     "balanced",
     "edit",
     "ending_clean",
+    "folded",
     "greedy_times",
     "measured",
     "rollout",

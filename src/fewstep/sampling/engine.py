@@ -234,8 +234,6 @@ class Solver(ABC):
     """
 
     centre: ClassVar[float] = 2.0
-    #: The steps of a run where nobody says how many.
-    usual_steps: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
         """ValueError for a hyper-parameter of another type than its field's, or not finite."""
@@ -254,6 +252,11 @@ class Solver(ABC):
     def calls(self, steps: int) -> int:
         """The model calls of ``steps`` steps."""
         return steps
+
+    @property
+    def usual_steps(self) -> int:
+        """The steps of a run where nobody says how many."""
+        return 10
 
     def grid(self, schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
         """The times ``[steps + 1]`` of the solver's own grid; ``shift`` multiplies its noise levels, as flow pipelines

@@ -81,7 +81,6 @@ def sample(
             raise TypeError(f"{name}={flag!r} must be True or False")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress={progress!r} must be a function of (done, steps)")
-    solver, asked = named_solver(solver), solver
     if size is not None:
         denoiser = at_size(denoiser, size)
     start = start_of(denoiser, n, cond, noise=noise, seed=seed, seeds=seeds, generator=generator, one_path=one_path)
@@ -93,23 +92,38 @@ def sample(
         if not isinstance(denoiser, NetworkDenoiser):
             raise ValueError(f"self_conditioning needs a network, got a {type(denoiser).__name__}")
         denoiser, hooks = self_conditioning.attached(denoiser)
-    if guidance is not None:
-        if cond is None:
-            raise ValueError(f"guidance={guidance} needs a conditional model: this one has no classes and cond is None")
-        denoiser = Guided(denoiser, guidance_of(guidance, len(x)))
-    if threshold is not None:
-        denoiser = Clipped(denoiser) if threshold == "static" else DynamicThreshold(denoiser)
-    if isinstance(solver, ABM):
-        solver = solver.fitted_to(denoiser)
-    times = named_times(denoiser.schedule, solver, steps, grid)
-    if len(times) - 1 < solver.least_steps:
-        raise ValueError(
-            f"steps={len(times) - 1} are too few for solver {asked!r}, which needs {solver.least_steps} to reach its "
-            "order; take more steps or a solver of lower order (abm, unipc, dpmpp-2m, ddim)"
-        )
+    denoiser = steered(denoiser, len(x), cond, guidance, threshold)
+    solver, times = laid_out(denoiser, solver, steps, grid)
     scale = denoiser.schedule.sigma(times[:1]).to(x.device)
     with evaluating(denoiser):
         return solver.move(denoiser, align(scale, x) * x, times, cond, start.fresh, hooks, progress, denoise)
+
+
+def steered(
+    denoiser: Denoiser, n: int, cond: Cond, guidance: float | Numbers | None, threshold: Threshold | None
+) -> Denoiser:
+    """The denoiser under guidance and thresholding, for ``n`` samples; ValueError for guidance without conditions."""
+    if guidance is not None:
+        if cond is None:
+            raise ValueError(f"guidance={guidance} needs a conditional model: this one has no classes and cond is None")
+        denoiser = Guided(denoiser, guidance_of(guidance, n))
+    if threshold is not None:
+        denoiser = Clipped(denoiser) if threshold == "static" else DynamicThreshold(denoiser)
+    return denoiser
+
+
+def laid_out(denoiser: Denoiser, solver: str | Solver, steps: int | None, grid: AnyGrid) -> tuple[Solver, Tensor]:
+    """The solver for a model (with its guidance) and its times; ValueError for too few steps."""
+    made = named_solver(solver)
+    if isinstance(made, ABM):
+        made = made.fitted_to(denoiser)
+    times = named_times(denoiser.schedule, made, steps, grid)
+    if len(times) - 1 < made.least_steps:
+        raise ValueError(
+            f"steps={len(times) - 1} are too few for solver {solver!r}, which needs {made.least_steps} to reach its "
+            "order; take more steps or a solver of lower order (abm, unipc, dpmpp-2m, ddim)"
+        )
+    return made, times
 
 
 def at_size(denoiser: Denoiser, size: tuple[int, int]) -> Denoiser:

@@ -8,11 +8,13 @@ reference set: a few starting points and where many steps take them. Both answer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fewstep.denoisers import Cond, Denoiser, Guided, half_level_of
 from fewstep.randomness import Rng
@@ -109,6 +111,17 @@ class Reference:
     cond: Cond = None
     guidance: float | None = None
 
+    def part(self, first: int, n: int) -> Reference:
+        """The points from ``first`` on, ``n`` of them."""
+        chosen = slice(first, first + n)
+        cond = picked(self.cond, lambda leaf: leaf[chosen])
+        return Reference(self.noise[chosen], self.ends[chosen], cond, self.guidance)
+
+
+def picked(cond: Cond, choose: Callable[[Tensor], Tensor]) -> Cond:
+    """``choose`` applied to every tensor of a condition."""
+    return tree_map(lambda leaf: choose(leaf) if isinstance(leaf, Tensor) else leaf, cond)
+
 
 def reference(
     denoiser: Denoiser, noise: Tensor, cond: Cond = None, guidance: float | None = None, calls: int = 200
@@ -121,16 +134,24 @@ def reference(
     return Reference(noise, ends, cond, guidance)
 
 
-def tried(denoiser: Denoiser, setting: Setting, target: Reference) -> Trial:
-    """A setting, measured; an error of infinity where the result is not finite."""
-    got = sample(
-        denoiser, len(target.noise), cond=target.cond, noise=target.noise, guidance=target.guidance,
-        **setting.options(),  # type: ignore[arg-type]
-    )  # fmt: skip
-    gap = (got - target.ends).flatten(1).double().square().mean(1).sqrt()
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """The root mean square difference of every sample, ``[B]``, float64."""
+    return (x - y).flatten(1).double().square().mean(1).sqrt()
+
+
+def measured(denoiser: Denoiser, options: Mapping[str, Any], target: Reference) -> tuple[float, float]:
+    """How far samples drawn with ``options`` (of :func:`~fewstep.sampling.sample`) end from a reference: the mean over
+    the samples of their distance and its standard error; infinity where a result is not finite."""
+    got = sample(denoiser, len(target.noise), cond=target.cond, noise=target.noise, guidance=target.guidance, **options)
+    gap = distances(got, target.ends)
     if not bool(gap.isfinite().all()):
-        return Trial(setting, float("inf"), float("inf"))
-    return Trial(setting, float(gap.mean()), float(gap.std() / len(gap) ** 0.5))
+        return float("inf"), float("inf")
+    return float(gap.mean()), float(gap.std() / len(gap) ** 0.5)
+
+
+def tried(denoiser: Denoiser, setting: Setting, target: Reference) -> Trial:
+    """A setting, measured."""
+    return Trial(setting, *measured(denoiser, setting.options(), target))
 
 
 def tune(
@@ -151,6 +172,18 @@ def tune(
         if progress is not None:
             progress(i + 1, len(settings))
     return sorted(trials, key=lambda trial: trial.error)
+
+
+def shortlist(
+    denoiser: Denoiser,
+    settings: Sequence[Setting],
+    target: Reference,
+    keep: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Setting]:
+    """The ``keep`` settings that do best on the first quarter of the points (8 at least)."""
+    few = target.part(0, max(8, len(target.noise) // 4))
+    return [trial.setting for trial in tune(denoiser, settings, few, progress)[:keep]]
 
 
 def solver_for(steps: int, guided: bool | float = False, model: Denoiser | None = None, cond: Cond = None) -> Setting:
@@ -180,7 +213,9 @@ def half_level(denoiser: Denoiser, cond: Cond = None, n: int = 32, steps: int = 
     the scale that carries half of the change.  Costs ``n`` times ``steps`` calls, once a model: assign it to
     ``denoiser.half_level``.  ValueError when the prediction does not depend on the state.
     """
-    start, seen = start_of(denoiser, n, cond, seed=seed), []
+    if isinstance(cond, Tensor):
+        n = min(n, len(cond))
+    start, seen = start_of(denoiser, n, picked(cond, lambda leaf: leaf[:n]), seed=seed), []
 
     def look(k: int, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         seen.append((float(denoiser.schedule.ratio(t[:1])), x0))
