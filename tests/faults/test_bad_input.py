@@ -183,7 +183,7 @@ WORDS = {
     "sample run --steps 3": "--steps 3: this student has plans for 1, 2, 4 steps",
     "sample run --solver heun": "--solver is for teachers: 'run' is a student",
     "sample run --guidance 2": "--guidance is for teachers",
-    "sample digits --prompt cat": "'digits' is not a pipeline with text encoders",
+    "sample digits --prompt cat": "'digits' has no text encoder to read it",
     "sample digits --out x.jpg": "must end in .png",
     "sample digits --out no/x.png": "the folder no does not exist",
     "sample points": "are not pictures",

@@ -178,7 +178,7 @@ def from_student(student: Student, chosen: argparse.Namespace) -> tuple[Tensor, 
     steps = chosen.steps if chosen.steps is not None else next(iter(student.plans))
     if steps not in student.plans:
         raise UserError(f"--steps {steps}: this student has plans for {', '.join(map(str, student.plans))} steps")
-    x = student.sample(chosen.n, condition(chosen, student)[0], steps=steps, seed=chosen.seed, seeds=seeds(chosen))
+    x = student.sample(chosen.n, conditions(chosen, student)[0], steps=steps, seed=chosen.seed, seeds=seeds(chosen))
     return x, steps, len(student.plans[steps].times)
 
 
@@ -201,7 +201,7 @@ def from_teacher(model: Denoiser, chosen: argparse.Namespace) -> tuple[Tensor, i
     if grid is not None:
         choose("grid", grid.partition(":")[0], sorted(GRIDS))
     counted = CountCalls(model)
-    cond, negative = condition(chosen, model)
+    cond, negative = conditions(chosen, model)
     steered, guides = guided(counted, negative, chosen)
     steps: list[int] = []
     x = sample(
@@ -293,7 +293,24 @@ def takes_guidance(model: Student | Denoiser) -> bool:
     return net is not None and net.takes_guidance
 
 
-def condition(chosen: argparse.Namespace, model: Student | Denoiser) -> tuple[Any, Any]:
+def seeds(chosen: argparse.Namespace) -> list[int] | None:
+    """``--seeds``, one a sample; None when it was not given."""
+    if chosen.seeds is None:
+        return None
+    try:
+        return [int(word) for word in chosen.seeds.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {chosen.seeds}: give one whole number a sample, such as 3,5,7") from None
+
+
+def condition(chosen: argparse.Namespace, model: Student | Denoiser) -> Any:
+    """What to make: an embedded ``--prompt``, or labels, or None for whatever comes."""
+    from fewstep.hub.models import adapter_of
+
+    return labels(chosen, model.classes) if chosen.prompt is None else prompted(chosen, adapter_of(model))
+
+
+def conditions(chosen: argparse.Namespace, model: Student | Denoiser) -> tuple[Any, Any]:
     """What to make, and what ``--guidance`` leads away from: ``--prompt``, ``--cond`` and a guidance scale that the
     network takes as dicts of tensors, else labels, or None for whatever comes."""
     import torch
@@ -302,14 +319,12 @@ def condition(chosen: argparse.Namespace, model: Student | Denoiser) -> tuple[An
     from fewstep.hub.adapters import TextAdapter
     from fewstep.hub.models import adapter_of
 
-    scale = chosen.guidance if takes_guidance(model) and chosen.guide is None else None
-    if chosen.prompt is None and chosen.cond is None and scale is None:
-        return labels(chosen, model.classes), None
     net = adapter_of(model)
-    for flag in ("prompt", "cond"):
-        if getattr(chosen, flag) is not None and net is None:
-            raise UserError(f"--{flag}: '{chosen.model}' is not a pipeline, it takes class numbers at most")
-    assert net is not None
+    scale = chosen.guidance if takes_guidance(model) and chosen.guide is None else None
+    if net is None or (chosen.prompt is None and chosen.cond is None and scale is None):
+        if chosen.cond is not None:
+            raise UserError(f"--cond: '{chosen.model}' is not a pipeline, it takes class numbers at most")
+        return condition(chosen, model), None
     null = net.null(chosen.n) if isinstance(net, TextAdapter) else {}
     if model.classes:
         null = {"class_labels": torch.full((chosen.n,), -1)}
@@ -317,7 +332,7 @@ def condition(chosen: argparse.Namespace, model: Student | Denoiser) -> tuple[An
     asked = labels(chosen, model.classes)
     if asked is not None:
         given["class_labels"] = asked
-    cond = {**null, **prompted(chosen, net), **given}
+    cond = {**null, **({} if chosen.prompt is None else prompted(chosen, net)), **given}
     if scale is not None:
         cond["guidance_scale"] = torch.full((chosen.n,), scale)
     away = {**cond, **null, **negative}
@@ -330,24 +345,12 @@ def condition(chosen: argparse.Namespace, model: Student | Denoiser) -> tuple[An
     return cond, away
 
 
-def seeds(chosen: argparse.Namespace) -> list[int] | None:
-    """``--seeds``, one a sample; None when it was not given."""
-    if chosen.seeds is None:
-        return None
-    try:
-        return [int(word) for word in chosen.seeds.split(",")]
-    except ValueError:
-        raise UserError(f"--seeds {chosen.seeds}: give one whole number a sample, such as 3,5,7") from None
-
-
-def prompted(chosen: argparse.Namespace, net: Adapter) -> dict[str, Tensor]:
+def prompted(chosen: argparse.Namespace, net: Adapter | None) -> dict[str, Tensor]:
     """``--prompt``, embedded once for every sample."""
     import torch
 
     from fewstep.hub.adapters import TextAdapter
 
-    if chosen.prompt is None:
-        return {}
     if not isinstance(net, TextAdapter) or not net.reads_prompts:
         raise UserError(f"--prompt: '{chosen.model}' has no text encoder to read it")
     with torch.no_grad():
