@@ -84,6 +84,7 @@ def victim(good: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 DENOISER = ("model", "flow_map", "denoiser")
 DIFFUSERS_NETWORK = '{"name": "diffusers", "class": "UNet2DModel", "size": [8, 8], "pipeline": null, "config": %s}'
+TEXT = "text_encoder/model.safetensors"
 UNET = "unet/diffusion_pytorch_model"
 
 
@@ -236,6 +237,18 @@ NAMED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a tensor that the weights lack": ("pixels", one_tensor_less(f"{UNET}.safetensors"), "its weights lack the tensor"),
     "a tensor that a text encoder's weights lack": (
         "text", one_tensor_less("text_encoder/model.safetensors"), "text_encoder: its weights lack the tensor"
+    ),
+    "a network of integers": (
+        "pixels", lambda f: tensors(f / f"{UNET}.safetensors", lambda held: {k: v.long() for k, v in held.items()}),
+        "is of type I64, weights are floating-point numbers",
+    ),
+    "a text encoder of booleans": (
+        "text", lambda f: tensors(f / TEXT, lambda held: {k: v.bool() for k, v in held.items()}),
+        "is of type BOOL, weights are floating-point numbers",
+    ),
+    "a tokenizer that pads to 10^12 tokens": (
+        "text", at("tokenizer/tokenizer_config.json", ("model_max_length",), "1000000000000"),
+        "model_max_length = 1000000000000 must be a whole number from 1 to 1000",
     ),
     "an adapter of a model elsewhere": ("text", adapter, "text_encoder: an adapter (adapter_config.json)"),
     "code that a config names": (

@@ -21,6 +21,7 @@ from numpy import ndarray
 
 from fewstep.files import Map, Maybe, Place, Range, check, read_json
 from fewstep.hub.requires import require
+from fewstep.hub.weights import headers
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -30,6 +31,8 @@ ELSEWHERE = {"auto_map": "code, which would be run", "transformers_weights": "ot
 INDEX = {"metadata": Maybe(dict), "weight_map": Map(r"[^\0]+", "the name of a tensor", str)}
 #: A scheduler's table is no longer than this, a network's layer no wider than that.
 MOST_STEPS, WIDEST = 100_000, 2**31 - 1
+#: CLIP reads 77 tokens.
+LONGEST = Annotated[int, Range(1, 1000)]
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
@@ -95,6 +98,7 @@ def check_component(folder: Path, cls: Any) -> None:
     """One line for a component that is missing, damaged, or belongs to something that is not in its folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder, and model_index.json names it")
+    quantised = False
     for name in CONFIGS:
         if (folder / name).is_file():
             config = check(read_json(folder / name), dict, Place(folder / name))
@@ -102,14 +106,17 @@ def check_component(folder: Path, cls: Any) -> None:
                 if key in config:
                     raise ValueError(f"{folder / name}: '{key}' names {what}; take it out")
             check_config(config, cls, Place(folder / name))
+            quantised |= "quantization_config" in config
+            if cls.__name__.startswith("CLIPTokenizer") and "model_max_length" in config:  # prompts are padded to it
+                check(config["model_max_length"], LONGEST, Place(folder / name, "model_max_length"))
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder}: an adapter (adapter_config.json) of a model that is elsewhere; merge it first")
-    check_weights(folder)
+    check_weights(folder, quantised)
 
 
-def check_weights(folder: Path) -> None:
-    """ValueError when the weights that would be read are pickled, or an index names anything but safetensors files in
-    this folder."""
+def check_weights(folder: Path, quantised: bool) -> None:
+    """ValueError when the weights that would be read are pickled or no floating-point numbers, or an index names
+    anything but safetensors files in this folder."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         for tensor, shard in read_json(index, INDEX)["weight_map"].items():
             if not shard.endswith(".safetensors") or "/" in shard or not (folder / shard).is_file():
@@ -117,6 +124,12 @@ def check_weights(folder: Path) -> None:
     pickled = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
     if pickled and not any((folder / f"{name}{end}").exists() for name in WEIGHTS for end in ("", ".index.json")):
         raise ValueError(f"{pickled[0]}: pickled weights are never read; convert them to safetensors first")
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, header in headers(file).items():
+            if name.endswith((".weight", ".bias")) and not (header.floating or quantised):
+                raise ValueError(
+                    f"{file}: tensor '{name}' is of type {header.dtype}, weights are floating-point numbers"
+                )
 
 
 def check_config(config: dict[str, Any], cls: Any, place: Place) -> dict[str, Any]:
