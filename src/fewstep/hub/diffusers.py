@@ -134,7 +134,12 @@ def load_pipeline(
         hint = "; pass local_only=False to download it" if local_only else ""
         raise FileNotFoundError(f"{path_or_id}: not in the local hub cache{hint} ({_first_line(error)})") from None
     # not an argument above: its name differs between versions of diffusers
-    return from_pipeline(pipe.to(dtype), size=size)
+    loaded = from_pipeline(pipe.to(dtype), size=size)
+    if "solver" in pipe.scheduler.config:  # saved with one of ours
+        from fewstep.hub.solver_scheduler import SolverScheduler
+
+        pipe.scheduler = SolverScheduler.from_config(pipe.scheduler.config)
+    return loaded
 
 
 def _first_line(error: Exception) -> str:
