@@ -147,7 +147,7 @@ def test_pixel_pipeline(name: str) -> None:
     theirs = last_sample(pipe, batch_size=2, num_inference_steps=FEW, generator=torch.Generator().manual_seed(1))
     source, schedule, solver = torch.Generator().manual_seed(1), loaded.denoiser.schedule, SOLVERS[name]()
     noise = torch.randn(2, 3, 8, 8, generator=source)
-    levels = to_data(schedule, balanced(schedule, FEW, solver.centre))
+    levels = to_data(schedule, solver.grid(schedule, FEW))
     assert gap(sampled(loaded.clipped, noise, levels, solver, rng=Drawn(source)), theirs) < EXACT
     assert len(pipe.scheduler.timesteps) == solver.table(levels).calls and levels.sigma[-1] == 0
     assert float(theirs.abs().max()) <= 1 + 1e-6  # the end is a clipped prediction
@@ -163,7 +163,7 @@ def test_flow_pipeline(name: str) -> None:
     torch.manual_seed(3)
     theirs = last_sample(pipe, **FLOW_PROMPT, latents=latents, num_inference_steps=FEW, guidance_scale=1.0)
     torch.manual_seed(3)
-    times = balanced(FlowMatching(), FEW, 3 * solver.centre)
+    times = solver.grid(FlowMatching(), FEW, 3.0)
     with torch.no_grad():
         mine = solve(loaded.denoiser, latents, times, solver, FLOW_PROMPT, Drawn(None))
     assert gap(mine, theirs) < EXACT
@@ -186,7 +186,7 @@ def test_guidance_latents_and_v_prediction() -> None:
             "guidance_scale": 3.0,
         }  # fmt: skip
         guided, solver = Guided(loaded.denoiser, 3.0, {"prompt_embeds": negative}), SOLVERS[name]()
-        levels = to_data(schedule, balanced(schedule, STEPS, solver.centre))
+        levels = to_data(schedule, solver.grid(schedule, STEPS))
         mine = sampled(guided, latents, levels, solver, PROMPT)
         assert gap(mine, last_sample(pipe, **call)) < EXACT
         pictures = pipe(**call, output_type="pt").images
@@ -251,7 +251,7 @@ def test_img2img(name: str, strength: float) -> None:
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
     source = torch.Generator().manual_seed(1)
-    rest = tail(to_data(schedule, balanced(schedule, STEPS, solver.centre)), STEPS - round(strength * STEPS))
+    rest = tail(to_data(schedule, solver.grid(schedule, STEPS)), STEPS - round(strength * STEPS))
     noise = torch.randn(2, 4, 8, 8, generator=source)
     x = schedule.add_noise(image_latents(loaded), noise, torch.tensor(rest.times[0], dtype=torch.float64))
     assert gap(sampled(loaded.denoiser, x, rest, solver, PROMPT, Drawn(source)), theirs) < EXACT
@@ -269,7 +269,7 @@ def test_img2img_with_churn_keeps_the_levels_of_the_whole_grid() -> None:
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
     source = torch.Generator().manual_seed(1)
-    table = solver.table(to_data(schedule, balanced(schedule, STEPS, solver.centre)))
+    table = solver.table(to_data(schedule, solver.grid(schedule, STEPS)))
     table.steps = table.steps[2:]
     start = torch.tensor(table.steps[0].stages[0].time, dtype=torch.float64)
     x = schedule.add_noise(image_latents(loaded), torch.randn(2, 4, 8, 8, generator=source), start)
@@ -337,7 +337,7 @@ def test_inpainting() -> None:
             decoded = pipe(**call, strength=strength, generator=source, output_type="latent").images
             source = torch.Generator().manual_seed(1)
             noise = torch.randn(2, 4, 8, 8, generator=source)
-            levels = to_data(schedule, balanced(schedule, STEPS, solver.centre))
+            levels = to_data(schedule, solver.grid(schedule, STEPS))
             levels = tail(levels, STEPS - round(strength * STEPS))
             times = torch.tensor(levels.times, dtype=torch.float64)
 
@@ -566,20 +566,6 @@ def test_solvers_that_hold_tensors(tmp_path: Any) -> None:
         scheduler.save_pretrained(tmp_path)
 
 
-def test_pipelines_are_saved_with_it(tmp_path: Any) -> None:
-    """A pipeline's folder names our class; where fewstep is installed it is opened as it was, and read as the model it
-    holds."""
-    pipe, loaded = pixels()
-    pipe.scheduler = as_scheduler("dpmpp-2m", loaded.pipe.scheduler, grid="trailing")
-    pipe.save_pretrained(tmp_path)
-    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-    assert isinstance(again.scheduler, SolverScheduler)
-    call = {"batch_size": 2, "num_inference_steps": 4}
-    one = last_sample(pipe, **call, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(one, last_sample(again, **call, generator=torch.Generator().manual_seed(1)))
-    assert from_pipeline(again).reading == loaded.reading
-
-
 def test_thresholding_of_the_replaced_scheduler() -> None:
     """Dynamic thresholding is that of the scheduler's config."""
     original = diffusers.DDPMScheduler(
@@ -665,17 +651,15 @@ def test_errors_name_the_choices() -> None:
     with pytest.raises(ValueError, match="'VQDiffusionScheduler' is unknown; fewstep replaces DDIM"):
         as_scheduler("ddim", {"_class_name": "VQDiffusionScheduler"})
     for unknown in ({"class": "Magic"}, {"class": "DDIM", "theta": 1.0}, {}):
-        config = {"solver": unknown, "original": json.loads(original.to_json_string())}
+        config = {"solver": unknown, **json.loads(original.to_json_string())}
         with pytest.raises(ValueError, match="which this version does not know"):
             SolverScheduler.from_config(config)
     with pytest.raises(ValueError, match="invert_sigmas=True is not read"):
         as_scheduler("ddim", diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
     scheduler, x = as_scheduler("ddim", original, grid=[900, 500, 0]), normal(1, 4, 8, 8)
-    with pytest.raises(ValueError, match="call set_timesteps before"):
-        scheduler.step(x, 900, x)
     with pytest.raises(ValueError, match="steps=3, but the given grid of 3 times has 2 steps"):
         scheduler.set_timesteps(3)
-    with pytest.raises(ValueError, match=r"times 1200 .. 0 leave the schedule's range \[0, 999\]"):
+    with pytest.raises(ValueError, match=r"times 1200 .. 500 leave the schedule's range \[0, 999\]"):
         scheduler.set_timesteps(timesteps=[1200, 500])
     with pytest.raises(ValueError, match="strictly decreasing"):
         scheduler.set_timesteps(timesteps=[500, 500])
