@@ -521,7 +521,7 @@ def test_wrong_parameters_are_refused(estimated) -> None:
     """Orders and correctors that do not exist, samples that do not fit."""
     with pytest.raises(ValueError, match="p=4 must be 1, 2 or 3"):
         DPMSolverV3(estimated, 4)
-    with pytest.raises(ValueError, match="corrector='full' must be"):
+    with pytest.raises(ValueError, match="corrector: 'full' is not one of"):
         DPMSolverV3(estimated, 2, "full")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x0 of shape \[4, 2\]: need samples \[K, 1\]"):
         estimate(WORLD, torch.ones(4, 2), Rng(0))

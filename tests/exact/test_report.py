@@ -250,7 +250,7 @@ def test_commands_repeat_the_run(recipe: Recipe, tmp_path: Path) -> None:
 def test_damaged_recipe_names_its_file(tmp_path: Path) -> None:
     """What is wrong with a recipe is one line with the file's name."""
     (tmp_path / "recipe.json").write_text('{"method": "cm"}')
-    with pytest.raises(ValueError, match=r"recipe\.json: not the recipe of a run"):
+    with pytest.raises(ValueError, match=r"recipe\.json: 'command' is missing"):
         read_note(tmp_path)
 
 
@@ -303,7 +303,7 @@ def test_rows_and_pictures(compared: Comparison) -> None:
         ("teacher", 1, 1), ("teacher", 2, 2), ("teacher", 4, 4), ("my <student>", 1, 1), ("my <student>", 2, 2),
     ]  # fmt: skip
     assert all(row.quality.n == 40 and row.pictures.shape == (6, *SHAPE) for row in compared.rows)
-    x, labels, _, _ = timed_samples(Grey(3), 2, 40, 0, "unipc", 16)
+    x, labels, _, _ = timed_samples(Grey(3), 2, 40, 0, "abm", 16)
     assert labels is not None and labels[:6].tolist() == [0, 1, 2, 0, 1, 2]
     torch.testing.assert_close(compared.rows[1].pictures, x[:6].clamp(-1, 1), rtol=0, atol=0)
     _, reference = parts(pictures(200))

@@ -283,7 +283,8 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fills up in the middle of a write: the old file is whole, the half-written one is gone."""
     saved = OneFile(tmp_path)
-    saved.write({"a": torch.ones(3)}, {"steps": 1})
+    counted = {"steps": 1, "seconds": 0.5, "averages": {}, "recent": {}, "precision": "fp32", "run": {}}
+    saved.write({"a": torch.ones(3)}, counted)
     before = saved.path.read_bytes()
 
     def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -292,9 +293,9 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("fewstep.hub.native.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        saved.write({"a": torch.zeros(3)}, {"steps": 2})
+        saved.write({"a": torch.zeros(3)}, {**counted, "steps": 2})
     assert saved.path.read_bytes() == before and list(tmp_path.iterdir()) == [saved.path]
-    assert saved.counters() == {"steps": 1} and torch.equal(saved.tensors({})["a"], torch.ones(3))
+    assert saved.counters() == counted and torch.equal(saved.tensors({})["a"], torch.ones(3))
 
 
 # --- numbers that are none ---------------------------------------------------------------------------------------
@@ -484,10 +485,11 @@ def test_resume_keeps_the_precision_that_was_measured(tmp_path: Path, monkeypatc
 def test_records_drop_what_will_be_written_again(tmp_path: Path) -> None:
     """Lines after the resumed step and lines cut short go; the rest stays, in order."""
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "a": 0.1}\n{"step": 10, "a": 0.2}\n{"step": 20, "a": 0.3}\n{"step": 3')
+    written = [{"step": k, "images": 8 * k, "seconds": 0.1 * k, "a": a} for k, a in ((1, 0.1), (10, 0.2), (20, 0.3))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in written) + '{"step": 3')
     records = Records(path, 10)
-    assert records.lines == [{"step": 1, "a": 0.1}, {"step": 10, "a": 0.2}]
-    records.write({"step": 20, "a": 0.25})
+    assert records.lines == written[:2]
+    records.write({**written[2], "a": 0.25})
     records.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == records.lines
     assert [r["a"] for r in records.lines] == [0.1, 0.2, 0.25]

@@ -100,11 +100,13 @@ class ABM(PredictorCorrector):
 
     @property
     def order(self) -> int:
-        """A multistep start of lower order holds the third order and above back."""
+        """Of a run: a start of lower order holds the third order and above back, and an open order changes with the
+        grid."""
         if self.eta:
             return 1
-        p = 4 if self.p is None else self.p
-        return min(p + 1, 3) if self.corrector else min(p, 2)
+        if self.p is None:
+            return 2
+        return min(self.p + 1, 3) if self.corrector else min(self.p, 2)
 
     def grid(self, schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
         """``v`` falls as a square."""
