@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan as DiscretePlan
 from fewstep.exact import three_modes
+from fewstep.files import Place
 from fewstep.flow_maps import EDMConsistency, Jump
 from fewstep.hub import native
 from fewstep.hub.diffusers import load_model, load_pipeline
+from fewstep.hub.folders import check_config
 from fewstep.hub.models import bundled_models, locate
 from fewstep.hub.sampler_plans import load_plans, save_plans
+from fewstep.hub.schedulers import BETA_TABLE, FLOW, PRECONDITIONED
 from fewstep.hub.statistics import read_fingerprint
 from fewstep.networks import MLP
 from fewstep.networks.transformer import Transformer
@@ -293,6 +297,41 @@ def test_good_folders_are_taken(victim: Callable[[str], Path]) -> None:
     (folder / "unet").symlink_to(Path("elsewhere").absolute())
     assert tried(SAMPLE).kind == "taken"
     assert not Path(SPRUNG).exists()
+
+
+#: Parts of configs in use that stretch the annotations of their classes: nulls, lists for numbers, infinity.
+IN_USE: dict[str, list[dict[str, Any]]] = {
+    "UNet2DConditionModel": [
+        {"attention_head_dim": [5, 10, 20], "class_embed_type": None, "cross_attention_norm": None, "freq_shift": 0,
+         "mid_block_only_cross_attention": None, "mid_block_scale_factor": 1, "num_attention_heads": None,
+         "time_embedding_act_fn": None, "transformer_layers_per_block": [1, 2, 10], "upcast_attention": None},
+        {"cross_attention_dim": 768, "only_cross_attention": [True, True, False], "sample_size": 64},
+        {"transformer_layers_per_block": [[1, 1], [2, 2]], "reverse_transformer_layers_per_block": [[1], [2]]},
+    ],
+    "UNet2DModel": [
+        {"attention_head_dim": None, "downsample_padding": 0, "freq_shift": 1, "mid_block_scale_factor": 1},
+        {"sample_size": [64, 64], "num_class_embeds": 1000, "attn_norm_num_groups": 32, "class_embed_type": None},
+    ],
+    "FluxTransformer2DModel": [{"axes_dims_rope": [16, 56, 56], "guidance_embeds": False, "out_channels": None}],
+    "SD3Transformer2DModel": [{"dual_attention_layers": [0, 1], "qk_norm": None}, {"dual_attention_layers": []}],
+    "SanaTransformer2DModel": [{"interpolation_scale": None, "mlp_ratio": 2.5, "dropout": 0}],
+    "AutoencoderKL": [{"force_upcast": None, "latents_mean": None, "shift_factor": None, "scaling_factor": 1}],
+    "AutoencoderDC": [{"decoder_qkv_multiscales": [[], [5]], "decoder_act_fns": "silu", "encoder_block_types": ["a"]}],
+    "DPMSolverMultistepScheduler": [{"lambda_min_clipped": -float("inf"), "variance_type": None, "flow_shift": 3}],
+    "UniPCMultistepScheduler": [{"disable_corrector": [], "solver_p": None, "trained_betas": None}],
+    "DDPMScheduler": [{"trained_betas": [0.1, 0.2]}, {"trained_betas": None, "variance_type": "fixed_large"}],
+}  # fmt: skip
+
+
+def test_configs_in_use_are_taken() -> None:
+    """And the config that every scheduler of diffusers that is read here writes by itself."""
+    for name, configs in IN_USE.items():
+        for config in configs:
+            check_config(config, attrgetter(name)(diffusers), Place(name))
+    for name in (*BETA_TABLE, *FLOW, *PRECONDITIONED):
+        if name in dir(diffusers):
+            kind = attrgetter(name)(diffusers)
+            check_config(json.loads(kind().to_json_string()), kind, Place(name))
 
 
 def test_a_folder_without_a_checksum_is_taken(victim: Callable[[str], Path]) -> None:
