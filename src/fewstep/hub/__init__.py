@@ -11,6 +11,7 @@ from typing import Any
 _WHERE = {
     "Exported": "exporting",
     "LoadedPipeline": "diffusers",
+    "SolverScheduler": "solver_scheduler",
     "as_scheduler": "drop_in",
     "export": "exporting",
     "export_with_code": "exporting",

@@ -6,19 +6,32 @@ entry point, and solvers written as plain JSON.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from inspect import signature
+from operator import attrgetter
 from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
 from fewstep.hub.requires import require
+from fewstep.hub.schedulers import READ
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.named import named_grid, named_solver
 
 #: The grid that the replaced scheduler makes, beside the names in :data:`fewstep.sampling.grids.GRIDS`.
 ORIGINAL = "original"
+#: The keys of our own in a scheduler's config, beside those of the scheduler that it replaces.
+DEFAULTS: dict[str, Any] = {"solver": "unipc", "grid": None, "clean": True}
+OWN = tuple(DEFAULTS)
+#: The keys that say what the model is.  Where a class has them by default they are its model all the same, and are
+#: handed on to classes with other defaults.
+MODEL = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr", "snr_shift_scale", "clip_sample", "clip_sample_range", "thresholding",
+    "dynamic_thresholding_ratio", "sample_max_value", "timestep_spacing", "steps_offset", "use_flow_sigmas",
+    "flow_shift", "shift", "sigma_min", "sigma_max", "sigma_data",
+)  # fmt: skip
 
 
 def as_scheduler(
@@ -36,37 +49,66 @@ def as_scheduler(
     for the uniform sigmas that flow pipelines pass when nobody asked for any.  The last step ends at pure data,
     ``x = D``; with ``clean=False`` at the last time of the grid.
 
-    The result is a :class:`~fewstep.hub.solver_scheduler.SolverScheduler`.  Its config is plain JSON and shows the keys
-    of the replaced scheduler too, so a pipeline and ``from_config`` of another scheduler find what they look for.
+    The result is a :class:`~fewstep.hub.solver_scheduler.SolverScheduler` under the name of the class that it replaces.
+    Its config is that of the replaced scheduler with ``solver``, ``grid`` and ``clean`` beside it, so a pipeline and
+    ``from_config`` of another scheduler find what they look for.
 
     Raises ValueError with the choices on an unknown solver, grid or scheduler, and ModuleNotFoundError without
     diffusers.
     """
     require("diffusers", "as_scheduler")
-    from fewstep.hub.solver_scheduler import SolverScheduler
+    from fewstep.hub.solver_scheduler import in_place_of
 
-    return SolverScheduler(solver=written(solver), grid=_plain_grid(grid), clean=clean, original=original_config(like))
+    original, _ = replaced(like, None, {})
+    kind: Any = type(original)
+    return in_place_of(kind)(original, written(solver), plain_grid(grid), clean)
 
 
-def original_config(like: Any) -> dict[str, Any]:
-    """The config, as plain JSON with its ``_class_name``, of a scheduler, of a pipeline's scheduler, or as given; of
-    one of our own schedulers, that of the one it replaced."""
+def replaced(like: Any, kind: Any, changes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The scheduler of diffusers that ``like`` (a scheduler, a pipeline, a config) describes, with ``changes`` to its
+    config, and those of them that it does not know.
+
+    ``kind`` is the class to make; None is the one that ``like`` is of.
+    """
     diffusers = require("diffusers", "as_scheduler")
     if isinstance(like, diffusers.DiffusionPipeline):
         like = like.scheduler
     if isinstance(like, diffusers.SchedulerMixin):
-        ours = type(like).__name__ == "SolverScheduler"
-        like = like.config if ours else json.loads(like.to_json_string())
+        like = plain_config(like.config, type(like).__name__)
     if not isinstance(like, Mapping):
         raise ValueError(f"like={type(like).__name__}: give a diffusers scheduler, a pipeline, or a scheduler's config")
-    if like.get("_class_name") == "SolverScheduler":
-        like = like["original"]
-    if "_class_name" not in like:
-        raise ValueError("the config has no _class_name that says which scheduler it is of; give the scheduler itself")
-    return dict(like)
+    name = class_of(like) if kind is None else kind.__name__
+    if name not in READ:
+        raise ValueError(f"scheduler class {name!r} is unknown; fewstep replaces {', '.join(READ)}")
+    config = {key: value for key, value in plain_config(like, name).items() if key not in OWN}
+    made: tuple[Any, dict[str, Any]] = attrgetter(name)(diffusers).from_config(
+        config, return_unused_kwargs=True, **changes
+    )
+    return made
 
 
-def _plain_grid(grid: str | Sequence[float] | Tensor | None) -> str | list[float] | None:
+def class_of(config: Mapping[str, Any]) -> str:
+    """The class that a config is of: the one it names, else the first with these very parameters (classes that share
+    them share the model); ValueError when there is none."""
+    if "_class_name" in config:
+        return str(config["_class_name"])
+    diffusers = require("diffusers", "as_scheduler")
+    keys = {key for key in config if not key.startswith("_")} - set(OWN)
+    for name in READ:
+        if keys == signature(attrgetter(name)(diffusers)).parameters.keys():
+            return name
+    raise ValueError("the config has no _class_name that says which scheduler it is of; give the scheduler itself")
+
+
+def plain_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The config of a scheduler of class ``name``, in which the model does not count as left at its default."""
+    plain = {key: value for key, value in config.items() if key != "_use_default_values"}
+    unset = [key for key in config.get("_use_default_values", ()) if key not in MODEL]
+    return {**plain, "_class_name": name, **({"_use_default_values": unset} if unset else {})}
+
+
+def plain_grid(grid: str | Sequence[float] | Tensor | None) -> str | list[float] | None:
+    """A grid as plain JSON; ValueError when it is not known, or a function."""
     if isinstance(grid, str):
         if grid != ORIGINAL:
             named_grid(grid)  # refuses what does not exist
@@ -76,7 +118,7 @@ def _plain_grid(grid: str | Sequence[float] | Tensor | None) -> str | list[float
     raise ValueError(f"grid={grid!r}: give a name or the times themselves, a function cannot be kept in a config")
 
 
-def written(solver: str | Solver) -> str | dict[str, Any] | Solver:
+def written(solver: str | Mapping[str, Any] | Solver) -> str | dict[str, Any] | Solver:
     """A solver as plain JSON: its name as it is, else its class and what differs from the defaults.
 
     A solver that holds more than numbers (the statistics of DPM-Solver-v3) stays itself, and cannot be saved.
@@ -84,6 +126,8 @@ def written(solver: str | Solver) -> str | dict[str, Any] | Solver:
     if isinstance(solver, str):
         named_solver(solver)  # refuses what does not exist
         return solver
+    if isinstance(solver, Mapping):
+        return dict(solver)
     try:
         value: dict[str, Any] = _to_json(solver)
     except TypeError:

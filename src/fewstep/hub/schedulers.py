@@ -20,13 +20,17 @@ BETA_TABLE = (
     "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler",
-    "TCDScheduler", "UniPCMultistepScheduler",
+    "TCDScheduler", "UniPCMultistepScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler",
 )  # fmt: skip
 FLOW = (
     "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
     "FlowMapEulerDiscreteScheduler",
 )  # fmt: skip
 PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+READ = (*BETA_TABLE, *FLOW, *PRECONDITIONED)
+
+#: What some classes write in the place of the alphas_cumprod = 0 of zero terminal SNR.
+PLACEHOLDER = 2.0**-24
 
 _PREDICTIONS: dict[str, type[Prediction]] = {"epsilon": Eps, "sample": X0, "v_prediction": V}
 PREDICTION_TYPES: dict[type[Prediction], str] = {cls: name for name, cls in _PREDICTIONS.items()}
@@ -50,14 +54,17 @@ def read_scheduler(scheduler: Any) -> Reading:
     """The schedule and the prediction that belong to a diffusers scheduler object.
 
     A table rescaled to zero terminal SNR ends at alpha = 0, where nothing but a data or a v prediction makes sense;
-    it is read with its last half-log-SNR at the library's bound (-20, alpha = 2e-9).  Raises ValueError for an unknown
-    scheduler class or prediction type, and for a noise prediction on zero terminal SNR.
+    it is read with its last half-log-SNR at the library's bound (-20, alpha = 2e-9), also from the classes that put
+    another small number in the place of the zero.  Raises ValueError for an unknown scheduler class or prediction type,
+    for a noise prediction on zero terminal SNR, and for a class that has lost the rescaling its config asks for.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    if name == "SolverScheduler":  # our own, in the place of another: hub.as_scheduler
-        reading: Reading = scheduler.reading
-        return reading
+    known = vars(scheduler).get("reading")
+    if isinstance(known, Reading):  # our own, in the place of another: hub.as_scheduler
+        return known
     if name in FLOW:
+        if config.get("sigma_max") is not None and config.sigma_max > 1:
+            raise ValueError(f"{name}: sigma_max={config.sigma_max} is not read, flow matching's noise levels end at 1")
         shift = config.shift if not config.get("use_dynamic_shifting") else 1.0
         return Reading(FlowMatching(), Velocity(time_scale=float(config.num_train_timesteps)), shift)
     if name in PRECONDITIONED:
@@ -65,8 +72,7 @@ def read_scheduler(scheduler: Any) -> Reading:
             raise ValueError(f"{name}: prediction_type '{config.prediction_type}' is not read, only 'epsilon'")
         return Reading(EDM(config.sigma_min, config.sigma_max), EDMPrediction(sigma_data=config.sigma_data))
     if name not in BETA_TABLE:
-        known = ", ".join((*BETA_TABLE, *FLOW, *PRECONDITIONED))
-        raise ValueError(f"scheduler class '{name}' is unknown; fewstep reads {known}")
+        raise ValueError(f"scheduler class '{name}' is unknown; fewstep reads {', '.join(READ)}")
     kind = config.prediction_type
     if kind == "flow_prediction":
         scale = float(config.num_train_timesteps)
@@ -75,12 +81,23 @@ def read_scheduler(scheduler: Any) -> Reading:
         raise ValueError(f"{name}: timestep_type '{config.timestep_type}' is not read, only 'discrete'")
     if kind not in _PREDICTIONS:
         raise ValueError(f"{name}: prediction_type '{kind}' is unknown; fewstep reads {', '.join(_PREDICTIONS)}")
+    if config.get("snr_shift_scale", 1.0) != 1 and not name.startswith("CogVideoX"):
+        raise ValueError(
+            f"{name} does not shift its table, but its config says snr_shift_scale={config.snr_shift_scale}; take "
+            "CogVideoXDDIMScheduler.from_config of that config"
+        )
     table: list[float] = scheduler.alphas_cumprod.double().flatten().tolist()
     if len(table) < 2:
         raise ValueError(f"{name}: a table of {len(table)} betas is no noise schedule")
-    if table[-1] < math.exp(-2 * LOG_SNR_BOUND):
+    rescaled = bool(config.get("rescale_betas_zero_snr"))
+    if rescaled or table[-1] < math.exp(-2 * LOG_SNR_BOUND):
         if kind == "epsilon":
             raise ValueError(f"{name}: prediction_type 'epsilon' is undefined at zero terminal SNR (alpha = 0)")
+        if table[-1] > PLACEHOLDER:
+            raise ValueError(
+                f"{name} does not rescale its betas, but its config says rescale_betas_zero_snr=True; take "
+                "DDIMScheduler.from_config of that config"
+            )
         table[-1] = math.exp(-2 * LOG_SNR_BOUND)
     clip = config.clip_sample_range if config.get("clip_sample") else None
     return Reading(DiscreteVP(alphas_cumprod=tuple(table)), _PREDICTIONS[kind](), clip=clip)

@@ -4,7 +4,10 @@
 has about k entries a step, and ``order = k``: what img2img and inpainting pipelines multiply a step by to find where
 to begin.  States are ``alpha x_0 + sigma eps``, as in the DDPM family of schedulers and in flow matching.
 
-Made by :func:`fewstep.hub.as_scheduler`.
+Made by :func:`fewstep.hub.as_scheduler`.  A pipeline's folder names the class of its scheduler, and diffusers imports
+no library that a folder names, only its own classes and what has been imported before: a folder that named ours would
+not open without fewstep, nor with it before its import.  So every scheduler carries the name of the class that it
+replaces and a config that this class reads, with the solver beside it; ``isinstance`` tells them apart.
 """
 
 # mypy: disable-error-code="attr-defined,misc"
@@ -13,20 +16,21 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
-from typing import Any
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
 
-import diffusers
 import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fewstep.denoisers import EDMPrediction
-from fewstep.hub.drop_in import ORIGINAL, read
-from fewstep.hub.schedulers import BETA_TABLE, FLOW, PRECONDITIONED, read_scheduler
+from fewstep.hub.drop_in import DEFAULTS, ORIGINAL, OWN, plain_config, plain_grid, read, replaced, written
+from fewstep.hub.schedulers import BETA_TABLE, FLOW, read_scheduler
 from fewstep.hub.trajectory import Trajectory, independent, part, same_times, times_of
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
@@ -36,13 +40,20 @@ from fewstep.schedules import DiscreteVP, FlowMatching, align
 
 #: Schedulers that keep no noise levels, only the steps of the table that they visit.
 TIMESTEPS_ONLY = (
-    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "LCMScheduler", "PNDMScheduler",
-    "TCDScheduler",
+    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler",
+    "DDPMParallelScheduler", "LCMScheduler", "PNDMScheduler", "TCDScheduler",
 )  # fmt: skip
 
+#: The tensors of the replaced scheduler that pipelines look into.
+TABLES = ("betas", "alphas", "alphas_cumprod", "final_alpha_cumprod")
 
-#: The keys of our own config.
-OWN = ("solver", "grid", "clean", "original")
+
+@dataclass
+class SolverSchedulerOutput(SchedulerOutput):
+    """``prev_sample``, the state of the next call, and ``pred_original_sample``, the data prediction (clipped or
+    thresholded where the config says so)."""
+
+    pred_original_sample: Tensor | None = None
 
 
 class PipelineNoise:
@@ -59,52 +70,52 @@ class PipelineNoise:
 
 
 class SolverScheduler(SchedulerMixin, ConfigMixin):
-    """A solver, a grid, and the config of the scheduler that it replaces.
+    """A solver and a grid in the place of ``original``, a scheduler of diffusers that says what the model is.
 
-    See :func:`fewstep.hub.as_scheduler`.  After ``set_timesteps``: ``timesteps`` (as the network sees them) and
-    ``sigmas`` (noise levels ``sigma / alpha``, or t for flow matching, with that of the end) per network call, the
-    ``levels`` of the grid, and ``init_noise_sigma``, the standard deviation of the state at the first call for data of
-    unit variance: 1 on variance-preserving schedules, as in diffusers.
+    Made by :func:`fewstep.hub.as_scheduler` and, from a config or a folder, by :meth:`from_config` and
+    ``from_pretrained``.  After ``set_timesteps``: ``timesteps`` (as the network sees them) and ``sigmas`` (noise levels
+    ``sigma / alpha``, or t for flow matching, with that of the end) per network call, the ``levels`` of the grid, and
+    ``init_noise_sigma``, the standard deviation of the state at the first call for data of unit variance: 1 on
+    variance-preserving schedules, as in diffusers.  ``config`` is that of the replaced scheduler with ``solver``,
+    ``grid`` and ``clean`` beside it.
     """
 
-    @register_to_config
-    def __init__(
-        self,
-        solver: str | dict | Solver = "unipc",
-        grid: str | list[float] | None = None,
-        clean: bool = True,
-        original: dict | None = None,
-    ) -> None:
-        config = dict(original or {})
-        name, known = config.get("_class_name"), (*BETA_TABLE, *FLOW, *PRECONDITIONED)
-        if name not in known:
-            raise ValueError(f"scheduler class {name!r} is unknown; fewstep replaces {', '.join(known)}")
-        self.original = attrgetter(name)(diffusers).from_config(config)
-        self.reading = read_scheduler(self.original)
-        if self.original.config.get("invert_sigmas"):
-            raise ValueError(f"{name}: invert_sigmas=True is not read, only networks whose time rises with the noise")
+    #: The class of diffusers whose place a subclass takes.
+    replaces: ClassVar[Any] = None
+
+    def __init__(self, original: Any, solver: str | dict | Solver, grid: str | list[float] | None, clean: bool) -> None:
+        self.original, self.reading = original, read_scheduler(original)
+        if original.config.get("invert_sigmas"):
+            raise ValueError(
+                f"{type(original).__name__}: invert_sigmas=True is not read, only networks whose time rises with the "
+                "noise"
+            )
         self.solver = read(solver)
         self.order = self.solver.calls(1)
         self.grid, self.clean = grid, clean
+        config = plain_config(original.config, type(original).__name__)
+        self.register_to_config(**config, solver=solver, grid=grid, clean=clean)
+        vars(self).update({name: value for name, value in vars(original).items() if name in TABLES})
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.empty(0)
-        self.sigmas = torch.empty(0)
+        self.timesteps = original.timesteps
+        self.sigmas = vars(original).get("sigmas", torch.empty(0))
         self.init_noise_sigma = 1.0
         self._begin_index: int | None = None
         self._step_index: int | None = None
 
-    @property
-    def config(self) -> FrozenDict:
-        """The config of the replaced scheduler, where pipelines look for what they know, and our own."""
-        own: dict[str, Any] = dict(vars(self)["_internal_dict"])
-        return FrozenDict({**own["original"], **own, "_class_name": type(self).__name__})
-
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From :attr:`config` or a file: what is shown of the replaced scheduler is held in ``original`` already."""
-        if isinstance(config, Mapping):
-            config = {key: value for key, value in config.items() if key in OWN}
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        """Ours from its config, or from that of any scheduler whose model fewstep reads; ``kwargs`` override it.
+
+        Raises ValueError when the config names no such class, on a prediction and a table of betas that contradict
+        each other, and on an unknown solver or grid.
+        """
+        asked = {key: kwargs.pop(key) for key in OWN if key in kwargs}
+        original, unused = replaced(config, cls.replaces, kwargs)
+        own = {**DEFAULTS, **{key: config[key] for key in OWN if key in config}, **asked}
+        kind: Any = type(original)
+        made = in_place_of(kind)(original, written(own["solver"]), plain_grid(own["grid"]), own["clean"])
+        return (made, unused) if return_unused_kwargs else made
 
     def to_json_string(self) -> str:
         """The config as it is saved; ValueError when the solver holds tensors."""
@@ -114,6 +125,12 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 "with the scheduler that was replaced, and call as_scheduler again"
             )
         return str(super().to_json_string())
+
+    def __repr__(self) -> str:
+        return f"SolverScheduler({self.solver!r}, {self.replaces.__name__}, grid={self.grid!r}, clean={self.clean})"
+
+    def __reduce__(self) -> Any:
+        return blank, (self.replaces,), vars(self)
 
     @property
     def step_index(self) -> int | None:
@@ -168,6 +185,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._lay_out(device)
         self._begin_index = self._step_index = None
         self._runs: deque[Trajectory | None] = deque()
+        self._before: tuple[int, deque[Trajectory | None]] = (-1, deque())
 
     def _lay_out(self, device: str | torch.device | None) -> None:
         """What the pipeline and the network see of the calls."""
@@ -193,7 +211,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self, steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, mu: float | None
     ) -> Levels:
         if timesteps is not None:
-            return self._through(self._time(torch.as_tensor(timesteps)))
+            return self._through(self._time(timesteps))
         flow = type(self.original).__name__ in FLOW  # only these shift given sigmas in ways of their own
         asked = sigmas is not None and not _uniform(sigmas)
         if self.grid == ORIGINAL and (flow or not asked):
@@ -229,10 +247,13 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             return self.reading.shift
         return math.exp(mu) if config.time_shift_type == "exponential" else mu
 
-    def _time(self, timestep: Tensor) -> Tensor:
-        """The schedule's time, float64, of a time as the network sees it."""
-        time = timestep.cpu().double() / self.reading.prediction.time_scale
-        return torch.exp(4 * time) if isinstance(self.reading.prediction, EDMPrediction) else time
+    def _time(self, timestep: Tensor | Sequence[float] | float) -> Tensor:
+        """The schedule's time, float64, of a time as the network sees it, in float32."""
+        time = torch.as_tensor(timestep).cpu().double() / self.reading.prediction.time_scale
+        time = torch.exp(4 * time) if isinstance(self.reading.prediction, EDMPrediction) else time
+        for end in (self.reading.schedule.t_min, self.reading.schedule.t_max):
+            time = torch.where((time - end).abs() <= 1e-6 * end, end, time)
+        return time
 
     def _sigma_times(self, sigmas: Tensor, mu: float | None) -> Tensor:
         """Times of the ``sigmas`` that a pipeline was called with."""
@@ -252,15 +273,16 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             made.set_timesteps(steps, **extra)
         if name in TIMESTEPS_ONLY:
             return made.timesteps.double().unique().flip(0)
-        levels = made.sigmas.double().unique_consecutive()[:-1]
+        levels = made.sigmas[:-1].double().unique_consecutive()
+        levels = levels[levels > 0]
         if not isinstance(self.reading.schedule, DiscreteVP):
             return levels
         return _snapped(self.reading.schedule.time_at(-levels.log()))
 
     def _index(self, timestep: Any) -> int:
         """The index of the current call, which must be at ``timestep``."""
-        if self.num_inference_steps is None:
-            raise ValueError("SolverScheduler: call set_timesteps before step")
+        if self.num_inference_steps is None:  # along all the times that the replaced scheduler begins with
+            self.set_timesteps(timesteps=self.timesteps.unique().flip(0))
         time, calls = float(timestep), len(self._labels)
         if self._step_index is None:
             k = self._find(time) if self._begin_index is None else self._begin_index
@@ -268,6 +290,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"begin_index={k} must lie in 0 .. {calls - 1}")
             self._step_index, self._runs = k, deque(self._runs_from(k))
         k = self._step_index
+        if k == self._before[0]:  # set back by the pipeline, to make the last step again
+            self._runs = self._before[1]
         if k >= calls:
             raise ValueError(f"step() at timestep {time:g}: all {calls} calls were made; call set_timesteps again")
         if not _same_label(time, self._labels[k]):
@@ -313,7 +337,13 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """The network's input: the state itself, scaled for EDM models."""
         if not isinstance(self.reading.prediction, EDMPrediction):
             return sample
-        return sample * self._in[self._index(timestep)]
+        k = self._index(timestep)
+        return sample * self._in[k]
+
+    def _get_conditioning_c_in(self, sigma: Tensor) -> Tensor:
+        """The scale of an EDM network's input, for pipelines that scale other states than the sample."""
+        scale: Tensor = self.original._get_conditioning_c_in(sigma)
+        return scale
 
     def step(
         self,
@@ -323,35 +353,46 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
         generator: Any = None,
+        pred_original_sample: Tensor | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """The state at the next call, from the network's output at this one.
+    ) -> SolverSchedulerOutput | tuple[Tensor, Tensor]:
+        """The state at the next call and the data prediction, from the network's output at this one.
 
-        Calls must be made in the order of ``timesteps``, each once.  ``generator`` is where stochastic solvers draw
-        from.  ``eta`` and ``use_clipped_model_output`` are arguments that some pipelines always pass: the first must be
-        0, the second is always the case here.
+        Calls must be made in the order of ``timesteps``, each once.  Who sets ``_step_index`` one back makes the last
+        one again, if need be with several copies of the batch before (both halves of guidance).  ``generator`` is where
+        stochastic solvers draw from.  ``pred_original_sample`` takes the place of the network's output.  ``eta`` and
+        ``use_clipped_model_output`` are arguments that some pipelines always pass: the first must be 0, the second is
+        always the case here.
         """
         if eta:
             raise ValueError(f"eta={eta} of the pipeline's call is not used; take as_scheduler('ddim:eta={eta}', ...)")
         k = self._index(timestep)
         kind = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        output = model_output[:, : sample.shape[1]].to(kind)  # what follows is a learned variance
-        x0 = self._bounded(self._skip[k] * sample.to(kind) + self._out[k] * output)
+        if pred_original_sample is None:
+            output = model_output[:, : sample.shape[1]].to(kind)  # what follows is a learned variance
+            x0 = self._bounded(self._skip[k] * sample.to(kind) + self._out[k] * output)
+        else:
+            x0 = pred_original_sample.to(kind)
+        self._before = (k, deque(copy(run) for run in self._runs))
         run = self._runs[0]
+        if run is not None and run.base is not None and len(sample) > len(run.base):
+            run = self._runs[0] = run.repeated(len(sample) // len(run.base))
         after = sample if run is None else run.advance(x0, sample, PipelineNoise(generator, sample.dtype))
         if run is None or not run.left:
             self._runs.popleft()
         self._step_index = k + 1
-        return SchedulerOutput(prev_sample=after) if return_dict else (after,)
+        x0 = x0.to(sample.dtype)
+        return SolverSchedulerOutput(after, x0) if return_dict else (after, x0)
 
     def _bounded(self, x0: Tensor) -> Tensor:
-        """The data prediction, thresholded or clipped where the replaced scheduler does so."""
-        config = self.original.config
+        """The data prediction, thresholded or clipped where the config says so (pipelines change that in place)."""
+        config = vars(self.config)
         if config.get("thresholding"):
-            bound = torch.quantile(x0.flatten(1).abs(), config.dynamic_thresholding_ratio, dim=1)
-            bound = align(bound.clamp(1, config.sample_max_value), x0)
+            bound = torch.quantile(x0.flatten(1).abs(), config["dynamic_thresholding_ratio"], dim=1)
+            bound = align(bound.clamp(1, config["sample_max_value"]), x0)
             return x0.clamp(-bound, bound) / bound
-        return x0 if self.reading.clip is None else x0.clamp(-self.reading.clip, self.reading.clip)
+        clip = config["clip_sample_range"] if config.get("clip_sample") else None
+        return x0 if clip is None else x0.clamp(-clip, clip)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Data noised to ``timesteps`` (one, or one per sample)."""
@@ -369,6 +410,20 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return self.add_noise(sample, noise, timestep)
 
 
+@cache
+def in_place_of(kind: Any) -> type[SolverScheduler]:
+    """The subclass that takes the place of ``kind`` under its name.  ``compatibles`` are those that keep the model."""
+    same = [name for name in kind._compatibles if name in BETA_TABLE and not kind.__name__.startswith("CogVideoX")]
+    own = {"__module__": kind.__module__, "__doc__": SolverScheduler.__doc__, "replaces": kind, "_compatibles": same}
+    return type(kind.__name__, (SolverScheduler,), own)
+
+
+def blank(kind: Any) -> SolverScheduler:
+    """One without its attributes, for copies."""
+    made = in_place_of(kind)
+    return made.__new__(made)
+
+
 def _uniform(sigmas: Sequence[float]) -> bool:
     """Whether ``sigmas`` are what flow pipelines pass when nobody gave any: ``1 .. 1/n``, before any shift."""
     n = len(sigmas)
@@ -382,6 +437,7 @@ def _same_label(a: float, b: float) -> bool:
 
 
 def _snapped(times: Tensor) -> Tensor:
-    """Times found from float32 noise levels, on the steps of the table where they are meant."""
+    """Times found from float32 noise levels, on the steps of the table where they are meant, else as the network sees
+    them."""
     whole = times.round()
-    return whole.where((times - whole).abs() < 1e-3, times)
+    return whole.where((times - whole).abs() < 1e-3, times.float().double())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from copy import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -61,6 +62,21 @@ class Trajectory:
         self.base: Tensor | None = None
         self.given: Tensor | None = None
 
+    def __copy__(self) -> Trajectory:
+        """The same run from here on, apart from this one."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), left=self.left.copy(), history=self.history.copy())
+        return other
+
+    def repeated(self, times: int) -> Trajectory:
+        """The same run for ``times`` copies of its batch, one behind the other."""
+        other = copy(self)
+        other.history = deque((_repeat(m, times) for m in self.history), self.history.maxlen)
+        for name in ("anchor", "before", "base", "given"):
+            tensor = vars(self)[name]
+            vars(other)[name] = None if tensor is None else _repeat(tensor, times)
+        return other
+
     def advance(self, x0: Tensor, sample: Tensor, noise: Noise) -> Tensor:
         """The state of the next call, from the data prediction ``x0`` at the state ``sample``.
 
@@ -85,6 +101,10 @@ class Trajectory:
             new = moved(self.moves[turn.lift], new, (), noise, None)
         self.given = new.to(sample.dtype)
         return self.given
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    return x.repeat(times, *[1] * (x.dim() - 1))
 
 
 def independent(table: Table, step: int) -> bool:
