@@ -48,7 +48,7 @@ def check_grid(times: AnyTimes, schedule: Schedule | None = None) -> Tensor:
         inner = times[:-1] if float(times[-1]) == schedule.data_time else times
         if float(times[0]) > schedule.t_max + slack or float(inner[-1]) < schedule.t_min - slack:
             raise ValueError(
-                f"times {float(times[0]):g} .. {float(times[-1]):g} leave the schedule's range "
+                f"times {float(times[0]):g} .. {float(inner[-1]):g} leave the schedule's range "
                 f"[{schedule.t_min:g}, {schedule.t_max:g}]"
             )
     return times

@@ -22,7 +22,8 @@ diffusers = pytest.importorskip("diffusers")
 from fewstep.denoisers import V  # noqa: E402
 from fewstep.hub import SolverScheduler, as_scheduler, load_pipeline  # noqa: E402
 from fewstep.hub.schedulers import BETA_TABLE, FLOW, READ, read_scheduler  # noqa: E402
-from fewstep.sampling import DDIM, SOLVERS  # noqa: E402
+from fewstep.sampling import DDIM, SOLVERS, balanced  # noqa: E402
+from fewstep.schedules import FlowMatching  # noqa: E402
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -110,7 +111,9 @@ def test_a_saved_pipeline_takes_our_scheduler_as_an_argument(tmp_path: Path) -> 
     assert np.array_equal(images(again), images(pipe)) and ours.solver == SOLVERS["unipc"](p=3)
     plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(plain.scheduler) is diffusers.DDPMScheduler
-    assert load_pipeline(str(tmp_path)).reading == read_scheduler(ours)
+    loaded = load_pipeline(str(tmp_path))
+    assert loaded.reading == read_scheduler(ours)
+    assert isinstance(loaded.pipe.scheduler, SolverScheduler) and loaded.pipe.scheduler.config == ours.config
 
 
 @pytest.mark.parametrize("name", READ)
@@ -264,6 +267,25 @@ def test_before_set_timesteps() -> None:
     for name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):  # whose times are rounded past their range
         edm = as_scheduler("euler", like(name))
         assert edm.scale_model_input(x, edm.timesteps[0]).shape == x.shape
+
+
+def test_networks_that_are_told_the_times_before_the_shift() -> None:
+    """CogView4 gives timesteps and sigmas: the levels are shifted, the network's times are not."""
+    config = {"use_dynamic_shifting": True, "time_shift_type": "linear"}
+    given, mu = np.array([1000.0, 600.0, 200.0, 30.0]), 2.5
+    ours = as_scheduler("dpmpp-2m", diffusers.FlowMatchEulerDiscreteScheduler(**config), grid="original")
+    ours.set_timesteps(timesteps=given, sigmas=given / 1000, mu=mu)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    theirs.set_timesteps(timesteps=given, sigmas=given / 1000, mu=mu)
+    assert torch.allclose(ours.timesteps, theirs.timesteps) and torch.allclose(ours.sigmas, theirs.sigmas)
+    default = np.linspace(1000, 1, 4).astype(np.int64)  # the pipeline's when nobody gave any: the solver's own grid
+    ours = as_scheduler("dpmpp-2m", ours)
+    ours.set_timesteps(timesteps=default, sigmas=default / 1000, mu=mu)
+    levels = balanced(FlowMatching(), 4, mu * ours.solver.centre)[:-1]
+    assert torch.allclose(ours.sigmas[:-1].double(), levels)
+    assert torch.allclose(ours.timesteps.double(), 1000 * levels / (mu - (mu - 1) * levels))
+    with pytest.raises(ValueError, match="timesteps that are the sigmas before the shift"):
+        ours.set_timesteps(timesteps=given, sigmas=[1.0, 0.5, 0.2, 0.1], mu=mu)
 
 
 def test_final_levels_that_are_one() -> None:

@@ -105,7 +105,12 @@ def load_pipeline(
     """
     pipe = open_pipeline(path_or_id, local_only, dtype)
     with blaming(Path(path_or_id)):
-        return from_pipeline(pipe, size=size)
+        loaded = from_pipeline(pipe, size=size)
+        if "solver" in pipe.scheduler.config:  # saved with one of ours
+            from fewstep.hub.solver_scheduler import SolverScheduler
+
+            pipe.scheduler = SolverScheduler.from_config(pipe.scheduler.config)
+        return loaded
 
 
 def open_pipeline(path_or_id: str | Path, local_only: bool = True, dtype: torch.dtype = torch.float32) -> Any:

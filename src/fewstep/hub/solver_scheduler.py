@@ -158,21 +158,23 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Lay out the calls of ``num_inference_steps`` steps, or of the given ``timesteps`` (as the network sees them)
         or ``sigmas`` (as the replaced scheduler takes them), one a step.  ``mu`` is the resolution-dependent shift.
+        Flow pipelines whose network is told the times before the shift (CogView4) give both.
 
         Raises ValueError when the times do not fall or leave the schedule's range, or a given number of steps
         contradicts given times.
         """
         steps, given = num_inference_steps, timesteps if timesteps is not None else sigmas
+        both = timesteps is not None and sigmas is not None
         if given is not None:
             steps = len(given)
-            if num_inference_steps not in (None, steps) or (timesteps is not None and sigmas is not None):
+            if num_inference_steps not in (None, steps) or (both and not self._unshifted(timesteps, sigmas)):
                 raise ValueError(
                     f"num_inference_steps={num_inference_steps}, timesteps={timesteps}, sigmas={sigmas}: give one of "
-                    "them, or as many times as steps"
+                    "them, as many times as steps, or (flow matching) timesteps that are the sigmas before the shift"
                 )
         if steps is None:
             raise ValueError("set_timesteps: give num_inference_steps, timesteps or sigmas")
-        self.levels = self._levels(int(steps), timesteps, sigmas, mu)
+        self.levels = self._levels(int(steps), None if both else timesteps, sigmas, mu)
         if self.levels.steps < self.solver.least_steps:
             raise ValueError(
                 f"num_inference_steps={self.levels.steps} are too few for {type(self.solver).__name__}, which needs "
@@ -182,18 +184,24 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self.table = self.solver.table(self.levels)
         self._places = [(i, j) for i, step in enumerate(self.table.steps) for j in range(len(step.stages))]
         self._times = times_of(self.table)
-        self._lay_out(device)
+        self._lay_out(device, self._shift(mu) if both else 1.0)
         self._begin_index = self._step_index = None
         self._runs: deque[Trajectory | None] = deque()
         self._before: tuple[int, deque[Trajectory | None]] = (-1, deque())
 
-    def _lay_out(self, device: str | torch.device | None) -> None:
-        """What the pipeline and the network see of the calls."""
+    def _unshifted(self, timesteps: Any, sigmas: Any) -> bool:
+        """Whether ``timesteps`` are flow matching's ``sigmas`` as the network sees them."""
+        if type(self.original).__name__ not in FLOW or len(timesteps) != len(sigmas):
+            return False
+        return bool(torch.allclose(self._time(timesteps), torch.as_tensor(sigmas).double().cpu(), atol=1e-6))
+
+    def _lay_out(self, device: str | torch.device | None, shift: float) -> None:
+        """What the pipeline and the network see of the calls; ``shift`` is what the network is not told of."""
         schedule, prediction = self.reading.schedule, self.reading.prediction
         times = torch.tensor(self._times, dtype=torch.float64)
         skip, out, c_in = prediction.coefficients(schedule, times)
         self._skip, self._out, self._in = skip.tolist(), out.tolist(), c_in.tolist()
-        seen = prediction.time(schedule, times)
+        seen = prediction.time(schedule, times / (shift - (shift - 1) * times))
         whole = isinstance(schedule, DiscreteVP) and bool((seen == seen.round()).all())
         labels = seen.to(torch.int64 if whole else torch.float32)
         self._labels = labels.tolist()
@@ -213,32 +221,31 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             return self._through(self._time(timesteps))
         flow = type(self.original).__name__ in FLOW  # only these shift given sigmas in ways of their own
-        asked = sigmas is not None and not _uniform(sigmas)
+        asked = sigmas is not None and not _uniform(sigmas, len(self))
         if self.grid == ORIGINAL and (flow or not asked):
             return self._through(self._original_times(steps, sigmas if flow else None, mu))
         if sigmas is not None and asked:
             return self._through(self._sigma_times(torch.as_tensor(sigmas), mu))
         schedule = self.reading.schedule
         if self.grid is None:
-            return self._to_end(self.solver.grid(schedule, steps, self._shift(mu)))
-        grid = self.grid if isinstance(self.grid, str) else torch.tensor(self.grid, dtype=torch.float64)
-        return self._to_end(named_times(schedule, self.solver, steps, grid))
-
-    def _to_end(self, times: Tensor) -> Levels:
-        """The levels of a grid, whose last time is replaced by pure data."""
-        levels = Levels.of(self.reading.schedule, times)
-        if self.clean and levels.log_snr[-1] != math.inf:
-            return part(levels, stop=-1).denoised()
-        return levels
+            times = self.solver.grid(schedule, steps, self._shift(mu))
+        else:
+            grid = self.grid if isinstance(self.grid, str) else torch.tensor(self.grid, dtype=torch.float64)
+            times = named_times(schedule, self.solver, steps, grid)
+        return self._to_end(times[:-1], float(times[-1]))
 
     def _through(self, calls: Tensor) -> Levels:
-        """The levels that are called at ``calls``, and the end."""
+        return self._to_end(calls.double(), self.reading.schedule.t_min)
+
+    def _to_end(self, calls: Tensor, last: float) -> Levels:
+        """The levels that are called at ``calls``, and the end: pure data or, with ``clean=False``, the time ``last``
+        (on a table of betas its first level, where that is pure data)."""
         schedule = self.reading.schedule
-        calls = calls.double()
-        if float(calls[-1]) > schedule.t_min:
-            return self._to_end(torch.cat([calls, calls.new_tensor([schedule.t_min])]))
-        levels = Levels.of(schedule, calls)
-        return levels.denoised() if self.clean else levels
+        end = schedule.data_time if self.clean else last
+        if not self.clean and schedule.data_time < 0:
+            end = max(last, schedule.t_min)
+        calls = calls[calls > end]
+        return Levels.of(schedule, torch.cat([calls, calls.new_tensor([end])]))
 
     def _shift(self, mu: float | None) -> float:
         """The factor by which the pipeline wants its noise levels ``t / (1 - t)`` larger (flow matching)."""
@@ -424,11 +431,15 @@ def blank(kind: Any) -> SolverScheduler:
     return made.__new__(made)
 
 
-def _uniform(sigmas: Sequence[float]) -> bool:
-    """Whether ``sigmas`` are what flow pipelines pass when nobody gave any: ``1 .. 1/n``, before any shift."""
-    n = len(sigmas)
-    plain = torch.linspace(1, 1 / n, n, dtype=torch.float64)
-    return bool(torch.allclose(torch.as_tensor(sigmas).double(), plain, atol=1e-6))
+def _uniform(sigmas: Sequence[float], steps: int) -> bool:
+    """Whether ``sigmas`` are what flow pipelines pass when nobody gave any, before any shift: ``1 .. 1/n``, or ``1`` to
+    the first of the ``steps`` of training, in whole steps."""
+    n, given = len(sigmas), torch.as_tensor(sigmas).double().cpu()
+    ends = {1 / n: 1e-6, 1 / steps: 1.001 / steps}
+    return any(
+        torch.allclose(given, torch.linspace(1, end, n, dtype=torch.float64), rtol=0, atol=slack)
+        for end, slack in ends.items()
+    )
 
 
 def _same_label(a: float, b: float) -> bool:
