@@ -31,8 +31,8 @@ TABLES = {
 }
 SPACINGS = ("trailing", "linspace", "leading")
 GRIDS = ("balanced", "whole", *SPACINGS, "karras")
-SOLVERS = ("ddim", "dpmpp-2m", "unipc")
-CALLS = (4, 5, 6, 8, 10, 15, 20)
+SOLVERS = ("dpmpp-2m", "unipc", "abm")
+CALLS = (4, 6, 8, 10, 15, 20)
 
 
 def train(alphas_cumprod: Tensor, data: Tensor, steps: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     args = parser.parse_args()
     data, features = load("digits").read(slice(None)), load_features("digits")
-    real, noise = features(data), torch.randn(640, *data.shape[1:], generator=torch.Generator().manual_seed(9))
+    real, noise = features(data), torch.randn(512, *data.shape[1:], generator=torch.Generator().manual_seed(9))
     errors: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     distances: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for table in TABLES:

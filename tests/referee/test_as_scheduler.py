@@ -147,7 +147,7 @@ def test_pixel_pipeline(name: str) -> None:
     theirs = last_sample(pipe, batch_size=2, num_inference_steps=FEW, generator=torch.Generator().manual_seed(1))
     source, schedule, solver = torch.Generator().manual_seed(1), loaded.denoiser.schedule, SOLVERS[name]()
     noise = torch.randn(2, 3, 8, 8, generator=source)
-    levels = to_data(schedule, balanced(schedule, FEW, solver.centre))
+    levels = to_data(schedule, solver.grid(schedule, FEW))
     assert gap(sampled(loaded.clipped, noise, levels, solver, rng=Drawn(source)), theirs) < EXACT
     assert len(pipe.scheduler.timesteps) == solver.table(levels).calls and levels.sigma[-1] == 0
     assert float(theirs.abs().max()) <= 1 + 1e-6  # the end is a clipped prediction
@@ -163,7 +163,7 @@ def test_flow_pipeline(name: str) -> None:
     torch.manual_seed(3)
     theirs = last_sample(pipe, **FLOW_PROMPT, latents=latents, num_inference_steps=FEW, guidance_scale=1.0)
     torch.manual_seed(3)
-    times = balanced(FlowMatching(), FEW, 3 * solver.centre)
+    times = solver.grid(FlowMatching(), FEW, 3.0)
     with torch.no_grad():
         mine = solve(loaded.denoiser, latents, times, solver, FLOW_PROMPT, Drawn(None))
     assert gap(mine, theirs) < EXACT
@@ -186,7 +186,7 @@ def test_guidance_latents_and_v_prediction() -> None:
             "guidance_scale": 3.0,
         }  # fmt: skip
         guided, solver = Guided(loaded.denoiser, 3.0, {"prompt_embeds": negative}), SOLVERS[name]()
-        levels = to_data(schedule, balanced(schedule, STEPS, solver.centre))
+        levels = to_data(schedule, solver.grid(schedule, STEPS))
         mine = sampled(guided, latents, levels, solver, PROMPT)
         assert gap(mine, last_sample(pipe, **call)) < EXACT
         pictures = pipe(**call, output_type="pt").images
@@ -251,7 +251,7 @@ def test_img2img(name: str, strength: float) -> None:
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
     source = torch.Generator().manual_seed(1)
-    rest = tail(to_data(schedule, balanced(schedule, STEPS, solver.centre)), STEPS - round(strength * STEPS))
+    rest = tail(to_data(schedule, solver.grid(schedule, STEPS)), STEPS - round(strength * STEPS))
     noise = torch.randn(2, 4, 8, 8, generator=source)
     x = schedule.add_noise(image_latents(loaded), noise, torch.tensor(rest.times[0], dtype=torch.float64))
     assert gap(sampled(loaded.denoiser, x, rest, solver, PROMPT, Drawn(source)), theirs) < EXACT
@@ -269,7 +269,7 @@ def test_img2img_with_churn_keeps_the_levels_of_the_whole_grid() -> None:
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
     source = torch.Generator().manual_seed(1)
-    table = solver.table(to_data(schedule, balanced(schedule, STEPS, solver.centre)))
+    table = solver.table(to_data(schedule, solver.grid(schedule, STEPS)))
     table.steps = table.steps[2:]
     start = torch.tensor(table.steps[0].stages[0].time, dtype=torch.float64)
     x = schedule.add_noise(image_latents(loaded), torch.randn(2, 4, 8, 8, generator=source), start)
@@ -337,7 +337,7 @@ def test_inpainting() -> None:
             decoded = pipe(**call, strength=strength, generator=source, output_type="latent").images
             source = torch.Generator().manual_seed(1)
             noise = torch.randn(2, 4, 8, 8, generator=source)
-            levels = to_data(schedule, balanced(schedule, STEPS, solver.centre))
+            levels = to_data(schedule, solver.grid(schedule, STEPS))
             levels = tail(levels, STEPS - round(strength * STEPS))
             times = torch.tensor(levels.times, dtype=torch.float64)
 

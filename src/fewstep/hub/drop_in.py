@@ -22,7 +22,7 @@ from fewstep.sampling.named import named_grid, named_solver
 #: The grid that the replaced scheduler makes, beside the names in :data:`fewstep.sampling.grids.GRIDS`.
 ORIGINAL = "original"
 #: The keys of our own in a scheduler's config, beside those of the scheduler that it replaces.
-DEFAULTS: dict[str, Any] = {"solver": "unipc", "grid": None, "clean": True}
+DEFAULTS: dict[str, Any] = {"solver": "abm", "grid": None, "clean": True}
 OWN = tuple(DEFAULTS)
 #: The keys that say what the model is.  Where a class has them by default they are its model all the same, and are
 #: handed on to classes with other defaults.

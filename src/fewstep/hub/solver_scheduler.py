@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -187,7 +186,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._lay_out(device, self._shift(mu) if both else 1.0)
         self._begin_index = self._step_index = None
         self._runs: deque[Trajectory | None] = deque()
-        self._before: tuple[int, deque[Trajectory | None]] = (-1, deque())
+        self._before: tuple[int, tuple[Trajectory | None, ...], int] = (-1, (), 0)
 
     def _unshifted(self, timesteps: Any, sigmas: Any) -> bool:
         """Whether ``timesteps`` are flow matching's ``sigmas`` as the network sees them."""
@@ -298,12 +297,19 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             self._step_index, self._runs = k, deque(self._runs_from(k))
         k = self._step_index
         if k == self._before[0]:  # set back by the pipeline, to make the last step again
-            self._runs = self._before[1]
+            self._set_back()
         if k >= calls:
             raise ValueError(f"step() at timestep {time:g}: all {calls} calls were made; call set_timesteps again")
         if not _same_label(time, self._labels[k]):
             raise ValueError(f"step() at timestep {time:g}, but call {k} of {calls} is at {self._labels[k]:g}")
         return k
+
+    def _set_back(self) -> None:
+        """To what was before the last step."""
+        _, runs, made = self._before
+        if runs[0] is not None and runs[0].made > made:
+            runs[0].undo()
+        self._runs = deque(runs)
 
     def _find(self, time: float) -> int:
         found = [k for k, label in enumerate(self._labels) if _same_label(time, label)]
@@ -380,15 +386,15 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             x0 = self._bounded(self._skip[k] * sample.to(kind) + self._out[k] * output)
         else:
             x0 = pred_original_sample.to(kind)
-        self._before = (k, deque(copy(run) for run in self._runs))
         run = self._runs[0]
+        self._before = (k, tuple(self._runs), 0 if run is None else run.made)
         if run is not None and run.base is not None and len(sample) > len(run.base):
             run = self._runs[0] = run.repeated(len(sample) // len(run.base))
         after = sample if run is None else run.advance(x0, sample, PipelineNoise(generator, sample.dtype))
-        if run is None or not run.left:
+        if run is None or run.over:
             self._runs.popleft()
         self._step_index = k + 1
-        x0 = x0.to(sample.dtype)
+        x0 = x0 if kind == sample.dtype else x0.to(sample.dtype)
         return SolverSchedulerOutput(after, x0) if return_dict else (after, x0)
 
     def _bounded(self, x0: Tensor) -> Tensor:

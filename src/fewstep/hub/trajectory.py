@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from copy import copy
 from dataclasses import replace
 from typing import NamedTuple
@@ -53,25 +52,28 @@ class Trajectory:
 
     def __init__(self, table: Table, step: int = 0) -> None:
         self.table = table
-        self.left = deque(turn for later in turns(table)[step:] for turn in later)
-        self.first = self.left[0].call
+        self.turns = [turn for later in turns(table)[step:] for turn in later]
+        self.made = 0
         self.moves: list[Move] = []
-        self.history: deque[Tensor] = deque(maxlen=table.memory)
+        self.history: tuple[Tensor, ...] = ()
         self.anchor: Tensor | None = None
         self.before: Tensor | None = None
         self.base: Tensor | None = None
         self.given: Tensor | None = None
 
-    def __copy__(self) -> Trajectory:
-        """The same run from here on, apart from this one."""
-        other = object.__new__(type(self))
-        vars(other).update(vars(self), left=self.left.copy(), history=self.history.copy())
-        return other
+    @property
+    def over(self) -> bool:
+        """Whether every call was made."""
+        return self.made == len(self.turns)
+
+    def undo(self) -> None:
+        """Take the last call back."""
+        self.made, self.history, self.anchor, self.before, self.base, self.given = self.earlier
 
     def repeated(self, times: int) -> Trajectory:
         """The same run for ``times`` copies of its batch, one behind the other."""
         other = copy(self)
-        other.history = deque((_repeat(m, times) for m in self.history), self.history.maxlen)
+        other.history = tuple(_repeat(m, times) for m in self.history)
         for name in ("anchor", "before", "base", "given"):
             tensor = vars(self)[name]
             vars(other)[name] = None if tensor is None else _repeat(tensor, times)
@@ -82,20 +84,22 @@ class Trajectory:
 
         Computed in the type of ``x0``, given back in that of ``sample``.
         """
-        turn, x = self.left.popleft(), sample.to(x0.dtype)
+        self.earlier = (self.made, self.history, self.anchor, self.before, self.base, self.given)
+        turn, x = self.turns[self.made], sample.to(x0.dtype)
+        self.made += 1
         if not self.moves:
             self.moves = list(self.table.moves(x))
         if turn.opens:
             self.before, self.base = self.base, x
         assert self.base is not None  # a run starts at the opening of a step
-        self.history.appendleft(self.table.stored(turn.call, x0, x))
+        self.history = (self.table.stored(turn.call, x0, x), *self.history)[: self.table.memory]
         if turn.correct is not None:
             assert self.before is not None and self.given is not None  # and not with a correction
             # what was done to the state in between (inpainting, callbacks) is kept
             edit = x - self.given.to(x.dtype)
             self.base = moved(self.moves[turn.correct], self.before, self.history, noise, None) + edit
         new = moved(self.moves[turn.row], self.base, self.history, noise, self.anchor)
-        if self.table.anchor is not None and (turn.call == self.first or self.table.anchor == "previous"):
+        if self.table.anchor is not None and (turn is self.turns[0] or self.table.anchor == "previous"):
             self.anchor = self.table.eps(turn.call, x0, x)
         if turn.lift is not None:
             new = moved(self.moves[turn.lift], new, (), noise, None)
