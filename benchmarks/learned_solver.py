@@ -274,14 +274,14 @@ def compare(model: Denoiser, chosen: argparse.Namespace) -> dict[str, dict[int, 
     )
     print(f"references: {time.process_time() - began:.0f} s")
     seen, unseen = (Task.of(model, target, None) for target in (train, held_out))
-    errors: dict[str, dict[int, float]] = {"default (unipc)": {}, "best hand-made": {}, "learned": {}}
+    errors: dict[str, dict[int, float]] = {"unipc": {}, "best hand-made": {}, "learned": {}}
 
     for calls in chosen.calls:
         name, solver, start = hand_made(model, calls, train)
         base = error(model, start, fresh)[0]
         print(f"\n{calls} calls; the best hand-made is {name}\n\n| | error | gain | CPU |\n|---|---:|---:|---:|")
         usual = folded_named(schedule, "unipc", calls)
-        errors["default (unipc)"][calls] = row("`unipc`", model, usual, fresh, base, None)
+        errors["unipc"][calls] = row("`unipc`", model, usual, fresh, base, None)
         errors["best hand-made"][calls] = row("best hand-made", model, start, fresh, base, None)
         if not chosen.ours:
             grid, seconds = timed(bellman, seen, schedule, calls)
