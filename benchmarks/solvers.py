@@ -99,7 +99,7 @@ def against_diffusers(n: int) -> str:
         setting = solver_for(calls, model=world, cond=everything)
         picked = distance(sample(world, n, noise=x, cond=everything, **setting.options()))  # type: ignore[arg-type]
         theirs, which = best_of("ddpm", calls, world, x, everything, distance)
-        lines.append(f"| {calls} | {ours:.4f} | {picked:.4f} | {theirs:.4f} | {which} |")
+        lines.append(f"| {calls} | {ours:.2g} | {picked:.2g} | {theirs:.2g} | {which} |")
     return "\n".join(lines)
 
 

@@ -86,7 +86,7 @@ def test_sample_takes_solvers_and_grids_with_parameters(cli: Cli) -> None:
 
 def test_guides_and_intervals(cli: Cli) -> None:
     """A model guided by itself is itself; an interval saves the calls outside it; both count the guide's calls."""
-    words = ("digits", "--steps", 4, "--n", 3, "--no-preview", "--out", "x.npz")
+    words = ("digits", "--solver", "unipc", "--steps", 4, "--n", 3, "--no-preview", "--out", "x.npz")
     cli("sample", *words)
     plain = np.load("x.npz")["samples"]
     assert "8 network calls each" in cli("sample", *words, "--guide", "digits", "--guidance", 3).out

@@ -171,7 +171,7 @@ WORDS = {
     f"{TRAIN} --schedule VPLinear --beta-min 30": "need 0 < beta_min < beta_max",
     # samples that cannot be made
     "sample digits --n 0": "--n 0 must be at least 1",
-    "sample digits --n 1000000000000": "out of memory: lower --batch or --n",
+    "sample digits --n 1000000000000": "n=1000000000000 must be at most 2147483648",
     "sample digits --columns 0": "--columns 0 must be at least 1",
     "sample digits --steps 0": "steps=0",
     "sample digits --class 10": "--class 10: 'digits' has the classes 0 to 9",

@@ -203,6 +203,8 @@ def test_damaged_tables(tmp_path: Path):
     (saved / "state.json").write_text("{")
     fails(saved, "state.json", "not valid JSON")
     (saved / "state.json").write_text("{}")
+    fails(saved, "state.json", "'_data_files' is missing")
+    (saved / "state.json").write_text('{"_data_files": []}')
     fails(saved, "state.json", "names no data files")
     (saved / "dataset_dict.json").write_text('{"splits": ["train"]}')
     fails(saved, str(saved / "train" / "state.json"), error=FileNotFoundError)

@@ -87,7 +87,9 @@ def victim(good: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 DENOISER = ("model", "flow_map", "denoiser")
-DIFFUSERS_NETWORK = '{"name": "diffusers", "class": "UNet2DModel", "size": [8, 8], "pipeline": null, "config": %s}'
+DIFFUSERS_NETWORK = (
+    '{"name": "diffusers", "class": "UNet2DModel", "size": [8, 8], "pipeline": null, "latent": false, "config": %s}'
+)
 TEXT = "text_encoder/model.safetensors"
 UNET = "unet/diffusion_pytorch_model"
 

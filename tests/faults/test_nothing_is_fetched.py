@@ -110,7 +110,6 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     # plain data that was plain data a moment ago, or ships with the package
     ("cli/records.py", "json.loads"): (),
     ("hub/adapters.py", "json.loads"): (),
-    ("hub/drop_in.py", "json.loads"): (),
     ("hub/exporting.py", "json.loads"): (),
     ("hub/exporting.py", ".read_text"): (),
     ("hub/statistics.py", "json.loads"): (),
@@ -170,7 +169,8 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
         "use_safetensors=True", "local_files_only=local_only",
     ),
     ("hub/adapters.py", "model_class.from_config"): (),
-    ("hub/solver_scheduler.py", ".from_config"): (),
+    ("hub/drop_in.py", ".from_config"): (),
+    ("hub/diffusers.py", "SolverScheduler.from_config"): (),
 }  # fmt: skip
 
 

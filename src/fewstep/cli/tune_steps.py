@@ -116,11 +116,11 @@ def reference_calls(chosen: argparse.Namespace) -> int:
 
 def reference(chosen: argparse.Namespace, model: Denoiser, n: int, seed: int) -> Reference:
     """``n`` starting points of a seed and where they end."""
-    from fewstep.cli.sample import condition
+    from fewstep.cli.sample import conditions
     from fewstep.sampling import tuning
 
     asked = argparse.Namespace(**{**vars(chosen), "n": n, "cond": None, "guide": None})
-    cond, _ = condition(asked, model)
+    cond, _ = conditions(asked, model)
     return tuning.reference(model, tuning.noise_for(model, n, seed), cond, chosen.guidance, reference_calls(chosen))
 
 
