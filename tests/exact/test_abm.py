@@ -8,8 +8,9 @@ import torch
 
 import fewstep as fs
 from fewstep import grids
-from fewstep.denoisers import Denoiser, Guided, guidance_scale, half_level_of
+from fewstep.denoisers import Denoiser, Eps, Guided, NetworkDenoiser, guidance_scale, half_level_of
 from fewstep.exact import Gaussian, ring, three_modes
+from fewstep.networks import MLP
 from fewstep.randomness import Rng
 from fewstep.sampling import ABM, DATA, NOISE, Hooks, Levels, RhoAB, balanced, run
 from fewstep.sampling.abm import order_for
@@ -204,6 +205,20 @@ def test_the_default_takes_what_the_model_knows():
     assert setting.solver == "abm:p=2,c=1.7"
     middle = math.sqrt(1.7 * half_level(Guided(world, 3.0)))
     assert fs.solver_for(12, 3.0, world).solver == f"abm:p=2,c={middle:.4g}"
+
+
+def test_a_network_that_predicts_noise_is_called_at_higher_noise():
+    """Its scale counts as 6 until it is measured, in fs.sample and in a scheduler."""
+    from diffusers import DDIMScheduler
+
+    from fewstep.hub import as_scheduler
+
+    net = NetworkDenoiser(MLP((2,), width=8, blocks=1), DiscreteVP.linear(), Eps(), (2,))
+    assert ABM().fitted_to(net).c == 6.0
+    net.half_level = 0.9
+    assert ABM().fitted_to(net).c == 0.9
+    for kind, scale in (("epsilon", 6.0), ("v_prediction", 1.4)):
+        assert as_scheduler("abm", DDIMScheduler(prediction_type=kind)).solver.scale == scale
 
 
 def test_the_order_falls_with_the_steps_and_with_guidance():
