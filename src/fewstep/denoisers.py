@@ -217,17 +217,15 @@ class Denoiser(nn.Module, ABC):
         return self if schedule == self.schedule else OnSchedule(self, schedule)
 
 
-#: What counts as the half level of a network that predicts noise, where none was measured: its data predictions have
-#: large errors at high noise, and calls spent there correct them (``benchmarks/beta_grids.py``).
-NOISE_PREDICTION_LEVEL = 6.0
-
-
 def half_level_of(denoiser: Denoiser) -> float | None:
-    """The half level of a denoiser, or of one that it is made of; None where nothing is known."""
-    parts = [module for module in denoiser.modules() if isinstance(module, Denoiser)]
-    measured = next((part.half_level for part in parts if part.half_level is not None), None)
-    predicts_noise = any(isinstance(part, NetworkDenoiser) and isinstance(part.prediction, Eps) for part in parts)
-    return NOISE_PREDICTION_LEVEL if measured is None and predicts_noise else measured
+    """The half level of a denoiser, or of one that it is made of; None where none was measured."""
+    levels = (module.half_level for module in denoiser.modules() if isinstance(module, Denoiser))
+    return next((level for level in levels if level is not None), None)
+
+
+def predicts_noise(denoiser: Denoiser) -> bool:
+    """Whether a network in a denoiser was trained to predict noise."""
+    return any(isinstance(m, NetworkDenoiser) and isinstance(m.prediction, Eps) for m in denoiser.modules())
 
 
 def guidance_scale(denoiser: Denoiser) -> float:

@@ -214,7 +214,8 @@ def test_a_network_that_predicts_noise_is_called_at_higher_noise():
     from fewstep.hub import as_scheduler
 
     net = NetworkDenoiser(MLP((2,), width=8, blocks=1), DiscreteVP.linear(), Eps(), (2,))
-    assert ABM().fitted_to(net).c == 6.0
+    assert ABM().fitted_to(net) == ABM(p=2, c=6.0) and ABM(p=3).fitted_to(net).p == 3
+    assert solver_for(20, model=net).solver == "abm:p=2,c=6"
     net.half_level = 0.9
     assert ABM().fitted_to(net).c == 0.9
     for kind, scale in (("epsilon", 6.0), ("v_prediction", 1.4)):

@@ -14,7 +14,6 @@ replaces and a config that this class reads, with the solver beside it; ``isinst
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -28,11 +27,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fewstep.denoisers import NOISE_PREDICTION_LEVEL, EDMPrediction, Eps
+from fewstep.denoisers import EDMPrediction, Eps
 from fewstep.hub.drop_in import DEFAULTS, ORIGINAL, OWN, plain_config, plain_grid, read, replaced, written
 from fewstep.hub.schedulers import BETA_TABLE, FLOW, read_scheduler
 from fewstep.hub.trajectory import Trajectory, independent, part, same_times, times_of
-from fewstep.sampling.abm import ABM, scale_for
+from fewstep.sampling.abm import ABM
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.named import named_times
@@ -92,9 +91,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 "noise"
             )
         self.solver = read(solver)
-        if isinstance(self.solver, ABM) and self.solver.c is None and isinstance(self.reading.prediction, Eps):
-            scale = scale_for(NOISE_PREDICTION_LEVEL, self.solver.guidance)
-            self.solver = dataclasses.replace(self.solver, c=scale)
+        if isinstance(self.solver, ABM) and isinstance(self.reading.prediction, Eps):
+            self.solver = self.solver.for_noise_prediction()
         self.order = self.solver.calls(1)
         self.grid, self.clean = grid, clean
         config = plain_config(original.config, type(original).__name__)

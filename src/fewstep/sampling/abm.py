@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from fewstep.denoisers import Denoiser, guidance_scale, half_level_of
+from fewstep.denoisers import Denoiser, guidance_scale, half_level_of, predicts_noise
 from fewstep.grids import balanced
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point, gauss_legendre, vandermonde
 from fewstep.sampling.engine import Row
@@ -29,6 +29,8 @@ from fewstep.schedules import Schedule
 
 #: The half level where it is not known (see :func:`fewstep.sampling.tuning.half_level`).
 USUAL = 1.4
+#: What counts as the half level of a network that predicts noise, where it is not known.
+NOISE_PREDICTION_LEVEL = 6.0
 
 
 def order_for(steps: int, guidance: float = 1.0) -> int:
@@ -94,9 +96,20 @@ class ABM(PredictorCorrector):
 
     def fitted_to(self, model: Denoiser) -> ABM:
         """The same solver with what it leaves open filled in: the guidance that the model is under, and its scale."""
-        guidance = max(self.guidance, guidance_scale(model))
-        c = scale_for(half_level_of(model), guidance) if self.c is None else self.c
-        return replace(self, c=c, guidance=guidance)
+        solver = replace(self, guidance=max(self.guidance, guidance_scale(model)))
+        if self.c is not None:
+            return solver
+        if half_level_of(model) is None and predicts_noise(model):
+            return solver.for_noise_prediction()
+        return replace(solver, c=scale_for(half_level_of(model), solver.guidance))
+
+    def for_noise_prediction(self) -> ABM:
+        """The same solver for a network that predicts noise and of which nothing else is known.  Its data predictions
+        have large errors at high noise, which calls spent there correct and high orders multiply: a scale of 6 and
+        order 2 did best (``benchmarks/beta_grids.py``)."""
+        if self.c is not None:
+            return self
+        return replace(self, c=scale_for(NOISE_PREDICTION_LEVEL, self.guidance), p=self.p or 2)
 
     @property
     def order(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fewstep.denoisers import Cond, Denoiser, Guided, half_level_of
+from fewstep.denoisers import Cond, Denoiser, Guided, half_level_of, predicts_noise
 from fewstep.randomness import Rng
 from fewstep.sampling.abm import ABM, USUAL, order_for, scale_for
 from fewstep.sampling.coefficients import Levels
@@ -197,6 +197,10 @@ def solver_for(steps: int, guided: bool | float = False, model: Denoiser | None 
     steps = whole("steps", steps, 1)
     scale = 7.5 if guided is True else max(float(guided), 1.0)
     plain = steered = None
+    if model is not None and half_level_of(model) is None and predicts_noise(model):
+        solver = ABM(guidance=scale).for_noise_prediction()
+        c = solver.scale
+        return Setting(f"abm:p={solver.p},c={c:.4g}", f"balanced:centre={c:.4g},kappa=2", steps, steps)
     if model is not None:
         plain = half_level_of(model) or half_level(model, cond)
         steered = None if scale == 1 else half_level(Guided(model, scale), cond)
