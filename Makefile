@@ -12,7 +12,7 @@ demo: $(VENV)/core
 
 ## All tests (about ten minutes on two cores).
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 ## Style, types and the direction of imports.
 lint: $(VENV)/dev

@@ -241,3 +241,18 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     wait_for_steps(line, 2)
     process.kill()
     process.join()
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """By the next writer of the same file; what another process is writing stays, and so do files of other names."""
+    path, living = tmp_path / "weights.safetensors", os.getppid()
+    names = [f".weights.safetensors.{2**22 + 1}", f".weights.safetensors.{os.getpid()}"]  # one no process can have
+    kept = [f".weights.safetensors.{living}", f".other.safetensors.{2**22 + 1}", ".weights.safetensors.old"]
+    for name in [*names, *kept]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".tmpA").touch()
+    native.save_tensors(path, {"x": torch.zeros(1)})
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, *kept}
+    native.write_atomically(path, b"new")
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, *kept}
+    assert path.read_bytes() == b"new"

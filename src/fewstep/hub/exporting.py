@@ -33,7 +33,7 @@ from fewstep.denoisers import Denoiser, NetworkDenoiser, OnSchedule, Prediction
 from fewstep.flow_maps import Jump
 from fewstep.hub.adapters import Adapter, DiT, TextAdapter, UNet2D
 from fewstep.hub.autoencoders import autoencoder_name, latent_units, pixels_per_latent
-from fewstep.hub.native import save_tensors, write_atomically
+from fewstep.hub.native import part_of, save_tensors, write_atomically
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import PREDICTION_TYPES
 from fewstep.hub.source import standalone
@@ -522,8 +522,7 @@ def _source_file(module: str) -> Path:
 def _part(target: Path) -> Path:
     """The folder that is written first and renamed when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
+    part = part_of(target)
     part.mkdir()
     return part
 

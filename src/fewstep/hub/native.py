@@ -9,8 +9,11 @@ unpickled.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import glob
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,15 +103,38 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of ``path`` when all goes well and is removed when not; OSError names
     ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+        part = part_of(path)  # safetensors leaves files of its own beside the one that it is killed at
+        part.mkdir()
+        try:
+            yield part / path.name
+            os.replace(part / path.name, path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes what is to become ``path``, a hidden name beside it: nothing is there, and what other
+    writers of ``path`` left when they were killed is removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        pid = left.name.removeprefix(f".{path.name}.")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":  # where asking is killing
+        return True
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
