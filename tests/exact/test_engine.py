@@ -256,8 +256,8 @@ def test_history_hook_mixes_outputs():
     assert lengths == [0, 1, 1]
 
 
-def test_after_hook_steers_the_next_step_also_behind_a_corrector():
-    """A state pinned after every step stays pinned; with UniPC the corrected start of the next step is pinned too."""
+def test_after_hook_steers_the_next_step_also_before_a_corrector():
+    """A state pinned after every step stays pinned; UniPC's next step starts there, and corrects the last one."""
     pin = Hooks(after=lambda i, x: torch.full_like(x, 0.3))
     x = noise(3, 1)
     for solver in (DDIM(), UniPC(p=2), RungeKutta(HEUN2)):
@@ -268,7 +268,7 @@ def test_after_hook_steers_the_next_step_also_behind_a_corrector():
     got = run(WORLD, x, table, hooks=free_last)
     pinned = torch.full_like(x, 0.3)
     row = table.steps[1].stages[0].row
-    expected = row.a * pinned + row.c[0] * WORLD(pinned, times[1])
+    expected = row.a * pinned + row.c[0] * WORLD(pinned, times[1]) + row.c[1] * WORLD(x, times[0])
     assert float((got - expected).abs().max()) < 1e-14
 
 

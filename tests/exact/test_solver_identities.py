@@ -16,6 +16,7 @@ from fewstep.exact import three_modes
 from fewstep.grids import karras, log_snr, to_data
 from fewstep.randomness import Rng
 from fewstep.sampling import (
+    ABM,
     DDIM,
     NATIVE,
     SOLVERS,
@@ -28,9 +29,10 @@ from fewstep.sampling import (
     RungeKutta,
     UniPC,
     balanced,
+    run,
     solve,
 )
-from fewstep.sampling.coefficients import chi, psi, vandermonde
+from fewstep.sampling.coefficients import DATA, NOISE, chi, psi, vandermonde
 from fewstep.sampling.runge_kutta import EULER, HEUN2
 from fewstep.sampling.stochastic import NO_CHURN
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear
@@ -135,9 +137,8 @@ def test_2m_is_the_midpoint_rule(family):
 def test_unipc_corrector_is_exact_one_degree_higher(family):
     """UniPC-3's corrector integrates cubics exactly: its nodes are three old outputs and the new one."""
     levels = levels_at(family, random_log_snrs(9))
-    table = UniPC(p=3, lower_order_final=False).table(levels)
     for i in range(3, 7):
-        row = table.steps[i + 1].stages[0].correct
+        _, row = UniPC(p=3, lower_order_final=False).rows(levels, i, 3)
         for k in range(4):
             f = lambda lam, k=k: (lam - levels.log_snr[5]) ** k  # noqa: E731
             got = sum(c * f(levels.log_snr[i + 1 - j]) for j, c in enumerate(row.c))
@@ -209,15 +210,32 @@ def test_unip_2_with_bh2_is_2m(family):
 
 
 def test_unipc_variants_differ_only_by_the_half_weights():
-    """From the third step on UniPC-3's bh1 and bh2 are the same rows (B cancels where the systems are solved)."""
+    """From the third step on UniPC-3's bh1 and bh2 are the same (B cancels where the systems are solved); the row of
+    the third still corrects the second."""
     levels = levels_at(VPLinear(), random_log_snrs(8))
-    tables = [UniPC(p=3, variant=v, lower_order_final=False).table(levels).steps for v in ("bh1", "bh2")]
-    for i in range(2, 8):
-        (one,), (two,) = tables[0][i].stages, tables[1][i].stages
-        assert_rows_equal([one.row], [two.row])
-        if i > 2:
-            assert_rows_equal([one.correct], [two.correct])
-    assert tables[0][1].stages[0].row != tables[1][1].stages[0].row
+    one, two = (rows(UniPC(p=3, variant=v, lower_order_final=False), levels) for v in ("bh1", "bh2"))
+    assert_rows_equal(one[3:], two[3:])
+    assert one[1] != two[1] and one[2] != two[2]
+
+
+@pytest.mark.parametrize("solver", [UniPC(p=1), UniPC(p=3), UniPC(form=NOISE), ABM(p=4), ABM(p=2, form=NOISE)], ids=str)
+def test_predicting_and_correcting_are_one_update(solver, family):
+    """The table's rows lead to the same states as the algorithm as printed: correct the last step from where it began,
+    then predict the next one."""
+    levels = levels_at(family, random_log_snrs(8))
+    world = three_modes(family)
+    start = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None] * max(levels.alpha[0], levels.sigma[0])
+    x, begin, outputs, corrector = start, start, [], None
+    for i in range(8):
+        t = torch.full((5,), levels.times[i], dtype=torch.float64)
+        x0 = world(x, t)
+        outputs.insert(0, x0 if solver.form == DATA else (x - levels.alpha[i] * x0) / levels.sigma[i])
+        if corrector is not None:
+            begin = corrector.a * begin + sum(c * m for c, m in zip(corrector.c, outputs, strict=False))
+        predictor, corrector = solver.rows(levels, i, solver.usable(levels, i))
+        x = predictor.a * begin + sum(c * m for c, m in zip(predictor.c, outputs, strict=False))
+    got = run(world, start, solver.table(levels))
+    assert float((got - x).abs().max()) < 1e-11 * float(start.abs().max())
 
 
 def edm_heun(denoiser, x, sigmas, churn=NO_CHURN, noise=()):
@@ -381,8 +399,7 @@ def test_a_start_at_pure_noise_is_finite(name):
             table = SOLVERS[name]().table(levels)
             for step in table.steps:
                 for stage in step.stages:
-                    given = [stage.row] if stage.correct is None else [stage.row, stage.correct]
-                    assert all(math.isfinite(c) for row in given for c in (row.a, *row.c, row.n))
+                    assert all(math.isfinite(c) for c in (stage.row.a, *stage.row.c, stage.row.n))
             got = solve(three_modes(schedule), noise, times, SOLVERS[name](), rng=Rng(0))
             assert bool(torch.isfinite(got).all()) and float(got.abs().max()) < 5
 
@@ -392,8 +409,8 @@ def test_the_first_step_from_pure_noise_has_no_memory():
     levels = Levels.of(FlowMatching(), balanced(FlowMatching(), 5))
     table = DPMSolverPP2M().table(levels)
     assert [len(step.stages[0].row.c) for step in table.steps] == [1, 1, 2, 2, 1]
-    steps = UniPC(p=2).table(levels).steps
-    assert steps[1].stages[0].correct is None and steps[2].stages[0].correct is not None
+    with_corrector, without = rows(UniPC(p=2), levels), rows(UniPC(p=2, corrector=False), levels)
+    assert with_corrector[:2] == without[:2] and with_corrector[2] != without[2]
 
 
 def test_levels_refuse_times_without_distinct_noise():

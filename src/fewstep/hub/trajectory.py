@@ -15,12 +15,11 @@ from fewstep.sampling.engine import Move, Table, moved
 
 
 class Turn(NamedTuple):
-    """One call: its number, whether it opens a step, and which of the table's rows belong to it: the correction before
-    the move, the move, and the lift of the next step."""
+    """One call: its number, whether it opens a step, and which of the table's rows belong to it: the move, and the lift
+    of the next step."""
 
     call: int
     opens: bool
-    correct: int | None
     row: int
     lift: int | None
 
@@ -32,12 +31,10 @@ def turns(table: Table) -> list[list[Turn]]:
     for i, step in enumerate(table.steps):
         row += step.lift is not None
         steps.append([])
-        for j, stage in enumerate(step.stages):
-            correct = None if stage.correct is None else row
-            row += stage.correct is not None
+        for j in range(len(step.stages)):
             closes = j == len(step.stages) - 1 and i + 1 < len(table.steps)
             lift = row + 1 if closes and table.steps[i + 1].lift is not None else None
-            steps[-1].append(Turn(call, j == 0, correct, row, lift))
+            steps[-1].append(Turn(call, j == 0, row, lift))
             call, row = call + 1, row + 1
     return steps
 
@@ -57,9 +54,7 @@ class Trajectory:
         self.moves: list[Move] = []
         self.history: tuple[Tensor, ...] = ()
         self.anchor: Tensor | None = None
-        self.before: Tensor | None = None
         self.base: Tensor | None = None
-        self.given: Tensor | None = None
 
     @property
     def over(self) -> bool:
@@ -68,15 +63,14 @@ class Trajectory:
 
     def undo(self) -> None:
         """Take the last call back."""
-        self.made, self.history, self.anchor, self.before, self.base, self.given = self.earlier
+        self.made, self.history, self.anchor, self.base = self.earlier
 
     def repeated(self, times: int) -> Trajectory:
         """The same run for ``times`` copies of its batch, one behind the other."""
         other = copy(self)
         other.history = tuple(_repeat(m, times) for m in self.history)
-        for name in ("anchor", "before", "base", "given"):
-            tensor = vars(self)[name]
-            vars(other)[name] = None if tensor is None else _repeat(tensor, times)
+        other.anchor = None if self.anchor is None else _repeat(self.anchor, times)
+        other.base = None if self.base is None else _repeat(self.base, times)
         return other
 
     def advance(self, x0: Tensor, sample: Tensor, noise: Noise) -> Tensor:
@@ -84,27 +78,21 @@ class Trajectory:
 
         Computed in the type of ``x0``, given back in that of ``sample``.
         """
-        self.earlier = (self.made, self.history, self.anchor, self.before, self.base, self.given)
+        self.earlier = (self.made, self.history, self.anchor, self.base)
         turn, x = self.turns[self.made], sample.to(x0.dtype)
         self.made += 1
         if not self.moves:
             self.moves = list(self.table.moves(x))
         if turn.opens:
-            self.before, self.base = self.base, x
+            self.base = x
         assert self.base is not None  # a run starts at the opening of a step
         self.history = (self.table.stored(turn.call, x0, x), *self.history)[: self.table.memory]
-        if turn.correct is not None:
-            assert self.before is not None and self.given is not None  # and not with a correction
-            # what was done to the state in between (inpainting, callbacks) is kept
-            edit = x - self.given.to(x.dtype)
-            self.base = moved(self.moves[turn.correct], self.before, self.history, noise, None) + edit
         new = moved(self.moves[turn.row], self.base, self.history, noise, self.anchor)
         if self.table.anchor is not None and (turn is self.turns[0] or self.table.anchor == "previous"):
             self.anchor = self.table.eps(turn.call, x0, x)
         if turn.lift is not None:
             new = moved(self.moves[turn.lift], new, (), noise, None)
-        self.given = new.to(sample.dtype)
-        return self.given
+        return new.to(sample.dtype)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
@@ -117,7 +105,7 @@ def independent(table: Table, step: int) -> bool:
     for later in table.steps[step:]:
         for stage in later.stages:
             seen += 1
-            if len(stage.row.c) > seen or (stage.correct is not None and (seen == 1 or len(stage.correct.c) > seen)):
+            if len(stage.row.c) > seen:
                 return False
     return table.anchor is None
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fewstep.sampling.coefficients import DATA, Levels
-from fewstep.sampling.engine import FieldRow, Kept, Solver, Stage, Step, Table
+from fewstep.sampling.engine import FieldRow, Kept, Solver, Stage, Step, Table, corrected
 from fewstep.sampling.multistep import usable_outputs
 from fewstep.schedules import LOG_SNR_BOUND, DiscreteVP, Schedule
 
@@ -226,17 +226,18 @@ class DPMSolverV3(Solver):
         levels, places = snapped(levels, self.statistics)
         kept = [self.kept(levels, i, places[i]) for i in range(levels.steps)]
         steps: list[Step] = []
-        correct: FieldRow | None = None
+        before: tuple[FieldRow, FieldRow] | None = None  # predictor and corrector of the last step
         for i in range(levels.steps):
             if math.isinf(levels.h(i)):
-                row, correct_next = self.exact(levels, i, kept[i]), None
+                predictor, corrector = self.exact(levels, i, kept[i]), None
             else:
                 n = usable_outputs(levels, i, self.p, self.lower_order_final)
                 past = list(range(i - 1, i - n, -1))
-                row = self.row(levels, places, i, [i, *past], self.pseudo_predictor)
-                correct_next = self.correction(levels, places, i, past)
-            steps.append(Step((Stage(levels.times[i], row, correct),)))
-            correct = correct_next
+                predictor = self.row(levels, places, i, [i, *past], self.pseudo_predictor)
+                corrector = self.correction(levels, places, i, past)
+            row = predictor if before is None else corrected(predictor, *before)
+            steps.append(Step((Stage(levels.times[i], row),)))
+            before = None if corrector is None else (predictor, corrector)
         return Table(levels, steps, kept)
 
     def kept(self, levels: Levels, i: int, place: int) -> Kept:

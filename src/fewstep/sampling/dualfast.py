@@ -85,7 +85,7 @@ class DualFast(Solver):
             (stage,) = step.stages
             assert isinstance(stage.row, Row)  # a multistep solver's rows are
             mixed = stage.row if not c or math.isinf(levels.h(i)) else self.mixed(stage.row, levels, i, c)
-            steps.append(Step((Stage(stage.time, mixed, stage.correct),)))
+            steps.append(Step((Stage(stage.time, mixed),)))
         return Table(levels, steps, self.base.form.output, self.anchor)
 
     def mixed(self, row: Row, levels: Levels, i: int, c: float) -> Row:

@@ -6,7 +6,8 @@ only, so a solver is a function that makes a float64 :class:`Table`, and :func:`
 
 * a multistep solver has one :class:`Stage` a step, whose row reaches back into the history;
 * a Runge-Kutta or single-step solver has several stages a step, all moving from the same start;
-* a predictor-corrector has one more row, applied to the *last* step's start as soon as the new output is there;
+* a predictor-corrector's row also puts right the step before, now that the output at its end is there
+  (:func:`corrected`);
 * a solver whose coefficients differ from pixel to pixel has :class:`FieldRow` rows.
 """
 
@@ -17,7 +18,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from typing import ClassVar, Literal, NamedTuple
+from itertools import zip_longest
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,18 +63,14 @@ class FieldRow(NamedTuple):
 
 
 AnyRow = Row | FieldRow
+R = TypeVar("R", Row, FieldRow)
 
 
 class Stage(NamedTuple):
-    """One model call at ``time`` and the row that moves the start of the step on.
-
-    ``correct`` replaces the start of this step before the move: a row on the start of the step before, with the
-    output just made as its newest.
-    """
+    """One model call at ``time`` and the row that moves the start of the step on."""
 
     time: float
     row: AnyRow
-    correct: AnyRow | None = None
 
 
 class Step(NamedTuple):
@@ -106,7 +104,7 @@ class Table:
         self.steps = tuple(steps)
         self.anchor = anchor
         stages = [stage for step in self.steps for stage in step.stages]
-        self.rows = [row for step in self.steps for row in _in_order(step) if row is not None]
+        self.rows = [row for step in self.steps for row in _in_order(step)]
         self.calls = len(stages)
         self.memory = max(len(row.c) for row in self.rows)
         self.noisy = any(row.n for row in self.rows)
@@ -167,17 +165,15 @@ class Table:
     @cached_property
     def _intervals(self) -> list[Interval]:
         """Between which values of lambda each row moves: from the start of its step to the next stage or the end.  None
-        for corrections, which draw nothing, and for lifts, which go back over levels that have had their noise."""
+        for lifts, which go back over levels that have had their noise."""
         found: list[Interval] = []
         log_snr = deque([*self.schedule.log_snr(self._times).tolist(), self._last_log_snr])
         for step in self.steps:
             start = log_snr[0]
             if step.lift is not None:
                 found.append(None)
-            for stage in step.stages:
+            for _ in step.stages:
                 log_snr.popleft()  # the next stage, the next step, or the end
-                if stage.correct is not None:
-                    found.append(None)
                 found.append((start, log_snr[0]))
         return found
 
@@ -195,11 +191,11 @@ class Table:
         return (x * on_x).add_(x0, alpha=on_x0)
 
 
-def _in_order(step: Step) -> Iterator[AnyRow | None]:
+def _in_order(step: Step) -> Iterator[AnyRow]:
     """The rows of a step in the order of use."""
-    yield step.lift
+    if step.lift is not None:
+        yield step.lift
     for stage in step.stages:
-        yield stage.correct
         yield stage.row
 
 
@@ -221,6 +217,20 @@ def moved(how: Move, x: Tensor, outputs: Iterable[Tensor], noise: Noise | None, 
         assert noise is not None  # run() refuses noisy tables without noise
         new.add_(noise.normal_like(x) if interval is None else noise.increment(x, *interval), alpha=n)
     return new
+
+
+def corrected(row: R, predictor: R, corrector: R) -> R:
+    """``row`` on the state that ``predictor`` led to, as if the step before had been made by ``corrector``.
+
+    Both scale the same state by the same ``a``, so that the corrected state is the predicted one plus outputs that the
+    history has: no other state is kept, and correcting and predicting are one update.
+    """
+    change = zip_longest(corrector.c, (0.0, *predictor.c), fillvalue=0.0)  # the newest output is new to the predictor
+    weights = zip_longest(row.c, (row.a * (c - p) for c, p in change), fillvalue=0.0)
+    row = row._replace(c=tuple(own + correction for own, correction in weights))
+    if isinstance(row, FieldRow):
+        return row._replace(b=row.b + row.a * (corrector.b - predictor.b))
+    return row
 
 
 class Solver(ABC):
@@ -315,12 +325,12 @@ def run(
     times, moves = table.times(x), table.moves(x)
     history: deque[Tensor] = deque(maxlen=table.memory)
     anchor: Tensor | None = None
-    base, k = x, 0
+    k = 0
     for i, step in enumerate(table.steps):
         if step.lift is not None:
             x = moved(next(moves), x, (), rng, None)
-        before, base = base, x
-        for stage in step.stages:
+        base = x
+        for _ in step.stages:
             shown, t = (x, times[k]) if hooks.input is None else hooks.input(k, x, times[k])
             x0 = call(shown, t, cond)
             if k == 0:
@@ -331,10 +341,6 @@ def run(
             if hooks.history is not None:
                 m = hooks.history(k, m, history)
             history.appendleft(m)
-            if stage.correct is not None:
-                base = moved(next(moves), before, history, rng, None)
-                if hooks.after is not None:
-                    base = hooks.after(i - 1, base)
             new = moved(next(moves), base, history, rng, anchor)
             if table.anchor is not None and (k == 0 or table.anchor == "previous"):
                 anchor = table.eps(k, x0, x)

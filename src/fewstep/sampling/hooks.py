@@ -24,8 +24,8 @@ class Hooks:
       for solvers in noise prediction, that the noise is derived from).
     * ``history(k, m, past)``: the output about to be stored, and those stored before it, newest first -> what is
       stored in its place.
-    * ``after(i, x)``: the state that step ``i`` ends in -> the state that the next step starts from.  A
-      predictor-corrector ends a step twice, predicted and then corrected, and the hook sees both.
+    * ``after(i, x)``: the state that step ``i`` ends in -> the state that the next step starts from.  What a
+      predictor-corrector puts right of step ``i`` comes with step ``i + 1``.
     """
 
     start: Callable[[Tensor], Tensor] | None = None

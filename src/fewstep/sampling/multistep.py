@@ -11,7 +11,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels
-from fewstep.sampling.engine import Row, Solver, Stage, Step, Table
+from fewstep.sampling.engine import Row, Solver, Stage, Step, Table, corrected
 
 
 def usable_outputs(levels: Levels, i: int, most: int, lower_order_final: bool) -> int:
@@ -84,8 +84,8 @@ class PredictorCorrector(Multistep):
 
     @abstractmethod
     def rows(self, levels: Levels, i: int, outputs: int) -> tuple[Row, Row | None]:
-        """Predictor and corrector of step ``i``, which must hold at singular levels too; None leaves a step as it
-        is."""
+        """Predictor and corrector of step ``i``, which must hold at singular levels too and scale the state alike;
+        None leaves a step as it is."""
 
     def row(self, levels: Levels, i: int, outputs: int) -> Row:
         """The predictor."""
@@ -93,12 +93,14 @@ class PredictorCorrector(Multistep):
 
     def table(self, levels: Levels) -> Table:
         steps: list[Step] = []
-        correct: Row | None = None
+        before: tuple[Row, Row] | None = None  # predictor and corrector of the last step
         for i in range(levels.steps):
+            corrector: Row | None = None
             if self.form == NOISE and levels.log_snr[i] == -math.inf:
-                row, correct_next = self.step(levels, i), None
+                predictor = self.step(levels, i)
             else:
-                row, correct_next = self.rows(levels, i, self.usable(levels, i))
-            steps.append(Step((Stage(levels.times[i], row, correct),)))
-            correct = correct_next
+                predictor, corrector = self.rows(levels, i, self.usable(levels, i))
+            row = predictor if before is None else corrected(predictor, *before)
+            steps.append(Step((Stage(levels.times[i], row),)))
+            before = None if corrector is None else (predictor, corrector)
         return Table(levels, steps, self.form.output)
