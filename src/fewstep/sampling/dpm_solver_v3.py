@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fewstep.sampling.coefficients import DATA, Levels
-from fewstep.sampling.engine import FieldRow, Kept, Solver, Stage, Step, Table, corrected
+from fewstep.sampling.engine import FieldRow, Solver, Stage, Step, Table, corrected
 from fewstep.sampling.multistep import usable_outputs
 from fewstep.schedules import LOG_SNR_BOUND, DiscreteVP, Schedule
 
@@ -240,13 +240,13 @@ class DPMSolverV3(Solver):
             before = None if corrector is None else (predictor, corrector)
         return Table(levels, steps, kept)
 
-    def kept(self, levels: Levels, i: int, place: int) -> Kept:
+    def kept(self, levels: Levels, i: int, place: int) -> tuple[Tensor, float] | None:
         """``f = (1 - l) x / alpha - D``; ``D`` at pure noise, where there is no ``f``."""
         if levels.log_snr[i] == -math.inf:
             return None
         return (1 - self.statistics.l[place].double()) / levels.alpha[i], -1.0
 
-    def exact(self, levels: Levels, i: int, kept: Kept) -> FieldRow:
+    def exact(self, levels: Levels, i: int, kept: tuple[Tensor, float] | None) -> FieldRow:
         """The step ``x_t = a x_s + c D`` from pure noise, or to pure data with ``D = p x - f``."""
         a, c = DATA.exact(levels.point(i), levels.point(i + 1))
         one = torch.ones(self.statistics.shape, dtype=torch.float64)

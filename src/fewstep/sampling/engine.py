@@ -32,8 +32,8 @@ from fewstep.sampling.hooks import NO_HOOKS, Hooks
 from fewstep.schedules import Schedule
 from fewstep.values import check_fields
 
-#: ``(p, q)``: what a call leaves in the history is ``p x + q D``; None leaves ``D``.
-Kept = tuple[Tensor, float] | None
+#: What a call leaves in the history: ``p x + q D`` for ``(p, q)``, ``x + q D`` for ``q``, ``D`` for None.
+Kept = tuple[Tensor, float] | float | None
 #: Which noise prediction is kept beside the history: the first one, or that of the call before.
 Anchor = Literal["first", "previous"]
 Interval = tuple[float, float] | None
@@ -89,7 +89,8 @@ class Table:
     """The steps of a solver on one grid.
 
     ``output`` says what is kept in the history: ``"x0"``, ``"eps"`` (the data prediction all the same at pure noise,
-    which says nothing about it), or one :data:`Kept` per call.  ``calls`` is the exact number of model calls,
+    which says nothing about it), or one :data:`Kept` per call.  Noise predictions are kept as ``sigma eps``, which
+    takes one operation, and the rows in use (``rows``) are for those.  ``calls`` is the exact number of model calls,
     ``memory`` the number of outputs kept, ``noisy`` whether fresh noise is drawn.
     """
 
@@ -111,6 +112,8 @@ class Table:
         self._output = output
         self._last_log_snr = levels.log_snr[-1]
         self._times = torch.tensor([stage.time for stage in stages], dtype=torch.float64)
+        if output == "eps":
+            self.rows = self._on_scaled_noise()
         self._scales: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
     def to(self, device: torch.device | str) -> Table:
@@ -126,7 +129,7 @@ class Table:
                 kind: torch.stack(self._scale(kind)).to(device).unbind(0) for kind in (torch.float32, torch.float64)
             }
         vars(table)["_to_eps"] = [(on_x.to(device), on_x0) for on_x, on_x0 in self._to_eps]
-        vars(table)["_kept"] = [None if kept is None else (kept[0].to(device), kept[1]) for kept in self._kept]
+        vars(table)["_kept"] = [(k[0].to(device), k[1]) if isinstance(k, tuple) else k for k in self._kept]
         vars(table)["_intervals"] = self._intervals
         return table
 
@@ -158,9 +161,24 @@ class Table:
     def _kept(self) -> list[Kept]:
         if self._output == "x0":
             return [None] * self.calls
-        if self._output == "eps":  # at pure noise the weight of D is 0
-            return [pair if pair[1] < 0 else None for pair in self._to_eps]
+        if self._output == "eps":
+            return [-alpha or None for alpha in self.schedule.alpha(self._times).tolist()]
         return list(self._output)
+
+    def _on_scaled_noise(self) -> list[AnyRow]:
+        """The rows for a history of ``sigma eps`` in place of ``eps``."""
+        found: list[AnyRow] = []
+        scales: list[float] = []  # of the outputs in the history, the newest first
+        sigmas, kept = iter(self.schedule.sigma(self._times).tolist()), iter(self._kept)
+        for step in self.steps:
+            if step.lift is not None:
+                found.append(step.lift)
+            for stage in step.stages:
+                sigma = next(sigmas)
+                scales.insert(0, 1.0 if next(kept) is None else sigma)
+                assert isinstance(stage.row, Row)  # fields say themselves what they keep
+                found.append(stage.row._replace(c=tuple(c / scale for c, scale in zip(stage.row.c, scales))))  # noqa: B905
+        return found
 
     @cached_property
     def _intervals(self) -> list[Interval]:
@@ -182,8 +200,10 @@ class Table:
         kept = self._kept[k]
         if kept is None:
             return x0
+        if isinstance(kept, float):
+            return x.add(x0, alpha=kept)
         on_x, on_x0 = kept
-        return (x * (on_x.to(x) if on_x.ndim else on_x)).add_(x0, alpha=on_x0)
+        return (x * on_x.to(x)).add_(x0, alpha=on_x0)
 
     def eps(self, k: int, x0: Tensor, x: Tensor) -> Tensor:
         """The noise prediction of call ``k``."""
@@ -227,10 +247,10 @@ def corrected(row: R, predictor: R, corrector: R) -> R:
     """
     change = zip_longest(corrector.c, (0.0, *predictor.c), fillvalue=0.0)  # the newest output is new to the predictor
     weights = zip_longest(row.c, (row.a * (c - p) for c, p in change), fillvalue=0.0)
-    row = row._replace(c=tuple(own + correction for own, correction in weights))
-    if isinstance(row, FieldRow):
-        return row._replace(b=row.b + row.a * (corrector.b - predictor.b))
-    return row
+    made = row._replace(c=tuple(own + other for own, other in weights))  # type: ignore[misc]
+    if isinstance(made, FieldRow):
+        return made._replace(b=row.b + row.a * (corrector.b - predictor.b))
+    return made
 
 
 class Solver(ABC):

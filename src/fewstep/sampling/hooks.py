@@ -23,7 +23,7 @@ class Hooks:
     * ``output(k, x0, x, t)``: the prediction ``x0`` made at ``(x, t)`` -> the prediction that the solver uses (and,
       for solvers in noise prediction, that the noise is derived from).
     * ``history(k, m, past)``: the output about to be stored, and those stored before it, newest first -> what is
-      stored in its place.
+      stored in its place.  Solvers in noise prediction store ``sigma eps``.
     * ``after(i, x)``: the state that step ``i`` ends in -> the state that the next step starts from.  What a
       predictor-corrector puts right of step ``i`` comes with step ``i + 1``.
     """
