@@ -28,6 +28,7 @@ from fewstep.hub import native
 from fewstep.networks import UNet
 from fewstep.networks.transformer import Transformer
 from fewstep.sampling import Student
+from fewstep.sampling.tuning import half_level
 from fewstep.schedules import FlowMatching, TrigFlow
 
 Cli = Callable[..., Any]
@@ -232,6 +233,7 @@ def test_train_makes_a_teacher(cli: Cli) -> None:
     assert model.net.config["channels"] == [8, 16] and model.net.config["blocks"] == 1
     assert model.schedule == FlowMatching(t_min=0.001)
     assert model.classes == 10 and model.shape == (1, 8, 8)
+    assert model.half_level == half_level(model, torch.arange(32) % 10)
     cli("train", "--recipe", "runs/tiny/recipe.json", "--out", "again", "--quiet")
     assert weights(Path("again")) == weights(Path("runs/tiny"))
     recipe = json.loads(Path("runs/tiny/recipe.json").read_text())

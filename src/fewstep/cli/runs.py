@@ -25,10 +25,11 @@ from fewstep.cli.flags import from_json
 from fewstep.cli.records import NAME, Record
 from fewstep.cli.settings import FREE, SETTINGS
 from fewstep.data import Dataset
-from fewstep.denoisers import Denoiser
+from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.distill.method import Recipe
 from fewstep.files import read_records
 from fewstep.hub import native
+from fewstep.sampling.tuning import half_level
 from fewstep.training.budget import Budget
 from fewstep.training.ema import Power
 from fewstep.training.precision import resolve
@@ -166,9 +167,20 @@ def execute(record: Record, recipe: Recipe, model: Denoiser, data: Dataset, out:
             if show and resumed:
                 print(f"{out}: going on where this run stopped")
             result = run_recipe(recipe, model.to(settings.device), data, settings, out, show=show)
+            if record.command == "train" and isinstance(result.model, NetworkDenoiser):
+                result.model.half_level = measured_half_level(result.model)
             native.save(result.model, out / "model", card(record, recipe, result))
             join_logs(out)
     return result
+
+
+def measured_half_level(teacher: NetworkDenoiser) -> float | None:
+    """What samplers want to know of a teacher, over its classes in turn; None where nothing was learned yet."""
+    cond = None if teacher.classes is None else torch.arange(32) % teacher.classes
+    try:
+        return half_level(teacher, cond)
+    except ValueError:
+        return None
 
 
 def join_logs(out: Path) -> None:
