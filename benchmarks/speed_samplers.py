@@ -122,6 +122,7 @@ def k_diffusion(name: str, steps: int, repeats: int) -> float:
 
 
 PEERS: dict[str, list[tuple[str, Callable[[int, int], float]]]] = {
+    "abm": [],
     "euler": [
         ("diffusers Euler", lambda n, r: diffusers(EulerDiscreteScheduler, n, r)),
         ("k-diffusion euler", lambda n, r: k_diffusion("sample_euler", n, r)),
@@ -152,6 +153,8 @@ PEERS: dict[str, list[tuple[str, Callable[[int, int], float]]]] = {
         ("diffusers LMSDiscrete", lambda n, r: diffusers(LMSDiscreteScheduler, n, r)),
         ("k-diffusion lms", lambda n, r: k_diffusion("sample_lms", n, r)),
     ],
+    "ipndm": [],
+    "dpm-2m": [],
     "dpmpp-2m-sde": [("k-diffusion dpmpp_2m_sde", lambda n, r: k_diffusion("sample_dpmpp_2m_sde", n, r))],
     "dpmpp-sde": [("k-diffusion dpmpp_sde", lambda n, r: k_diffusion("sample_dpmpp_sde", n, r))],
     "dpmpp-3m-sde": [("k-diffusion dpmpp_3m_sde", lambda n, r: k_diffusion("sample_dpmpp_3m_sde", n, r))],
@@ -223,7 +226,7 @@ def main() -> None:
     if not isinstance(model, NetworkDenoiser):
         raise SystemExit(f"--model {args.model}: the second table needs a teacher")
     print(f"\n{args.model}, batch {args.batch}, 8 steps: sampling time over bare network time (aim {SAMPLING_AIM})")
-    for name in ("ddim", "dpmpp-2m", "unipc"):
+    for name in ("ddim", "dpmpp-2m", "unipc", "abm"):
         network, ratio = over_network(model, name, 8, args.batch, args.repeats // 2)
         print(f"{name:32}{network:9.1f} ms a call{ratio:12.3f}")
 

@@ -1,25 +1,36 @@
-"""The command lines in docs/cli.md mean what they say."""
+"""The command lines in docs/cli.md and the README mean what they say."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fewstep.cli import COMMANDS, parsed
 
-PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "cli.md").read_text()
 LINES = [line for block in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+#: In the README a comment follows a command, two spaces on.
+README = re.findall(r"^(fewstep .*?)(?: {2}.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", [*LINES, *README])
 def test_every_line_parses(line: str) -> None:
     """No flag of the page is unknown or has a value of the wrong type."""
     program, *words = shlex.split(line)
     assert program == "fewstep"
     parsed(words)
+
+
+@pytest.mark.parametrize("line", [line for line in README if "--dry-run" in line])
+def test_a_plan_of_the_readme_is_made(line: str, cli: Callable[..., Any]) -> None:
+    """It lacks nothing."""
+    assert "memory" in cli(*shlex.split(line)[1:]).out
 
 
 def test_every_command_is_there() -> None:
