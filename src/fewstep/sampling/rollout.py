@@ -164,6 +164,10 @@ class Student(nn.Module):
                 raise ValueError(f"the plan for {steps} steps has {len(plan.times)} times")
             if plan.times[0] > flow_map.schedule.t_max:
                 raise ValueError(f"the plan for {steps} steps starts at {plan.times[0]}, above {flow_map.schedule}")
+            if not float(flow_map.schedule.sigma(torch.tensor(plan.times[-1], dtype=torch.float64))) > 0:
+                raise ValueError(
+                    f"the plan for {steps} steps calls at {plan.times[-1]}, where there is no noise to take"
+                )
         self.flow_map = flow_map
         self.plans = dict(sorted(plans.items()))
 
