@@ -229,7 +229,7 @@ NAMED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a tokenizer with a word too many": (
         "text", at("tokenizer/tokenizer.json", ("model", "vocab", "more"), "8"), "numbered up to 8, the text encoder"
     ),
-    "an infinite number": ("pixels", at("unet/config.json", ("norm_eps",), "1e999"), "norm_eps = Infinity must be finite"),
+    "an infinite number": ("pixels", at("unet/config.json", ("norm_eps",), "1e999"), "norm_eps = Infinity must be"),
     "a class that is none": (
         "pixels", at("unet/config.json", ("_class_name",), '"x"'), '_class_name = "x" must be UNet2DModel, or another'
     ),
