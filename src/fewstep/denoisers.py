@@ -217,6 +217,14 @@ class Denoiser(nn.Module, ABC):
         return self if schedule == self.schedule else OnSchedule(self, schedule)
 
 
+def check_prediction(x0: Any, x: Tensor, who: str = "denoiser") -> None:
+    """ValueError unless a denoiser (or student) gave a data prediction for a state, and not what broadcasts to one."""
+    if not isinstance(x0, Tensor):
+        raise ValueError(f"the {who} gave a {type(x0).__name__}, not a tensor of shape {list(x.shape)}")
+    if x0.shape != x.shape or not x0.is_floating_point():
+        raise ValueError(f"the {who} gave {x0.dtype} of shape {list(x0.shape)} for states of shape {list(x.shape)}")
+
+
 def half_level_of(denoiser: Denoiser) -> float | None:
     """The half level of a denoiser, or of one that it is made of; None where none was measured."""
     levels = (module.half_level for module in denoiser.modules() if isinstance(module, Denoiser))

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
+from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser, check_prediction
 from fewstep.schedules import EDM, Schedule, align, as_time
 
 
@@ -65,7 +65,9 @@ class Jump(FlowMap):
 
     def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
         time, target = as_time(t, x), as_time(s, x)
-        return ddim_move(x, self.predict(x, time, target, cond), time, target, self.schedule)
+        x0 = self.predict(x, time, target, cond)
+        check_prediction(x0, x)
+        return ddim_move(x, x0, time, target, self.schedule)
 
     def predict(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
         """``g(x, t, s)``, the data prediction whose DDIM move is the jump."""
@@ -108,4 +110,6 @@ class EDMConsistency(FlowMap):
         skip = variance / ((time - eps) ** 2 + variance)
         out = 1 - eps / time
         rest = skip - out * variance / (time**2 + variance)
-        return align(rest, x) * x + align(out, x) * self.denoiser(x, time, cond)
+        x0 = self.denoiser(x, time, cond)
+        check_prediction(x0, x)
+        return align(rest, x) * x + align(out, x) * x0

@@ -1,6 +1,7 @@
 """Damaged and hostile model folders, made by rule from two good ones, and what ``fewstep sample`` makes of them.
 
-    python tests/faults/hostile.py [PART]        the whole set, each case in a process of its own; counts and faults
+    python tests/faults/hostile.py [PART ...]        the whole set, each case in a process of its own; counts and faults
+    python tests/faults/hostile.py text:300          about 300 cases of a part, every n-th
 
 A case is a name and a function that damages a folder.  Every JSON file is damaged as text and in each of its values,
 every file is deleted, cut, flipped, emptied and replaced by links; weights change their types, shapes and names; decoys
@@ -487,7 +488,8 @@ def main() -> int:
     """Every case of every good folder (or of those named); 1 when one ends as none may."""
     bad = 0
     with tempfile.TemporaryDirectory() as place:
-        for kind in sys.argv[1:] or GOOD:
+        for part in sys.argv[1:] or GOOD:
+            kind, _, number = part.partition(":")
             good = Path(place) / kind
             GOOD[kind](good)
             os.chdir(place)
@@ -495,7 +497,8 @@ def main() -> int:
             tried(SAMPLE)  # what is imported now is not imported again for every case
             shutil.rmtree("victim")
             start, counts = time.time(), Counter[str]()
-            for case in cases(kind, good):
+            made = cases(kind, good)
+            for case in made[:: len(made) // int(number) if number else 1]:
                 found = in_a_child(case, good)
                 counts[found.kind] += 1
                 print(f"{kind:8} {found.kind:10} {case.name}   -> {found.said}", flush=True)

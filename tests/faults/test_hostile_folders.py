@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import DEEP, GOOD, SAMPLE, SPRUNG, Case, Trap, cases, flip, put, sockets_blocked, tensors, tried
+from hostile import DEEP, GOOD, SAMPLE, SPRUNG, Case, Trap, cases, drop, flip, put, sockets_blocked, tensors, tried
 from safetensors.torch import load_file, save_file
 
 import fewstep as fs
@@ -92,6 +92,12 @@ DIFFUSERS_NETWORK = (
 )
 TEXT = "text_encoder/model.safetensors"
 UNET = "unet/diffusion_pytorch_model"
+
+
+def not_running(f: Path) -> None:
+    """A U-Net that diffusers makes and saves, and cannot call."""
+    config = json.loads((f / "unet/config.json").read_text())
+    diffusers.UNet2DModel.from_config({**config, "upsample_type": "x"}).save_pretrained(f / "unet")
 
 
 def config(path: tuple[Any, ...], text: str) -> Callable[[Path], object]:
@@ -199,7 +205,43 @@ NAMED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a flipped weight": (
         "student", lambda f: flip(f / "model.safetensors", -9), "its SHA-256 is not the one in config.json"
     ),
+    "a plan that calls where there is no noise": (
+        "student", config(("model", "plans", "1", "times"), "[0]"), "the plan for 1 steps calls at 0.0, where there is"
+    ),
+    "a card whose data is a number": ("student", config(("card", "data"), "7"), "card.data = 7 must be text or null"),
+    "a card whose data has no name": ("student", config(("card", "data"), "{}"), "'card.data.source' is missing"),
     # a pipeline
+    "a network that cannot be called": ("pixels", not_running, "unet: UNet2DModel: its first call failed (Sizes of"),
+    "an unknown kind of upsampling": (
+        "pixels", at("unet/config.json", ("upsample_type",), '"x"'), "has no tensor 'up_blocks.0.upsamplers.0.conv"
+    ),
+    "a network without layers": ("pixels", at("unet/config.json", ("layers_per_block",), "0"), "has no tensor 'down_b"),
+    "an autoencoder without blocks": ("text", at("vae/config.json", ("up_block_types",), "[]"), "vae: the model that"),
+    "a text encoder without layers": (
+        "text", at("text_encoder/config.json", ("num_hidden_layers",), "-1"), "text_encoder: the model that its config"
+    ),
+    "a tokenizer without its words": (
+        "text", lambda f: (f / "tokenizer/tokenizer.json").unlink(), "tokenizer: its vocabulary has 2 words, numbered"
+    ),
+    "a tokenizer that lost a word": (
+        "text", lambda f: drop(f / "tokenizer/tokenizer.json", ("model", "vocab", "a</w>")), "vocabulary has 7 words"
+    ),
+    "a tokenizer with a word too many": (
+        "text", at("tokenizer/tokenizer.json", ("model", "vocab", "more"), "8"), "numbered up to 8, the text encoder"
+    ),
+    "an infinite number": ("pixels", at("unet/config.json", ("norm_eps",), "1e999"), "norm_eps = Infinity must be"),
+    "a class that is none": (
+        "pixels", at("unet/config.json", ("_class_name",), '"x"'), '_class_name = "x" must be UNet2DModel, or another'
+    ),
+    "a range below 0": (
+        "pixels", at("scheduler/scheduler_config.json", ("clip_sample_range",), "-1"), "clip_sample_range = -1 must be"
+    ),
+    "an unknown spacing": (
+        "pixels", at("scheduler/scheduler_config.json", ("timestep_spacing",), '"x"'), 'timestep_spacing = "x" must be'
+    ),
+    "a scheduler of nothing": (
+        "pixels", lambda f: (f / "scheduler/scheduler_config.json").write_text("{}"), "it holds no setting of DDPMSched"
+    ),
     "an index that is a list": (
         "pixels", lambda f: (f / "model_index.json").write_text("[]"), "model_index.json: [] must be an object"
     ),

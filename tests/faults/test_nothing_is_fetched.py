@@ -163,7 +163,6 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("hub/diffusers.py", "diffusers.DiffusionPipeline.from_pretrained"): (
         "use_safetensors=True", "local_files_only=True",
     ),
-    ("hub/diffusers.py", "model_class.from_pretrained"): ("use_safetensors=True", "local_files_only=True"),
     ("hub/diffusers.py", "kind.from_pretrained"): ("use_safetensors=True", "local_files_only=True"),
     ("hub/diffusers.py", "diffusers.DiffusionPipeline.download"): (
         "use_safetensors=True", "local_files_only=local_only",

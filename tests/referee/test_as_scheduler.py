@@ -25,7 +25,18 @@ from fewstep.hub import as_scheduler  # noqa: E402
 from fewstep.hub.diffusers import LoadedPipeline, from_pipeline  # noqa: E402
 from fewstep.hub.solver_scheduler import SolverScheduler  # noqa: E402
 from fewstep.randomness import Rng  # noqa: E402
-from fewstep.sampling import ABM, DDIM, SOLVERS, Churn, RungeKutta, Solver, balanced, run, solve  # noqa: E402
+from fewstep.sampling import (  # noqa: E402
+    ABM,
+    DDIM,
+    SOLVERS,
+    AdaptiveDPMSolver,
+    Churn,
+    RungeKutta,
+    Solver,
+    balanced,
+    run,
+    solve,
+)
 from fewstep.sampling.coefficients import Levels  # noqa: E402
 from fewstep.sampling.hooks import Hooks  # noqa: E402
 from fewstep.sampling.runge_kutta import HEUN2  # noqa: E402
@@ -640,6 +651,11 @@ def test_errors_name_the_choices() -> None:
         as_scheduler("unipc:q=2", original)
     with pytest.raises(ValueError, match="p=0 must be at least 1"):
         as_scheduler("unipc:p=0", original)
+    for adaptive in ("dpm-12", "dpm-23:rtol=0.1", AdaptiveDPMSolver(), {"class": "AdaptiveDPMSolver", "p": 2}):
+        with pytest.raises(ValueError, match=r"solver=.*finds its steps as it goes.*such as 'abm' or 'dpm3'$"):
+            as_scheduler(adaptive, original)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="finds its steps as it goes"):
+            SolverScheduler.from_config(original.config, solver=adaptive)
     with pytest.raises(ValueError, match="grid='even' is not known; choose one of balanced, karras"):
         as_scheduler("ddim", original, grid="even")
     with pytest.raises(ValueError, match="num_inference_steps=3 are too few for TAB, which needs 4"):

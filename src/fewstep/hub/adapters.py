@@ -93,6 +93,8 @@ class Adapter(nn.Module):
         self.model = model
         self.origin = origin
         self.size = self.config_size() if size is None else size
+        #: Whether a call has succeeded.
+        self.ran = False
         #: Whether samples are latents, of an autoencoder that may be out of reach.
         self.latent = origin is not None and autoencoder_name(origin.pipe) is not None
 
@@ -143,6 +145,26 @@ class Adapter(nn.Module):
                 "load(folder, size=(height, width))"
             )
         return (self.channels, *sides)
+
+    def called(self, *given: Any, **named: Any) -> Tensor:
+        """What the diffusers model gives back.
+
+        Diffusers finds at the first call that a config cannot be: ValueError naming the model where it fails there.
+        """
+        try:
+            out: Tensor = self.model(*given, return_dict=False, **named)[0]
+        except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+            if self.ran or isinstance(error, NotImplementedError) or "memory" in str(error):
+                raise
+            folder = None if self.origin is None else self.origin.pipe.name_or_path
+            where = f"{folder}/{self.component}: " if folder else ""
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{where}{type(self.model).__name__}: its first call failed ({first[:200]}); its config, or the size "
+                "of the samples, cannot be"
+            ) from error
+        self.ran = True
+        return out
 
     def needs(self) -> dict[str, tuple[int | None, ...]]:
         """The conditions that the network cannot do without, by name, with the shape of one row (None: any length)."""
@@ -294,9 +316,7 @@ class UNet2D(UNetAdapter, LabelAdapter):
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         time = t.round().long() if self.integer_times else t
         given = self.conditions(cond, x)
-        out: Tensor = self.model(
-            self.with_concat(x, given), time, class_labels=given.get("class_labels"), return_dict=False
-        )[0]
+        out = self.called(self.with_concat(x, given), time, class_labels=given.get("class_labels"))
         return out[:, : x.shape[1]]
 
 
@@ -312,7 +332,7 @@ class DiT(LabelAdapter):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         labels = self.conditions(cond, x)["class_labels"]
-        out: Tensor = self.model(x, timestep=t, class_labels=labels, return_dict=False)[0]
+        out = self.called(x, timestep=t, class_labels=labels)
         return out[:, : x.shape[1]]
 
 
@@ -434,15 +454,14 @@ class UNet2DCondition(UNetAdapter, TextAdapter):
             w = self.guidance_scale(given, x) - 1
         names = {"text_embeds": "pooled_prompt_embeds", "time_ids": "time_ids", "image_embeds": "image_embeds"}
         added = {theirs: given[ours] for theirs, ours in names.items() if ours in given}
-        out: Tensor = self.model(
+        out = self.called(
             self.with_concat(x, given),
             t,
             encoder_hidden_states=given.get("prompt_embeds"),
             class_labels=given.get("class_labels"),
             timestep_cond=None if w is None else guidance_embedding(w, width).to(x),
             added_cond_kwargs=added or None,
-            return_dict=False,
-        )[0]
+        )
         return out[:, : x.shape[1]]
 
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -486,13 +505,12 @@ class SD3(TextAdapter):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         given = self.conditions(cond, x)
-        out: Tensor = self.model(
+        out = self.called(
             hidden_states=self.with_concat(x, given),
             timestep=t,
             encoder_hidden_states=given["prompt_embeds"],
             pooled_projections=given["pooled_prompt_embeds"],
-            return_dict=False,
-        )[0]
+        )
         return out
 
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -544,7 +562,7 @@ class Flux(TextAdapter):
             w = self.guidance_scale(given, x)
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(x)
-        tokens: Tensor = self.model(
+        tokens = self.called(
             hidden_states=nn.functional.pixel_unshuffle(self.with_concat(x, given), 2).flatten(2).transpose(1, 2),
             timestep=t / 1000,  # the model multiplies by 1000 itself
             guidance=w,
@@ -552,8 +570,7 @@ class Flux(TextAdapter):
             pooled_projections=given["pooled_prompt_embeds"],
             txt_ids=x.new_zeros(given["prompt_embeds"].shape[1], 3),
             img_ids=places,
-            return_dict=False,
-        )[0]
+        )
         return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), 2)
 
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -577,13 +594,12 @@ class Sana(TextAdapter):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         given = self.conditions(cond, x)
-        out: Tensor = self.model(
+        out = self.called(
             self.with_concat(x, given),
             encoder_hidden_states=given["prompt_embeds"],
             encoder_attention_mask=given.get("prompt_attention_mask"),
             timestep=t * self.model.config.timestep_scale,
-            return_dict=False,
-        )[0]
+        )
         return out[:, : x.shape[1]]
 
     def embed(self, prompts: list[str], **given: Any) -> dict[str, Tensor]:

@@ -124,39 +124,68 @@ def open_pipeline(path_or_id: str | Path, local_only: bool = True, dtype: torch.
     given: dict[str, Any] = {name: None for name, kind in classes.items() if kind is None}
     with offline(), no_larger_than(_tensors(folder)), blaming(folder):
         given |= {
-            name: _text_model(folder / name, kind)
+            name: _read_model(folder / name, kind)
             for name, kind in classes.items()
-            if kind is not None and _is_text_model(kind)
+            if kind is not None and _reads_weights(kind)
         }
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, **given
         )
-    for name, component in pipe.components.items():
-        if isinstance(component, nn.Module):
-            _refuse_missing(folder / name, [k for k, v in component.state_dict().items() if v.is_meta])
+    for name, tokenizer in pipe.components.items():
+        encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
+        if name.startswith("tokenizer") and tokenizer is not None and encoder is not None:
+            _check_vocabulary(folder / name, tokenizer, encoder)
     # not an argument above: its name differs between versions of diffusers
     return pipe.to(dtype)
 
 
-def _is_text_model(kind: Any) -> bool:
-    transformers = (
-        require("transformers", "reading a pipeline") if kind.__module__.startswith("transformers.") else None
-    )
-    return transformers is not None and issubclass(kind, transformers.PreTrainedModel)
+def _reads_weights(kind: Any) -> bool:
+    """Whether a component is a model of diffusers or of transformers."""
+    return issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained")
 
 
-def _text_model(folder: Path, kind: Any) -> Any:
-    """A component that is a model of transformers, which by itself would draw at random what its weights lack."""
+def _read_model(folder: Path, kind: Any) -> Any:
+    """A model of diffusers or transformers with the weights in its folder.
+
+    Both libraries draw at random what the weights lack, and leave aside what the model has no place for; here each is
+    a ValueError.  Of transformers' models only whole layers must not be left aside: weights of text encoders often come
+    with a vision model, or with buffers of old versions.
+    """
     model, told = kind.from_pretrained(
         str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
     )
-    _refuse_missing(folder, sorted(told["missing_keys"]))
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(f"{folder}: its weights lack the tensor '{missing[0]}' ({len(missing)} in all)")
+    more = sorted(told["unexpected_keys"])
+    if not isinstance(model, require("diffusers", "reading diffusers models").ModelMixin):
+        more = [key for key in more if _is_of_a_layer(key, model)]
+    if more and getattr(model.config, "quantization_config", None) is None:
+        raise ValueError(
+            f"{folder}: the model that its config.json describes has no tensor '{more[0]}', which is in its weights "
+            f"({len(more)} in all)"
+        )
     return model
 
 
-def _refuse_missing(folder: Path, names: list[str]) -> None:
-    if names:
-        raise ValueError(f"{folder}: its weights lack the tensor '{names[0]}' ({len(names)} in all)")
+def _is_of_a_layer(key: str, model: nn.Module) -> bool:
+    """Whether a tensor is of a layer in one of the lists of layers that a model has."""
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    parts = key.split(".")
+    return any(part.isdigit() and ".".join(parts[:i]) in lists for i, part in enumerate(parts))
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any, encoder: Any) -> None:
+    """ValueError for a tokenizer that lost words (transformers makes one without a vocabulary, too), or has some that
+    its text encoder does not know."""
+    size = getattr(encoder.config, "vocab_size", None)
+    if size is None or not hasattr(tokenizer, "get_vocab"):
+        return
+    ids = set(tokenizer.get_vocab().values())
+    if max(ids, default=-1) >= size or len(ids) < max(max(ids, default=0) + 1, size // 2):
+        raise ValueError(
+            f"{folder}: its vocabulary has {len(ids)} words, numbered up to {max(ids, default=0)}, the text encoder "
+            f"knows {size}: there must be one for every number"
+        )
 
 
 def _cached(name: str, local_only: bool) -> Path:
@@ -242,8 +271,7 @@ def load_model(
     model_class = attrgetter(name)(diffusers)
     check_component(folder, model_class)
     with offline(), no_larger_than(_tensors(folder)), blaming(folder):
-        model = model_class.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
-    _refuse_missing(folder, [name for name, tensor in model.state_dict().items() if tensor.is_meta])
+        model = _read_model(folder, model_class)
     return wrap(model.to(dtype), scheduler, size=size)
 
 

@@ -53,8 +53,8 @@ def as_scheduler(
     Its config is that of the replaced scheduler with ``solver``, ``grid`` and ``clean`` beside it, so a pipeline and
     ``from_config`` of another scheduler find what they look for.
 
-    Raises ValueError with the choices on an unknown solver, grid or scheduler, and ModuleNotFoundError without
-    diffusers.
+    Raises ValueError with the choices on an unknown solver, grid or scheduler, on a solver that finds its steps as it
+    goes ("dpm-12", "dpm-23"), and ModuleNotFoundError without diffusers.
     """
     require("diffusers", "as_scheduler")
     from fewstep.hub.solver_scheduler import in_place_of

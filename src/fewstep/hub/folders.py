@@ -31,6 +31,14 @@ ELSEWHERE = {"auto_map": "code, which would be run", "transformers_weights": "ot
 INDEX = {"metadata": Maybe(dict), "weight_map": Map(r"[^\0]+", "the name of a tensor", str)}
 #: A scheduler's table is no longer than this, a network's layer no wider than that.
 MOST_STEPS, WIDEST = 100_000, 2**31 - 1
+#: What schedulers take without a word and cannot mean.
+POSITIVE = Annotated[float, Range(1e-9)]
+SETTINGS: dict[str, Any] = {
+    "clip_sample_range": POSITIVE,
+    "sample_max_value": POSITIVE,
+    "dynamic_thresholding_ratio": Annotated[float, Range(0, 1)],
+    "timestep_spacing": Literal["linspace", "leading", "trailing"],
+}
 #: CLIP reads 77 tokens.
 LONGEST = Annotated[int, Range(1, 1000)]
 
@@ -140,11 +148,22 @@ def check_config(config: dict[str, Any], cls: Any, place: Place) -> dict[str, An
     diffusers = require("diffusers", "reading diffusers models")
     if not issubclass(cls, diffusers.ConfigMixin):
         return config
-    most = MOST_STEPS if issubclass(cls, diffusers.SchedulerMixin) else WIDEST
+    scheduler = issubclass(cls, diffusers.SchedulerMixin)
+    most = MOST_STEPS if scheduler else WIDEST
+    name = check(config.get("_class_name", cls.__name__), str, place.inside("_class_name"))
+    if not hasattr(diffusers, name.removeprefix("Flax")):
+        raise place.inside("_class_name").wrong(name, f"{cls.__name__}, or another class of diffusers")
     defaults = inspect.signature(cls.__init__).parameters
+    if scheduler and not config.keys() & defaults.keys():
+        raise ValueError(f"{place.file}: it holds no setting of {cls.__name__}, such as {list(defaults)[1]}")
     for name, hint in get_type_hints(cls.__init__).items():
         if name in config and not (config[name] is None and defaults[name].default is None):
             check(config[name], loosely(hint, most), place.inside(name))
+            if isinstance(config[name], float) and not (scheduler or math.isfinite(config[name])):
+                raise place.inside(name).wrong(config[name], "finite")
+    for name, schema in (SETTINGS if scheduler else {}).items():
+        if config.get(name) is not None:
+            check(config[name], schema, place.inside(name))
     return config
 
 

@@ -307,4 +307,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent}: no fewstep model here (config.json is missing)")
     config: dict[str, Any] = read_json(path, CONFIG)
+    source = config.get("card", {}).get("data")  # a name, or an object that has it
+    if isinstance(source, dict):
+        check(source, {"source": str, ...: Any}, Place(path, "card.data"))
+    else:
+        check(source, str | None, Place(path, "card.data"))
     return config

@@ -32,6 +32,7 @@ from fewstep.hub.drop_in import DEFAULTS, ORIGINAL, OWN, plain_config, plain_gri
 from fewstep.hub.schedulers import BETA_TABLE, FLOW, read_scheduler
 from fewstep.hub.trajectory import Trajectory, independent, part, same_times, times_of
 from fewstep.sampling.abm import ABM
+from fewstep.sampling.adaptive import AdaptiveDPMSolver
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.named import named_times
@@ -91,6 +92,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 "noise"
             )
         self.solver = read(solver)
+        if isinstance(self.solver, AdaptiveDPMSolver):
+            raise ValueError(
+                f"solver={solver!r} finds its steps as it goes, a scheduler needs them before: take another, such as "
+                "'abm' or 'dpm3'"
+            )
         if isinstance(self.solver, ABM) and isinstance(self.reading.prediction, Eps):
             self.solver = self.solver.for_noise_prediction()
         self.order = self.solver.calls(1)

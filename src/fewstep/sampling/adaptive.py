@@ -16,12 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Cond, Denoiser
+from fewstep.denoisers import Cond, Denoiser, check_prediction
 from fewstep.grids import check_grid, reach
 from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point
 from fewstep.sampling.dpm_solver import inner_rows
-from fewstep.sampling.engine import HALF, Row, Solver, Table, check_prediction, in_half, moved
+from fewstep.sampling.engine import HALF, Row, Solver, Table, in_half, moved
 from fewstep.sampling.hooks import NO_HOOKS, Hooks
 from fewstep.schedules import LOG_SNR_BOUND, Schedule
 from fewstep.values import real

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond
 from fewstep.flow_maps import FlowMap
-from fewstep.randomness import Rng
+from fewstep.randomness import Noise
 from fewstep.sampling.hooks import Hooks
+from fewstep.sampling.inputs import Numbers, evaluating, given_conditions, normal_like, states_for
 from fewstep.sampling.rollout import Plan, rollout
 from fewstep.schedules import align, as_time
+from fewstep.values import real, tensor_of, whole
 
 
 class LinearMeasurement(ABC):
@@ -43,16 +45,30 @@ class LinearMeasurement(ABC):
         return z * self.mask(z)
 
     def replace(self, x0: Tensor, reference: Tensor) -> Tensor:
-        """``x0`` with its known coordinates taken from ``reference``."""
-        mine, known = self.transform(x0), self.transform(reference)
+        """``x0`` with its known coordinates taken from ``reference`` (one a sample, or one for all)."""
+        if reference.shape[1:] != x0.shape[1:] or len(reference) not in (1, len(x0)):
+            raise ValueError(f"reference of shape {list(reference.shape)} for samples of shape {list(x0.shape)}")
+        mine, known = self.transform(x0), self.transform(reference.to(x0))
         return self.inverse(torch.where(self.mask(mine).bool(), known, mine))
 
 
 @dataclass(frozen=True, eq=False)
 class Inpainting(LinearMeasurement):
-    """``known`` pixels, 1 or 0, broadcast to the samples (``[H, W]``, ``[1, H, W]``, ``[B, 1, H, W]``); A = I."""
+    """``known`` pixels, 1 or 0, broadcast to the samples (``[H, W]``, ``[1, H, W]``, ``[B, 1, H, W]``); A = I.
 
-    known: Tensor
+    ValueError for other numbers, and for samples that the pixels do not fit.
+    """
+
+    known: Numbers
+
+    def __post_init__(self) -> None:
+        if not bool(((self.pixels == 0) | (self.pixels == 1)).all()):
+            raise ValueError("Inpainting: known must be 1 (known) or 0 (free) everywhere")
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """``known`` as a tensor."""
+        return tensor_of("Inpainting: known", self.known)
 
     def transform(self, x: Tensor) -> Tensor:
         return x
@@ -61,7 +77,10 @@ class Inpainting(LinearMeasurement):
         return z
 
     def mask(self, z: Tensor) -> Tensor:
-        return self.known.to(z.device)
+        shape = (1,) * (z.ndim - self.pixels.ndim) + tuple(self.pixels.shape)
+        if len(shape) != z.ndim or any(side not in (1, n) for side, n in zip(shape, z.shape, strict=True)):
+            raise ValueError(f"Inpainting: known of shape {list(self.pixels.shape)} for samples {list(z.shape)}")
+        return self.pixels.to(z)
 
 
 @dataclass(frozen=True)
@@ -70,13 +89,18 @@ class Colourisation(LinearMeasurement):
 
     weights: tuple[float, float, float] = (0.2989, 0.587, 0.114)
 
+    def __post_init__(self) -> None:
+        weights = [real("Colourisation: weights", weight, -1e6, 1e6) for weight in self.weights]
+        if len(weights) != 3 or not any(weights):
+            raise ValueError(f"Colourisation: weights={self.weights} must be three numbers, not all 0")
+
     @cached_property
     def matrix(self) -> Tensor:
         """``[3, 3]``, its first column the normalised weights."""
         return completed(torch.tensor(self.weights, dtype=torch.float64))
 
     def transform(self, x: Tensor) -> Tensor:
-        if x.shape[1] != 3:
+        if x.ndim < 2 or x.shape[1] != 3:
             raise ValueError(f"colourisation needs samples of 3 channels, got shape {list(x.shape)}")
         return torch.einsum("bc...,cd->bd...", x, self.matrix.to(x))
 
@@ -94,8 +118,7 @@ class SuperResolution(LinearMeasurement):
     factor: int = 2
 
     def __post_init__(self) -> None:
-        if self.factor < 2:
-            raise ValueError(f"SuperResolution: factor={self.factor} must be at least 2")
+        whole("SuperResolution: factor", self.factor, 2)
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -104,7 +127,7 @@ class SuperResolution(LinearMeasurement):
 
     def transform(self, x: Tensor) -> Tensor:
         f = self.factor
-        if x.shape[-1] % f or x.shape[-2] % f:
+        if x.ndim < 3 or x.shape[-1] % f or x.shape[-2] % f:
             raise ValueError(f"super-resolution by {f} needs sides that are multiples of it, got {list(x.shape)}")
         patches = x.unflatten(-1, (-1, f)).unflatten(-3, (-1, f)).transpose(-3, -2).flatten(-2)
         return patches @ self.matrix.to(x)
@@ -164,10 +187,10 @@ class Edited(FlowMap):
 
 def edit(
     flow_map: FlowMap,
-    reference: Tensor,
+    reference: Numbers,
     measurement: LinearMeasurement,
     plan: Plan,
-    rng: Rng,
+    rng: Noise,
     cond: Cond = None,
     bound: float | None = None,
 ) -> Tensor:
@@ -176,23 +199,54 @@ def edit(
     The rollout starts as the paper's does, from the reference with its free coordinates set to 0 and noised to the
     first time.  The known coordinates of the result are the reference's.  The paper walks the whole training grid
     (18 to 40 times), re-noising (``gamma = 1``).
+
+    The result has the type of the student's weights, and so has the noise, drawn from ``rng`` (with
+    :class:`~fewstep.randomness.PerSample` one source a sample).  Without ``cond`` the student is called without a
+    label.  Dropout is off meanwhile.  What does not fit is refused as by :func:`~fewstep.sampling.sample`.
     """
-    noise = rng.normal_like(reference)
-    edited = Edited(flow_map, measurement, reference, rng.normal_like(reference), bound)
-    start = measurement.inverse(measurement.measure(reference))
-    return rollout(edited, noised_start(flow_map, start, noise, plan), plan, cond, rng)
+    check_parts(flow_map, plan)
+    if not isinstance(measurement, LinearMeasurement):
+        raise TypeError(
+            f"measurement is a {type(measurement).__name__}: give a LinearMeasurement, such as Inpainting(known)"
+        )
+    if bound is not None:
+        real("bound", bound, 0)
+    y = states_for(flow_map, "reference", reference)
+    noise = normal_like(rng, y)
+    edited = Edited(flow_map, measurement, y, normal_like(rng, y), bound)
+    start = noised_start(flow_map, measurement.inverse(measurement.measure(y)), noise, plan)
+    with evaluating(edited):
+        return rollout(edited, start, plan, given_conditions(flow_map, y, cond), rng)
 
 
-def stroke_to_image(flow_map: FlowMap, stroke: Tensor, plan: Plan, rng: Rng, cond: Cond = None) -> Tensor:
+def stroke_to_image(flow_map: FlowMap, stroke: Numbers, plan: Plan, rng: Noise, cond: Cond = None) -> Tensor:
     """Turn a rough picture ``[B, ...]`` into a sample near it: noise it to ``plan.times[0]``, an intermediate time, and
-    roll out from there (the later the time, the freer the result)."""
-    return rollout(flow_map, noised_start(flow_map, stroke, rng.normal_like(stroke), plan), plan, cond, rng)
+    roll out from there (the later the time, the freer the result).  Types, noise and errors are those of
+    :func:`edit`."""
+    check_parts(flow_map, plan)
+    y = states_for(flow_map, "stroke", stroke)
+    start = noised_start(flow_map, y, normal_like(rng, y), plan)
+    with evaluating(flow_map):
+        return rollout(flow_map, start, plan, given_conditions(flow_map, y, cond), rng)
+
+
+def check_parts(flow_map: FlowMap, plan: Plan) -> None:
+    """TypeError for what is no flow map or no plan."""
+    if not isinstance(flow_map, FlowMap):
+        raise TypeError(f"flow_map is a {type(flow_map).__name__}: give a FlowMap, of a student student.flow_map")
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan={plan!r} must be a Plan, such as student.plans[4]")
 
 
 def noised_start(flow_map: FlowMap, x0: Tensor, noise: Tensor, plan: Plan) -> Tensor:
-    """The "noise" from which a rollout starts in the state ``alpha x0 + sigma noise`` at ``plan.times[0]``."""
-    start = as_time(plan.times[0], x0)
-    ratio = flow_map.schedule.alpha(start) / flow_map.schedule.sigma(start)
+    """The "noise" from which a rollout starts in the state ``alpha x0 + sigma noise`` at ``plan.times[0]``.
+
+    ValueError for a time beyond the schedule's, or without noise.
+    """
+    start, schedule = as_time(plan.times[0], x0), flow_map.schedule
+    if plan.times[0] > schedule.t_max or not bool((schedule.sigma(start) > 0).all()):
+        raise ValueError(f"the plan starts at {plan.times[0]}: it must be a noisy time of {schedule}")
+    ratio = schedule.alpha(start) / schedule.sigma(start)
     return noise + align(ratio, x0) * x0
 
 
@@ -202,10 +256,14 @@ def slerp(a: Tensor, b: Tensor, u: float | Tensor) -> Tensor:
     Keeps the norm that noise has, so that every point between is noise that a student knows.  ``u`` is a number or
     one per sample ``[B]``.  Parallel noises are interpolated linearly.
     """
+    if a.shape != b.shape:
+        raise ValueError(f"noises of shape {list(a.shape)} and {list(b.shape)}: they must be of one shape")
+    u = as_time(u, a)
+    if not bool(u.isfinite().all()):
+        raise ValueError(f"u={u.tolist()} must be finite")
     left, right = a.flatten(1).double(), b.flatten(1).double()
     cosine = torch.nn.functional.cosine_similarity(left, right, dim=1)
     angle = torch.acos(cosine.clamp(-1, 1))
-    u = as_time(u, a)
     sine = torch.sin(angle)
     straight = sine < 1e-6
     safe = torch.where(straight, 1.0, sine)

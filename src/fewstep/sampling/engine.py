@@ -24,7 +24,7 @@ from typing import ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Cond, Denoiser
+from fewstep.denoisers import Cond, Denoiser, check_prediction
 from fewstep.grids import balanced, check_grid
 from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import Levels, OutputKind
@@ -371,14 +371,6 @@ def run(
         if progress is not None:
             progress(i + 1, len(table.steps))
     return x.to(kind)
-
-
-def check_prediction(x0: Tensor, x: Tensor) -> None:
-    """ValueError unless a denoiser gave a data prediction for a state, and not what broadcasts to one."""
-    if not isinstance(x0, Tensor):
-        raise ValueError(f"the denoiser gave a {type(x0).__name__}, not a tensor of shape {list(x.shape)}")
-    if x0.shape != x.shape or not x0.is_floating_point():
-        raise ValueError(f"the denoiser gave {x0.dtype} of shape {list(x0.shape)} for states of shape {list(x.shape)}")
 
 
 #: Coefficients of noise predictions leave float16 at both ends of a grid, and cancel there to less than its rounding.

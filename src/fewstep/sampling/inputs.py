@@ -68,19 +68,43 @@ def start_of(
     The state has the type of the model's weights; a world, which has none, takes that of ``noise``.
     """
     n = whole("n", n, 1, MOST)
-    weights = next((p for p in model.parameters() if p.dtype in KINDS), None)
-    like = next((b for b in model.buffers() if b.dtype in KINDS), torch.empty(0)) if weights is None else weights
-    device = noise.device if isinstance(noise, Tensor) else like.device
-    first, fresh = sources(n, seed, seeds, generator, one_path, device)
+    like = noise if isinstance(noise, Tensor) else weights_of(model, torch.empty(0))
+    first, fresh = sources(n, seed, seeds, generator, one_path, like.device)
     if noise is None:
-        # half precision is drawn in float32 and rounded, but from a generator as diffusers draws it
-        drawn = like.dtype if generator is not None else torch.promote_types(like.dtype, torch.float32)
-        start = first.normal_like(torch.empty(n, *model.shape, dtype=drawn, device=device)).to(like.dtype)
+        shape = torch.empty(n, *model.shape, dtype=like.dtype, device=like.device)
+        # from a generator as diffusers draws, in half precision too
+        start = first.normal_like(shape) if generator is not None else normal_like(first, shape)
     else:
-        start = states("noise", noise, (n, *model.shape))
-        if weights is not None or not isinstance(noise, Tensor):
-            start = start.to(device, like.dtype)
-    return Start(start, conditions(model, n, cond, device), fresh)
+        start = states_for(model, "noise", noise, n)
+    return Start(start, conditions(model, n, cond, like.device), fresh)
+
+
+def weights_of(model: nn.Module, other: Tensor) -> Tensor:
+    """The first weight of real numbers in a model, without weights its first such buffer, or ``other``."""
+    kept = (*model.parameters(), *model.buffers())
+    return next((tensor for tensor in kept if tensor.dtype in KINDS), other)
+
+
+def states_for(model: Denoiser | FlowMap, name: str, value: Numbers, n: int | None = None) -> Tensor:
+    """``n`` states for a model (None: as many as there are), checked, in the type of its weights and on the device of
+    ``value``; a world, which has no weights, takes a tensor in its own type."""
+    x = tensor_of(name, value)
+    if n is None:
+        n = len(x) if x.ndim else 0
+        if not n:
+            raise ValueError(f"{name} of shape {list(x.shape)} holds no samples of {list(model.shape)}")
+    x = states(name, x, (n, *model.shape))
+    if not isinstance(value, Tensor):
+        like = weights_of(model, torch.empty(0))
+        return x.to(like.device, like.dtype)
+    return x.to(next((p.dtype for p in model.parameters() if p.dtype in KINDS), x.dtype))
+
+
+def normal_like(source: Noise, x: Tensor) -> Tensor:
+    """Standard normal of the shape and type of ``x``; half precision is drawn in float32 and rounded."""
+    if not callable(getattr(source, "normal_like", None)):
+        raise TypeError(f"rng={source!r} must be a source of noise, such as Rng(0)")
+    return source.normal_like(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
 def sources(
@@ -125,7 +149,7 @@ def conditions(model: Denoiser | FlowMap, n: int, cond: Cond, device: torch.devi
     if isinstance(cond, np.ndarray) or (model.classes and isinstance(cond, Sequence)):
         cond = tensor_of("cond", cond)
     if not isinstance(cond, Tensor):
-        if model.classes and isinstance(cond, numbers.Number):
+        if model.classes and not isinstance(cond, dict):
             raise TypeError(f"cond={cond!r} must be labels, one a sample: [{n}] whole numbers")
         return cond
     if cond.ndim == 0 or len(cond) != n:
@@ -140,6 +164,11 @@ def conditions(model: Denoiser | FlowMap, n: int, cond: Cond, device: torch.devi
     if low < -1 or high >= model.classes:
         raise ValueError(f"cond: labels must lie in 0 .. {model.classes - 1} (-1 for none), got {low} .. {high}")
     return cond.long().to(device)
+
+
+def given_conditions(model: Denoiser | FlowMap, x: Tensor, cond: Cond) -> Cond:
+    """``cond`` for the states ``x``, checked; None stays None, which is no label."""
+    return None if cond is None else conditions(model, len(x), cond, x.device)
 
 
 def guidance_of(scale: float | Numbers, n: int) -> float | Tensor:

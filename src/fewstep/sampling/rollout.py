@@ -21,11 +21,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import Cond, GradientMode, gradients
+from fewstep.denoisers import Cond, GradientMode, check_prediction, gradients
 from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Noise
 from fewstep.sampling.inputs import Generators, evaluating, start_of
 from fewstep.schedules import Schedule, align
+from fewstep.values import whole
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def rollout(
                 out = flow_map.to_data(x, plan.times[i], cond)
             else:
                 out = flow_map.jump(x, plan.times[i], r, cond)
+        check_prediction(out, x, "student")
         if on_step is not None:
             on_step(i, x, out)
         if i == last:
@@ -162,6 +164,10 @@ class Student(nn.Module):
                 raise ValueError(f"the plan for {steps} steps has {len(plan.times)} times")
             if plan.times[0] > flow_map.schedule.t_max:
                 raise ValueError(f"the plan for {steps} steps starts at {plan.times[0]}, above {flow_map.schedule}")
+            if not float(flow_map.schedule.sigma(torch.tensor(plan.times[-1], dtype=torch.float64))) > 0:
+                raise ValueError(
+                    f"the plan for {steps} steps calls at {plan.times[-1]}, where there is no noise to take"
+                )
         self.flow_map = flow_map
         self.plans = dict(sorted(plans.items()))
 
@@ -175,7 +181,7 @@ class Student(nn.Module):
 
     def forward(self, noise: Tensor, cond: Cond = None, steps: int | None = None, rng: Noise | None = None) -> Tensor:
         """Data from standard normal ``noise`` in ``steps`` calls (default: the fewest)."""
-        steps = next(iter(self.plans)) if steps is None else steps
+        steps = next(iter(self.plans)) if steps is None else whole("steps", steps)
         if steps not in self.plans:
             raise ValueError(f"steps={steps}: this student has plans for {sorted(self.plans)} steps")
         return rollout(self.flow_map, noise, self.plans[steps], cond, rng)

@@ -31,8 +31,10 @@ from fewstep import grids
 from fewstep.denoisers import Cond
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.randomness import Noise
+from fewstep.sampling.inputs import Numbers, evaluating, given_conditions, states_for
 from fewstep.sampling.rollout import Plan, Student, rollout
 from fewstep.schedules import DiscreteVP, Schedule
+from fewstep.values import real, whole
 
 
 def consistency(schedule: Schedule, steps: int, levels: int = 40) -> Plan:
@@ -40,7 +42,7 @@ def consistency(schedule: Schedule, steps: int, levels: int = 40) -> Plan:
 
     Equal to CMStochasticIterativeScheduler on EDM's schedule.
     """
-    _check_steps(steps, levels)
+    _check_steps(steps, whole("levels", levels, 1))
     times = grids.karras(schedule, levels - 1).tolist() if levels > 1 else [schedule.t_max]
     stride = levels // steps
     return Plan(tuple(times[: stride * steps : stride]), gamma=1.0)
@@ -54,8 +56,7 @@ def lcm(schedule: Schedule, steps: int, original_steps: int = 50) -> Plan:
 def tcd(schedule: Schedule, steps: int, original_steps: int = 50, eta: float = 0.3) -> Plan:
     """TCD's strategic stochastic sampling at LCM's times: jumps to the step ``floor((1 - eta) s)`` of the table, with
     ``eta`` (the paper's gamma) from 0, deterministic, to 1, consistency sampling."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta} must lie in [0, 1] (0 deterministic, 1 re-noising from data)")
+    real("eta", eta, 0, 1)
     times = skipping_times(schedule, steps, original_steps)
     return Plan(times, inner=tuple(float(math.floor((1 - eta) * s)) for s in times[1:]))
 
@@ -69,16 +70,16 @@ def skipping_times(schedule: Schedule, steps: int, original_steps: int = 50) -> 
     if not isinstance(schedule, DiscreteVP):
         raise ValueError(f"LCM's and TCD's times are steps of a table of betas, the schedule is {schedule}")
     n = len(schedule.alphas_cumprod)
-    _check_steps(original_steps, n)
+    _check_steps(original_steps, n, "original_steps")
     _check_steps(steps, original_steps)
     stride = n // original_steps
     skipped = [math.floor(i * original_steps / steps) for i in range(steps)]
     return tuple(float(stride * (original_steps - i) - 1) for i in skipped)
 
 
-def _check_steps(steps: int, most: int) -> None:
-    if not 1 <= steps <= most:
-        raise ValueError(f"steps={steps} must lie in 1 .. {most}, the number of times there are")
+def _check_steps(steps: int, most: int, name: str = "steps") -> None:
+    if not 1 <= whole(name, steps) <= most:
+        raise ValueError(f"{name}={steps} must lie in 1 .. {most}, the number of times there are")
 
 
 def ending_clean(schedule: DiscreteVP) -> DiscreteVP:
@@ -106,6 +107,8 @@ def student_plan(student: Student | FlowMap, sampler: str, steps: int, **setting
     one whose flow map has no other jumps, or whose own plans all re-noise from data (CM, sCM, DMD2).  A bare flow map
     is taken at its word.
     """
+    if not isinstance(student, Student | FlowMap):
+        raise TypeError(f"student is a {type(student).__name__}: give a Student or a FlowMap")
     if sampler not in STUDENT_SAMPLERS:
         raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(STUDENT_SAMPLERS)}")
     flow_map = student.flow_map if isinstance(student, Student) else student
@@ -131,7 +134,7 @@ def _maps_to_data_only(student: Student | FlowMap) -> bool:
 
 def sample_student(
     student: Student | FlowMap,
-    noise: Tensor,
+    noise: Numbers,
     sampler: str,
     steps: int,
     cond: Cond = None,
@@ -139,6 +142,14 @@ def sample_student(
     **settings: Any,
 ) -> Tensor:
     """Data from standard normal ``noise`` with a sampler by name, as in ``sample_student(student, noise, "lcm", 4,
-    rng=rng)``; ``settings`` are the sampler's own.  ValueError as in :func:`student_plan`."""
+    rng=rng)``; ``settings`` are the sampler's own.
+
+    The samples have the type of the student's weights; without ``cond`` it is called without a label.  Dropout is off
+    meanwhile.  ValueError as in :func:`student_plan`, and for noise and conditions as in
+    :func:`~fewstep.sampling.sample`.
+    """
     plan = student_plan(student, sampler, steps, **settings)
-    return rollout(student.flow_map if isinstance(student, Student) else student, noise, plan, cond, rng)
+    flow_map = student.flow_map if isinstance(student, Student) else student
+    x = states_for(flow_map, "noise", noise)
+    with evaluating(flow_map):
+        return rollout(flow_map, x, plan, given_conditions(flow_map, x, cond), rng)

@@ -1,0 +1,79 @@
+"""Forward-mode derivatives of diffusers' networks, whose attention and norms have none as they are: against central
+differences, and in training, in both precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import dit, flux, sana, sd3, unet2d, unet2d_condition
+
+diffusers = pytest.importorskip("diffusers")
+
+import fewstep as fs  # noqa: E402
+from fewstep.data import Dataset  # noqa: E402
+from fewstep.denoisers import NetworkDenoiser  # noqa: E402
+from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation  # noqa: E402
+from fewstep.hub.diffusers import wrap  # noqa: E402
+from fewstep.tangents import finite_difference, tangent  # noqa: E402
+from fewstep.training import precision, trainer  # noqa: E402
+
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "unet": unet2d, "text unet": unet2d_condition, "dit": dit, "sd3": lambda: sd3().transformer,
+    "flux": lambda: flux().transformer, "sana": lambda: sana().transformer,
+}  # fmt: skip
+FLOW = ("sd3", "flux", "sana")
+
+
+def teacher(name: str) -> NetworkDenoiser:
+    torch.manual_seed(0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler() if name in FLOW else diffusers.DDIMScheduler()
+    made = wrap(NETWORKS[name]().float(), scheduler, size=(8, 8))
+    if hasattr(made.net, "set_null"):
+        rows = {k: [3 if side is None else side for side in shape] for k, shape in made.net.needs().items()}
+        made.net.set_null({k: torch.randn(1, *shape) for k, shape in rows.items()})
+    return made
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_tangent_is_the_derivative(name: str) -> None:
+    """In float64, where the difference has an error of step^2, and under autocast to the precision of bfloat16; the
+    value is that of a plain call."""
+    model = teacher(name)
+    x, dx = torch.randn(2, 2, *model.shape, generator=torch.Generator().manual_seed(1)).unbind()
+    top = model.schedule.t_max
+    t, dt = torch.tensor([0.3 * top, 0.7 * top], dtype=torch.float64), torch.full((2,), 0.1 * top, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, rough_slope = tangent(model.forward, x, t, dx, dt)
+        plain = model(x, t)
+    exact = model.double()
+    value, slope = tangent(exact.forward, x.double(), t, dx.double(), dt)
+    still = torch.zeros_like(t)  # diffusers embeds times in float32, which a difference cannot see through
+    _, along_x = tangent(exact.forward, x.double(), t, dx.double(), still)
+    again, difference = finite_difference(exact.forward, x.double(), t, dx.double(), still, step=1e-3)
+
+    def off(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a.double() - b).norm() / b.norm())
+
+    assert off(value, again) < 1e-12 and off(along_x, difference) < 1e-3  # Sana has kinks
+    assert off(rough, value) < 0.03 and off(rough_slope, slope) < 0.06
+    assert off(plain, value) < 0.03
+
+
+@pytest.mark.parametrize("name", ["unet", "text unet"])
+def test_scm_trains_a_diffusers_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where "auto" takes bfloat16 the first losses and gradients are those of float32."""
+    model = teacher(name)
+    data = Dataset("noise", torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(2)))
+    monkeypatch.setattr(precision, "probe", lambda device: {"fp32": 1.0, "bf16": 0.1})
+    records: list[list[dict[str, float]]] = []
+    plain = trainer.loop
+    monkeypatch.setattr(trainer, "loop", lambda *given: records.append(plain(*given)) or records[-1])
+    recipe = ContinuousConsistencyDistillation(tangent_warmup=0.0)
+    for kind in ("fp32", "auto"):
+        fs.distill(model, recipe, data, "1steps", batch=8, precision=kind, log_steps=1, show=False)
+    exact, rough = (lines[0] for lines in records)
+    for key in ("student/loss", "student/tangent_norm", "student/grad_norm"):
+        assert rough[key] == pytest.approx(exact[key], rel=0.05), key
