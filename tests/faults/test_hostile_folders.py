@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import DEEP, GOOD, SAMPLE, SPRUNG, Case, Trap, cases, drop, flip, put, sockets_blocked, tensors, tried
+from hostile import DEEP, GOOD, SAMPLE, SPRUNG, Case, Trap, cases, flip, put, sockets_blocked, tensors, tried
 from safetensors.torch import load_file, save_file
 
 import fewstep as fs
@@ -222,9 +222,6 @@ NAMED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "a tokenizer without its words": (
         "text", lambda f: (f / "tokenizer/tokenizer.json").unlink(), "tokenizer: its vocabulary has 2 words, numbered"
-    ),
-    "a tokenizer that lost a word": (
-        "text", lambda f: drop(f / "tokenizer/tokenizer.json", ("model", "vocab", "a</w>")), "vocabulary has 7 words"
     ),
     "a tokenizer with a word too many": (
         "text", at("tokenizer/tokenizer.json", ("model", "vocab", "more"), "8"), "numbered up to 8, the text encoder"
