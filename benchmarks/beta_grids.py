@@ -1,6 +1,6 @@
 """Where a network trained on a table of betas is best called: our grid, diffusers' spacings, Karras' levels.
 
-    python benchmarks/beta_grids.py [--seeds 2] [--steps 4000]
+    python benchmarks/beta_grids.py [--seeds 0 1] [--steps 4000]
 
 Noise predictions are trained on the bundled digits at the whole steps of two tables (DDPM's linear betas, Stable
 Diffusion's), with the time embedding's fastest wave at one radian a step, as theirs.  Every grid then goes through
@@ -77,7 +77,7 @@ def sample(net: Callable[[Tensor, Tensor], Tensor], made: Any, noise: Tensor) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=4000)
     args = parser.parse_args()
     data, features = load("digits").read(slice(None)), load_features("digits")
@@ -85,7 +85,7 @@ def main() -> None:
     errors: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     distances: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for table in TABLES:
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             net = train(diffusers.DDIMScheduler(**TABLES[table]).alphas_cumprod, data, args.steps, seed)
             reference = sample(net, scheduler(table, "dpmpp-2m", "trailing", 1000), noise)
             best = frechet_distance(features(reference), real)
