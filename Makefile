@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := passive
 demo: $(VENV)/core
 	$(BIN)/fewstep demo --out report.html
 
-## All tests (about ten minutes on two cores).
+## All tests, a process a core (about nine minutes on two).
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
@@ -31,7 +31,7 @@ bench: $(VENV)/test
 	$(BIN)/python benchmarks/speed_samplers.py
 	$(BIN)/python benchmarks/speed_training.py
 
-## Error against calls for every solver: tables and pictures in site/solvers (about ten minutes).
+## Error against calls for every solver: tables and pictures in site/solvers (about three minutes).
 solvers: $(VENV)/test
 	$(BIN)/python benchmarks/solvers.py --n 128 --out site/solvers
 
