@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,6 @@ def only_run_in(folder: Path) -> Iterator[None]:
             message = f"{folder}: another run is training in this folder; wait for it or choose another"
             raise ValueError(message) from None
         for pattern in (".*.safetensors.*", ".*.json*.*"):
-            for unfinished in folder.rglob(pattern):
-                unfinished.unlink()
+            for unfinished in list(folder.rglob(pattern)):
+                shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         yield
