@@ -12,7 +12,7 @@ demo: $(VENV)/core
 
 ## All tests, a process a core (about nine minutes on two).
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 ## Style, types and the direction of imports.
 lint: $(VENV)/dev
