@@ -373,6 +373,9 @@ def test_configs_in_use_are_taken() -> None:
         if name in dir(diffusers):
             kind = attrgetter(name)(diffusers)
             check_config(json.loads(kind().to_json_string()), kind, Place(name))
+    hidden = pytest.importorskip("diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer")
+    kind = hidden.StableUnCLIPImageNormalizer  # which diffusers itself does not name
+    check_config({"_class_name": kind.__name__, "embedding_dim": 8}, kind, Place("image_normalizer"))
 
 
 def test_a_folder_without_a_checksum_is_taken(victim: Callable[[str], Path]) -> None:

@@ -151,7 +151,7 @@ def check_config(config: dict[str, Any], cls: Any, place: Place) -> dict[str, An
     scheduler = issubclass(cls, diffusers.SchedulerMixin)
     most = MOST_STEPS if scheduler else WIDEST
     name = check(config.get("_class_name", cls.__name__), str, place.inside("_class_name"))
-    if not hasattr(diffusers, name.removeprefix("Flax")):
+    if name != cls.__name__ and not hasattr(diffusers, name.removeprefix("Flax")):
         raise place.inside("_class_name").wrong(name, f"{cls.__name__}, or another class of diffusers")
     defaults = inspect.signature(cls.__init__).parameters
     if scheduler and not config.keys() & defaults.keys():
