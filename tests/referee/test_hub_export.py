@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 diffusers = pytest.importorskip("diffusers")
 
+import tiny_pipelines as tiny  # noqa: E402
 from tiny_pipelines import clip_text, kandinsky, latent_diffusion  # noqa: E402
-from tiny_pipelines import sana as tiny_sana  # noqa: E402
 
 from fewstep.denoisers import Clipped, Denoiser, EDMPrediction, Guided, NetworkDenoiser, TrigPrediction  # noqa: E402
 from fewstep.distill.consistency.cm import ConsistencyDistillation  # noqa: E402
@@ -155,72 +155,34 @@ def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def unet2d(**changes: Any) -> Any:
-    config = {
-        "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
-        "norm_num_groups": 4, "attention_head_dim": 4, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
-    return diffusers.UNet2DModel(**{**config, **changes})
-
-
-def autoencoder() -> Any:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4, 8), latent_channels=4, norm_num_groups=2, sample_size=16, shift_factor=0.3,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+    return tiny.unet2d(**{"in_channels": 1, "out_channels": 1, **changes})
 
 
 def stable_diffusion(**changes: Any) -> Any:
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        attention_head_dim=4, cross_attention_dim=6, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **changes,
-    )  # fmt: skip
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
         set_alpha_to_one=False, prediction_type="v_prediction",
     )  # fmt: skip
-    return diffusers.StableDiffusionPipeline(
-        vae=autoencoder(), unet=unet, scheduler=scheduler, text_encoder=None, tokenizer=None, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    return tiny.stable_diffusion(tiny.unet2d_condition(**changes), scheduler).to(torch.float32)
 
 
 def sd3() -> Any:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
-        joint_attention_dim=6, caption_projection_dim=8, pooled_projection_dim=5, out_channels=4, pos_embed_max_size=8,
-    )  # fmt: skip
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(),
-        text_encoder=None, text_encoder_2=None, text_encoder_3=None, tokenizer=None, tokenizer_2=None, tokenizer_3=None,
-    )  # fmt: skip
+    return tiny.sd3().to(torch.float32)
 
 
 def flux() -> Any:
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=6, pooled_projection_dim=5, axes_dims_rope=(4, 2, 2), guidance_embeds=True,
-    )  # fmt: skip
-    return diffusers.FluxPipeline(
-        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0), vae=autoencoder(),
-        text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-    )  # fmt: skip
+    return tiny.flux().to(torch.float32)
 
 
 def sana() -> Any:
-    made = tiny_sana().to(torch.float32)
+    made = tiny.sana().to(torch.float32)
     made.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     return made
 
 
 def dit() -> Any:
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        num_embeds_ada_norm=1000, norm_num_groups=4,
-    )  # fmt: skip
     scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
-    return diffusers.DiTPipeline(transformer, autoencoder(), scheduler)
+    return diffusers.DiTPipeline(tiny.dit(), tiny.autoencoder(), scheduler)
 
 
 def gentle(**changes: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 diffusers = pytest.importorskip("diffusers")
 
 from tiny_pipelines import (  # noqa: E402
+    EXACT,
     autoencoder,
     clip_text,
     ddim,
@@ -26,6 +27,7 @@ from tiny_pipelines import (  # noqa: E402
     ours,
     sana,
     sd3,
+    seed_weights,  # noqa: F401
     stable_diffusion,
     unet2d,
     unet2d_condition,
@@ -34,13 +36,6 @@ from tiny_pipelines import (  # noqa: E402
 
 from fewstep.denoisers import Guided  # noqa: E402
 from fewstep.hub.diffusers import from_pipeline, wrap  # noqa: E402
-
-EXACT = 1e-6  # float64 models; what is left is the float32 of the schedulers' tables
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)  # the weights of the tiny models
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:

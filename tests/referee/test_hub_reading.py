@@ -11,6 +11,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 from tiny_pipelines import (  # noqa: E402
+    EXACT,
     autoencoder,
     clip_text,
     ddim,
@@ -22,6 +23,7 @@ from tiny_pipelines import (  # noqa: E402
     sana,
     sd3,
     sd3_with_text,
+    seed_weights,  # noqa: F401
     stable_diffusion,
     unet2d,
     unet2d_condition,
@@ -33,13 +35,6 @@ from fewstep.hub.diffusers import LoadedPipeline, from_pipeline, load_model, loa
 from fewstep.hub.schedulers import read_scheduler  # noqa: E402
 from fewstep.randomness import Rng  # noqa: E402
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching  # noqa: E402
-
-EXACT = 1e-6  # float64 models; what is left is the float32 of the schedulers' tables
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)  # the weights of the tiny models
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,15 @@ from torch import Tensor
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import ddim_move
 
+#: Of float64 models; what is left is the float32 of the schedulers' tables.
+EXACT = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def seed_weights() -> None:
+    """Imported where every test is to begin with the same weights."""
+    torch.manual_seed(0)
+
 
 @torch.no_grad()
 def gap(a: Tensor, b: Tensor) -> float:

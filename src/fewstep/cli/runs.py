@@ -175,10 +175,9 @@ def execute(record: Record, recipe: Recipe, model: Denoiser, data: Dataset, out:
 
 
 def measured_half_level(teacher: NetworkDenoiser) -> float | None:
-    """What samplers want to know of a teacher, over its classes in turn; None where nothing was learned yet."""
-    cond = None if teacher.classes is None else torch.arange(32) % teacher.classes
+    """What samplers want to know of a teacher; None where nothing was learned yet."""
     try:
-        return half_level(teacher, cond)
+        return half_level(teacher)
     except ValueError:
         return None
 

@@ -17,7 +17,6 @@ import argparse
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,10 +142,8 @@ def searched(chosen: argparse.Namespace, schedule: Any) -> list[Setting]:
 
 
 def described(chosen: argparse.Namespace, best: Trial, usual: float) -> dict[str, Any]:
-    """The file that ``fewstep sample --settings`` reads, with where it came from."""
+    """Where a setting came from and how good it is, for its file."""
     return {
-        "setting": asdict(best.setting),
-        "guidance": chosen.guidance,
         "error": best.error,
         "spread": best.spread,
         "error_of_the_default": usual,

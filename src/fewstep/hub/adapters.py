@@ -151,10 +151,12 @@ class Adapter(nn.Module):
 
         Diffusers finds at the first call that a config cannot be: ValueError naming the model where it fails there.
         """
+        if self.ran:  # nothing is caught in a compiled or long run
+            return self.model(*given, return_dict=False, **named)[0]
         try:
             out: Tensor = self.model(*given, return_dict=False, **named)[0]
         except (RuntimeError, TypeError, AttributeError, IndexError) as error:
-            if self.ran or isinstance(error, NotImplementedError) or "memory" in str(error):
+            if isinstance(error, NotImplementedError) or "memory" in str(error):  # of PyTorch's rules, of the machine
                 raise
             folder = None if self.origin is None else self.origin.pipe.name_or_path
             where = f"{folder}/{self.component}: " if folder else ""

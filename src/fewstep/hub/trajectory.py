@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Move, Table, moved
+from fewstep.sampling.inputs import repeated
 
 
 class Turn(NamedTuple):
@@ -68,9 +69,9 @@ class Trajectory:
     def repeated(self, times: int) -> Trajectory:
         """The same run for ``times`` copies of its batch, one behind the other."""
         other = copy(self)
-        other.history = tuple(_repeat(m, times) for m in self.history)
-        other.anchor = None if self.anchor is None else _repeat(self.anchor, times)
-        other.base = None if self.base is None else _repeat(self.base, times)
+        other.history = tuple(repeated(m, times) for m in self.history)
+        other.anchor = None if self.anchor is None else repeated(self.anchor, times)
+        other.base = None if self.base is None else repeated(self.base, times)
         return other
 
     def advance(self, x0: Tensor, sample: Tensor, noise: Noise) -> Tensor:
@@ -93,10 +94,6 @@ class Trajectory:
         if turn.lift is not None:
             new = moved(self.moves[turn.lift], new, (), noise, None)
         return new.to(sample.dtype)
-
-
-def _repeat(x: Tensor, times: int) -> Tensor:
-    return x.repeat(times, *[1] * (x.dim() - 1))
 
 
 def independent(table: Table, step: int) -> bool:

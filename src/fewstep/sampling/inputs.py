@@ -107,6 +107,11 @@ def normal_like(source: Noise, x: Tensor) -> Tensor:
     return source.normal_like(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
+def repeated(x: Tensor, times: int) -> Tensor:
+    """``[times B, ...]``: the whole batch ``x`` ``[B, ...]``, copy behind copy."""
+    return x.repeat(times, *[1] * (x.ndim - 1))
+
+
 def sources(
     n: int,
     seed: int,

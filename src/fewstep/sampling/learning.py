@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import run
-from fewstep.sampling.inputs import evaluating, start_of
+from fewstep.sampling.inputs import evaluating, repeated, start_of
 from fewstep.sampling.learned import LearnedSolver
 from fewstep.sampling.sample import Threshold, steered
 from fewstep.sampling.tuning import Reference, distances, picked
@@ -52,24 +53,35 @@ class Iterate(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Where the solver starts ``[n, *shape]``, where it should end, the model and its conditions."""
+    """A model under the guidance of a reference, and that reference with checked noise and conditions."""
 
     denoiser: Denoiser
-    start: Tensor
-    ends: Tensor
-    cond: Cond
+    target: Reference
 
     @classmethod
     def of(cls, model: Denoiser, target: Reference, threshold: Threshold | None) -> Task:
-        """A reference's starting points, under its guidance."""
+        """From a reference as :func:`~fewstep.sampling.tuning.reference` makes it."""
         start = start_of(model, len(target.noise), target.cond, noise=target.noise)
         denoiser = steered(model, len(target.noise), start.cond, target.guidance, threshold)
-        return cls(denoiser, model.schedule.prior(start.noise), target.ends, start.cond)
+        return cls(denoiser, replace(target, noise=start.noise, cond=start.cond))
+
+    @property
+    def start(self) -> Tensor:
+        """The states that the solver starts from ``[n, *shape]``."""
+        return self.denoiser.schedule.prior(self.target.noise)
+
+    @property
+    def ends(self) -> Tensor:
+        """Where it should end ``[n, *shape]``."""
+        return self.target.ends
+
+    @property
+    def cond(self) -> Cond:
+        return self.target.cond
 
     def part(self, first: int, n: int) -> Task:
         """The samples from ``first`` on, ``n`` of them."""
-        chosen = slice(first, first + n)
-        return Task(self.denoiser, self.start[chosen], self.ends[chosen], picked(self.cond, lambda leaf: leaf[chosen]))
+        return Task(self.denoiser, self.target.part(first, n))
 
     def error(self, solver: LearnedSolver) -> float:
         """The mean over the samples of their distance from where they should end."""
@@ -238,8 +250,3 @@ def prediction_slopes(task: Task, schedule: Schedule, x: Tensor, t: Tensor, x0: 
     times[-len(t) :] = schedule.time_at(schedule.log_snr(t) - small)
     ahead = task.denoiser((x + along * tangents).flatten(0, 1), times, picked(task.cond, lambda c: repeated(c, k)))
     return (ahead.unflatten(0, (k, len(x))) - x0) / along
-
-
-def repeated(leaf: Tensor, k: int) -> Tensor:
-    """``[k B, ...]``: the whole of ``leaf`` ``[B, ...]``, k times."""
-    return leaf.repeat(k, *[1] * (leaf.ndim - 1))
