@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -194,20 +195,24 @@ def test_parts_of_a_reference():
 # derivatives
 
 
-def test_derivatives_through_the_sampler_are_differences_of_the_sampler():
-    """Every time and coefficient, against central differences of whole runs.  One-sided differences of step 6e-6 leave
-    about as much, relative to second derivatives of order 1 to 100."""
-    world = ring(TrigFlow())
+@pytest.mark.parametrize("labelled", [False, True])
+def test_derivatives_through_the_sampler_are_differences_of_the_sampler(labelled):
+    """Every time and coefficient, against central differences of whole runs, every sample under its own condition.
+    One-sided differences of step 6e-6 leave about as much, relative to second derivatives of order 1 to 100."""
+    world = three_modes(TrigFlow(), labels=[0, 1, 2]) if labelled else ring(TrigFlow())
     solver = start_on(world.schedule, "unipc", 4)
     target = exact_reference(world, 6, "x")
+    cond = torch.tensor([0, 2, 1, 1, 0, 2]) if labelled else None
+    target = replace(target, cond=cond)
     task = Task.of(world, target, None)
     end, tangents = sensitivities(task, solver)
     count = len(tangents)
     assert count == 4 * 7 // 2 + 3
-    assert torch.allclose(end, fs.sample(world, 6, solver=solver, noise=target.noise), rtol=0, atol=1e-10)
 
     def run_with(changed):
-        return fs.sample(world, 6, solver=changed, noise=target.noise)
+        return fs.sample(world, 6, solver=changed, noise=target.noise, cond=cond)
+
+    assert torch.allclose(end, run_with(solver), rtol=0, atol=1e-10)
 
     for k in range(count):
         ahead, behind = (moved(solver, [d * (j == k) for j in range(count)], world.schedule) for d in (1e-5, -1e-5))
