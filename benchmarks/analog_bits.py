@@ -31,9 +31,9 @@ from fewstep.discrete.bits import COSINE, ENCODINGS, Encoding, Unsigned
 from fewstep.discrete.captions import WORDS, Captioner, Captions, Lookup, sentence
 from fewstep.discrete.heads import SigmoidHead, SoftmaxHead
 from fewstep.discrete.levels import histogram_distance, invalid_fraction, to_levels, to_pictures
-from fewstep.distill.analog_bits import AnalogBits, SigmoidAnalogBits, SoftmaxAnalogBits
+from fewstep.files import write_atomically
 from fewstep.grids import to_data, uniform
-from fewstep.hub.native import write_atomically
+from fewstep.methods.teachers.analog_bits import AnalogBits, SigmoidAnalogBits, SoftmaxAnalogBits
 from fewstep.metrics import Evaluator, load_features
 from fewstep.networks import UNet
 from fewstep.randomness import Rng, derive_seed

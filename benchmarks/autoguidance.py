@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
 from fewstep.denoisers import Denoiser, GuidanceInterval, Guided, NetworkDenoiser, TrigPrediction
-from fewstep.distill.denoising import Denoising
 from fewstep.hub.tables import network_of
+from fewstep.methods.teachers.denoising import Denoising
 from fewstep.metrics import Evaluator, Features, frechet_distance, load_features, measure
 from fewstep.networks import MLP
 from fewstep.randomness import derive_seed

@@ -27,7 +27,7 @@ from fewstep.denoisers import Cond, Denoiser
 from fewstep.exact import ring
 from fewstep.grids import Grid
 from fewstep.sampling import SOLVERS, TAB, ScoreExponential, Solver, UniPC, balanced, solve
-from fewstep.sampling.tuning import noise_for
+from fewstep.sampling.search import noise_for
 from fewstep.schedules import VPLinear
 
 matplotlib.use("agg")

@@ -32,7 +32,7 @@ from fewstep.metrics import Evaluator, load_features
 from fewstep.metrics.mode_mixture import mode_mixture
 from fewstep.randomness import Rng
 from fewstep.sampling import sample, solve
-from fewstep.sampling.expressway import (
+from fewstep.sampling.dpm_ot.expressway import (
     Expressway,
     annealed_langevin,
     error_bound,
@@ -41,8 +41,8 @@ from fewstep.sampling.expressway import (
     reverse_targets,
     transport_error,
 )
+from fewstep.sampling.dpm_ot.optimal_transport import Adam, AveragedGradient, Masses, transport
 from fewstep.sampling.named import named_solver, named_times
-from fewstep.sampling.optimal_transport import Adam, AveragedGradient, Masses, transport
 from fewstep.schedules import EDM
 
 SOLVER = "unipc"

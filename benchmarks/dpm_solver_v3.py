@@ -25,8 +25,8 @@ from fewstep.data import load as load_data
 from fewstep.denoisers import Denoiser, Guided
 from fewstep.randomness import Rng
 from fewstep.sampling import DDIM, DPMSolverPP2M, DPMSolverPP3M, Solver, UniPC, sample
-from fewstep.sampling.dpm_solver_v3 import DPMSolverV3, Statistics, statistics_grid
-from fewstep.sampling.model_statistics import estimate
+from fewstep.sampling.solvers.dpm_solver_v3 import DPMSolverV3, Statistics, statistics_grid
+from fewstep.sampling.solvers.model_statistics import estimate
 
 REFERENCE_STEPS = 200
 BASE: dict[str, Solver] = {

@@ -24,7 +24,7 @@ from population import Problem, draw_problems
 
 from fewstep.denoisers import Guided
 from fewstep.sampling import sample
-from fewstep.sampling.tuning import half_level, solver_for
+from fewstep.sampling.search import half_level, solver_for
 
 
 class Cell(NamedTuple):

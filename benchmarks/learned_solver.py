@@ -27,9 +27,9 @@ from torch import Tensor
 from fewstep import api
 from fewstep.denoisers import Denoiser, gradients
 from fewstep.sampling import DDIM, LearnedSolver, Levels, Solver, balanced, folded, solve
-from fewstep.sampling.abm import ABM
 from fewstep.sampling.learning import Iterate, Task, learning, moved, normal_equations
-from fewstep.sampling.tuning import Reference, measured, noise_for
+from fewstep.sampling.search import Reference, measured, noise_for
+from fewstep.sampling.solvers.abm import ABM
 from fewstep.schedules import Schedule
 
 CENTRES, KAPPAS, ORDERS = (0.5, 1.0, 1.5, 2.0), (1.0, 1.2, 1.5, 1.8, 2.0), (1, 2, 3)

@@ -33,9 +33,9 @@ from torch import Tensor
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
 from fewstep.denoisers import EDMPrediction, NetworkDenoiser
-from fewstep.distill.denoising import Denoising
-from fewstep.distill.lowdiff import LowDiff
-from fewstep.distill.method import Method
+from fewstep.methods.method import Method
+from fewstep.methods.teachers.denoising import Denoising
+from fewstep.methods.teachers.lowdiff import LowDiff
 from fewstep.metrics import Evaluator, load_features
 from fewstep.networks import CascadeUNet, UNet
 from fewstep.randomness import derive_seed

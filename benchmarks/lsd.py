@@ -34,8 +34,8 @@ from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.levels import to_levels, to_pictures
 from fewstep.discrete.noise import Cosine, Geometric, LogLinear, TotalNoise
 from fewstep.discrete.samplers import Euler, Plan, Stepper, Tempered, Tweedie, sample
-from fewstep.distill.discrete_denoising import DiscreteDenoising
-from fewstep.distill.lsd import LSD, LSDPlus, least_squares
+from fewstep.methods.samplers.lsd import LSD, LSDPlus, least_squares
+from fewstep.methods.teachers.discrete_denoising import DiscreteDenoising
 from fewstep.metrics import Evaluator, load_features
 from fewstep.metrics.tokens import NGram, token_quality
 from fewstep.networks.transformer import Transformer

@@ -18,7 +18,7 @@ from fewstep.exact import GaussianMixture
 from fewstep.grids import balanced
 from fewstep.randomness import Rng
 from fewstep.sampling import Levels, run
-from fewstep.sampling.abm import ABM
+from fewstep.sampling.solvers.abm import ABM
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, Schedule, TrigFlow
 
 #: The families of schedules on which problems live.

@@ -25,15 +25,15 @@ from fewstep import api
 from fewstep.cli.records import weights_sha256
 from fewstep.data import load as load_data
 from fewstep.denoisers import Denoiser
-from fewstep.distill import RECIPES, recipe_class
-from fewstep.distill.consistency.cm import ConsistencyDistillation
-from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation
-from fewstep.distill.flow_map.progressive import ProgressiveLadder
-from fewstep.distill.flow_map.rectified_flow import InstaFlow
-from fewstep.distill.matching.dmd2 import DMD2
-from fewstep.distill.method import Recipe
+from fewstep.files import write_atomically
 from fewstep.hub import native
-from fewstep.hub.native import write_atomically
+from fewstep.methods import RECIPES, recipe_class
+from fewstep.methods.consistency.cm import ConsistencyDistillation
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.methods.flow_maps.progressive import ProgressiveLadder
+from fewstep.methods.flow_maps.rectified_flow import InstaFlow
+from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.method import Recipe
 from fewstep.metrics import Evaluator, load_features
 from fewstep.report import machine
 from fewstep.report.comparison import timed_samples

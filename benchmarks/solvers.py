@@ -36,7 +36,7 @@ from fewstep.exact import GaussianMixture
 from fewstep.randomness import Rng
 from fewstep.report.pictures import sheet
 from fewstep.sampling import SOLVERS, Levels, sample
-from fewstep.sampling.tuning import Reference, noise_for, reference, setting_of, solver_for, tried
+from fewstep.sampling.search import Reference, noise_for, reference, setting_of, solver_for, tried
 from fewstep.schedules import DiscreteVP, VPLinear, as_time
 
 matplotlib.use("agg")

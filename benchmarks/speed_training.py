@@ -23,14 +23,14 @@ from torch.nn.functional import mse_loss, softplus
 
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser, TrigPrediction
-from fewstep.distill.consistency.cm import ConsistencyDistillation
-from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation, TimeWeight
-from fewstep.distill.denoising import Denoising
-from fewstep.distill.flow_map.progressive import ProgressiveDistillation
-from fewstep.distill.flow_map.rectified_flow import ReflowDistillation
-from fewstep.distill.matching.discriminators import FeatureHead
-from fewstep.distill.matching.dmd2 import DMD2
-from fewstep.distill.method import Method
+from fewstep.methods.consistency.cm import ConsistencyDistillation
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, TimeWeight
+from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
+from fewstep.methods.flow_maps.rectified_flow import ReflowDistillation
+from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.method import Method
+from fewstep.methods.parts.adversary import FeatureHead
+from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet
 from fewstep.schedules import TrigFlow
 from fewstep.training.budget import Budget

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 IDEAS = {
-    "files", "schedules", "grids", "denoisers", "flow_maps", "generators", "tangents", "randomness", "values", "exact",
+    "files", "schemas", "schedules", "grids", "denoisers", "flow_maps", "generators", "tangents", "randomness", "values",
+    "exact",
 }  # fmt: skip
-BELOW_DISTILL = IDEAS | {"sampling", "networks", "data", "discrete"}
+BELOW_METHODS = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}
-BELOW_TRAINING = BELOW_DISTILL | {"distill", "hub"}
+BELOW_TRAINING = BELOW_METHODS | {"methods", "hub"}
 
 #: part -> what it may import.  The top may import everything.
 ALLOWED: dict[str, set[str]] = {
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": IDEAS,
     "discrete": IDEAS | {"sampling", "networks", "data"},
     "metrics": IDEAS | {"sampling", "data", "discrete"},
-    "distill": BELOW_DISTILL,
+    "methods": BELOW_METHODS,
     "hub": IDEAS | {"sampling", "networks", "discrete"},
     "training": BELOW_TRAINING,
     "report": BELOW_TRAINING | {"metrics"},

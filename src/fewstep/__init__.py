@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fewstep.methods import RECIPES
+
 __version__ = "0.1.0"
 
 #: What the package offers at top level, imported when first asked for: ``import fewstep`` itself is instant.
@@ -21,19 +23,11 @@ _EXPORTS = {
     "save": "fewstep.api",
     "pictures": "fewstep.api",
     "sample": "fewstep.sampling",
-    "solver_for": "fewstep.sampling.tuning",
+    "solver_for": "fewstep.sampling.search",
     "load_settings": "fewstep.hub.settings",
     "Student": "fewstep.sampling",
     "Plan": "fewstep.sampling",
-    "ConsistencyDistillation": "fewstep.distill.consistency.cm",
-    "ConsistencyTraining": "fewstep.distill.consistency.cm",
-    "ContinuousConsistencyDistillation": "fewstep.distill.consistency.scm",
-    "ContinuousConsistencyTraining": "fewstep.distill.consistency.scm",
-    "DMD2": "fewstep.distill.matching.dmd2",
-    "InstaFlow": "fewstep.distill.flow_map.rectified_flow",
-    "Reflow": "fewstep.distill.flow_map.rectified_flow",
-    "ProgressiveLadder": "fewstep.distill.flow_map.progressive",
-    "ProgressiveDistillation": "fewstep.distill.flow_map.progressive",
+    **{place.partition(":")[2]: place.partition(":")[0] for place in RECIPES.values()},
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -55,4 +49,4 @@ if TYPE_CHECKING:
     from fewstep.sampling import Plan as Plan
     from fewstep.sampling import Student as Student
     from fewstep.sampling.sample import sample as sample
-    from fewstep.sampling.tuning import solver_for as solver_for
+    from fewstep.sampling.search import solver_for as solver_for

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
 from fewstep.denoisers import Denoiser
-from fewstep.distill.method import Recipe
 from fewstep.hub import native
 from fewstep.hub.models import BUNDLED as BUNDLED
 from fewstep.hub.models import bundled_models as bundled_models
 from fewstep.hub.models import load as load
 from fewstep.hub.models import locate as locate
 from fewstep.hub.models import pictures as pictures
+from fewstep.methods.method import Recipe
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
 from fewstep.training.stages import run_recipe

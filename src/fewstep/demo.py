@@ -20,11 +20,12 @@ from fewstep.cli.records import NAME, Record, data_sha256, versions, weights_sha
 from fewstep.cli.runs import told_by_trainer
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
-from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation
-from fewstep.distill.flow_map.progressive import ProgressiveLadder
-from fewstep.distill.matching.dmd2 import DMD2
-from fewstep.distill.method import Recipe
+from fewstep.files import write_atomically
 from fewstep.hub import native
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.methods.flow_maps.progressive import ProgressiveLadder
+from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.method import Recipe
 from fewstep.report import compare_models, page, read_run
 from fewstep.report.words import duration
 from fewstep.sampling.rollout import Student
@@ -140,7 +141,7 @@ def trained(
         {"budget": f"{seconds:g}s", "batch": entry.batch, "seed": SEED},
         versions(),
     )  # fmt: skip
-    native.write_atomically(folder / NAME, record.to_json().encode())
+    write_atomically(folder / NAME, record.to_json().encode())
     settings = Settings(budget, batch=entry.batch, seed=SEED, log_steps=LOG_STEPS)
     result = run_recipe(entry.recipe, teacher, data, settings, folder, show=True)
     if not isinstance(result.model, Student):

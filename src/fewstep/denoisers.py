@@ -178,7 +178,7 @@ class Denoiser(nn.Module, ABC):
     ``x`` is ``[B, ...]``; ``t`` is a number, ``[B]`` or ``[B, F]``; ``cond`` is what the network takes (class labels
     ``[B]``), None for the unconditional branch.  ``shape`` is the shape of one sample and ``classes`` the number of
     class labels (None for unconditional models).  ``half_level`` is the noise level ``sigma / alpha`` at which half of
-    the prediction is decided, where it has been measured (:func:`fewstep.sampling.tuning.half_level`): solvers centre
+    the prediction is decided, where it has been measured (:func:`fewstep.sampling.search.half_level`): solvers centre
     on it.
     """
 

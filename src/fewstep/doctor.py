@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 import fewstep
-from fewstep.files import Map, read_json
+from fewstep.schemas import Map, read_json
 from fewstep.training.precision import probe
 
 ASSETS = Path(__file__).parent / "assets"

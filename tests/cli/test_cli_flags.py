@@ -15,7 +15,7 @@ from fewstep.cli.flags import Parameter, as_words, check, from_json, given, help
 from fewstep.cli.methods import build, parameters
 from fewstep.cli.records import plain
 from fewstep.cli.settings import SETTINGS
-from fewstep.distill import RECIPES, recipe_class
+from fewstep.methods import RECIPES, recipe_class
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 from fewstep.cli import COMMANDS, main
 from fewstep.cli.methods import summaries
-from fewstep.distill import RECIPES, recipe_class
+from fewstep.methods import RECIPES, recipe_class
 
 #: The help of ``train``, and of a method, is made from classes that need torch.
 INSTANT = [[], ["--help"], ["--version"], *([name, "--help"] for name in COMMANDS if name != "train")]

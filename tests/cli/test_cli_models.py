@@ -20,6 +20,7 @@ import fewstep as fs
 from fewstep import api, demo, doctor
 from fewstep.catalogue import SYSTEMS
 from fewstep.data import load as load_data
+from fewstep.files import load_tensors
 from fewstep.hub import native
 from fewstep.metrics import evaluate, load_features
 from fewstep.report.comparison import timed_samples
@@ -247,7 +248,7 @@ def test_a_diffusers_pipeline_goes_all_the_way(cli: Cli) -> None:
     assert [row["model"] for row in json.loads(Path("figures.json").read_text())["rows"]] == ["pipe", "pipe", "run"]
     assert "a DDIMPipeline with DDIMScheduler" in cli("export", "run", "out").out
     opened = diffusers.DiffusionPipeline.from_pretrained("out")
-    weights = native.load_tensors(Path("run/model/model.safetensors"))
+    weights = load_tensors(Path("run/model/model.safetensors"))
     for name, weight in opened.unet.state_dict().items():
         assert torch.equal(weight, weights[f"flow_map.denoiser.net.model.{name}"])
     shutil.rmtree("pipe")

@@ -23,12 +23,12 @@ from fewstep.denoisers import NetworkDenoiser, TrigPrediction
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
-from fewstep.distill import RECIPES, recipe_class
 from fewstep.hub import native
+from fewstep.methods import RECIPES, recipe_class
 from fewstep.networks import UNet
 from fewstep.networks.transformer import Transformer
 from fewstep.sampling import Student
-from fewstep.sampling.tuning import half_level
+from fewstep.sampling.search import half_level
 from fewstep.schedules import FlowMatching, TrigFlow
 
 Cli = Callable[..., Any]

@@ -14,7 +14,7 @@ from fewstep.denoisers import Guided
 from fewstep.hub import model_statistics
 from fewstep.hub.statistics import read_fingerprint
 from fewstep.sampling import sample
-from fewstep.sampling.dpm_solver_v3 import DPMSolverV3
+from fewstep.sampling.solvers.dpm_solver_v3 import DPMSolverV3
 
 Cli = Callable[..., Any]
 

@@ -13,7 +13,7 @@ import pytest
 
 from fewstep.hub.settings import save_settings
 from fewstep.sampling import LearnedSolver, learning
-from fewstep.sampling.tuning import Setting
+from fewstep.sampling.search import Setting
 
 Cli = Callable[..., Any]
 

@@ -13,10 +13,10 @@ from fewstep.exact import Gaussian, ring, three_modes
 from fewstep.networks import MLP
 from fewstep.randomness import Rng
 from fewstep.sampling import ABM, DATA, NOISE, Hooks, Levels, RhoAB, balanced, run
-from fewstep.sampling.abm import order_for
-from fewstep.sampling.dpm_solver import DPMSolver1
-from fewstep.sampling.stochastic import DDIM
-from fewstep.sampling.tuning import half_level, solver_for
+from fewstep.sampling.search import half_level, solver_for
+from fewstep.sampling.solvers.abm import order_for
+from fewstep.sampling.solvers.dpm_solver import DPMSolver1
+from fewstep.sampling.solvers.stochastic import DDIM
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, VPLinear
 
 

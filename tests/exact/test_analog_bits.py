@@ -13,7 +13,12 @@ from fewstep.discrete.bits import COSINE, ENCODINGS, INVALID, Gray, OneHot, Perm
 from fewstep.discrete.captions import SENTENCES, WORDS, Captioner, Captions, Lookup, facts, sentence, slant, tokens
 from fewstep.discrete.heads import SigmoidHead, SoftmaxHead
 from fewstep.discrete.levels import histogram_distance, invalid_fraction, to_levels, to_pictures
-from fewstep.distill.analog_bits import (
+from fewstep.exact import BernoulliBits, FiniteData, Gaussian, probability_flow
+from fewstep.grids import to_data, uniform
+from fewstep.methods.method import Batch, Progress
+from fewstep.methods.parts.score_matching import denoising_loss
+from fewstep.methods.parts.times import Uniform
+from fewstep.methods.teachers.analog_bits import (
     AnalogBits,
     SigmoidAnalogBits,
     SoftmaxAnalogBits,
@@ -22,11 +27,6 @@ from fewstep.distill.analog_bits import (
     squared_loss,
     with_second_input,
 )
-from fewstep.distill.denoising import denoising_loss
-from fewstep.distill.method import Batch, Progress
-from fewstep.distill.times import Uniform
-from fewstep.exact import BernoulliBits, FiniteData, Gaussian, probability_flow
-from fewstep.grids import to_data, uniform
 from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
 from fewstep.sampling import DDIM, SOLVERS, DDPMLarge, Hooks, Levels, run, solve

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.catalogue import SYSTEMS, System, markdown, systems_table
-from fewstep.distill.method import Recipe
+from fewstep.methods.method import Recipe
 
 ROOT = Path(__file__).parents[2]
 

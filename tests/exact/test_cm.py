@@ -9,12 +9,12 @@ import torch
 
 from fewstep import grids
 from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser
-from fewstep.distill.consistency.cm import ConsistencyDistillation, ConsistencyTraining, follow
-from fewstep.distill.distances import DISTANCES, pseudo_huber
-from fewstep.distill.method import Batch, Networks, Progress
-from fewstep.distill.teacher_steps import ddim_step, edm_like, heun_step
 from fewstep.exact import ExactFlowMap, Gaussian, three_modes
 from fewstep.flow_maps import FlowMap
+from fewstep.methods.consistency.cm import ConsistencyDistillation, ConsistencyTraining, follow
+from fewstep.methods.method import Batch, Networks, Progress
+from fewstep.methods.parts.distances import DISTANCES, pseudo_huber
+from fewstep.methods.parts.teacher_steps import ddim_step, edm_like, heun_step
 from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM, FlowMatching, TrigFlow
@@ -118,8 +118,8 @@ def test_grid_and_target_decay_of_training() -> None:
 
 def test_both_calls_see_the_same_dropout_mask() -> None:
     """With equal states, equal weights and dropout, the loss is exactly zero."""
-    from fewstep.distill.consistency.cm import consistency_loss
     from fewstep.flow_maps import EDMConsistency
+    from fewstep.methods.consistency.cm import consistency_loss
 
     torch.manual_seed(0)
     net = UNet((1, 8, 8), (16,), 1, 32, None, dropout=0.5)

@@ -15,21 +15,21 @@ import pytest
 import torch
 from torch import Tensor
 
-import fewstep.distill.flow_map
+import fewstep.methods.flow_maps
 from fewstep.cli import main
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser, TrigPrediction
-from fewstep.distill import RECIPES
+from fewstep.methods import RECIPES
 from fewstep.networks import MLP
 from fewstep.sampling.coefficients import Levels, vandermonde
-from fewstep.sampling.dpm_solver import DPMSolverPP3M
+from fewstep.sampling.solvers.dpm_solver import DPMSolverPP3M
 from fewstep.schedules import Schedule, TrigFlow, VPLinear
 from fewstep.training.budget import Budget
 from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Settings
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
-MODULE = "fewstep.distill.flow_map.pair_regression"
+MODULE = "fewstep.methods.flow_maps.pair_regression"
 
 
 def block(title: str) -> str:
@@ -49,8 +49,8 @@ def defined(title: str, **names: Any) -> dict[str, Any]:
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The page's method as a module of the package, with its line in RECIPES."""
-    (tmp_path / "pair_regression.py").write_text(block("src/fewstep/distill/flow_map/pair_regression.py"))
-    package = fewstep.distill.flow_map
+    (tmp_path / "pair_regression.py").write_text(block("src/fewstep/methods/flow_maps/pair_regression.py"))
+    package = fewstep.methods.flow_maps
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     for name, place in eval("{" + block("RECIPES") + "}").items():
         monkeypatch.setitem(RECIPES, name, place)

@@ -16,9 +16,9 @@ from fewstep.discrete.exact import FactorisedLaw, JointLaw, MarkovLaw
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.noise import Cosine, Geometric
 from fewstep.discrete.samplers import Plan, sample
-from fewstep.distill.discrete_denoising import DiscreteDenoising, ScoreEntropy, cross_entropy, score_entropy
-from fewstep.distill.method import Batch, Progress
 from fewstep.hub import discrete_models
+from fewstep.methods.method import Batch, Progress
+from fewstep.methods.teachers.discrete_denoising import DiscreteDenoising, ScoreEntropy, cross_entropy, score_entropy
 from fewstep.metrics.tokens import NGram, token_quality
 from fewstep.networks.transformer import Transformer
 from fewstep.randomness import Rng

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import EDMPrediction, NetworkDenoiser
-from fewstep.distill.consistency.cm import ConsistencyDistillation
-from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation
-from fewstep.distill.matching.dmd2 import DMD2
-from fewstep.distill.method import Method, Networks, Optimiser
-from fewstep.hub.native import load_tensors, save_tensors
+from fewstep.files import load_tensors, save_tensors
+from fewstep.methods.consistency.cm import ConsistencyDistillation
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.method import Method, Networks, Optimiser
 from fewstep.networks import MLP, UNet
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fewstep.denoisers import NetworkDenoiser, TrigPrediction, gradients
-from fewstep.distill.matching.discriminators import discriminator_loss, generator_loss, logits
-from fewstep.distill.matching.dmd2 import DMD2
-from fewstep.distill.matching.score_distillation import matching_vector, surrogate
-from fewstep.distill.method import Batch, Progress
-from fewstep.distill.times import KarrasUniform
 from fewstep.exact import Gaussian
+from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.method import Batch, Progress
+from fewstep.methods.parts.adversary import discriminator_loss, generator_loss, logits
+from fewstep.methods.parts.score_matching import matching_vector, surrogate
+from fewstep.methods.parts.times import KarrasUniform
 from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan, rollout

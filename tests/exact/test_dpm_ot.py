@@ -16,8 +16,8 @@ from fewstep.hub.statistics import digest, load_statistics, read_fingerprint, sa
 from fewstep.metrics.mode_mixture import mode_mixture
 from fewstep.randomness import Rng
 from fewstep.sampling import DDIM, Hooks, RungeKutta, sample, solve
-from fewstep.sampling import optimal_transport as ot
-from fewstep.sampling.expressway import (
+from fewstep.sampling.dpm_ot import optimal_transport as ot
+from fewstep.sampling.dpm_ot.expressway import (
     Expressway,
     annealed_langevin,
     error_bound,
@@ -27,7 +27,7 @@ from fewstep.sampling.expressway import (
     reverse_targets,
     transport_error,
 )
-from fewstep.sampling.optimal_transport import (
+from fewstep.sampling.dpm_ot.optimal_transport import (
     Adam,
     AveragedGradient,
     BrenierPotential,
@@ -37,7 +37,7 @@ from fewstep.sampling.optimal_transport import (
     as_if_independent,
     transport,
 )
-from fewstep.sampling.runge_kutta import RK4
+from fewstep.sampling.solvers.runge_kutta import RK4
 from fewstep.schedules import EDM, FlowMatching, VPLinear
 
 

@@ -18,8 +18,8 @@ from fewstep.hub import model_statistics
 from fewstep.networks import MLP
 from fewstep.randomness import Rng
 from fewstep.sampling import DDIM, NOISE, DPMSolverPP2MTaylor, DPMSolverPP3M, Levels, UniPC, balanced, run, solve
-from fewstep.sampling.dpm_solver_v3 import DPMSolverV3, Statistics, half_way, snapped, statistics_grid
-from fewstep.sampling.model_statistics import (
+from fewstep.sampling.solvers.dpm_solver_v3 import DPMSolverV3, Statistics, half_way, snapped, statistics_grid
+from fewstep.sampling.solvers.model_statistics import (
     by_differences,
     diagonal,
     estimate,

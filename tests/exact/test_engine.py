@@ -34,7 +34,7 @@ from fewstep.sampling import (
     solve,
 )
 from fewstep.sampling.engine import Solver
-from fewstep.sampling.runge_kutta import HEUN2, Tableau
+from fewstep.sampling.solvers.runge_kutta import HEUN2, Tableau
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, VPLinear
 
 WORLD = three_modes()

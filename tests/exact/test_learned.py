@@ -17,7 +17,7 @@ from fewstep.sampling import LearnedSolver, Levels, balanced, folded, solve
 from fewstep.sampling.learned import schedule_id
 from fewstep.sampling.learning import Task, learn, learning, moved, normal_equations, sensitivities
 from fewstep.sampling.named import SOLVERS, named_solver, named_times
-from fewstep.sampling.tuning import Reference, Setting, shortlist, tune
+from fewstep.sampling.search import Reference, Setting, shortlist, tune
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear
 
 FAMILIES = {

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.denoisers import EDMPrediction, NetworkDenoiser, TrigPrediction
-from fewstep.distill.denoising import Denoising
-from fewstep.distill.lowdiff import LowDiff, condition, stage_loss
-from fewstep.distill.method import Batch, Progress
 from fewstep.exact import ConditionalGaussian, Gaussian
 from fewstep.hub import native
+from fewstep.methods.method import Batch, Progress
+from fewstep.methods.teachers.denoising import Denoising
+from fewstep.methods.teachers.lowdiff import LowDiff, condition, stage_loss
 from fewstep.networks import CascadeUNet, UNet
 from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling import sample

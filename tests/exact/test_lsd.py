@@ -25,7 +25,10 @@ from fewstep.discrete.exact import (
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.noise import Cosine, Geometric
 from fewstep.discrete.samplers import Euler, Plan, Tweedie, step_laws
-from fewstep.distill.lsd import (
+from fewstep.exact import Gaussian
+from fewstep.hub.sampler_plans import load_plans, save_plans
+from fewstep.methods.method import Batch, Progress
+from fewstep.methods.samplers.lsd import (
     LSD,
     Draws,
     LSDPlus,
@@ -38,9 +41,6 @@ from fewstep.distill.lsd import (
     relaxed,
     teacher_interval,
 )
-from fewstep.distill.method import Batch, Progress
-from fewstep.exact import Gaussian
-from fewstep.hub.sampler_plans import load_plans, save_plans
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget

@@ -22,8 +22,8 @@ from fewstep.sampling import (
     sample,
 )
 from fewstep.sampling.named import named_grid, named_solver
-from fewstep.sampling.runge_kutta import EULER, HEUN2
 from fewstep.sampling.self_conditioning import SelfConditioning
+from fewstep.sampling.solvers.runge_kutta import EULER, HEUN2
 from fewstep.schedules import TrigFlow, VPLinear
 
 

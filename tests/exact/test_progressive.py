@@ -9,16 +9,16 @@ import torch
 
 from fewstep import grids
 from fewstep.denoisers import Denoiser
-from fewstep.distill.flow_map.progressive import (
+from fewstep.exact import Gaussian, three_modes
+from fewstep.flow_maps import Jump, ddim_move
+from fewstep.methods.flow_maps.progressive import (
     ProgressiveDistillation,
     ProgressiveLadder,
     two_step_target,
     weight,
 )
-from fewstep.distill.method import Batch, Networks, Progress
-from fewstep.distill.teacher_steps import ddim_step
-from fewstep.exact import Gaussian, three_modes
-from fewstep.flow_maps import Jump, ddim_move
+from fewstep.methods.method import Batch, Networks, Progress
+from fewstep.methods.parts.teacher_steps import ddim_step
 from fewstep.randomness import Rng
 from fewstep.schedules import FlowMatching, TrigFlow, VPCosine
 

@@ -7,11 +7,11 @@ import torch
 
 from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser
-from fewstep.distill.flow_map.rectified_flow import STRAIGHT, InstaFlow, Reflow, ReflowDistillation, straight_pair
-from fewstep.distill.method import Batch, Networks, Progress
-from fewstep.distill.pairs import make_pairs, solve_heun
 from fewstep.exact import Gaussian, GaussianMixture
 from fewstep.flow_maps import Jump
+from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, InstaFlow, Reflow, ReflowDistillation, straight_pair
+from fewstep.methods.method import Batch, Networks, Progress
+from fewstep.methods.parts.pairs import make_pairs, solve_heun
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan, rollout
 from fewstep.schedules import EDM, FlowMatching, TrigFlow

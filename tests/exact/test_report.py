@@ -24,13 +24,13 @@ from fewstep.cli import methods
 from fewstep.cli.flags import given
 from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser
-from fewstep.distill.consistency.cm import ConsistencyDistillation
-from fewstep.distill.flow_map.progressive import ProgressiveLadder
-from fewstep.distill.matching.dmd2 import DMD2
-from fewstep.distill.method import Recipe
 from fewstep.exact import Gaussian
 from fewstep.flow_maps import Jump
 from fewstep.hub import native
+from fewstep.methods.consistency.cm import ConsistencyDistillation
+from fewstep.methods.flow_maps.progressive import ProgressiveLadder
+from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.method import Recipe
 from fewstep.metrics import Estimate, Pixels
 from fewstep.report import Comparison, compare_models, page, plots, read_run, report_runs, words
 from fewstep.report.collect import common

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from fewstep.denoisers import Denoiser, NetworkDenoiser, TrigPrediction
-from fewstep.distill.consistency.scm import (
+from fewstep.exact import Gaussian
+from fewstep.methods.consistency.scm import (
     ContinuousConsistencyDistillation,
     ContinuousConsistencyTraining,
     consistency_tangent,
     normalise,
 )
-from fewstep.distill.method import Batch, Networks, Progress
-from fewstep.exact import Gaussian
+from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.networks import MLP, UNet
 from fewstep.networks.parts import Dropout
 from fewstep.randomness import Rng

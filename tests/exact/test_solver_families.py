@@ -43,8 +43,8 @@ from fewstep.sampling import (
     run,
     solve,
 )
-from fewstep.sampling.dpm_solver import ancestral
-from fewstep.sampling.runge_kutta import HEUN2
+from fewstep.sampling.solvers.dpm_solver import ancestral
+from fewstep.sampling.solvers.runge_kutta import HEUN2
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, VPLinear
 
 

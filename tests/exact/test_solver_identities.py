@@ -33,8 +33,8 @@ from fewstep.sampling import (
     solve,
 )
 from fewstep.sampling.coefficients import DATA, NOISE, chi, psi, vandermonde
-from fewstep.sampling.runge_kutta import EULER, HEUN2
-from fewstep.sampling.stochastic import NO_CHURN
+from fewstep.sampling.solvers.runge_kutta import EULER, HEUN2
+from fewstep.sampling.solvers.stochastic import NO_CHURN
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear
 
 FAMILIES = {

@@ -38,7 +38,7 @@ from fewstep.sampling import (
     UniPC,
     solve,
 )
-from fewstep.sampling.runge_kutta import EULER, HEUN2, HEUN3, HOUWEN3, KUTTA3, MIDPOINT, RALSTON3, RK4, SSP3
+from fewstep.sampling.solvers.runge_kutta import EULER, HEUN2, HEUN3, HOUWEN3, KUTTA3, MIDPOINT, RALSTON3, RK4, SSP3
 from fewstep.schedules import EDM
 
 WORLD = three_modes()  # VP linear, 1 .. 0.01

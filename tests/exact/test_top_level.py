@@ -16,7 +16,7 @@ from fewstep.schedules import TrigFlow
 
 def test_distill_is_a_function_whatever_was_imported() -> None:
     """``fs.distill`` trains after its sub-package was imported too, which stays importable under its own name."""
-    module = importlib.import_module("fewstep.distill.method")
+    module = importlib.import_module("fewstep.methods.method")
     assert fs.distill.method is module  # type: ignore[attr-defined]
     teacher = NetworkDenoiser(MLP((2,), 8, 1), TrigFlow(), TrigPrediction(), (2,))
     data = Dataset("points", torch.zeros(8, 2))

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser
-from fewstep.distill.consistency.cm import ConsistencyDistillation
-from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation
-from fewstep.distill.denoising import Denoising
-from fewstep.distill.flow_map.progressive import ProgressiveDistillation
-from fewstep.distill.flow_map.rectified_flow import InstaFlow, Reflow, ReflowDistillation
-from fewstep.distill.matching.dmd2 import DMD2
-from fewstep.distill.method import Batch, Method, Networks, Optimiser, Progress, Update, copy_of
-from fewstep.hub.native import save_tensors
+from fewstep.files import save_tensors
+from fewstep.methods.consistency.cm import ConsistencyDistillation
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
+from fewstep.methods.flow_maps.rectified_flow import InstaFlow, Reflow, ReflowDistillation
+from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Progress, Update, copy_of
+from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet
 from fewstep.schedules import EDM
 from fewstep.training import precision

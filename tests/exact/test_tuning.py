@@ -7,7 +7,7 @@ import fewstep as fs
 from fewstep.exact import three_modes
 from fewstep.sampling import Levels
 from fewstep.sampling.named import named_solver, named_times
-from fewstep.sampling.tuning import (
+from fewstep.sampling.search import (
     Setting,
     candidates,
     noise_for,

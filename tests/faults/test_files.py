@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from fewstep.files import (
+from fewstep.schemas import (
     MAX_BYTES,
     MAX_DEPTH,
     Choice,

@@ -27,7 +27,6 @@ from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan as DiscretePlan
 from fewstep.exact import three_modes
-from fewstep.files import Place
 from fewstep.flow_maps import EDMConsistency, Jump
 from fewstep.hub import native
 from fewstep.hub.diffusers import load_model, load_pipeline
@@ -40,6 +39,7 @@ from fewstep.networks import MLP
 from fewstep.networks.transformer import Transformer
 from fewstep.sampling import Plan, Student
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear
+from fewstep.schemas import Place
 from fewstep.training import snapshots
 
 diffusers = pytest.importorskip("diffusers")

@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep import files as writer
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import EDMPrediction, NetworkDenoiser
-from fewstep.distill.matching.dmd2 import DMD2
+from fewstep.files import save_tensors, write_atomically
 from fewstep.hub import native
+from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.networks import MLP
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
@@ -32,7 +34,7 @@ METHOD = DMD2(critic_steps=3, gan_weight=0.1, lr=1e-3, critic_lr=1e-3)  # three 
 
 #: Children start from a server that has imported everything once.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "fewstep.training.trainer", "fewstep.distill.matching.dmd2"])
+CONTEXT.set_forkserver_preload(["pytest", "fewstep.training.trainer", "fewstep.methods.matching.dmd2"])
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def die() -> None:
 
 def half_written() -> None:
     """The sixth tensor file is cut in the middle by the kill."""
-    real, calls = native.save_file, [0]
+    real, calls = writer.save_file, [0]
 
     def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
         calls[0] += 1
@@ -152,7 +154,7 @@ def half_written() -> None:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
-    native.save_file = save
+    writer.save_file = save
 
 
 def before_rename() -> None:
@@ -251,8 +253,8 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     for name in [*names, *kept]:
         (tmp_path / name).mkdir()
         (tmp_path / name / ".tmpA").touch()
-    native.save_tensors(path, {"x": torch.zeros(1)})
+    save_tensors(path, {"x": torch.zeros(1)})
     assert {p.name for p in tmp_path.iterdir()} == {path.name, *kept}
-    native.write_atomically(path, b"new")
+    write_atomically(path, b"new")
     assert {p.name for p in tmp_path.iterdir()} == {path.name, *kept}
     assert path.read_bytes() == b"new"

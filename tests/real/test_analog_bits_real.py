@@ -13,8 +13,8 @@ from fewstep.denoisers import X0, NetworkDenoiser
 from fewstep.discrete.bits import COSINE, Unsigned
 from fewstep.discrete.captions import WORDS, Captioner, Captions, Lookup
 from fewstep.discrete.levels import histogram_distance, invalid_fraction, to_levels, to_pictures
-from fewstep.distill.analog_bits import AnalogBits
 from fewstep.grids import to_data, uniform
+from fewstep.methods.teachers.analog_bits import AnalogBits
 from fewstep.metrics import accuracy, load_features
 from fewstep.networks import MLP
 from fewstep.randomness import Rng

@@ -15,7 +15,7 @@ from fewstep.denoisers import (
     NetworkDenoiser,
     TrigPrediction,
 )
-from fewstep.distill.denoising import Denoising
+from fewstep.methods.teachers.denoising import Denoising
 from fewstep.metrics import frechet_distance, load_features, precision_recall
 from fewstep.networks import MLP
 from fewstep.sampling import sample

@@ -17,8 +17,8 @@ from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.levels import to_levels
 from fewstep.discrete.noise import Cosine
 from fewstep.discrete.samplers import Euler, Plan, Stepper, Tempered, Tweedie, gillespie, poisson, sample
-from fewstep.distill.discrete_denoising import DiscreteDenoising
-from fewstep.distill.lsd import LSD, LSDPlus, least_squares
+from fewstep.methods.samplers.lsd import LSD, LSDPlus, least_squares
+from fewstep.methods.teachers.discrete_denoising import DiscreteDenoising
 from fewstep.metrics.tokens import NGram, token_quality
 from fewstep.networks.transformer import Transformer
 from fewstep.randomness import Rng

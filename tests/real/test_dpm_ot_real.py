@@ -18,8 +18,8 @@ from fewstep.metrics import Evaluator, load_features, memorisation
 from fewstep.metrics.mode_mixture import mode_mixture
 from fewstep.randomness import Rng
 from fewstep.sampling import sample
-from fewstep.sampling.expressway import Expressway, express, noisy_targets, transport_error
-from fewstep.sampling.optimal_transport import AveragedGradient, transport
+from fewstep.sampling.dpm_ot.expressway import Expressway, express, noisy_targets, transport_error
+from fewstep.sampling.dpm_ot.optimal_transport import AveragedGradient, transport
 
 N = 500
 NO_CLASS = torch.full((N,), -1)

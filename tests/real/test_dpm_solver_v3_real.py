@@ -9,8 +9,8 @@ from fewstep.data import load as load_data
 from fewstep.denoisers import Guided
 from fewstep.randomness import Rng
 from fewstep.sampling import DPMSolverPP2M, UniPC, sample
-from fewstep.sampling.dpm_solver_v3 import DPMSolverV3, statistics_grid
-from fewstep.sampling.model_statistics import estimate
+from fewstep.sampling.solvers.dpm_solver_v3 import DPMSolverV3, statistics_grid
+from fewstep.sampling.solvers.model_statistics import estimate
 
 
 def test_closer_to_the_exact_solution_than_other_solvers() -> None:

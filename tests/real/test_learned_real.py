@@ -6,7 +6,7 @@ import fewstep as fs
 from fewstep.sampling import Levels, folded
 from fewstep.sampling.learning import Task, learn
 from fewstep.sampling.sample import laid_out
-from fewstep.sampling.tuning import measured, noise_for, reference
+from fewstep.sampling.search import measured, noise_for, reference
 
 
 @pytest.fixture(scope="module")

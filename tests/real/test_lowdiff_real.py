@@ -12,8 +12,8 @@ import torch
 
 from fewstep.data import load as load_data
 from fewstep.denoisers import EDMPrediction, NetworkDenoiser
-from fewstep.distill.denoising import Denoising
-from fewstep.distill.lowdiff import LowDiff
+from fewstep.methods.teachers.denoising import Denoising
+from fewstep.methods.teachers.lowdiff import LowDiff
 from fewstep.metrics import Evaluator, load_features
 from fewstep.networks import CascadeUNet, UNet
 from fewstep.sampling import sample

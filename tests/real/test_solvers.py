@@ -6,7 +6,7 @@ import torch
 import fewstep as fs
 from fewstep.metrics import load_features
 from fewstep.metrics.classes import accuracy
-from fewstep.sampling.tuning import Setting, noise_for, reference, solver_for, tried
+from fewstep.sampling.search import Setting, noise_for, reference, solver_for, tried
 from fewstep.schedules import VPLinear
 
 

@@ -11,11 +11,11 @@ import torch
 
 from fewstep import api
 from fewstep.data import load as load_data
-from fewstep.distill.consistency.cm import ConsistencyDistillation, ConsistencyTraining
-from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation
-from fewstep.distill.flow_map.progressive import ProgressiveLadder
-from fewstep.distill.flow_map.rectified_flow import InstaFlow
-from fewstep.distill.matching.dmd2 import DMD2
+from fewstep.methods.consistency.cm import ConsistencyDistillation, ConsistencyTraining
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.methods.flow_maps.progressive import ProgressiveLadder
+from fewstep.methods.flow_maps.rectified_flow import InstaFlow
+from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.metrics import Evaluator, load_features
 from fewstep.sampling import sample
 from fewstep.sampling.rollout import Student

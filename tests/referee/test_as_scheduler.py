@@ -39,7 +39,7 @@ from fewstep.sampling import (  # noqa: E402
 )
 from fewstep.sampling.coefficients import Levels  # noqa: E402
 from fewstep.sampling.hooks import Hooks  # noqa: E402
-from fewstep.sampling.runge_kutta import HEUN2  # noqa: E402
+from fewstep.sampling.solvers.runge_kutta import HEUN2  # noqa: E402
 from fewstep.schedules import FlowMatching, Schedule  # noqa: E402
 
 EXACT = 1e-5  # the network's time input is float32 in pipelines, and so are its weights here
@@ -511,7 +511,7 @@ def test_given_times_are_obeyed() -> None:
 def every_solver() -> dict[str, Any]:
     from fewstep.sampling import DPMSolverPP2M, UniPC
     from fewstep.sampling.coefficients import NOISE
-    from fewstep.sampling.dualfast import DualFast
+    from fewstep.sampling.solvers.dualfast import DualFast
 
     return {
         **{name: name for name in SOLVERS},

@@ -27,12 +27,12 @@ import tiny_pipelines as tiny  # noqa: E402
 from tiny_pipelines import clip_text, kandinsky, latent_diffusion  # noqa: E402
 
 from fewstep.denoisers import Clipped, Denoiser, EDMPrediction, Guided, NetworkDenoiser, TrigPrediction  # noqa: E402
-from fewstep.distill.consistency.cm import ConsistencyDistillation  # noqa: E402
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump  # noqa: E402
 from fewstep.hub.adapters import TextAdapter  # noqa: E402
 from fewstep.hub.diffusers import Exported, export, export_with_code, from_pipeline, load_pipeline, wrap  # noqa: E402
 from fewstep.hub.source import standalone  # noqa: E402
 from fewstep.hub.tables import network_of, plan_table, scheduler_table  # noqa: E402
+from fewstep.methods.consistency.cm import ConsistencyDistillation  # noqa: E402
 from fewstep.networks import MLP, UNet  # noqa: E402
 from fewstep.randomness import Rng, derive_seed  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402

@@ -17,10 +17,10 @@ pytest.importorskip("peft")
 from tiny_pipelines import autoencoder, ddim, dit, flux, kandinsky, sana, sd3, unet2d  # noqa: E402
 
 from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser  # noqa: E402
-from fewstep.distill.method import Networks, Optimiser, copy_of  # noqa: E402
 from fewstep.flow_maps import Jump  # noqa: E402
 from fewstep.hub import lora  # noqa: E402
 from fewstep.hub.diffusers import export, from_pipeline, load_pipeline  # noqa: E402
+from fewstep.methods.method import Networks, Optimiser, copy_of  # noqa: E402
 from fewstep.networks import MLP  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
 from fewstep.schedules import EDM  # noqa: E402

@@ -20,7 +20,7 @@ from fewstep.hub.drop_in import read, written  # noqa: E402
 from fewstep.hub.settings import save_settings  # noqa: E402
 from fewstep.sampling import LearnedSolver, Levels, balanced, folded, run  # noqa: E402
 from fewstep.sampling.named import named_solver  # noqa: E402
-from fewstep.sampling.tuning import Setting  # noqa: E402
+from fewstep.sampling.search import Setting  # noqa: E402
 from fewstep.schedules import EDM, Schedule  # noqa: E402
 
 

@@ -46,7 +46,7 @@ from fewstep.sampling import (
     UniPC,
     solve,
 )
-from fewstep.sampling.runge_kutta import EULER, HEUN2
+from fewstep.sampling.solvers.runge_kutta import EULER, HEUN2
 from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow
 
 #: Any variance-preserving schedule that reaches sigma = 0: alpha = cos t, sigma = sin t.

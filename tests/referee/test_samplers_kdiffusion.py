@@ -31,7 +31,7 @@ from fewstep.sampling import (
     solve,
 )
 from fewstep.sampling.named import named_solver
-from fewstep.sampling.runge_kutta import EULER, HEUN2, MIDPOINT
+from fewstep.sampling.solvers.runge_kutta import EULER, HEUN2, MIDPOINT
 from fewstep.schedules import EDM
 
 SCHEDULE = EDM(t_max=120.0)  # room above the first level for churn

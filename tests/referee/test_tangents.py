@@ -15,8 +15,8 @@ diffusers = pytest.importorskip("diffusers")
 import fewstep as fs  # noqa: E402
 from fewstep.data import Dataset  # noqa: E402
 from fewstep.denoisers import NetworkDenoiser  # noqa: E402
-from fewstep.distill.consistency.scm import ContinuousConsistencyDistillation  # noqa: E402
 from fewstep.hub.diffusers import wrap  # noqa: E402
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation  # noqa: E402
 from fewstep.tangents import finite_difference, tangent  # noqa: E402
 from fewstep.training import precision, trainer  # noqa: E402
 

@@ -61,7 +61,7 @@ class Row:
 def run(chosen: argparse.Namespace) -> None:
     from fewstep.cli.models import named_model
     from fewstep.cli.terminal import console
-    from fewstep.hub.native import write_atomically
+    from fewstep.files import write_atomically
     from fewstep.report import machine
     from fewstep.sampling.named import ALL_SOLVERS
 

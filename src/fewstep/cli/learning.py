@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fewstep.denoisers import Denoiser
     from fewstep.sampling.learned import LearnedSolver
     from fewstep.sampling.learning import Iterate
-    from fewstep.sampling.tuning import Reference, Setting, Trial
+    from fewstep.sampling.search import Reference, Setting, Trial
     from fewstep.schedules import Schedule
 
 ITERATIONS = 8
@@ -88,7 +88,7 @@ def learn(
 
 def print_errors(model: Denoiser, fresh: Reference, best: Setting, start: Setting, solver: LearnedSolver) -> None:
     """The best hand-made setting and the learned solver, on noise that neither was chosen on."""
-    from fewstep.sampling.tuning import measured
+    from fewstep.sampling.search import measured
 
     learned = {"solver": solver, "threshold": start.threshold}
     for name, options in ((str(best), best.options()), ("learned", learned)):

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.flags import Parameter, from_json, of_dataclass, plain
-from fewstep.distill import RECIPES, recipe_class
+from fewstep.methods import RECIPES, recipe_class
 
 if TYPE_CHECKING:
-    from fewstep.distill.method import Recipe
+    from fewstep.methods.method import Recipe
 
 
 def summaries() -> dict[str, str]:

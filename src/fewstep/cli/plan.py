@@ -16,7 +16,7 @@ from fewstep.cli.runs import check_fit
 from fewstep.cli.terminal import console
 from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser
-from fewstep.distill.method import Method, Networks, Recipe
+from fewstep.methods.method import Method, Networks, Recipe
 from fewstep.randomness import Rng
 from fewstep.training.parallel import Parallel
 from fewstep.training.trainer import Run, Settings

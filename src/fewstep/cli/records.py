@@ -20,8 +20,8 @@ import fewstep
 from fewstep.cli.flags import as_words
 from fewstep.cli.settings import FREE, SETTINGS
 from fewstep.data import Dataset
-from fewstep.files import Choice, Place, check, read_json
 from fewstep.hub import native
+from fewstep.schemas import Choice, Place, check, read_json
 from fewstep.training.budget import Budget
 
 FORMAT = 1

@@ -26,10 +26,11 @@ from fewstep.cli.records import NAME, Record
 from fewstep.cli.settings import FREE, SETTINGS
 from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser, NetworkDenoiser
-from fewstep.distill.method import Recipe
-from fewstep.files import read_records
+from fewstep.files import write_atomically
 from fewstep.hub import native
-from fewstep.sampling.tuning import half_level
+from fewstep.methods.method import Recipe
+from fewstep.sampling.search import half_level
+from fewstep.schemas import read_records
 from fewstep.training.budget import Budget
 from fewstep.training.ema import Power
 from fewstep.training.precision import resolve
@@ -130,7 +131,7 @@ def enter(out: Path, record: Record) -> Record:
         return record
     if record.settings["precision"] == "auto":
         record = with_precision(record, resolve("auto", device_of(record.settings["device"])))
-    native.write_atomically(path, record.to_json().encode())
+    write_atomically(path, record.to_json().encode())
     return record
 
 
@@ -196,7 +197,7 @@ def join_logs(out: Path) -> None:
             lines.append(json.dumps({**entry, **counted, "stage": stage}))
         if written:
             before = {name: before[name] + written[-1][name] for name in before}
-    native.write_atomically(out / "log.jsonl", ("\n".join(lines) + "\n").encode())
+    write_atomically(out / "log.jsonl", ("\n".join(lines) + "\n").encode())
 
 
 def reopened(path: Path, command: str, chosen: argparse.Namespace) -> Record:

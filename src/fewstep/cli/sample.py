@@ -216,7 +216,7 @@ def with_statistics(model: Denoiser, chosen: argparse.Namespace) -> Solver:
     """DPM-Solver-v3 with the statistics of ``--statistics``, which must be those of this model under this guidance."""
     from fewstep.denoisers import Guided
     from fewstep.hub import model_statistics
-    from fewstep.sampling.dpm_solver_v3 import DPMSolverV3
+    from fewstep.sampling.solvers.dpm_solver_v3 import DPMSolverV3
 
     if chosen.solver is not None:
         raise UserError("--statistics FILE samples with DPM-Solver-v3: leave out --solver")
@@ -359,7 +359,7 @@ def prompted(chosen: argparse.Namespace, net: Adapter | None) -> dict[str, Tenso
 
 def from_file(chosen: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """``--cond``: the conditions in the file, and the negative ones, one row a sample."""
-    from fewstep.hub.native import load_tensors
+    from fewstep.files import load_tensors
 
     given: dict[str, Tensor] = {}
     negative: dict[str, Tensor] = {}
@@ -397,7 +397,7 @@ def write(out: Path, x: Tensor, columns: int) -> None:
     """A PNG grid, or the numbers."""
     import numpy as np
 
-    from fewstep.hub.native import write_atomically
+    from fewstep.files import write_atomically
     from fewstep.report.pictures import sheet
 
     if out.suffix == ".png":

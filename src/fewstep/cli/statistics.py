@@ -60,8 +60,8 @@ def run(chosen: argparse.Namespace) -> None:
     from fewstep.hub.model_statistics import save
     from fewstep.randomness import Rng
     from fewstep.sampling import Student
-    from fewstep.sampling.dpm_solver_v3 import statistics_grid
-    from fewstep.sampling.model_statistics import by_differences, estimate
+    from fewstep.sampling.solvers.dpm_solver_v3 import statistics_grid
+    from fewstep.sampling.solvers.model_statistics import by_differences, estimate
     from fewstep.tangents import tangent
 
     found = named_model(chosen.model)

@@ -24,7 +24,7 @@ from fewstep.cli.errors import UserError
 
 if TYPE_CHECKING:
     from fewstep.denoisers import Denoiser
-    from fewstep.sampling.tuning import Reference, Setting, Trial
+    from fewstep.sampling.search import Reference, Setting, Trial
 
 SHOWN = 8
 
@@ -56,9 +56,9 @@ def run(chosen: argparse.Namespace) -> None:
     from fewstep.cli.models import named_model
     from fewstep.cli.runs import device_of
     from fewstep.cli.terminal import progress
-    from fewstep.hub.native import write_atomically
+    from fewstep.files import write_atomically
     from fewstep.hub.settings import save_settings
-    from fewstep.sampling import Student, tuning
+    from fewstep.sampling import Student, search
 
     for flag, least in (("calls", 1), ("n", 2), ("reference", 20)):
         if getattr(chosen, flag) is not None and getattr(chosen, flag) < least:
@@ -77,9 +77,9 @@ def run(chosen: argparse.Namespace) -> None:
     target = reference(chosen, model, chosen.n, chosen.seed)
     seconds_a_call = (time.monotonic() - began) / (chosen.n * reference_calls(chosen))
     with progress(f"{len(settings)} settings") as show:
-        best_few = tuning.shortlist(model, settings, target, progress=lambda done, total: show(0.7 * done / total, ""))
-        trials = tuning.tune(model, best_few, target, lambda done, total: show(0.7 + 0.3 * done / total, ""))
-    usual, spread = tuning.measured(model, {"steps": chosen.calls}, target)
+        best_few = search.shortlist(model, settings, target, progress=lambda done, total: show(0.7 * done / total, ""))
+        trials = search.tune(model, best_few, target, lambda done, total: show(0.7 + 0.3 * done / total, ""))
+    usual, spread = search.measured(model, {"steps": chosen.calls}, target)
     best = trials[0]
     about = described(chosen, best, usual)
     files = [out, out.with_suffix(".png")]
@@ -116,25 +116,25 @@ def reference_calls(chosen: argparse.Namespace) -> int:
 def reference(chosen: argparse.Namespace, model: Denoiser, n: int, seed: int) -> Reference:
     """``n`` starting points of a seed and where they end."""
     from fewstep.cli.sample import conditions
-    from fewstep.sampling import tuning
+    from fewstep.sampling import search
 
     asked = argparse.Namespace(**{**vars(chosen), "n": n, "cond": None, "guide": None})
     cond, _ = conditions(asked, model)
-    return tuning.reference(model, tuning.noise_for(model, n, seed), cond, chosen.guidance, reference_calls(chosen))
+    return search.reference(model, search.noise_for(model, n, seed), cond, chosen.guidance, reference_calls(chosen))
 
 
 def searched(chosen: argparse.Namespace, schedule: Any) -> list[Setting]:
     """The settings to try; :class:`UserError` for a name that is not known, or when none fits the budget."""
-    from fewstep.sampling import tuning
+    from fewstep.sampling import search
     from fewstep.sampling.named import named_grid, named_solver
 
     for name in chosen.solvers or ():
         named_solver(name)
     for name in chosen.grids or ():
         named_grid(name)
-    settings = tuning.candidates(
+    settings = search.candidates(
         chosen.calls, schedule, (None, "static", "dynamic") if chosen.threshold else (None,),
-        chosen.solvers or tuning.SEARCHED_SOLVERS, chosen.grids or tuning.SEARCHED_GRIDS,
+        chosen.solvers or search.SEARCHED_SOLVERS, chosen.grids or search.SEARCHED_GRIDS,
     )  # fmt: skip
     if not settings:
         raise UserError(f"--calls {chosen.calls}: none of the solvers fits into so few calls on these grids")

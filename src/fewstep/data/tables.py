@@ -18,7 +18,7 @@ import numpy as np
 from fewstep.data.dataset import Dataset
 from fewstep.data.labels import as_labels
 from fewstep.data.pictures import PARTS, decode, stack
-from fewstep.files import Maybe, Place, check, parse_json, read_json
+from fewstep.schemas import Maybe, Place, check, parse_json, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -6,8 +6,9 @@ of a step, scaled by the coefficient ``Phi`` of that step::
 
     p = onehot(x) + Phi jumps - (what leaves x)
 
-A :class:`Plan` holds the times and the coefficients, 1 unless somebody learned them (:mod:`fewstep.distill.lsd`), so
-that a learned sampler is the same code.  :func:`poisson` and :func:`gillespie` sample in their own ways.
+A :class:`Plan` holds the times and the coefficients, 1 unless somebody learned them
+(:mod:`fewstep.methods.samplers.lsd`), so that a learned sampler is the same code.  :func:`poisson` and
+:func:`gillespie` sample in their own ways.
 """
 
 from __future__ import annotations

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond
-from fewstep.files import Place, check
 from fewstep.hub.autoencoders import autoencoder_name, latent_channels, pixels_per_latent, step_of_sides
 from fewstep.hub.folders import check_config
 from fewstep.hub.requires import require
+from fewstep.schemas import Place, check
 
 #: What pipelines put beside the noisy channels of their network's input: the condition ``concat``, in its order.
 BESIDE = {

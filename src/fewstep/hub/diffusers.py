@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from fewstep import grids
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser
-from fewstep.files import Place, blaming, check, read_json
+from fewstep.files import headers
 from fewstep.hub import autoencoders
 from fewstep.hub.adapters import BESIDE, Adapter, Origin, TextAdapter, adapt, adapter_class
 from fewstep.hub.exporting import Exported, export, export_with_code
 from fewstep.hub.folders import check_component, check_pipeline, offline
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import Reading, read_scheduler
-from fewstep.hub.weights import headers, no_larger_than
+from fewstep.hub.weights import no_larger_than
 from fewstep.randomness import Rng
 from fewstep.schedules import DiscreteVP, FlowMatching
+from fewstep.schemas import Place, blaming, check, read_json
 
 __all__ = [
     "Exported", "LoadedPipeline", "export", "export_with_code", "from_pipeline", "load_model", "load_pipeline", "wrap"

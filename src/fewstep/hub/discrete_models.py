@@ -13,8 +13,8 @@ from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.noise import NOISES
 from fewstep.discrete.samplers import Plan
-from fewstep.files import Choice, Map, Place, Size, arguments_of, check, fields_of
 from fewstep.networks.transformer import Transformer
+from fewstep.schemas import Choice, Map, Place, Size, arguments_of, check, fields_of
 
 NETWORKS = {"transformer": Transformer}
 

@@ -30,10 +30,10 @@ from torch import nn
 
 from fewstep import grids
 from fewstep.denoisers import Denoiser, NetworkDenoiser, OnSchedule, Prediction
+from fewstep.files import part_of, save_tensors, write_atomically
 from fewstep.flow_maps import Jump
 from fewstep.hub.adapters import Adapter, DiT, TextAdapter, UNet2D
 from fewstep.hub.autoencoders import autoencoder_name, latent_units, pixels_per_latent
-from fewstep.hub.native import part_of, save_tensors, write_atomically
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import PREDICTION_TYPES
 from fewstep.hub.source import standalone

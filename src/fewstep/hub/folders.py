@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from numpy import ndarray
 
-from fewstep.files import Map, Maybe, Place, Range, check, read_json
+from fewstep.files import headers
 from fewstep.hub.requires import require
-from fewstep.hub.weights import headers
+from fewstep.schemas import Map, Maybe, Place, Range, check, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Denoiser
+from fewstep.files import load_tensors, save_tensors
 from fewstep.hub.adapters import Adapter
-from fewstep.hub.native import load_tensors, save_tensors
 from fewstep.hub.requires import require
 from fewstep.hub.tables import network_of
 from fewstep.randomness import derive_seed

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.denoisers import Denoiser, Guidance, Guided
 from fewstep.hub.statistics import digest, load_statistics, save_statistics
-from fewstep.sampling.dpm_solver_v3 import Statistics
+from fewstep.sampling.solvers.dpm_solver_v3 import Statistics
 from fewstep.schedules import described
 
 VERSION = 1

@@ -9,34 +9,28 @@ unpickled.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import glob
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fewstep import schedules
 from fewstep.denoisers import PREDICTIONS, Denoiser, NetworkDenoiser, OnSchedule, Prediction
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
-from fewstep.files import Choice, Map, Maybe, Place, Range, Size, arguments_of, blaming, check, fields_of, read_json
+from fewstep.files import Header, headers, load_tensors, save_tensors, sha256, write_atomically
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.hub import discrete_models
 from fewstep.hub.adapters import Adapter, fresh, rebuilt
 from fewstep.hub.adapters import described as described_adapter
-from fewstep.hub.weights import Header, headers, no_larger_than, opened, sha256
+from fewstep.hub.weights import no_larger_than
 from fewstep.networks import NETWORKS
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule, described
+from fewstep.schemas import Choice, Map, Maybe, Place, Range, Size, arguments_of, blaming, check, fields_of, read_json
 
 FORMAT = 1
 #: The network name of models that are diffusers' own.
@@ -75,72 +69,6 @@ MODEL = Choice("kind", {"student": _STUDENT, **_FLOW_MAPS, **_DENOISERS, **discr
 #: Where a description stands that no file holds.
 IN_MEMORY = Place("description")
 CONFIG = {"format": Literal[1], "model": dict, "sha256": Maybe(str), "card": Maybe(dict)}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, never a part."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, written atomically."""
-    with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot be written ({error})") from None
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when all goes well and is removed when not; OSError names
-    ``path``."""
-    try:
-        part = part_of(path)  # safetensors leaves files of its own beside the one that it is killed at
-        part.mkdir()
-        try:
-            yield part / path.name
-            os.replace(part / path.name, path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def part_of(path: Path) -> Path:
-    """Where this process writes what is to become ``path``, a hidden name beside it: nothing is there, and what other
-    writers of ``path`` left when they were killed is removed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        pid = left.name.removeprefix(f".{path.name}.")
-        if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
-            shutil.rmtree(left, ignore_errors=True)
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def _alive(pid: int) -> bool:
-    if os.name != "posix":  # where asking is killing
-        return True
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return True
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; ValueError naming the file when it is damaged or not safetensors."""
-    with opened(path):
-        return load_file(path)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Literal
 from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan
-from fewstep.files import Map, fields_of, read_json
+from fewstep.files import write_atomically
 from fewstep.hub.discrete_models import STEPS
-from fewstep.hub.native import write_atomically
 from fewstep.hub.statistics import digest
+from fewstep.schemas import Map, fields_of, read_json
 
 FORMAT = 1
 KIND = "discrete sampler plans"

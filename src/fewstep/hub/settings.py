@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from fewstep.files import Maybe, Size, read_json
-from fewstep.hub.native import write_atomically
+from fewstep.files import write_atomically
 from fewstep.sampling.learned import LearnedSolver
-from fewstep.sampling.tuning import Setting
+from fewstep.sampling.search import Setting
+from fewstep.schemas import Maybe, Size, read_json
 
 LEARNED = {"schedule": str, "times": tuple[float, ...], "rows": tuple[tuple[float, ...], ...]}
 #: What is read of a file.

@@ -31,12 +31,12 @@ from fewstep.denoisers import EDMPrediction, Eps
 from fewstep.hub.drop_in import DEFAULTS, ORIGINAL, OWN, plain_config, plain_grid, read, replaced, written
 from fewstep.hub.schedulers import BETA_TABLE, FLOW, read_scheduler
 from fewstep.hub.trajectory import Trajectory, independent, part, same_times, times_of
-from fewstep.sampling.abm import ABM
-from fewstep.sampling.adaptive import AdaptiveDPMSolver
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.named import named_times
-from fewstep.sampling.stochastic import DDIM
+from fewstep.sampling.solvers.abm import ABM
+from fewstep.sampling.solvers.adaptive import AdaptiveDPMSolver
+from fewstep.sampling.solvers.stochastic import DDIM
 from fewstep.schedules import DiscreteVP, FlowMatching, align
 
 #: Schedulers that keep no noise levels, only the steps of the table that they visit.

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.files import Place, check, parse_json
-from fewstep.hub.native import load_tensors, save_tensors
+from fewstep.files import load_tensors, save_tensors
+from fewstep.schemas import Place, check, parse_json
 
 KEY = "fingerprint"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from fewstep.hub.native import write_atomically
+from fewstep.files import write_atomically
 from fewstep.report.comparison import Comparison, Row
 from fewstep.report.courses import training
 from fewstep.report.figures import cost_table, quality

@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fewstep import files
-from fewstep.distill import RECIPES, recipe_class
-from fewstep.distill.method import Method
+from fewstep import schemas
 from fewstep.hub import native
+from fewstep.methods import RECIPES, recipe_class
+from fewstep.methods.method import Method
 
 RECIPE_FILE = "recipe.json"
 #: Settings that a command repeats where they are not the default.
@@ -78,7 +78,7 @@ def _words(value: Any) -> str:
 #: What is looked at in ``recipe.json``.
 NOTED = {
     "command": str, "method": str, "hyper_parameters": dict, "settings": dict,
-    "start": {"model": files.Maybe(str), ...: Any}, "data": {"source": str, ...: Any}, ...: Any,
+    "start": {"model": schemas.Maybe(str), ...: Any}, "data": {"source": str, ...: Any}, ...: Any,
 }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def read_note(folder: Path) -> Note | None:
     path = folder / RECIPE_FILE
     if not path.is_file():
         return None
-    written = files.read_json(path, NOTED)
+    written = schemas.read_json(path, NOTED)
     try:
         recipe = written["method"]
         defaults = {f.name: f.default for f in dataclasses.fields(recipe_class(recipe))}
@@ -211,4 +211,4 @@ def _read_stage(folder: Path) -> StageCourse:
 
 def read_records(path: Path) -> list[dict[str, float]]:
     """The records of a run, without lines that are cut short or damaged; none when there is no log."""
-    return files.read_records(path, {"seconds": float, ...: int | float})
+    return schemas.read_records(path, {"seconds": float, ...: int | float})

@@ -1,23 +1,8 @@
 """Few steps now: solvers as tables of coefficients, the engine that runs them, and rollouts of students."""
 
 from fewstep.grids import balanced
-from fewstep.sampling.abm import ABM
-from fewstep.sampling.adaptive import AdaptiveDPMSolver
 from fewstep.sampling.brownian import BrownianPath
 from fewstep.sampling.coefficients import DATA, NOISE, Levels
-from fewstep.sampling.deis import IPNDM, TAB, RhoAB, ScoreExponential
-from fewstep.sampling.dpm_solver import (
-    Ancestral,
-    DPMSolver1,
-    DPMSolverPP2M,
-    DPMSolverPP2MTaylor,
-    DPMSolverPP3M,
-    DPMSolverPP3MPublished,
-    DPMSolverPPSDE,
-    Fast,
-    Single,
-)
-from fewstep.sampling.dualfast import DualFast
 from fewstep.sampling.editing import (
     Colourisation,
     Edited,
@@ -32,14 +17,29 @@ from fewstep.sampling.editing import (
 from fewstep.sampling.engine import FieldRow, Row, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.learned import LearnedSolver, folded
-from fewstep.sampling.multistep import Multistep
 from fewstep.sampling.named import SOLVERS
 from fewstep.sampling.rollout import Plan, Student, greedy_times, rollout
-from fewstep.sampling.runge_kutta import NATIVE, RATIO, RungeKutta, Tableau
 from fewstep.sampling.sample import sample
-from fewstep.sampling.stochastic import DDIM, Churn, DDPMLarge
+from fewstep.sampling.solvers.abm import ABM
+from fewstep.sampling.solvers.adaptive import AdaptiveDPMSolver
+from fewstep.sampling.solvers.deis import IPNDM, TAB, RhoAB, ScoreExponential
+from fewstep.sampling.solvers.dpm_solver import (
+    Ancestral,
+    DPMSolver1,
+    DPMSolverPP2M,
+    DPMSolverPP2MTaylor,
+    DPMSolverPP3M,
+    DPMSolverPP3MPublished,
+    DPMSolverPPSDE,
+    Fast,
+    Single,
+)
+from fewstep.sampling.solvers.dualfast import DualFast
+from fewstep.sampling.solvers.multistep import Multistep
+from fewstep.sampling.solvers.runge_kutta import NATIVE, RATIO, RungeKutta, Tableau
+from fewstep.sampling.solvers.stochastic import DDIM, Churn, DDPMLarge
+from fewstep.sampling.solvers.unipc import UniPC
 from fewstep.sampling.student_samplers import STUDENT_SAMPLERS, ending_clean, sample_student, student_plan
-from fewstep.sampling.unipc import UniPC
 
 __all__ = [
     "ABM",

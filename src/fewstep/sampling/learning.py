@@ -1,6 +1,6 @@
 """Learn a solver for one model: its times and coefficients, against where the model's own fine trajectories end.
 
-The error of a sample is the root mean square of ``r = x_N - x*``, as everywhere in :mod:`fewstep.sampling.tuning`.  It
+The error of a sample is the root mean square of ``r = x_N - x*``, as everywhere in :mod:`fewstep.sampling.search`.  It
 depends on few numbers (74 at 10 calls) and through them on a long and badly conditioned chain, so the fit is
 Gauss-Newton and not stochastic gradients: one forward pass carries the derivatives of the state in every number through
 the sampler, and the damped least-squares problem (Levenberg 1944, Marquardt 1963)
@@ -32,7 +32,7 @@ from fewstep.sampling.engine import run
 from fewstep.sampling.inputs import evaluating, repeated, start_of
 from fewstep.sampling.learned import LearnedSolver
 from fewstep.sampling.sample import Threshold, steered
-from fewstep.sampling.tuning import Reference, distances, picked
+from fewstep.sampling.search import Reference, distances, picked
 from fewstep.schedules import Schedule
 
 #: Beyond, the derivatives cost more than a student would, and hand-made solvers are close to the flow.
@@ -60,7 +60,7 @@ class Task(NamedTuple):
 
     @classmethod
     def of(cls, model: Denoiser, target: Reference, threshold: Threshold | None) -> Task:
-        """From a reference as :func:`~fewstep.sampling.tuning.reference` makes it."""
+        """From a reference as :func:`~fewstep.sampling.search.reference` makes it."""
         start = start_of(model, len(target.noise), target.cond, noise=target.noise)
         denoiser = steered(model, len(target.noise), start.cond, target.guidance, threshold)
         return cls(denoiser, replace(target, noise=start.noise, cond=start.cond))

@@ -17,11 +17,12 @@ import numpy as np
 from torch import Tensor
 
 from fewstep.grids import GRIDS, AnyTimes, Grid, check_grid, check_steps, to_data
-from fewstep.sampling.abm import ABM
-from fewstep.sampling.adaptive import AdaptiveDPMSolver
 from fewstep.sampling.coefficients import DATA, NOISE, Form
-from fewstep.sampling.deis import IPNDM, TAB, RhoAB
-from fewstep.sampling.dpm_solver import (
+from fewstep.sampling.engine import Solver
+from fewstep.sampling.solvers.abm import ABM
+from fewstep.sampling.solvers.adaptive import AdaptiveDPMSolver
+from fewstep.sampling.solvers.deis import IPNDM, TAB, RhoAB
+from fewstep.sampling.solvers.dpm_solver import (
     Ancestral,
     DPMSolverPP2M,
     DPMSolverPP2MTaylor,
@@ -31,9 +32,8 @@ from fewstep.sampling.dpm_solver import (
     Fast,
     Single,
 )
-from fewstep.sampling.dualfast import DualFast
-from fewstep.sampling.engine import Solver
-from fewstep.sampling.runge_kutta import (
+from fewstep.sampling.solvers.dualfast import DualFast
+from fewstep.sampling.solvers.runge_kutta import (
     EULER,
     HEUN2,
     HEUN3,
@@ -46,8 +46,8 @@ from fewstep.sampling.runge_kutta import (
     SSP3,
     RungeKutta,
 )
-from fewstep.sampling.stochastic import DDIM, Churn, DDPMLarge
-from fewstep.sampling.unipc import UniPC
+from fewstep.sampling.solvers.stochastic import DDIM, Churn, DDPMLarge
+from fewstep.sampling.solvers.unipc import UniPC
 from fewstep.schedules import Schedule
 from fewstep.values import declared, read
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fewstep.denoisers import Clipped, Cond, Denoiser, DynamicThreshold, Guided, NetworkDenoiser
-from fewstep.sampling.abm import ABM
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.hooks import NO_HOOKS
 from fewstep.sampling.inputs import Generators, Numbers, evaluating, guidance_of, start_of
 from fewstep.sampling.named import AnyGrid, named_solver, named_times
 from fewstep.sampling.self_conditioning import SelfConditioning
+from fewstep.sampling.solvers.abm import ABM
 from fewstep.schedules import align
 
 Threshold = Literal["static", "dynamic"]

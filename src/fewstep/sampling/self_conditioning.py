@@ -28,7 +28,7 @@ from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver, Step, Table, solve
 from fewstep.sampling.hooks import NO_HOOKS, Hooks
-from fewstep.sampling.stochastic import DDIM
+from fewstep.sampling.solvers.stochastic import DDIM
 from fewstep.schedules import Schedule
 
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewstep.files import Count, Map, Place, check, parse_json
-from fewstep.hub.native import save_tensors
+from fewstep.files import save_tensors
+from fewstep.schemas import Count, Map, Place, check, parse_json
 
 #: What the trainer counts.
 COUNTERS = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fewstep.files import locked
 
 
 @contextmanager
@@ -34,12 +35,9 @@ def stop_on_signals() -> Iterator[list[int]]:
 def only_run_in(folder: Path) -> Iterator[None]:
     """Hold the folder's lock and clear what a killed run was writing; ValueError when another run has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            message = f"{folder}: another run is training in this folder; wait for it or choose another"
-            raise ValueError(message) from None
+    with locked(
+        folder / "run.lock", f"{folder}: another run is training in this folder; wait for it or choose another"
+    ):
         for pattern in (".*.safetensors.*", ".*.json*.*"):
             for unfinished in list(folder.rglob(pattern)):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fewstep.distill.method import Networks, Optimiser, Progress
+from fewstep.methods.method import Networks, Optimiser, Progress
 
 
 def make_optimiser(spec: Optimiser, nets: Networks, group: str) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewstep.distill.method import Networks
+from fewstep.methods.method import Networks
 from fewstep.training.checkpoint import Checkpoint, OneFile
 
 

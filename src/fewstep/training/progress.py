@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from fewstep.files import Count, read_records
-from fewstep.hub.native import write_atomically
+from fewstep.files import write_atomically
+from fewstep.schemas import Count, read_records
 
 #: A line of ``log.jsonl``, whatever else it tells.
 LOGGED = {"step": Count, "images": Count, "seconds": float, ...: Any}

@@ -33,9 +33,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from fewstep.denoisers import NetworkDenoiser
-from fewstep.distill.method import Networks
-from fewstep.files import read_json
-from fewstep.hub.native import write_atomically
+from fewstep.files import write_atomically
+from fewstep.methods.method import Networks
+from fewstep.schemas import read_json
 from fewstep.training.checkpoint import Checkpoint, checked_counters
 from fewstep.training.parallel import Parallel
 

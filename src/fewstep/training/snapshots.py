@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewstep.files import Count, Place, check, parse_json
-from fewstep.hub.native import save_tensors
+from fewstep.files import save_tensors
+from fewstep.schemas import Count, Place, check, parse_json
 from fewstep.training.ema import reconstruct
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)

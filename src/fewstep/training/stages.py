@@ -14,9 +14,10 @@ import torch
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import Denoiser
 from fewstep.discrete.learned import LearnedSampler
-from fewstep.distill.method import Method, Recipe
+from fewstep.files import load_tensors, save_tensors
 from fewstep.flow_maps import EDMConsistency, Jump
 from fewstep.hub import native
+from fewstep.methods.method import Method, Recipe
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
 from fewstep.training.parallel import Parallel
@@ -89,7 +90,7 @@ def prepared(
     """The stage's training data; a pair store is kept in the run folder (by the process with ``keep``) and read back on
     resume."""
     if store is not None and store.exists():
-        saved = native.load_tensors(store)
+        saved = load_tensors(store)
         return Dataset("pairs", saved["x"], saved.get("labels"), noise=saved["noise"])
     bar = Bar(f"{stage.name}: pairs", show)
     with torch.no_grad():
@@ -97,5 +98,5 @@ def prepared(
     bar.close()
     if store is not None and keep and made.noise is not None:
         tensors = {"x": made.x, "noise": made.noise}
-        native.save_tensors(store, tensors if made.labels is None else tensors | {"labels": made.labels})
+        save_tensors(store, tensors if made.labels is None else tensors | {"labels": made.labels})
     return made

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fewstep.data.dataset import Dataset, epoch_indices
 from fewstep.denoisers import Denoiser
-from fewstep.distill.method import Batch, Method, Networks, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Progress, Update
 from fewstep.randomness import Rng, derive_seed, repeated_draws
 from fewstep.sampling.rollout import Student
 from fewstep.training import checkpoint, snapshots

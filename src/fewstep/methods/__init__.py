@@ -1,0 +1,44 @@
+"""The methods: each a short file that reads like its paper.
+
+``RECIPES`` maps the names that the command line knows to classes (``module:class``, imported on demand, so that the
+names are known without torch); every class in it is ``fs.<Class>`` too.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fewstep.methods.method import Recipe
+
+RECIPES: dict[str, str] = {
+    "denoising": "fewstep.methods.teachers.denoising:Denoising",
+    "flow-matching": "fewstep.methods.teachers.denoising:FlowMatchingTraining",
+    "discrete-denoising": "fewstep.methods.teachers.discrete_denoising:DiscreteDenoising",
+    "score-entropy": "fewstep.methods.teachers.discrete_denoising:ScoreEntropy",
+    "analog-bits": "fewstep.methods.teachers.analog_bits:AnalogBits",
+    "lowdiff": "fewstep.methods.teachers.lowdiff:LowDiff",
+    "lsd": "fewstep.methods.samplers.lsd:LSD",
+    "lsd-plus": "fewstep.methods.samplers.lsd:LSDPlus",
+    "cm": "fewstep.methods.consistency.cm:ConsistencyDistillation",
+    "cm-training": "fewstep.methods.consistency.cm:ConsistencyTraining",
+    "scm": "fewstep.methods.consistency.scm:ContinuousConsistencyDistillation",
+    "scm-training": "fewstep.methods.consistency.scm:ContinuousConsistencyTraining",
+    "dmd2": "fewstep.methods.matching.dmd2:DMD2",
+    "reflow": "fewstep.methods.flow_maps.rectified_flow:Reflow",
+    "instaflow": "fewstep.methods.flow_maps.rectified_flow:InstaFlow",
+    "pd": "fewstep.methods.flow_maps.progressive:ProgressiveLadder",
+    "pd-halving": "fewstep.methods.flow_maps.progressive:ProgressiveDistillation",
+}
+
+
+def recipe_class(name: str) -> type[Recipe]:
+    """The class behind a name; ValueError naming the choices when there is none."""
+    if name not in RECIPES:
+        raise ValueError(f"method '{name}' is unknown; choose from {', '.join(RECIPES)}")
+    module, _, attribute = RECIPES[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+__all__ = ["RECIPES", "recipe_class"]

@@ -1,0 +1,165 @@
+"""Consistency Models (Song, Dhariwal, Chen & Sutskever 2023, arXiv 2303.01469).
+
+A consistency function maps every point of a probability-flow trajectory to the same end::
+
+    loss = E  w d( f_theta(x_t, t),  sg f_target(x_s, s) ),      s the next time of a Karras grid after t
+
+Distillation takes ``x_s`` by one Heun step of the teacher; training takes ``x_s = x_0 + s z`` with the *same* noise
+``z`` as ``x_t = x_0 + t z``.  Read against the official repository (openai/consistency_models, MIT).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep import grids
+from fewstep.denoisers import Denoiser
+from fewstep.flow_maps import EDMConsistency, FlowMap
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.parts.distances import DISTANCES
+from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
+from fewstep.randomness import repeated_draws
+from fewstep.sampling.rollout import Plan, Student
+
+
+def consistency_loss(
+    model: FlowMap, target: FlowMap, batch: Batch, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, distance: str
+) -> Tensor:
+    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, with the same dropout mask in both calls."""
+    with torch.no_grad(), repeated_draws(x_t.device):
+        aim = target.to_data(x_s, s, batch.cond)
+    return DISTANCES[distance](model.to_data(x_t, t, batch.cond), aim)
+
+
+@dataclass(frozen=True)
+class _ConsistencyModel(Method):
+    """What distillation and training share.
+
+    ``sigma_data`` enters the boundary coefficients, ``distance`` is l2, l1 or pseudo-huber.
+    """
+
+    healthy: ClassVar[dict[str, str]] = {
+        "student/loss": "small from the start when the student is a copy of the teacher, and stays small; it measures "
+        "agreement between neighbours, not quality",
+    }
+
+    lr: float = 4e-4
+    distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
+    sigma_data: float = 0.5
+    steps: tuple[int, ...] = (1, 2, 4)
+
+    def networks(self, teacher: Denoiser) -> Networks:
+        model = EDMConsistency(copy_of(teacher).on(edm_like(teacher.schedule)), self.sigma_data)
+        return Networks(
+            {"student": model, "target": copy.deepcopy(model), "teacher": teacher.on(model.schedule)},
+            {"student": Optimiser(("student",), self.lr, kind="radam", decay="linear")},
+            ema=("student",),
+            moved=("target",),
+        )
+
+    @abstractmethod
+    def scales(self, progress: Progress) -> int:
+        """N, the number of times of the grid."""
+
+    @abstractmethod
+    def target_decay(self, progress: Progress) -> float:
+        """mu, the share of the target network that stays after an update; 0 makes it a copy of the student."""
+
+    @abstractmethod
+    def partner(self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """``x_s``, the state at the next time on (an estimate of) the same trajectory."""
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+        schedule, rng = nets.student.schedule, batch.rng
+        grid = grids.karras(schedule, self.scales(progress) - 1).to(batch.x.device)
+        n = rng.integers(len(batch.x), 0, len(grid) - 1)
+        t, s = grid[n], grid[n + 1]
+        z = rng.normal_like(batch.x)
+        x_t = schedule.add_noise(batch.x, z, t)
+        with torch.no_grad():
+            x_s = self.partner(nets, batch, x_t, z, t, s)
+        loss = consistency_loss(nets.student, nets.target, batch, x_t, x_s, t, s, self.distance).mean()
+        mu = self.target_decay(progress)
+        yield Update("student", loss, {"scales": len(grid)}, then=lambda: follow(nets.target, nets.student, mu))
+
+    def student(self, nets: Networks) -> Student:
+        schedule = nets.student.schedule
+        return Student(
+            nets.student, {k: Plan(tuple(grids.karras(schedule, k)[:-1].tolist()), gamma=1.0) for k in self.steps}
+        )
+
+
+@torch.no_grad()
+def follow(target: FlowMap, model: FlowMap, mu: float) -> None:
+    """``target <- mu target + (1 - mu) model``."""
+    torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - mu)
+
+
+@dataclass(frozen=True)
+class ConsistencyDistillation(_ConsistencyModel):
+    """CD: the neighbour on the trajectory comes from one Heun step of the teacher (algorithm 2).
+
+    ``grid_times`` is the paper's N (18 on CIFAR-10, 40 on ImageNet-64), ``mu`` the decay of the target network (0 on
+    CIFAR-10, 0.95 elsewhere), ``guidance`` the teacher's classifier-free guidance.
+    """
+
+    name: ClassVar[str] = "cm"
+    paper: ClassVar[Paper] = Paper(
+        "Consistency Models", "2303.01469", "verified",
+        ("LPIPS is not bundled: l2 by default, any distance of the registry by name",
+         "learning rate falls linearly to 0 over the budget (the paper's is constant)",
+         "sampling uses a power-function average (the paper's average has a fixed decay)"),
+    )  # fmt: skip
+
+    grid_times: int = 18
+    mu: float = 0.0
+    guidance: float = 1.0
+
+    def scales(self, progress: Progress) -> int:
+        return self.grid_times
+
+    def target_decay(self, progress: Progress) -> float:
+        return self.mu
+
+    def partner(self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return heun_step(guided(nets.teacher, self.guidance), x_t, t, s, batch.cond)
+
+
+@dataclass(frozen=True)
+class ConsistencyTraining(_ConsistencyModel):
+    """CT: no teacher in the loss; both states share data and noise (algorithm 3).
+
+    The grid grows from ``s0`` to ``s1`` times and the target's decay with it (appendix C):
+    ``N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1``, ``mu(k) = exp(s0 log mu0 / (N(k) - 1))``, the latter
+    with ``N - 1`` as in the official code.
+    """
+
+    name: ClassVar[str] = "cm-training"
+    paper: ClassVar[Paper] = ConsistencyDistillation.paper
+
+    s0: int = 2
+    s1: int = 150
+    mu0: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.s1 < self.s0:
+            raise ValueError(f"ConsistencyTraining: s1={self.s1} must be at least s0={self.s0}: the grid grows")
+
+    def scales(self, progress: Progress) -> int:
+        squared = progress.fraction * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2
+        return math.ceil(math.sqrt(squared) - 1) + 1
+
+    def target_decay(self, progress: Progress) -> float:
+        return math.exp(self.s0 * math.log(self.mu0) / (self.scales(progress) - 1))
+
+    def partner(self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return nets.student.schedule.add_noise(batch.x, z, s)

@@ -1,0 +1,159 @@
+"""Rectified Flow and InstaFlow (Liu et al. 2022, arXiv 2209.03003; Liu et al. 2023, arXiv 2309.06380).
+
+*Reflow* pairs noise ``z`` with the teacher's own output ``x = ODE(z)`` and learns the velocity of the straight line
+between them, which straightens the paths::
+
+    E || v(x_t, t) - (z - x) ||^2,     x_t = (1 - t) x + t z
+
+*Distillation* then regresses the one-step (or k-step) student on pairs made by the reflowed model.  InstaFlow is the
+same with a condition kept beside each pair.  Time runs from noise (t = 1) to data here, the papers' from data's side:
+their velocity is the negative of this one.
+
+Read against gnobitab/RectifiedFlow; InstaFlow's training code is not public, its stages are from the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.data.dataset import Dataset
+from fewstep.denoisers import Denoiser
+from fewstep.flow_maps import Jump
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Show, Update, copy_of
+from fewstep.methods.parts.distances import DISTANCES
+from fewstep.methods.parts.pairs import make_pairs
+from fewstep.methods.parts.teacher_steps import guided
+from fewstep.sampling.rollout import Plan, Student
+from fewstep.schedules import FlowMatching, align
+
+#: The straight paths' schedule; velocities divide by t, so t stops short of 0 (the official code's 1e-3).
+STRAIGHT = FlowMatching(t_min=1e-3)
+
+
+def straight_pair(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    """``x_t = (1 - t) x + t z``."""
+    return STRAIGHT.add_noise(x, z, t)
+
+
+def teacher_pairs(
+    stage: Reflow | ReflowDistillation, teacher: Denoiser, data: Dataset, seed: int, show: Show
+) -> Dataset:
+    """The pair store of a stage, with the labels of the data."""
+    labels = None if data.labels is None else data.labels[torch.arange(stage.pairs) % len(data)]
+    return make_pairs(guided(teacher, stage.guidance), stage.pairs, labels, stage.ode_steps, seed, show)
+
+
+@dataclass(frozen=True)
+class Reflow(Method):
+    """One reflow: pairs from the teacher's ODE, then velocity matching on their straight lines.
+
+    ``pairs`` noise-data pairs are made once with ``ode_steps`` Heun steps under ``guidance`` (1M and RK45 in the
+    paper), which the reflowed model then needs no longer.
+    """
+
+    name: ClassVar[str] = "reflow"
+    paper: ClassVar[Paper] = Paper(
+        "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow", "2209.03003", "verified",
+        ("pairs by Heun steps on a Karras grid instead of adaptive RK45",),
+    )  # fmt: skip
+    healthy: ClassVar[dict[str, str]] = {
+        "model/loss": "falls below the first flow's: the pairs leave less to average over",
+    }
+
+    pairs: int = 4096
+    ode_steps: int = 16
+    guidance: float = 1.0
+    lr: float = 3e-4
+
+    def prepare(self, teacher: Denoiser, data: Dataset, seed: int, show: Show) -> Dataset:
+        return teacher_pairs(self, teacher, data, seed, show)
+
+    def networks(self, teacher: Denoiser) -> Networks:
+        optimiser = Optimiser(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        return Networks({"model": copy_of(teacher).on(STRAIGHT)}, {"model": optimiser}, ema=("model",))
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+        if batch.noise is None:
+            raise ValueError("reflow trains on pairs of noise and data; call prepare() on the data first")
+        t = batch.rng.uniform(len(batch.x), STRAIGHT.t_min, 1.0)
+        x_t = straight_pair(batch.x, batch.noise, t)
+        velocity = nets.model.velocity(x_t, t, batch.cond)
+        yield Update("model", torch.nn.functional.mse_loss(velocity, batch.noise - batch.x))
+
+    def student(self, nets: Networks) -> Denoiser:
+        return nets.model
+
+
+@dataclass(frozen=True)
+class ReflowDistillation(Method):
+    """Distil a (reflowed) flow into ``steps`` calls on pairs of its own making.
+
+    At ``steps = 1`` the loss is ``d(z - v(z, 1), x)``; with more, the same at the ``steps`` times of a uniform grid on
+    the straight line (the paper's k-step distillation, always squared error there).
+    """
+
+    name: ClassVar[str] = "reflow-distil"
+    paper: ClassVar[Paper] = Paper(
+        "InstaFlow: One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation", "2309.06380",
+        "from paper text",
+        ("no public training code; LPIPS is not bundled, distances by name",),
+    )  # fmt: skip
+    healthy: ClassVar[dict[str, str]] = {
+        "student/loss": "falls steadily; where it stops is the curvature that reflow left",
+    }
+
+    steps: int = 1
+    pairs: int = 4096
+    ode_steps: int = 16
+    guidance: float = 1.0
+    distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
+    lr: float = 3e-4
+
+    def prepare(self, teacher: Denoiser, data: Dataset, seed: int, show: Show) -> Dataset:
+        return teacher_pairs(self, teacher, data, seed, show)
+
+    def networks(self, teacher: Denoiser) -> Networks:
+        student = Jump(copy_of(teacher).on(STRAIGHT))
+        optimiser = Optimiser(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        return Networks({"student": student}, {"student": optimiser}, ema=("student",))
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+        if batch.noise is None:
+            raise ValueError("reflow distillation trains on pairs of noise and data; call prepare() on the data first")
+        t = 1 - batch.rng.integers(len(batch.x), 0, self.steps).double() / self.steps
+        x_t = straight_pair(batch.x, batch.noise, t)
+        out = x_t - align(t, x_t) * nets.student.denoiser.velocity(x_t, t, batch.cond)
+        yield Update("student", DISTANCES[self.distance](out, batch.x).mean())
+
+    def student(self, nets: Networks) -> Student:
+        times = tuple(1 - i / self.steps for i in range(self.steps))
+        return Student(nets.student, {self.steps: Plan(times, gamma=0.0)})
+
+
+@dataclass(frozen=True)
+class InstaFlow(Recipe):
+    """The whole recipe: ``reflows`` reflow stages, then distillation, each from what the last one made; ``guidance``
+    is baked into the first pairs."""
+
+    name: ClassVar[str] = "instaflow"
+    paper: ClassVar[Paper] = ReflowDistillation.paper
+
+    reflows: int = 1
+    steps: int = 1
+    pairs: int = 4096
+    ode_steps: int = 16
+    guidance: float = 1.0
+    distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
+    lr: float = 3e-4
+
+    def stages(self) -> list[Method]:
+        first = [
+            Reflow(self.pairs, self.ode_steps, self.guidance if i == 0 else 1.0, self.lr) for i in range(self.reflows)
+        ]
+        guidance = self.guidance if not first else 1.0
+        return [*first, ReflowDistillation(self.steps, self.pairs, self.ode_steps, guidance, self.distance, self.lr)]

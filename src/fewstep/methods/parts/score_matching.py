@@ -1,0 +1,47 @@
+"""Score matching: the denoising loss, and the score-distillation vector with its surrogate loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
+from fewstep.randomness import Rng
+from fewstep.schedules import align
+
+
+def denoising_loss(
+    model: NetworkDenoiser, x0: Tensor, t: Tensor, cond: Cond, rng: Rng, eps: Tensor | None = None
+) -> Tensor:
+    """``E || F(c_in x_t) - target ||^2``, mean over everything; ``t`` ``[B]``, ``eps`` fresh unless given."""
+    eps = rng.normal_like(x0) if eps is None else eps
+    x_t = model.schedule.add_noise(x0, eps, t)
+    target = model.prediction.target(x_t, x0, model.schedule, t)
+    return torch.nn.functional.mse_loss(model.raw(x_t, t, cond), target)
+
+
+def drop_labels(cond: Cond, probability: float, rng: Rng) -> Cond:
+    """Labels with a share replaced by the null label -1, for classifier-free guidance."""
+    if cond is None or probability == 0:
+        return cond
+    return torch.where(rng.uniform(len(cond)) < probability, -1, cond)
+
+
+def surrogate(x: Tensor, g: Tensor) -> Tensor:
+    """``0.5 mean || x - sg(x - g) ||^2``: a loss whose gradient in ``x`` is ``g / x.numel()``."""
+    return 0.5 * torch.nn.functional.mse_loss(x, (x - g).detach())
+
+
+@torch.no_grad()
+def matching_vector(
+    x: Tensor, x_t: Tensor, t: Tensor, teacher: Denoiser, critic: Denoiser, cond: Cond = None
+) -> Tensor:
+    """DMD's ``g = (D_critic(x_t) - D_teacher(x_t)) / mean|x - D_teacher(x_t)|``, the mean per sample.
+
+    ``x_t`` is ``x`` noised to ``t`` ``[B]``.  Since ``s_critic - s_teacher = alpha / sigma^2 (D_critic - D_teacher)``
+    this is the reverse-KL gradient of the noised laws, with DMD's weight (Yin et al. 2023, eq. 8, as in the official
+    code, which drops a factor alpha_t).
+    """
+    real = teacher(x_t, t, cond)
+    scale = (x - real).abs().flatten(1).mean(1).clamp_min(1e-8)
+    return (critic(x_t, t, cond) - real) / align(scale, x)

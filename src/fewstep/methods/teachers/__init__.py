@@ -1,0 +1,1 @@
+"""Training from data alone: the models that the others start from."""

@@ -1,0 +1,65 @@
+"""Plain teacher training: regress what the network predicts on noised data.
+
+On the EDM or TrigFlow prediction with a log-normal time law this is EDM's loss (its weight times ``c_out^2`` is 1);
+on flow matching with a velocity prediction and uniform times it is the conditional flow-matching loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fewstep.denoisers import Denoiser
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.parts.score_matching import denoising_loss, drop_labels
+from fewstep.methods.parts.times import LogNormal, TimeLaw, Uniform
+
+
+@dataclass(frozen=True)
+class Denoising(Method):
+    """Denoising score matching of a :class:`NetworkDenoiser` from its current weights.
+
+    ``label_dropout`` is the share of unconditional samples.
+    """
+
+    name: ClassVar[str] = "denoising"
+    paper: ClassVar[Paper] = Paper(
+        "Elucidating the Design Space of Diffusion-Based Generative Models", "2206.00364", "verified"
+    )
+    healthy: ClassVar[dict[str, str]] = {"model/loss": "falls quickly, then slowly; it does not reach 0"}
+
+    lr: float = 1e-3
+    noise_mean: float = -1.0
+    noise_std: float = 1.4
+    label_dropout: float = 0.1
+    clip: float = 1.0
+    warmup: int = 100
+
+    def times(self) -> TimeLaw:
+        return LogNormal(self.noise_mean, self.noise_std)
+
+    def networks(self, teacher: Denoiser) -> Networks:
+        optimiser = Optimiser(
+            ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
+        )
+        return Networks({"model": copy_of(teacher)}, {"model": optimiser}, ema=("model",))
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+        t = self.times().draw(nets.model.schedule, len(batch.x), batch.rng)
+        cond = drop_labels(batch.cond, self.label_dropout, batch.rng)
+        yield Update("model", denoising_loss(nets.model, batch.x, t, cond, batch.rng))
+
+    def student(self, nets: Networks) -> Denoiser:
+        return nets.model
+
+
+@dataclass(frozen=True)
+class FlowMatchingTraining(Denoising):
+    """Conditional flow matching: uniform times between ``t_min`` and ``t_max``."""
+
+    name: ClassVar[str] = "flow-matching"
+    paper: ClassVar[Paper] = Paper("Flow Matching for Generative Modeling", "2210.02747", "verified")
+
+    def times(self) -> TimeLaw:
+        return Uniform()

@@ -1,0 +1,110 @@
+"""Training of discrete denoisers: guess the tokens that the chain has hidden or changed.
+
+The cross-entropy of ``x_0`` at every hidden position (all positions on chains without a mask) is least at the
+posterior, whatever the weights in time.  :class:`ScoreEntropy` is the weighting that bounds the likelihood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.parts.score_matching import drop_labels
+
+if TYPE_CHECKING:
+    from fewstep.denoisers import Cond
+
+
+def cross_entropy(model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """``-log p(x_0 | x_t)``, mean over the positions that ``x`` does not show; ``t`` ``[B]``."""
+    logits = model.logits(x, t, cond)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none")
+    guessed = ~model.chain.visible(x).flatten()
+    return (loss * guessed).sum() / guessed.sum().clamp_min(1)
+
+
+def score_entropy(model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The denoising score entropy (Lou et al. 2023, eq. 9) of a model's score, nats per sequence, mean over samples::
+
+        sum_{y != x} sigma(t) Q[y, x] ( s[y] - r[y] log s[y] + r[y] (log r[y] - 1) ),   r = p(y | x_0) / p(x | x_0)
+
+    Integrated over time it bounds ``-log p(x_0)``.  On a masked chain it is the cross-entropy of the hidden tokens
+    times ``sigma keep / (1 - keep)``.
+    """
+    chain = model.chain
+    posterior = model(x, t, cond)
+    known = torch.nn.functional.one_hot(x0, chain.tokens).to(posterior)
+    score, ratio = chain.score(posterior, x, t), chain.score(known, x, t)
+    weights = chain.rates(torch.ones_like(score), x, t)
+    tiny = torch.finfo(score.dtype).tiny
+    terms = score - torch.xlogy(ratio, score.clamp_min(tiny)) + torch.xlogy(ratio, ratio) - ratio
+    return (weights * terms).sum((1, 2)).mean()
+
+
+@dataclass(frozen=True)
+class DiscreteDenoising(Method):
+    """Cross-entropy training of a discrete denoiser from its current weights, uniform times.
+
+    ``label_dropout`` is the share of unconditional samples.
+    """
+
+    name: ClassVar[str] = "discrete-denoising"
+    paper: ClassVar[Paper] = Paper(
+        "Simple and Effective Masked Diffusion Language Models", "2406.07524", "from paper text",
+        ("the cross-entropy is averaged over hidden tokens; the paper weights it with sigma keep / (1 - keep)",),
+    )  # fmt: skip
+    healthy: ClassVar[dict[str, str]] = {
+        "model/loss": "starts at log(tokens), falls quickly to the entropy of single tokens, then slowly below it"
+    }
+
+    lr: float = 2e-3
+    label_dropout: float = 0.1
+    clip: float = 1.0
+    warmup: int = 50
+
+    def networks(self, teacher: Any) -> Networks:
+        if not isinstance(teacher, NetworkDiscreteDenoiser):
+            raise ValueError(f"{self.name} trains a network on a discrete chain, not a {type(teacher).__name__}")
+        optimiser = Optimiser(
+            ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
+        )
+        model: Any = copy_of(teacher)  # type: ignore[arg-type]
+        return Networks({"model": model}, {"model": optimiser}, ema=("model",))
+
+    def loss(self, model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return cross_entropy(model, x0, x, t, cond)
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+        chain = nets.model.chain
+        if batch.x.is_floating_point() or int(batch.x.max()) >= chain.tokens or int(batch.x.min()) < 0:
+            raise ValueError(f"{self.name}: data must be whole numbers below {chain.tokens}, the tokens of the chain")
+        t = batch.rng.uniform(len(batch.x), chain.t_min, chain.t_max)
+        cond = drop_labels(batch.cond, self.label_dropout, batch.rng)
+        yield Update("model", self.loss(nets.model, batch.x, chain.corrupt(batch.x, t, batch.rng), t, cond))
+
+    def student(self, nets: Networks) -> Any:
+        return nets.model
+
+
+@dataclass(frozen=True)
+class ScoreEntropy(DiscreteDenoising):
+    """Denoising score entropy, a bound of the likelihood, uniform times; on any chain."""
+
+    name: ClassVar[str] = "score-entropy"
+    paper: ClassVar[Paper] = Paper(
+        "Discrete Diffusion Modeling by Estimating the Ratios of the Data Distribution", "2310.16834",
+        "from paper text",
+        ("the network gives the posterior, from which the score follows; SEDD's gives the log-score itself",),
+    )  # fmt: skip
+    healthy: ClassVar[dict[str, str]] = {
+        "model/loss": "nats per sequence, noisy where tokens are few; falls like the bound on -log p"
+    }
+
+    def loss(self, model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return score_entropy(model, x0, x, t, cond)

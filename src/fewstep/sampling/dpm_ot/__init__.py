@@ -1,0 +1,1 @@
+"""DPM-Solver-OT: the expressway and its optimal transport."""
