@@ -1,8 +1,9 @@
 """Denoisers: any network seen as ``D(x, t, cond) = E[x_0 | x_t = x]``.
 
 Whatever a network was trained to predict is one line of algebra, ``D = c_skip x + c_out F(c_in x, time, cond)``: a
-:class:`Prediction`.  From ``D`` follow the noise, the score and the velocity, and ``.on(schedule)`` views the same
-network on another schedule by matching the signal-to-noise ratio, so a flow-matching teacher *is* a TrigFlow teacher.
+:class:`Prediction`.  The noise, the score and the velocity follow from the same line, with coefficients in float64, so
+that they lose nothing to the difference of ``x`` and ``D`` where there is little noise.  ``.on(schedule)`` views the
+same network on another schedule by matching the signal-to-noise ratio: a flow-matching teacher *is* a TrigFlow teacher.
 Guidance and thresholding are combinators that return a Denoiser.
 
 Three gradient modes are explicit, see :func:`gradients`: ``"none"``, ``"input"`` (through the state only, parameters
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,13 +22,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.conditions import Cond, without
 from fewstep.schedules import Schedule, align, as_time
 from fewstep.values import real
 
-Cond = Any  # class labels [B], or whatever tree of tensors the network takes; None means unconditional
 GradientMode = Literal["none", "input", "all"]
 #: A larger weight is a slip: already this one leaves float16.
 MOST_GUIDANCE = 1e5
+#: Coefficients of the noise and the velocity, which divide by sigma, are those of this time where there is no noise.
+LEAST_TIME = 1e-9
 
 
 @contextmanager
@@ -175,11 +178,12 @@ PREDICTIONS: dict[str, type[Prediction]] = {
 class Denoiser(nn.Module, ABC):
     """``D(x, t, cond) = E[x_0 | x_t = x]`` on a schedule.
 
-    ``x`` is ``[B, ...]``; ``t`` is a number, ``[B]`` or ``[B, F]``; ``cond`` is what the network takes (class labels
-    ``[B]``), None for the unconditional branch.  ``shape`` is the shape of one sample and ``classes`` the number of
-    class labels (None for unconditional models).  ``half_level`` is the noise level ``sigma / alpha`` at which half of
-    the prediction is decided, where it has been measured (:func:`fewstep.sampling.search.half_level`): solvers centre
-    on it.
+    ``x`` is ``[B, ...]``; ``t`` is a number, ``[B]`` or ``[B, F]``; ``cond`` is what the network takes
+    (:data:`~fewstep.conditions.Cond`), None for the unconditional branch.  ``shape`` is the shape of one sample,
+    ``classes`` the number of class labels (None without) and ``null`` the condition of one row that stands for "no
+    condition" (None: the model is unconditional, or knows none).  ``half_level`` is the noise level ``sigma / alpha``
+    at which half of the prediction is decided, where it has been measured
+    (:func:`fewstep.sampling.search.half_level`): solvers centre on it.
     """
 
     half_level: float | None = None
@@ -190,22 +194,40 @@ class Denoiser(nn.Module, ABC):
         self.shape = tuple(shape)
         self.classes = classes
 
+    @property
+    def null(self) -> Cond:
+        return torch.tensor([-1]) if self.classes else None
+
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The posterior mean of the data, of the shape of ``x``."""
 
+    def affine(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(a, b, F)`` with ``D = a x + b F``: what the network itself says, and float64 coefficients of the shape of
+        ``t``.  One call; ``(0, 1, D)`` where nothing better is known."""
+        return torch.zeros_like(t), torch.ones_like(t), self(x, t, cond, **extras)
+
     def eps(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The expected noise, ``(x - alpha D) / sigma``."""
-        return self.eps_from(self(x, t, cond), x, t)
+        time = as_time(t, x)
+        a, b, f = self.affine(x, time, cond)
+        alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time.clamp_min(LEAST_TIME))
+        return align((1 - alpha * a) / sigma, x) * x - align(alpha * b / sigma, x) * f
 
     def score(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The score of the noised law, ``-eps / sigma``."""
         return -self.eps(x, t, cond) / align(self.schedule.sigma(as_time(t, x)), x)
 
-    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        """The probability-flow velocity ``dx/dt = alpha' D + sigma' eps`` in the schedule's own time."""
-        x0 = self(x, t, cond)
-        return self.schedule.velocity(x0, self.eps_from(x0, x, t), as_time(t, x))
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        """The probability-flow velocity ``dx/dt = alpha' D + sigma' eps`` in the schedule's own time.
+
+        With ``D = a x + b F`` and ``w = alpha sigma' - sigma alpha'`` it is ``[(sigma' - w a) x - w b F] / sigma``.
+        """
+        time = as_time(t, x).clamp_min(LEAST_TIME)
+        schedule = self.schedule
+        a, b, f = self.affine(x, time, cond, **extras)
+        sigma, d_sigma, w = schedule.sigma(time), schedule.d_sigma(time), schedule.wronskian(time)
+        return align((d_sigma - w * a) / sigma, x) * x - align(w * b / sigma, x) * f
 
     def eps_from(self, x0: Tensor, x: Tensor, t: Tensor | float) -> Tensor:
         """The noise that goes with a data prediction ``x0`` at ``(x, t)``."""
@@ -242,7 +264,19 @@ def guidance_scale(denoiser: Denoiser) -> float:
     return max((float(torch.as_tensor(scale).max()) for scale in scales), default=1.0)
 
 
-class OnSchedule(Denoiser):
+class View(Denoiser):
+    """A denoiser made of another one, ``inner``: of its samples and conditions, by default on its schedule."""
+
+    def __init__(self, inner: Denoiser, schedule: Schedule | None = None) -> None:
+        super().__init__(inner.schedule if schedule is None else schedule, inner.shape, inner.classes)
+        self.inner = inner
+
+    @property
+    def null(self) -> Cond:
+        return self.inner.null
+
+
+class OnSchedule(View):
     """A denoiser seen on another schedule: ``D'(x, t) = D(k x, t')`` with equal log-SNR at ``t`` and ``t'``.
 
     ``k`` scales the state from one circle to the other.  Where the inner schedule does not reach the asked noise
@@ -250,18 +284,25 @@ class OnSchedule(Denoiser):
     """
 
     def __init__(self, inner: Denoiser, schedule: Schedule) -> None:
-        super().__init__(schedule, inner.shape, inner.classes)
-        self.inner = inner
+        super().__init__(inner, schedule)
 
-    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        time = as_time(t, x)
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        inner_time, scale = self.matched(as_time(t, x))
+        return self.inner(align(scale, x) * x, inner_time, cond, **extras)
+
+    def affine(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inner_time, scale = self.matched(t)
+        a, b, f = self.inner.affine(align(scale, x) * x, inner_time, cond, **extras)
+        return a * scale, b, f
+
+    def matched(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(t', k)``: the inner time of the same noise level, and the scale of the state there."""
         outer, inner = self.schedule, self.inner.schedule
-        inner_time = inner.time_at(outer.log_snr(time))
+        inner_time = inner.time_at(outer.log_snr(t))
         scale = torch.sqrt(
-            (inner.alpha(inner_time) ** 2 + inner.sigma(inner_time) ** 2)
-            / (outer.alpha(time) ** 2 + outer.sigma(time) ** 2)
+            (inner.alpha(inner_time) ** 2 + inner.sigma(inner_time) ** 2) / (outer.alpha(t) ** 2 + outer.sigma(t) ** 2)
         )
-        return self.inner(align(scale, x) * x, inner_time, cond)
+        return inner_time, scale
 
     def on(self, schedule: Schedule) -> Denoiser:
         return self.inner.on(schedule)
@@ -271,8 +312,8 @@ class NetworkDenoiser(Denoiser):
     """A network ``F(x, time, cond, **extras)`` with its :class:`Prediction` on a schedule.
 
     ``extras`` are the further inputs that a student's network takes (the target time ``s``, a guidance weight, a step
-    size): keyword tensors that are handed through.  The network is called in the type of ``x``, its time input
-    stays float32 (float64 for float64 states).  Discriminators on its features need ``net.features`` and
+    size): keyword tensors that are handed through.  ``null`` is for networks that take other conditions than class
+    labels: the one row that stands for "no condition".  Discriminators on its features need ``net.features`` and
     ``net.feature_shape`` too.
     """
 
@@ -285,48 +326,62 @@ class NetworkDenoiser(Denoiser):
         prediction: Prediction,
         shape: tuple[int, ...],
         classes: int | None = None,
+        null: Cond = None,
     ) -> None:
         super().__init__(schedule, shape, classes)
         self.net = net
         self.prediction = prediction
+        self._null = null
+
+    @property
+    def null(self) -> Cond:
+        return super().null if self._null is None else self._null
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
-        time = as_time(t, x)
-        skip, out, _ = self.prediction.coefficients(self.schedule, time)
-        return align(skip, x) * x + align(out, x) * self.raw(x, time, cond, **extras)
+        skip, out, f = self.affine(x, as_time(t, x), cond, **extras)
+        return align(skip, x) * x + align(out, x) * f
+
+    def affine(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        skip, out, _ = self.prediction.coefficients(self.schedule, t)
+        return skip, out, self.raw(x, t, cond, **extras)
 
     def on(self, schedule: Schedule) -> Denoiser:
         if not self.prediction.portable:
             return super().on(schedule)
-        view = NetworkDenoiser(self.net, schedule, self.prediction, self.shape, self.classes)
+        view = NetworkDenoiser(self.net, schedule, self.prediction, self.shape, self.classes, self._null)
         view.half_level = self.half_level
         return view
 
     def raw(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         """``F`` itself, with its input scaled and its time mapped."""
-        time = as_time(t, x)
-        c_in = self.prediction.coefficients(self.schedule, time)[2]
-        label = self.prediction.time(self.schedule, time)
-        label = label.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        return self.net(align(c_in, x) * x, label, cond, **extras)
+        return self.net(*self.seen(x, as_time(t, x)), cond, **extras)
+
+    def seen(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """State and time as the network is given them."""
+        return align(self.prediction.coefficients(self.schedule, t)[2], x) * x, self.label(t, x)
+
+    def label(self, t: Tensor, x: Tensor) -> Tensor:
+        """A time as the network is told it: float32, whatever the type of the state ``x`` (float64 for float64)."""
+        time = self.prediction.time(self.schedule, t)
+        return time.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-class Guidance(Denoiser, ABC):
+class Guidance(View, ABC):
     """A model steered away from another prediction, ``D = D_away + w (D_plain - D_away)``; w = 1 is no guidance.
 
     ``scale`` is w, a number or one weight per sample ``[B]`` (ValueError when called with another count, or when a
     number is out of range).  Costs two calls, unless :class:`GuidanceInterval` leaves one out.
     """
 
-    def __init__(self, main: Denoiser, scale: float | Tensor) -> None:
-        super().__init__(main.schedule, main.shape, main.classes)
+    def __init__(self, inner: Denoiser, scale: float | Tensor) -> None:
+        super().__init__(inner)
         if not isinstance(scale, Tensor):
             real("guidance", scale, -MOST_GUIDANCE, MOST_GUIDANCE)
         self.scale = scale
 
-    @abstractmethod
     def plain(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The model without guidance."""
+        return self.inner(x, t, cond)
 
     @abstractmethod
     def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
@@ -355,22 +410,31 @@ class Guidance(Denoiser, ABC):
 class Guided(Guidance):
     """Classifier-free guidance, ``D = D_unc + w (D_cond - D_unc)``.
 
-    ``negative`` replaces the unconditional branch (a negative prompt).  Without a condition and without a negative one
-    there is nothing to guide between: the unconditional model, one call.
+    ``negative`` replaces the unconditional branch (a negative prompt).  What the model has no "no condition" for (a
+    picture beside the prompt) is given to both branches.  Without a condition and without a negative one there is
+    nothing to guide between: the unconditional model, one call.
     """
 
     def __init__(self, inner: Denoiser, scale: float | Tensor, negative: Cond = None) -> None:
         super().__init__(inner, scale)
-        self.inner = inner
         self.negative = negative
-
-    def plain(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        return self.inner(x, t, cond)
 
     def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         if cond is None and self.negative is None:
             return plain
-        return self.extrapolated(plain, self.inner(x, t, self.negative))
+        return self.extrapolated(plain, self.inner(x, t, self.away(cond, len(x))))
+
+    def affine(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, plain = self.inner.affine(x, t, cond, **extras)
+        if cond is None and self.negative is None:
+            return a, b, plain
+        return a, b, self.extrapolated(plain, self.inner.affine(x, t, self.away(cond, len(x)), **extras)[2])
+
+    def away(self, cond: Cond, n: int) -> Cond:
+        """The condition that ``n`` samples are led away from."""
+        if self.negative is not None or not isinstance(cond, Mapping) or not isinstance(self.null, Mapping):
+            return self.negative
+        return without(self.null, cond, n)
 
 
 class Autoguided(Guidance):
@@ -393,16 +457,13 @@ class Autoguided(Guidance):
                 f"the guide knows {bad.classes or 'no'} classes, the model {good.classes or 'no'}: autoguidance gives "
                 "both the same condition"
             )
-        self.good, self.bad = good, bad.on(good.schedule)
-
-    def plain(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        return self.good(x, t, cond)
+        self.bad = bad.on(good.schedule)
 
     def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         return self.extrapolated(plain, self.bad(x, t, cond))
 
 
-class GuidanceInterval(Denoiser):
+class GuidanceInterval(View):
     """Guidance at noise levels ``low <= sigma / alpha <= high`` only (Kynkäänniemi et al. 2024, "Applying Guidance in a
     Limited Interval"); the plain model, with one call, elsewhere.
 
@@ -411,18 +472,20 @@ class GuidanceInterval(Denoiser):
     ``0 <= low < high``.
     """
 
+    inner: Guidance
+
     def __init__(self, guided: Guidance, low: float, high: float) -> None:
-        super().__init__(guided.schedule, guided.shape, guided.classes)
+        super().__init__(guided)
         if not 0 <= low < high:
             raise ValueError(f"guidance interval [{low:g}, {high:g}]: need 0 <= low < high, noise levels sigma / alpha")
-        self.guided, self.low, self.high = guided, low, high
+        self.low, self.high = low, high
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        plain = self.guided.plain(x, t, cond)
+        plain = self.inner.plain(x, t, cond)
         inside = self.inside(as_time(t, x))
         if not bool(inside.any()):
             return plain
-        steered = self.guided.steered(plain, x, t, cond)
+        steered = self.inner.steered(plain, x, t, cond)
         return steered if bool(inside.all()) else torch.where(align(inside, x).bool(), steered, plain)
 
     def inside(self, t: Tensor) -> Tensor:
@@ -432,24 +495,24 @@ class GuidanceInterval(Denoiser):
         return (level >= self.low * (1 - 1e-9)) & (level <= self.high * (1 + 1e-9))
 
 
-class Clipped(Denoiser):
+class Clipped(View):
     """Static thresholding: the data prediction clamped to ``[low, high]`` (pixel models only)."""
 
     def __init__(self, inner: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
-        super().__init__(inner.schedule, inner.shape, inner.classes)
-        self.inner, self.low, self.high = inner, low, high
+        super().__init__(inner)
+        self.low, self.high = low, high
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         return self.inner(x, t, cond).clamp(self.low, self.high)
 
 
-class DynamicThreshold(Denoiser):
+class DynamicThreshold(View):
     """Dynamic thresholding (Saharia et al. 2022): per sample, clip at the ``quantile`` of |D| (at least ``ceiling``)
     and divide by it, so that the result lies in ``[-ceiling, ceiling]``."""
 
     def __init__(self, inner: Denoiser, quantile: float = 0.995, ceiling: float = 1.0) -> None:
-        super().__init__(inner.schedule, inner.shape, inner.classes)
-        self.inner, self.quantile, self.ceiling = inner, quantile, ceiling
+        super().__init__(inner)
+        self.quantile, self.ceiling = quantile, ceiling
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         x0 = self.inner(x, t, cond)
@@ -458,14 +521,17 @@ class DynamicThreshold(Denoiser):
         return x0.clamp(-bound, bound) / bound * self.ceiling
 
 
-class CountCalls(Denoiser):
+class CountCalls(View):
     """Counts the network calls that pass through: ``.calls`` (per batch, guidance outside not included)."""
 
     def __init__(self, inner: Denoiser) -> None:
-        super().__init__(inner.schedule, inner.shape, inner.classes)
-        self.inner = inner
+        super().__init__(inner)
         self.calls = 0
 
-    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         self.calls += 1
-        return self.inner(x, t, cond)
+        return self.inner(x, t, cond, **extras)
+
+    def affine(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls += 1
+        return self.inner.affine(x, t, cond, **extras)

@@ -119,6 +119,25 @@ class Schedule(ABC):
         """``d x_t / dt = alpha'(t) x_0 + sigma'(t) eps`` along the straight conditional path."""
         return align(self.d_alpha(t), x0) * x0 + align(self.d_sigma(t), x0) * eps
 
+    def wronskian(self, t: Tensor) -> Tensor:
+        """``alpha sigma' - sigma alpha'``, positive: what divides when data and noise are told from state and
+        velocity."""
+        return self.alpha(t) * self.d_sigma(t) - self.sigma(t) * self.d_alpha(t)
+
+    def move(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """``x`` at ``t`` moved to ``s`` along the path of the one pair of data and noise that passes there with
+        ``velocity``::
+
+            x_s = [(alpha_s sigma'_t - sigma_s alpha'_t) x + (alpha_t sigma_s - alpha_s sigma_t) v] / w_t
+
+        with the :meth:`wronskian` ``w``.  A DDIM step in velocity form: ``x + (s - t) v`` on flow matching, the
+        rotation on TrigFlow, the identity at ``s = t`` for every ``t``.
+        """
+        w = self.wronskian(t)
+        keep = (self.alpha(s) * self.d_sigma(t) - self.sigma(s) * self.d_alpha(t)) / w
+        go = (self.alpha(t) * self.sigma(s) - self.alpha(s) * self.sigma(t)) / w
+        return align(keep, x) * x + align(go, x) * velocity
+
     def prior(self, noise: Tensor) -> Tensor:
         """The start state ``sigma(t_max) noise`` of a sampler, from standard normal ``noise``."""
         return noise * float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64)))

@@ -114,7 +114,7 @@ def stand_in(stage: Method, teacher: Denoiser, data: Dataset, settings: Settings
         return Dataset(data.name, data.x, labels, data.class_names)
     x = data.read(slice(0, settings.batch))
     noise = Rng("stand-in").normal(*x.shape)
-    return Dataset("pairs", x, None if labels is None else labels[: settings.batch], noise=noise)
+    return Dataset("pairs", x, None if labels is None else labels[: settings.batch], columns={"noise": noise})
 
 
 def timed(run: Run, data: Dataset) -> float:

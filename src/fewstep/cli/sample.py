@@ -316,7 +316,6 @@ def conditions(chosen: argparse.Namespace, model: Student | Denoiser) -> tuple[A
     import torch
 
     from fewstep.cli.runs import device_of
-    from fewstep.hub.adapters import TextAdapter
     from fewstep.hub.models import adapter_of
 
     net = adapter_of(model)
@@ -325,7 +324,7 @@ def conditions(chosen: argparse.Namespace, model: Student | Denoiser) -> tuple[A
         if chosen.cond is not None:
             raise UserError(f"--cond: '{chosen.model}' is not a pipeline, it takes class numbers at most")
         return condition(chosen, model), None
-    null = net.null(chosen.n) if isinstance(net, TextAdapter) else {}
+    null = net.empty(chosen.n) or {}
     if model.classes:
         null = {"class_labels": torch.full((chosen.n,), -1)}
     given, negative = from_file(chosen)

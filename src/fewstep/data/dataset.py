@@ -1,29 +1,76 @@
-"""What training draws from: an array of samples with labels, read by index."""
+"""What training draws from: samples with conditions, read by index."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fewstep.conditions import Cond, count, leaves, rows
 from fewstep.randomness import Rng
 
 
+class Rows(NamedTuple):
+    """Some samples of a data set: ``x`` ``[B, ...]`` as floats, pictures in [-1, 1] (None: there is no data), their
+    conditions, and what else goes with each, by name."""
+
+    x: Tensor | None
+    cond: Cond
+    columns: Mapping[str, Tensor]
+
+
+class Samples(ABC):
+    """A data set of any make: its ``name``, how many samples of which ``shape`` it has, and their rows by index.
+
+    ``class_names`` name the classes where there are any; ``classes`` is their number, None without labels.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> int | None:
+        """The number of class labels, None when there are no labels."""
+
+    @abstractmethod
+    def rows(self, indices: Tensor | slice) -> Rows:
+        """The chosen samples."""
+
+    def feed(self, batches: Iterable[Tensor]) -> Iterator[Rows]:
+        """The rows of one batch of indices after the other; sets that are slow to read work ahead here."""
+        return map(self.rows, batches)
+
+
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(Samples):
     """Samples in memory.
 
     ``x`` is ``[N, ...]``: uint8 pictures ``[N, C, H, W]`` (read as floats in [-1, 1]) or float tensors, read as they
-    are.  ``labels`` are int64 ``[N]`` or None; ``noise`` is the paired noise of a pair store or None.
+    are.  ``cond`` is what the samples are made under (:data:`~fewstep.conditions.Cond`): class labels int64 ``[N]``, -1
+    for none, or embeddings by name; None without.  ``columns`` are further tensors ``[N, ...]`` by name, such as the
+    noise of a pair.  ValueError when there are no samples, lengths differ, a sample is not finite, or a label has no
+    name.
     """
 
     name: str
     x: Tensor
-    labels: Tensor | None = None
+    cond: Cond = None
     class_names: tuple[str, ...] = ()
-    noise: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.x.ndim < 2 or len(self.x) == 0:
@@ -31,32 +78,29 @@ class Dataset:
         if self.x.is_floating_point() and not bool(torch.isfinite(self.x).all()):
             bad = int((~torch.isfinite(self.x.flatten(1)).all(1)).nonzero()[0])
             raise ValueError(f"data '{self.name}': sample {bad} holds NaN or infinity; clean the data first")
-        if self.labels is not None:
-            if self.labels.shape != (len(self.x),):
-                raise ValueError(
-                    f"data '{self.name}': {len(self.x)} samples but labels of shape {list(self.labels.shape)}"
-                )
-            if int(self.labels.min()) < 0:
-                raise ValueError(f"data '{self.name}': labels start at 0, found {int(self.labels.min())}")
-            if self.class_names and int(self.labels.max()) >= len(self.class_names):
-                raise ValueError(
-                    f"data '{self.name}': label {int(self.labels.max())} but only {len(self.class_names)} class names"
-                )
+        check_conditions(self.name, len(self.x), self.cond, self.class_names)
+        for name, column in self.columns.items():
+            check_length(self.name, len(self.x), name, column)
 
     def __len__(self) -> int:
         return len(self.x)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one sample."""
         return tuple(self.x.shape[1:])
 
     @property
+    def labels(self) -> Tensor | None:
+        """The class labels ``[N]``, where the conditions are labels."""
+        return labels_of(self.cond)
+
+    @property
     def classes(self) -> int | None:
-        """The number of class labels, None when there are no labels."""
-        if self.labels is None:
-            return None
-        return len(self.class_names) or int(self.labels.max()) + 1
+        return number_of_classes(self.cond, self.class_names)
+
+    def rows(self, indices: Tensor | slice) -> Rows:
+        columns = {name: column[indices] for name, column in self.columns.items()}
+        return Rows(self.read(indices), rows(self.cond, indices), columns)
 
     def read(self, indices: Tensor | slice) -> Tensor:
         """Samples as floats, pictures in [-1, 1]."""
@@ -65,9 +109,93 @@ class Dataset:
 
     def subset(self, indices: Tensor | slice, name: str | None = None) -> Dataset:
         """The chosen samples as a data set."""
-        labels = None if self.labels is None else self.labels[indices]
-        noise = None if self.noise is None else self.noise[indices]
-        return Dataset(name or self.name, self.x[indices], labels, self.class_names, noise)
+        columns = {key: column[indices] for key, column in self.columns.items()}
+        return Dataset(name or self.name, self.x[indices], rows(self.cond, indices), self.class_names, columns)
+
+
+@dataclass(frozen=True)
+class Prior(Samples):
+    """No data: only the ``shape`` of one sample and the conditions ``cond`` that samples are made under (None: none).
+
+    For methods that learn from the teacher alone: prompts without pictures, labels, or nothing.
+    """
+
+    shape: tuple[int, ...]
+    cond: Cond = None
+    name: str = "prior"
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.shape:
+            raise ValueError(f"data '{self.name}': need the shape of one sample")
+        check_conditions(self.name, len(self), self.cond, self.class_names)
+
+    def __len__(self) -> int:
+        """The number of conditions, 1 without."""
+        return count(self.cond) or 1
+
+    @property
+    def classes(self) -> int | None:
+        return number_of_classes(self.cond, self.class_names)
+
+    def rows(self, indices: Tensor | slice) -> Rows:
+        return Rows(None, rows(self.cond, indices), {})
+
+
+def labels_of(cond: Cond) -> Tensor | None:
+    """The class labels ``[N]``, where the conditions are labels."""
+    return cond if isinstance(cond, Tensor) and not cond.is_floating_point() else None
+
+
+def number_of_classes(cond: Cond, class_names: tuple[str, ...]) -> int | None:
+    """How many classes labels tell apart; None without labels."""
+    labels = labels_of(cond)
+    return None if labels is None else len(class_names) or int(labels.max()) + 1
+
+
+def check_conditions(name: str, n: int, cond: Cond, class_names: tuple[str, ...]) -> None:
+    """ValueError unless every condition has one row for each of ``n`` samples, and every label a name."""
+    labels = labels_of(cond)
+    for key, leaf in leaves(cond).items():
+        check_length(name, n, "labels" if leaf is labels else key, leaf)
+    if labels is None:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < -1:
+        raise ValueError(f"data '{name}': labels start at 0 (-1: none), found {low}")
+    if class_names and high >= len(class_names):
+        raise ValueError(f"data '{name}': label {high} but only {len(class_names)} class names")
+
+
+def check_length(name: str, n: int, what: str, column: Tensor) -> None:
+    """ValueError unless a tensor has one row a sample."""
+    if column.ndim == 0 or len(column) != n:
+        raise ValueError(f"data '{name}': {n} samples but {what} of shape {list(column.shape)}")
+
+
+class Unlabelled(Samples):
+    """A data set without its conditions."""
+
+    def __init__(self, inner: Samples) -> None:
+        self.inner = inner
+        self.name, self.class_names = inner.name, ()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def classes(self) -> int | None:
+        return None
+
+    def rows(self, indices: Tensor | slice) -> Rows:
+        return self.inner.rows(indices)._replace(cond=None)
+
+    def feed(self, batches: Iterable[Tensor]) -> Iterator[Rows]:
+        return (rows._replace(cond=None) for rows in self.inner.feed(batches))
 
 
 def epoch_indices(n: int, start: int, count: int, seed: int) -> Tensor:

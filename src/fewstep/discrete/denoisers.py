@@ -33,6 +33,11 @@ class DiscreteDenoiser(nn.Module, ABC):
         self.shape = (length,)
         self.classes = classes
 
+    @property
+    def null(self) -> Cond:
+        """The label that stands for none, one row; None for unconditional models."""
+        return torch.tensor([-1]) if self.classes else None
+
     @abstractmethod
     def posterior_of(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The posterior for float64 times ``[B]``."""

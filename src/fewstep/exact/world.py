@@ -50,7 +50,7 @@ class ExactDenoiser(Denoiser, ABC):
         flat, alpha, sigma = self.columns(x, t)
         return (-sigma * self.moments(flat, alpha, sigma, cond)[1]).reshape(x.shape)
 
-    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         flat, alpha, sigma = self.columns(x, t)
         x0, score = self.moments(flat, alpha, sigma, cond)
         return self.schedule.velocity(x0, -sigma * score, as_time(t, x)).reshape(x.shape)
@@ -126,6 +126,8 @@ class Labelled(World):
             return table[-1:]
         if self.classes is None:
             raise ValueError("class labels were given to an unconditional world")
+        if not isinstance(cond, Tensor):
+            raise TypeError(f"this world takes class labels, got {sorted(cond)}")
         return table[torch.where(cond < 0, self.classes, cond)]
 
     def sample_labels(self, n: int, rng: Rng) -> Tensor:

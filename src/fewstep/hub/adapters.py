@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import Cond
+from fewstep.conditions import Cond
 from fewstep.hub.autoencoders import autoencoder_name, latent_channels, pixels_per_latent, step_of_sides
 from fewstep.hub.folders import check_config
 from fewstep.hub.requires import require
@@ -181,6 +181,10 @@ class Adapter(nn.Module):
         """The conditions that cannot be left out, because nothing stands for them when there is no condition."""
         return self.needs()
 
+    def empty(self, n: int) -> dict[str, Tensor] | None:
+        """What stands for no condition, for ``n`` samples; None where nothing does."""
+        return None
+
     def listed(self, conditions: dict[str, tuple[int | None, ...]]) -> str:
         """Names and shapes of conditions as a message lists them."""
         beside = None if self.origin is None else BESIDE.get(type(self.origin.pipe).__name__)
@@ -290,7 +294,7 @@ class LabelAdapter(Adapter):
         """The condition as a dict, the labels in it those that the network takes."""
         if isinstance(cond, Tensor) and self.classes is None:
             raise ValueError("class labels were given to an unconditional network")
-        given = cond if isinstance(cond, dict) else {} if cond is None else {"class_labels": cond}
+        given = {} if cond is None else {"class_labels": cond} if isinstance(cond, Tensor) else dict(cond)
         given = self.checked(given, x)
         if self.classes is None:
             return given
@@ -352,18 +356,18 @@ class TextAdapter(Adapter):
     def lacks(self) -> dict[str, tuple[int | None, ...]]:
         return {name: shape for name, shape in self.needs().items() if name not in self.null_names}
 
-    def null(self, n: int) -> dict[str, Tensor]:
-        """The condition that :meth:`set_null` was given, for ``n`` samples; empty when it was not."""
+    def empty(self, n: int) -> dict[str, Tensor] | None:
+        """The condition that :meth:`set_null` was given."""
         rows = {name: self.get_buffer(f"null_{name}") for name in self.null_names}
-        return {name: row.expand(n, *row.shape[1:]) for name, row in rows.items()}
+        return {name: row.expand(n, *row.shape[1:]) for name, row in rows.items()} or None
 
     def conditions(self, cond: Cond, x: Tensor) -> dict[str, Tensor]:
         """The condition as a dict; ValueError when it is not what the network needs."""
-        if cond is None and not self.null_names:
+        given = self.empty(len(x)) if cond is None else {"prompt_embeds": cond} if isinstance(cond, Tensor) else cond
+        if given is None:
             needs, model = self.listed(self.needs()), type(self.model).__name__
             raise ValueError(f"this {model} knows no empty prompt: pass cond, a dict of {needs}")
-        given = self.null(len(x)) if cond is None else {"prompt_embeds": cond} if isinstance(cond, Tensor) else cond
-        return self.checked(given, x)
+        return self.checked(dict(given), x)
 
     @property
     def reads_prompts(self) -> bool:

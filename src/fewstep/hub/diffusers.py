@@ -283,4 +283,4 @@ def wrap(model: Any, scheduler: Any, *, size: tuple[int, int] | None = None) -> 
 
 def _denoiser(net: Adapter, reading: Reading) -> NetworkDenoiser:
     shape = (net.channels, *net.size)
-    return NetworkDenoiser(net, reading.schedule, reading.prediction, shape, net.classes).eval()
+    return NetworkDenoiser(net, reading.schedule, reading.prediction, shape, net.classes, net.empty(1)).eval()

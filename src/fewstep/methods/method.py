@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from fewstep.conditions import Cond
 from fewstep.data.dataset import Dataset
-from fewstep.denoisers import Cond, Denoiser
+from fewstep.denoisers import Denoiser
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
 
@@ -50,13 +51,38 @@ class Paper:
 class Batch:
     """One part of a training batch.
 
-    ``x`` is data ``[B, ...]``, ``cond`` labels ``[B]`` or None, ``noise`` the paired noise of a pair store or None.
+    ``x`` are samples ``[B, ...]`` with their conditions ``cond`` and their further ``columns`` by name (the noise of a
+    pair store).  ``of`` are the batches of the method's further sources, each in an order of its own.  Training without
+    data has no ``x`` but a ``shape`` ``[B, ...]``: ValueError when a method reads it.
     """
 
-    x: Tensor
+    samples: Tensor | None
     cond: Cond
     rng: Rng
-    noise: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    of: Mapping[str, Batch] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+
+    @property
+    def x(self) -> Tensor:
+        if self.samples is None:
+            raise ValueError("this method reads samples, and the run was given none: its data has conditions only")
+        return self.samples
+
+    @property
+    def n(self) -> int:
+        """The number of samples."""
+        return self.shape[0] if self.samples is None else len(self.samples)
+
+    def normal(self) -> Tensor:
+        """Standard normal of the shape and type of the samples; float32 where there are none."""
+        return self.rng.normal(*self.shape) if self.samples is None else self.rng.normal_like(self.samples)
+
+    def column(self, name: str) -> Tensor:
+        """A further column; ValueError when the data has none of this name."""
+        if name not in self.columns:
+            raise ValueError(f"this method reads '{name}' beside each sample, and the data has no such column")
+        return self.columns[name]
 
 
 @dataclass(frozen=True)

@@ -91,12 +91,12 @@ def prepared(
     resume."""
     if store is not None and store.exists():
         saved = load_tensors(store)
-        return Dataset("pairs", saved["x"], saved.get("labels"), noise=saved["noise"])
+        return Dataset("pairs", saved["x"], saved.get("labels"), columns={"noise": saved["noise"]})
     bar = Bar(f"{stage.name}: pairs", show)
     with torch.no_grad():
         made = stage.prepare(teacher, data, seed, lambda done, total: bar.update(done / total))
     bar.close()
-    if store is not None and keep and made.noise is not None:
-        tensors = {"x": made.x, "noise": made.noise}
+    if store is not None and keep and made is not data:
+        tensors = {"x": made.x, **made.columns}
         save_tensors(store, tensors if made.labels is None else tensors | {"labels": made.labels})
     return made

@@ -13,6 +13,7 @@ norm, clip and averages, fused optimisers, numbers read from the device only whe
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import signal
 import time
@@ -25,7 +26,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fewstep.data.dataset import Dataset, epoch_indices
+from fewstep.conditions import to
+from fewstep.data.dataset import Rows, Samples
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Batch, Method, Networks, Progress, Update
 from fewstep.randomness import Rng, derive_seed, repeated_draws
@@ -34,6 +36,7 @@ from fewstep.training import checkpoint, snapshots
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import Checkpoint
 from fewstep.training.ema import Average, Power, Profile
+from fewstep.training.feed import MAIN, Feed, fitted
 from fewstep.training.interruptions import only_run_in, stop_on_signals
 from fewstep.training.optimisers import make_optimiser, rate
 from fewstep.training.parallel import Parallel
@@ -119,6 +122,7 @@ class Run:
             name: [Average(profile, weights) for profile in settings.averages]
             for name, weights in self.averaged.items()
         }
+        self.feed: Feed | None = None
         self.steps = 0
         self.seconds = 0.0
         # scalars since the last record, so that a group that moves in one step of five is in every record
@@ -128,8 +132,8 @@ class Run:
         images = self.steps * self.settings.batch
         return Progress(self.steps, images, self.settings.budget.fraction(self.steps, images, self.seconds))
 
-    def step(self, data: Dataset) -> None:
-        """One iteration of the method."""
+    def step(self, data: Samples | Mapping[str, Samples]) -> None:
+        """One iteration of the method on its data, or on its sources by name."""
         progress = self.progress()
         pending = [self.method.updates(self.nets, batch, progress) for batch in self.batches(data)]
         while updates := self.backward(pending):
@@ -139,19 +143,27 @@ class Run:
                 updates[0].then()
         self.steps += 1
 
-    def batches(self, data: Dataset) -> Iterator[Batch]:
+    def batches(self, data: Samples | Mapping[str, Samples]) -> Iterator[Batch]:
         """This process's micro-batches of the current iteration."""
         settings, parts = self.settings, self.settings.accumulate * self.parallel.world
-        indices = epoch_indices(len(data), self.steps * settings.batch, settings.batch, settings.seed)
+        first = self.parallel.rank * settings.accumulate
+        mine = range(first, first + settings.accumulate)
+        sources = named(data)
+        if self.feed is None or self.feed.sources != sources:
+            self.feed = Feed(sources, settings.batch, settings.seed, mine, parts)
         # dropout is the one draw that a network makes itself, from PyTorch's own generator
         torch.manual_seed(derive_seed(settings.seed, "dropout", self.steps, self.parallel.rank))
-        for micro in range(settings.accumulate):
-            part = self.parallel.rank * settings.accumulate + micro
-            mine = indices.chunk(parts)[part]
-            labels = None if data.labels is None else data.labels[mine].to(self.device)
-            noise = None if data.noise is None else data.noise[mine].to(self.device)
+        for part, rows in zip(mine, self.feed.read(self.steps), strict=True):
             rng = Rng(settings.seed, "step", self.steps, part=part, parts=parts, device=self.device)
-            yield Batch(data.read(mine).to(self.device), labels, rng, noise)
+            found = {name: self.batch(sources[name], read, rng) for name, read in rows.items()}
+            yield dataclasses.replace(found.pop(MAIN), of=found)
+
+    def batch(self, data: Samples, rows: Rows, rng: Rng) -> Batch:
+        """The rows of a source on the device."""
+        n = self.settings.batch // (self.settings.accumulate * self.parallel.world)
+        x = None if rows.x is None else rows.x.to(self.device)
+        columns = {name: column.to(self.device) for name, column in rows.columns.items()}
+        return Batch(x, to(rows.cond, self.device), rng, columns, shape=(n, *data.shape))
 
     def backward(self, pending: list[Iterator[Update]]) -> list[Update]:
         """The next update of every micro-batch, each run backward at once; empty when the iteration is over."""
@@ -248,14 +260,15 @@ class Run:
                 tensors |= {f"average/{name}/{i}/{j}": w for j, w in enumerate(average.weights)}
         return tensors
 
-    def identity(self, data: Dataset) -> dict[str, Any]:
+    def identity(self, data: Mapping[str, Samples]) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         return {
-            "method": repr(self.method), "data": f"{data.name} ({len(data)} samples)", "batch": self.settings.batch,
-            "seed": self.settings.seed, "averages": repr(self.settings.averages),
+            "method": repr(self.method),
+            "data": ", ".join(f"{source.name} ({len(source)} samples)" for source in data.values()),
+            "batch": self.settings.batch, "seed": self.settings.seed, "averages": repr(self.settings.averages),
         }  # fmt: skip
 
-    def save(self, saved: Checkpoint, data: Dataset) -> None:
+    def save(self, saved: Checkpoint, data: Mapping[str, Samples]) -> None:
         """Write the checkpoint."""
         updates = {name: [a.updates for a in averages] for name, averages in self.averages.items()}
         counters = {
@@ -265,7 +278,7 @@ class Run:
         saved.write(self.state(), counters)
 
     @torch.no_grad()
-    def load(self, saved: Checkpoint, data: Dataset) -> None:
+    def load(self, saved: Checkpoint, data: Mapping[str, Samples]) -> None:
         """Take up a checkpoint; ValueError when it is damaged or belongs to another run."""
         counters = saved.counters()
         for name, value in self.identity(data).items():
@@ -346,25 +359,21 @@ def mean_logs(updates: list[Update]) -> dict[str, Tensor | float]:
 def train(
     method: Method,
     teacher: Denoiser,
-    data: Dataset,
+    data: Samples | Mapping[str, Samples],
     settings: Settings,
     folder: Path | None = None,
     *,
     show: bool = True,
 ) -> Result:
-    """Run ``method`` from ``teacher`` on ``data`` until the budget is used.
+    """Run ``method`` from ``teacher`` on ``data`` until the budget is used.  Of several sources by name, "data" is the
+    main one.
 
     With a ``folder`` the run is recorded (``log.jsonl``), saved every ``save_seconds`` and resumed when the folder
     already holds a checkpoint.  Raises :class:`Interrupted` after SIGTERM or Ctrl-C (saved), :class:`NonFiniteError`
     when a gradient stops being finite, ValueError for settings that cannot work, a damaged checkpoint, and a folder
     that another run holds or has left.
     """
-    if tuple(data.shape) != tuple(teacher.shape):
-        raise ValueError(f"data '{data.name}' has samples {list(data.shape)}, the teacher makes {list(teacher.shape)}")
-    if (data.classes or 0) > (teacher.classes or 0) and teacher.classes:
-        raise ValueError(f"data '{data.name}' has {data.classes} classes, the teacher knows {teacher.classes}")
-    if not teacher.classes:
-        data = Dataset(data.name, data.x, None, (), data.noise)
+    sources = {name: fitted(source, teacher) for name, source in named(data).items()}
     if settings.tensorboard and folder is None:
         raise ValueError("tensorboard=True writes into the run folder: give one")
     device = torch.device(settings.device)
@@ -377,9 +386,14 @@ def train(
     lock = only_run_in(folder) if folder is not None and parallel.main else nullcontext()
     with repeated_draws(device), lock:  # PyTorch's generator, which new layers and dropout use, is left as it was
         run = Run(method, networks(), settings, parallel)
-        records = loop(run, data, folder, show and parallel.main)
+        records = loop(run, sources, folder, show and parallel.main)
         model = run.finish(networks() if settings.shard else run.nets)
     return Result(model, run.steps, run.steps * settings.batch, run.seconds, records)
+
+
+def named(data: Samples | Mapping[str, Samples]) -> Mapping[str, Samples]:
+    """The sources of a run by name."""
+    return data if isinstance(data, Mapping) else {MAIN: data}
 
 
 def processes(settings: Settings, device: torch.device) -> Parallel:
@@ -394,7 +408,7 @@ def processes(settings: Settings, device: torch.device) -> Parallel:
     return parallel
 
 
-def loop(run: Run, data: Dataset, folder: Path | None, show: bool) -> list[dict[str, Any]]:
+def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool) -> list[dict[str, Any]]:
     """Step until the budget is used, saving, recording and listening for signals on the way; the records."""
     settings, parallel = run.settings, run.parallel
     saved = None if folder is None else parallel.checkpoint(folder)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fewstep import grids
+from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump, ddim_move
 from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Update, copy_of
@@ -28,7 +29,7 @@ from fewstep.schedules import Schedule, align
 Weighting = Literal["snr-trunc", "snr+1", "constant"]
 
 
-def two_step_target(teacher: Denoiser, z_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: object = None) -> Tensor:
+def two_step_target(teacher: Denoiser, z_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
     """The data prediction that makes one DDIM step from ``z_t`` land where the teacher's two steps land.
 
     Where ``s`` holds (nearly) no noise the formula is 0/0 in the noise and the teacher's second data prediction is

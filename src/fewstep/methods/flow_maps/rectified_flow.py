@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fewstep.conditions import rows
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
@@ -43,9 +44,9 @@ def straight_pair(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
 def teacher_pairs(
     stage: Reflow | ReflowDistillation, teacher: Denoiser, data: Dataset, seed: int, show: Show
 ) -> Dataset:
-    """The pair store of a stage, with the labels of the data."""
-    labels = None if data.labels is None else data.labels[torch.arange(stage.pairs) % len(data)]
-    return make_pairs(guided(teacher, stage.guidance), stage.pairs, labels, stage.ode_steps, seed, show)
+    """The pair store of a stage, with the conditions of the data."""
+    cond = rows(data.cond, torch.arange(stage.pairs) % len(data))
+    return make_pairs(guided(teacher, stage.guidance), stage.pairs, cond, stage.ode_steps, seed, show)
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,10 @@ class Reflow(Method):
         return Networks({"model": copy_of(teacher).on(STRAIGHT)}, {"model": optimiser}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
-        if batch.noise is None:
-            raise ValueError("reflow trains on pairs of noise and data; call prepare() on the data first")
-        t = batch.rng.uniform(len(batch.x), STRAIGHT.t_min, 1.0)
-        x_t = straight_pair(batch.x, batch.noise, t)
-        velocity = nets.model.velocity(x_t, t, batch.cond)
-        yield Update("model", torch.nn.functional.mse_loss(velocity, batch.noise - batch.x))
+        x, z = batch.x, batch.column("noise")
+        t = batch.rng.uniform(len(x), STRAIGHT.t_min, 1.0)
+        velocity = nets.model.velocity(straight_pair(x, z, t), t, batch.cond)
+        yield Update("model", torch.nn.functional.mse_loss(velocity, z - x))
 
     def student(self, nets: Networks) -> Denoiser:
         return nets.model
@@ -123,10 +122,8 @@ class ReflowDistillation(Method):
         return Networks({"student": student}, {"student": optimiser}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
-        if batch.noise is None:
-            raise ValueError("reflow distillation trains on pairs of noise and data; call prepare() on the data first")
         t = 1 - batch.rng.integers(len(batch.x), 0, self.steps).double() / self.steps
-        x_t = straight_pair(batch.x, batch.noise, t)
+        x_t = straight_pair(batch.x, batch.column("noise"), t)
         out = x_t - align(t, x_t) * nets.student.denoiser.velocity(x_t, t, batch.cond)
         yield Update("student", DISTANCES[self.distance](out, batch.x).mean())
 

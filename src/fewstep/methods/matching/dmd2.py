@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fewstep import grids
+from fewstep.conditions import join
 from fewstep.denoisers import Denoiser, NetworkDenoiser, gradients
 from fewstep.flow_maps import Jump
 from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
@@ -107,7 +108,7 @@ class DMD2(Method):
         """
         plan, rng = self.plan(nets), batch.rng
         j = rng.shared_integer(0, self.steps)
-        noise = rng.normal_like(batch.x)
+        noise = batch.normal()
         with gradients(nets.student, "all" if trainable else "none"):
             return rollout(nets.student, noise, plan, batch.cond, rng, stop=j, grad_at=j if trainable else None)
 
@@ -138,7 +139,7 @@ class DMD2(Method):
         tau = KarrasUniform(0.0, 1.0).draw(schedule, len(x), rng)
         noise_real, noise_fake = rng.normal_like(x), rng.normal_like(x)
         both = torch.cat([batch.x, x])
-        cond = None if batch.cond is None else torch.cat([batch.cond, batch.cond])
+        cond = join([batch.cond, batch.cond])
         told = logits(nets.critic, nets.head, both, torch.cat([tau, tau]), torch.cat([noise_real, noise_fake]), cond)
         real, fake = told.chunk(2)
         logs["discriminator_accuracy"] = accuracy(real.detach(), fake.detach())

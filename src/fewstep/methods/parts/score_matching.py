@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
+from fewstep.conditions import Cond, count, where
+from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.randomness import Rng
 from fewstep.schedules import align
 
@@ -20,11 +21,12 @@ def denoising_loss(
     return torch.nn.functional.mse_loss(model.raw(x_t, t, cond), target)
 
 
-def drop_labels(cond: Cond, probability: float, rng: Rng) -> Cond:
-    """Labels with a share replaced by the null label -1, for classifier-free guidance."""
-    if cond is None or probability == 0:
+def drop_condition(cond: Cond, null: Cond, probability: float, rng: Rng) -> Cond:
+    """Conditions with a share replaced by ``null``, the model's "no condition", for classifier-free guidance."""
+    n = count(cond)
+    if n is None or probability == 0:
         return cond
-    return torch.where(rng.uniform(len(cond)) < probability, -1, cond)
+    return where(rng.uniform(n) < probability, null, cond)
 
 
 def surrogate(x: Tensor, g: Tensor) -> Tensor:

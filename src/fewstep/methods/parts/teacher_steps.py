@@ -11,8 +11,13 @@ from fewstep.schedules import EDM, Schedule, align
 
 
 def guided(teacher: Denoiser, scale: float) -> Denoiser:
-    """The teacher under classifier-free guidance; itself when the scale is 1 or it knows no labels."""
-    return teacher if scale == 1 or not teacher.classes else Guided(teacher, scale)
+    """The teacher under classifier-free guidance, itself at scale 1; ValueError when it knows no "no condition" to be
+    led away from."""
+    if scale == 1:
+        return teacher
+    if teacher.null is None:
+        raise ValueError(f"guidance={scale:g}: this teacher is unconditional, or knows no empty condition; set 1")
+    return Guided(teacher, scale)
 
 
 def ddim_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
@@ -23,9 +28,10 @@ def ddim_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond = 
 def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
     """One Heun step of ``d(x/alpha) / d(sigma/alpha) = eps`` from ``t`` to ``s``, both ``[B]`` (EDM, algorithm 1)."""
     schedule = denoiser.schedule
-    first = denoiser.eps(x, t, cond)
+    first = denoiser.eps_from(denoiser(x, t, cond), x, t)
     ahead = _along(x, first, t, s, schedule)
-    return _along(x, (first + denoiser.eps(ahead, s, cond)) / 2, t, s, schedule)
+    second = denoiser.eps_from(denoiser(ahead, s, cond), ahead, s)
+    return _along(x, (first + second) / 2, t, s, schedule)
 
 
 def _along(x: Tensor, eps: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:

@@ -20,10 +20,11 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from fewstep.conditions import rows
 from fewstep.denoisers import X0, Cond, Denoiser, NetworkDenoiser
 from fewstep.discrete.heads import Head, SigmoidHead, SoftmaxHead
 from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
-from fewstep.methods.parts.score_matching import drop_labels
+from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.networks import MLP, UNet
 
@@ -130,14 +131,14 @@ class AnalogBits(Method):
         if count == 0:
             return None
         with torch.no_grad():
-            first = model(x_t[:count], t[:count], None if cond is None else cond[:count])
+            first = model(x_t[:count], t[:count], rows(cond, slice(count)))
         return torch.cat([first.clamp(-self.bound, self.bound), torch.zeros_like(x_t[count:])])
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         schedule, rng = nets.model.schedule, batch.rng
         t = Uniform().draw(schedule, len(batch.x), rng)
         x_t = schedule.add_noise(batch.x, rng.normal_like(batch.x), t)
-        cond = drop_labels(batch.cond, self.label_dropout, rng)
+        cond = drop_condition(batch.cond, nets.model.null, self.label_dropout, rng)
         estimate = self.estimate(nets.model, x_t, t, cond)
         if estimate is None:
             yield Update("model", self.loss(nets.model, x_t, batch.x, t, cond))

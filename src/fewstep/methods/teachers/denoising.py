@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
-from fewstep.methods.parts.score_matching import denoising_loss, drop_labels
+from fewstep.methods.parts.score_matching import denoising_loss, drop_condition
 from fewstep.methods.parts.times import LogNormal, TimeLaw, Uniform
 
 
@@ -47,7 +47,7 @@ class Denoising(Method):
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         t = self.times().draw(nets.model.schedule, len(batch.x), batch.rng)
-        cond = drop_labels(batch.cond, self.label_dropout, batch.rng)
+        cond = drop_condition(batch.cond, nets.model.null, self.label_dropout, batch.rng)
         yield Update("model", denoising_loss(nets.model, batch.x, t, cond, batch.rng))
 
     def student(self, nets: Networks) -> Denoiser:

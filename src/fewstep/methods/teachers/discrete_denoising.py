@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
-from fewstep.methods.parts.score_matching import drop_labels
+from fewstep.methods.parts.score_matching import drop_condition
 
 if TYPE_CHECKING:
     from fewstep.denoisers import Cond
@@ -85,7 +85,7 @@ class DiscreteDenoising(Method):
         if batch.x.is_floating_point() or int(batch.x.max()) >= chain.tokens or int(batch.x.min()) < 0:
             raise ValueError(f"{self.name}: data must be whole numbers below {chain.tokens}, the tokens of the chain")
         t = batch.rng.uniform(len(batch.x), chain.t_min, chain.t_max)
-        cond = drop_labels(batch.cond, self.label_dropout, batch.rng)
+        cond = drop_condition(batch.cond, nets.model.null, self.label_dropout, batch.rng)
         yield Update("model", self.loss(nets.model, batch.x, chain.corrupt(batch.x, t, batch.rng), t, cond))
 
     def student(self, nets: Networks) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
 from fewstep.methods.method import Batch, Networks, Paper, Progress, Update
-from fewstep.methods.parts.score_matching import drop_labels
+from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import CascadeUNet, UNet
@@ -126,7 +126,7 @@ class LowDiff(Denoising):
         x0 = downsample(batch.x, sizes[k])
         law = LogNormal(self.noise_mean + self.shift * math.log(resolutions[k] / height), self.noise_std)
         t = law.draw(model.schedule, len(x0), rng)
-        cond = drop_labels(batch.cond, self.label_dropout, rng)
+        cond = drop_condition(batch.cond, nets.model.null, self.label_dropout, rng)
         if k:
             low = downsample(x0, sizes[k - 1])
             beside = condition(low, sizes[k], self.augmentation_max, self.picture_dropout, rng)

@@ -1,0 +1,70 @@
+"""What every iteration reads: a function of its number alone, so that a resumed run reads what the killed one would
+have read, whoever fetches it and however far ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from fewstep.conditions import leaves
+from fewstep.data.dataset import Rows, Samples, Unlabelled, epoch_indices
+from fewstep.denoisers import Denoiser
+from fewstep.randomness import derive_seed
+
+#: The source that everything but further columns comes from.
+MAIN = "data"
+
+
+class Feed:
+    """The rows of this process's micro-batches, from one source or several by name.
+
+    Micro-batch ``part`` of ``parts`` reads its share of the global ``batch`` of every source.  Each source has an order
+    of its own; that of the main one depends on the ``seed`` only.
+    """
+
+    def __init__(self, sources: Mapping[str, Samples], batch: int, seed: int, mine: range, parts: int) -> None:
+        self.sources, self.batch, self.seed, self.mine, self.parts = dict(sources), batch, seed, mine, parts
+        self.step: int | None = None
+        self.ahead: dict[str, Iterator[Rows]] = {}
+
+    def read(self, step: int) -> Iterator[dict[str, Rows]]:
+        """The rows of each micro-batch of iteration ``step``, by source."""
+        if self.step != step:
+            self.ahead = {name: data.feed(self.indices(name, step)) for name, data in self.sources.items()}
+        self.step = step + 1
+        for _ in self.mine:
+            yield {name: next(rows) for name, rows in self.ahead.items()}
+
+    def indices(self, name: str, step: int) -> Iterator[Tensor]:
+        """The rows that this process reads from iteration ``step`` on, one micro-batch after the other."""
+        seed = self.seed if name == MAIN else derive_seed(self.seed, "source", name)
+        while True:
+            whole = epoch_indices(len(self.sources[name]), step * self.batch, self.batch, seed)
+            yield from (whole.chunk(self.parts)[part] for part in self.mine)
+            step += 1
+
+
+def fitted(data: Samples, model: Denoiser) -> Samples:
+    """The data as a model is trained on them: without labels when it knows no conditions.
+
+    ValueError when the samples are of another shape, or their conditions not of the model's kind.
+    """
+    if tuple(data.shape) != tuple(model.shape):
+        raise ValueError(f"data '{data.name}' has samples {list(data.shape)}, the teacher makes {list(model.shape)}")
+    if model.classes:
+        if data.classes is None:
+            raise ValueError(
+                f"data '{data.name}' has no labels, the teacher knows {model.classes} classes: give every sample one "
+                "(-1 trains its unconditional branch)"
+            )
+        if data.classes > model.classes:
+            raise ValueError(f"data '{data.name}' has {data.classes} classes, the teacher knows {model.classes}")
+        return data
+    if data.classes is None:
+        return data
+    if model.null is not None:
+        takes = ", ".join(leaves(model.null))
+        raise ValueError(f"data '{data.name}' has class labels, the teacher takes {takes}")
+    return Unlabelled(data)
