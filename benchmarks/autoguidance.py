@@ -159,7 +159,7 @@ def candidates(main_run: Path, guide_run: Path, score: Callable[[Denoiser], floa
             guide_moments=stored,
         )[0].choice
         model = autoguided(main_run, guide, best)
-        made[name] = Candidate(str(best), model, (network_of(model.good).net, network_of(model.bad).net))
+        made[name] = Candidate(str(best), model, (network_of(model.inner).net, network_of(model.bad).net))
     return made
 
 

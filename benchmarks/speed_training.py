@@ -202,7 +202,7 @@ def compare(method: Method, bare: Bare, big: bool, batch: int, rounds: int) -> t
     model = teacher(big)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, *model.shape, generator=generator)
-    data = Dataset("random", x, torch.arange(256) % 10, noise=x.flip(0))
+    data = Dataset("random", x, torch.arange(256) % 10, columns={"noise": x.flip(0)})
     net = copy.deepcopy(model.net)
     settings = Settings(Budget(10**6), batch=batch, precision="fp32")
     run = Run(method, method.networks(model), settings, Parallel())

@@ -113,7 +113,7 @@ def test_method_trains(installed: Any, tmp_path: Path) -> None:
 
     def error(model: torch.nn.Module) -> float:
         with torch.no_grad():
-            return float((model(pairs.noise, pairs.labels) - pairs.x).square().mean())
+            return float((model(pairs.columns["noise"], pairs.labels) - pairs.x).square().mean())
 
     before = error(method.student(method.networks(teacher)))
     assert error(student) < before / 2

@@ -55,16 +55,18 @@ def test_coupling_of_the_exact_flow(schedule) -> None:
 def test_loss_vanishes_at_the_two_rectified_velocity_and_one_step_is_exact() -> None:
     """On the deterministic pairs ``x = m + c z`` the reflow loss is zero at v2 and one call gives x from z exactly."""
     z = torch.randn(256, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    batch = Batch(M + C * z, None, Rng(2), noise=z)
+    batch = Batch(M + C * z, None, Rng(2), columns={"noise": z})
     (update,) = Reflow().updates(Networks({"model": Rectified()}, {}), batch, Progress())
     assert float(update.loss) < 1e-24
-    (update,) = Reflow().updates(Networks({"model": Rectified(0.6)}, {}), Batch(batch.x, None, Rng(2), z), Progress())
+    (update,) = Reflow().updates(
+        Networks({"model": Rectified(0.6)}, {}), Batch(batch.x, None, Rng(2), {"noise": z}), Progress()
+    )
     assert float(update.loss) > 1e-3
 
     for steps in (1, 4):
         method = ReflowDistillation(steps=steps)
         nets = Networks({"student": Jump(Rectified())}, {})
-        (update,) = method.updates(nets, Batch(batch.x, None, Rng(3), z), Progress())
+        (update,) = method.updates(nets, Batch(batch.x, None, Rng(3), {"noise": z}), Progress())
         assert float(update.loss) < 1e-24
         plan = Plan(tuple(1 - i / steps for i in range(steps)), gamma=0.0)
         # the state keeps sigma(t_min) = 1e-3 of noise at the end
@@ -109,9 +111,9 @@ def test_pairs_keep_their_condition_and_repeat() -> None:
     assert torch.equal(pairs.labels, torch.arange(64) % 10 % 2)
     assert bool(((pairs.x[:, 0] > 0) == (pairs.labels == 1)).all())
     again = make_pairs(teacher, 64, pairs.labels, 12, 0, no_show)
-    assert torch.equal(again.x, pairs.x) and torch.equal(again.noise, pairs.noise)
+    assert torch.equal(again.x, pairs.x) and torch.equal(again.columns["noise"], pairs.columns["noise"])
     other = make_pairs(teacher, 64, pairs.labels, 12, 1, no_show)
-    assert not torch.equal(other.noise, pairs.noise)
+    assert not torch.equal(other.columns["noise"], pairs.columns["noise"])
 
 
 def test_swapped_labels_at_distillation_hurt() -> None:
@@ -132,7 +134,9 @@ def test_swapped_labels_at_distillation_hurt() -> None:
     method = ReflowDistillation()
 
     def loss(cond: torch.Tensor) -> float:
-        (update,) = method.updates(nets, Batch(pairs.x.double(), cond, Rng(0), pairs.noise.double()), Progress())
+        (update,) = method.updates(
+            nets, Batch(pairs.x.double(), cond, Rng(0), {"noise": pairs.columns["noise"].double()}), Progress()
+        )
         return float(update.loss)
 
     assert loss(labels) < 1e-3
@@ -152,5 +156,5 @@ def test_recipe_stages() -> None:
 def test_training_without_pairs_is_refused() -> None:
     """Plain data has no paired noise: one clear error."""
     batch = Batch(torch.zeros(4, 1), None, Rng(0))
-    with pytest.raises(ValueError, match="pairs"):
+    with pytest.raises(ValueError, match="'noise' beside each sample"):
         next(Reflow().updates(Networks({"model": Rectified()}, {}), batch, Progress()))

@@ -65,7 +65,12 @@ def points(unet: bool = False) -> Dataset:
     gen = torch.Generator().manual_seed(4)
     shape = (40, 1, 8, 8) if unet else (40, 2)
     noise = torch.randn(shape, generator=gen)
-    return Dataset("points", torch.randn(shape, generator=gen), torch.arange(40) % 3, noise=noise)
+    return Dataset(
+        "points",
+        torch.randn(shape, generator=gen),
+        torch.arange(40) % 3,
+        columns={} if noise is None else {"noise": noise},
+    )
 
 
 def weights(result: Result) -> Tensor:
@@ -96,7 +101,7 @@ READS = [0]
 
 def stopped_at(step: int, data: Dataset) -> Dataset:
     READS[0] = 0
-    return Stopper(data.name, data.x, data.labels, data.class_names, data.noise, stop_at=step)
+    return Stopper(data.name, data.x, data.labels, data.class_names, data.columns, stop_at=step)
 
 
 # --- splitting the work ------------------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
         path.write_bytes(before[:50])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fewstep.hub.native.save_file", full)
+    monkeypatch.setattr("fewstep.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         saved.write({"a": torch.zeros(3)}, {**counted, "steps": 2})
     assert saved.path.read_bytes() == before and list(tmp_path.iterdir()) == [saved.path]

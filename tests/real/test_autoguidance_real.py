@@ -75,8 +75,8 @@ def test_autoguidance_is_nearer_to_the_data_and_keeps_its_recall(runs, features)
         x = features(drawn(model))
         return frechet_distance(x, held_out), *precision_recall(x, held_out)
 
-    plain, auto = judged(best.good), judged(best)
-    free = min(judged(Guided(best.good, w)) for w in (1.5, 2.0, 3.0))
+    plain, auto = judged(best.inner), judged(best)
+    free = min(judged(Guided(best.inner, w)) for w in (1.5, 2.0, 3.0))
     assert auto[0] < 0.25 * plain[0] and auto[0] < 0.8 * free[0]
     assert auto[1] > plain[1] + 0.07 and auto[1] > free[1] + 0.02
     assert auto[2] > plain[2] - 0.05
@@ -87,8 +87,9 @@ def test_an_interval_saves_the_guide_and_stays_better_than_none(runs, features) 
     no guidance (measured: 6.4 against 16.7)."""
     held_out = features(load_data("digits", split="test"))
     best = autoguided(*runs, Choice(2.0, 0.05, 0.15, STEPS // 8))
-    counted = Autoguided(best.good, guide := CountCalls(best.bad), 2.0)
+    counted = Autoguided(best.inner, guide := CountCalls(best.bad), 2.0)
     limited, plain = (
-        frechet_distance(features(drawn(model)), held_out) for model in (GuidanceInterval(counted, 0.0, 1.0), best.good)
+        frechet_distance(features(drawn(model)), held_out)
+        for model in (GuidanceInterval(counted, 0.0, 1.0), best.inner)
     )
     assert guide.calls == 6 and limited < plain / 2

@@ -29,6 +29,10 @@ class Feed:
         self.step: int | None = None
         self.ahead: dict[str, Iterator[Rows]] = {}
 
+    def reads(self, sources: Mapping[str, Samples]) -> bool:
+        """Whether these are the sources."""
+        return [*self.sources] == [*sources] and all(self.sources[name] is data for name, data in sources.items())
+
     def read(self, step: int) -> Iterator[dict[str, Rows]]:
         """The rows of each micro-batch of iteration ``step``, by source."""
         if self.step != step:

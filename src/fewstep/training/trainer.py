@@ -149,7 +149,7 @@ class Run:
         first = self.parallel.rank * settings.accumulate
         mine = range(first, first + settings.accumulate)
         sources = named(data)
-        if self.feed is None or self.feed.sources != sources:
+        if self.feed is None or not self.feed.reads(sources):
             self.feed = Feed(sources, settings.batch, settings.seed, mine, parts)
         # dropout is the one draw that a network makes itself, from PyTorch's own generator
         torch.manual_seed(derive_seed(settings.seed, "dropout", self.steps, self.parallel.rank))
