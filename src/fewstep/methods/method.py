@@ -12,6 +12,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.data.dataset import Dataset
-from fewstep.denoisers import Denoiser
+from fewstep.denoisers import Denoiser, gradients
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
 
@@ -158,6 +159,18 @@ class Networks(nn.Module):
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
+
+    @contextmanager
+    def held(self, group: str) -> Iterator[None]:
+        """A block in which gradients pass through the networks of a group to their inputs only.
+
+        The update is yielded inside, so that it holds until the backward pass is done: checkpointed layers are computed
+        again there, and must find their parameters as they were.
+        """
+        with ExitStack() as stack:
+            for name in self.groups[group].modules:
+                stack.enter_context(gradients(self.get_submodule(name), "input"))
+            yield
 
     def group_parameters(self, group: str) -> list[nn.Parameter]:
         """The parameters that an update of ``group`` moves."""
