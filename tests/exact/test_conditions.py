@@ -84,7 +84,7 @@ def test_guidance_of_a_text_model_is_guidance() -> None:
     plain, away = model(x, t, cond), model(x, t, {**NULL_ROWS, "picture": cond["picture"]})
     torch.testing.assert_close(steered(x, t, cond), away + 7.5 * (plain - away), rtol=1e-4, atol=1e-5)
     assert guided(model, 1.0) is model
-    with pytest.raises(ValueError, match="guidance=7.5"):
+    with pytest.raises(ValueError, match=r"guidance=7\.5"):
         guided(denoiser(None), 7.5)
 
 
