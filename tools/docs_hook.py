@@ -17,14 +17,20 @@ from mkdocs.exceptions import PluginError
 EQUATION = re.compile(r'<(div|span) class="arithmatex">(.*?)</\1>', re.DOTALL)
 #: Letters that belong to one name, ``\mathrm{clip}``.
 UPRIGHT = re.compile(r'(?:<mi mathvariant="normal">\w</mi>){2,}')
+#: A function before or after something that would run into its name, ``\cos t``.
+FUNCTION = r"(<msup><mi>(?:cos|sin)</mi><mn>2</mn></msup>|<mi>(?:cos|sin|tanh|log|exp)</mi>)"
+AFTER, BEFORE = re.compile(FUNCTION + r"(?=<(?:mi|mn|msub|mfrac)>)"), re.compile("(?<=</mi>)" + FUNCTION)
+THIN = '<mspace width="0.167em" />'
 
 
 def mathml(latex: str, block: bool) -> str:
     """An equation as MathML; ValueError where a command of it is unknown."""
     source = latex.replace("{aligned}", "{align*}")  # the same table, under the name that the converter knows
+    source = re.sub(r"\\mathrm\{(\w)\}", r"\\mathrm \1 ", source)  # in braces it would lose its shape
     made = convert(source, display="block" if block else "inline")
     if unknown := re.search(r"\\\w*", made):
         raise ValueError(f"unknown command {unknown[0]} in the equation {latex}")
+    made = BEFORE.sub(THIN + r"\1", AFTER.sub(r"\1" + THIN, made))
     made = made.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")  # \sim, distributed as
     return UPRIGHT.sub(lambda name: "<mi>" + re.sub("<.*?>", "", name[0]) + "</mi>", made)
 
