@@ -19,7 +19,7 @@ EQUATION = re.compile(r'<(div|span) class="arithmatex">(.*?)</\1>', re.DOTALL)
 UPRIGHT = re.compile(r'(?:<mi mathvariant="normal">\w</mi>){2,}')
 #: A function before or after something that would run into its name, ``\cos t``.
 FUNCTION = r"(<msup><mi>(?:cos|sin)</mi><mn>2</mn></msup>|<mi>(?:cos|sin|tanh|log|exp)</mi>)"
-AFTER, BEFORE = re.compile(FUNCTION + r"(?=<(?:mi|mn|msub|mfrac)>)"), re.compile("(?<=</mi>)" + FUNCTION)
+AFTER, BEFORE = re.compile(FUNCTION + r"(?=<(?:mi|msub|mfrac)>)"), re.compile("(?<=</mi>)" + FUNCTION)
 THIN = '<mspace width="0.167em" />'
 
 
