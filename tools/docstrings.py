@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -36,7 +37,7 @@ def canonical(name: str, scope: griffe.Object) -> str | None:
     """The full name behind a name that a docstring uses, where the package has it."""
     try:
         full = name if name.startswith("fewstep.") else scope.resolve(name)
-        return scope.modules_collection[full].canonical_path
+        return str(scope.modules_collection[full].canonical_path)
     except (griffe.GriffeError, KeyError):
         return None
 
@@ -60,6 +61,12 @@ def markdown(text: str, scope: griffe.Object) -> str:
     return "".join(parts)
 
 
+def source(thing: griffe.Object) -> list[str]:
+    """The lines of the file that an object is in."""
+    assert isinstance(thing.filepath, Path)
+    return thing.lines_collection[thing.filepath]
+
+
 def comment_above(lines: list[str], number: int) -> str:
     """The ``#:`` comment that ends above a line."""
     found: list[str] = []
@@ -78,7 +85,7 @@ class Docstrings(griffe.Extension):
     def rewrite(self, scope: griffe.Object) -> None:
         """The docstring of an object, then those of its members."""
         if isinstance(scope, griffe.Attribute) and scope.docstring is None and scope.lineno:
-            comment = comment_above(scope.lines_collection[scope.filepath], scope.lineno)
+            comment = comment_above(source(scope), scope.lineno)
             scope.docstring = griffe.Docstring(comment, parent=scope) if comment else None
         if scope.docstring is not None:
             scope.docstring.value = markdown(scope.docstring.value, scope)

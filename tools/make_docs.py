@@ -1,4 +1,4 @@
-"""Write the generated pages of the documentation: the catalogue, and the reference, a page for every room of the package.
+"""Write the generated pages of the documentation: the catalogue, and the reference with a page a room.
 
 python tools/make_docs.py
 """
@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import griffe
+from docstrings import source
 
 from fewstep.catalogue import markdown
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
 #: Parts of the package that the reference leaves out: the command line and what only serves the rest.
-BACKSTAGE = {"api", "catalogue", "cli", "demo", "doctor", "files", "report", "tangents", "values"}
+BACKSTAGE = {"api", "catalogue", "cli", "demo", "doctor", "files", "report", "schemas", "tangents", "values"}
 #: What comes first, in this order; the rest follows by name.
 ORDER = ["schedules", "denoisers", "flow_maps", "exact", "grids", "sampling", "discrete", "methods", "training"]
 
@@ -32,7 +33,7 @@ def entry(path: str, level: int, members: list[str] | bool = True) -> str:
 
 def defined(module: griffe.Module) -> list[str]:
     """Public names with a description that a module defines itself."""
-    lines = module.lines_collection[module.filepath]
+    lines = source(module)
     return [
         name
         for name, member in module.members.items()
@@ -72,7 +73,7 @@ def page(module: griffe.Module, inner: list[griffe.Module]) -> str:
     if names := offered(module):
         links = ", ".join(f"[`{name}`][{path}]" for name, path in sorted(names, key=lambda pair: pair[0].lower()))
         parts.append(f"`from {module.path} import` ... {links}.\n")
-    parts += [entry(m.path, 2, names) for m in inner if (names := defined(m))]
+    parts += [entry(m.path, 2, own) for m in inner if (own := defined(m))]
     return "\n".join(parts)
 
 
