@@ -51,7 +51,9 @@ def on_page_content(page_html: str, page: Any, **kwargs: Any) -> str:
 
 def on_config(config: Any) -> Any:
     """Put the pages that ``tools/make_docs.py`` has written into the navigation, in its order."""
-    folder = Path(config.docs_dir) / "reference"
-    pages = folder.joinpath("order.txt").read_text().split()
+    order = Path(config.docs_dir) / "reference" / ".order"
+    if not order.is_file():
+        raise PluginError("the reference is not written yet: run python tools/make_docs.py first")
+    pages = order.read_text().split()
     config.nav.append({"Reference": [{name: f"reference/{name}.md"} for name in pages]})
     return config

@@ -89,7 +89,7 @@ def main() -> None:
     (folder / "fewstep.md").write_text(page(package, [package.modules["api"]]))
     for name in names:
         (folder / f"{name}.md").write_text(page(rooms[name], list(modules(rooms[name]))))
-    (folder / "order.txt").write_text("\n".join(["fewstep", *names]) + "\n")
+    (folder / ".order").write_text("\n".join(["fewstep", *names]) + "\n")
 
 
 if __name__ == "__main__":
