@@ -13,8 +13,6 @@ ROOT = Path(__file__).parents[2]
 
 def test_an_equation_becomes_mathml() -> None:
     """Rows are aligned, names stay in one piece and apart from what follows; an unknown command is an error."""
-    pytest.importorskip("latex2mathml")
-    pytest.importorskip("mkdocs")
     mathml = runpy.run_path(str(ROOT / "tools" / "docs_hook.py"))["mathml"]
     made = mathml(r"\begin{aligned} x &\sim \mathrm{clip}(x) \\ &= \cos^2 t \end{aligned}", block=True)
     assert made.count("<mtr>") == 2 and "<mi>clip</mi>" in made and "&#x0223C;" in made
@@ -25,8 +23,6 @@ def test_an_equation_becomes_mathml() -> None:
 
 def test_every_equation_of_the_pages_is_known() -> None:
     """Displayed ones, without building the site; dollars come in pairs."""
-    pytest.importorskip("latex2mathml")
-    pytest.importorskip("mkdocs")
     mathml = runpy.run_path(str(ROOT / "tools" / "docs_hook.py"))["mathml"]
     found = 0
     for page in sorted((ROOT / "docs").rglob("*.md")):
@@ -40,7 +36,6 @@ def test_every_equation_of_the_pages_is_known() -> None:
 
 def test_a_docstring_becomes_markdown() -> None:
     """Literals, roles, blocks and examples, as the reference shows them."""
-    griffe = pytest.importorskip("griffe")
     markdown = runpy.run_path(str(ROOT / "tools" / "docstrings.py"))["markdown"]
     with griffe.temporary_visited_module("def f(): ...\n") as module:
         text = "See :func:`f` and :class:`Nowhere` for ``a_b *c*``::\n\n    x = 1\n\nso.\n\n>>> f()\n"
