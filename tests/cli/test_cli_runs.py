@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from fewstep import api
-from fewstep.cli import records
 from fewstep.data import load as load_data
 from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.digests import model_sha256
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
@@ -27,6 +27,7 @@ from fewstep.hub import native
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.networks import UNet
 from fewstep.networks.transformer import Transformer
+from fewstep.runs import record as records
 from fewstep.sampling import Student
 from fewstep.sampling.search import half_level
 from fewstep.schedules import FlowMatching, TrigFlow
@@ -86,7 +87,10 @@ def test_a_recipe_records_everything(cli: Cli) -> None:
     recipe = json.loads(Path("runs/dmd2-digits/recipe.json").read_text())
     teacher = api.locate("digits") / "model.safetensors"
     assert recipe["command"] == "distill" and recipe["method"] == "dmd2"
-    assert recipe["start"] == {"model": "digits", "sha256": hashlib.sha256(teacher.read_bytes()).hexdigest()}
+    files = hashlib.sha256(teacher.read_bytes()).hexdigest()
+    assert recipe["start"] == {
+        "teacher": {"name": "digits", "sha256": files, "digest": model_sha256(api.load("digits"))}
+    }  # fmt: skip
     assert recipe["hyper_parameters"] == records.plain(vars(recipe_class("dmd2")(critic_steps=2)))
     data = load_data("digits")
     assert recipe["data"] == {
@@ -97,7 +101,7 @@ def test_a_recipe_records_everything(cli: Cli) -> None:
     assert recipe["versions"]["torch"] == torch.__version__
     assert "6 steps, 96 samples" in done.out
     card = native.card("runs/dmd2-digits/model")
-    assert card["recipe"] == "dmd2" and card["steps"] == 6 and card["teacher"] == recipe["start"]
+    assert card["recipe"] == "dmd2" and card["steps"] == 6 and card["teacher"] == recipe["start"]["teacher"]
 
 
 def test_data_have_different_sums_when_a_label_moves() -> None:
@@ -148,7 +152,7 @@ def test_another_recipe_in_the_folder_is_refused(cli: Cli) -> None:
     words = ("distill", "cm", "--teacher", "digits", "--out", "run", "--lr", "0.25", "--steps", "1,2", *SHORT)
     cli(*words)
     before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
-    cli("distill", "cm", "--teacher", "digits", "--out", "other", *SHORT)
+    cli("distill", "denoising", "--teacher", "digits", "--out", "other", *SHORT)
     for extra, named in {
         ("--budget", "7steps"): "--budget is 6steps there and 7steps here",
         ("--lr", "0.5"): "--lr is 0.25 there and 0.5 here",
@@ -187,9 +191,9 @@ def test_a_recipe_that_never_began_may_be_changed(cli: Cli) -> None:
 def test_a_recipe_refuses_other_weights_and_other_data(cli: Cli) -> None:
     """A recipe whose teacher or data changed since is not run on something else."""
     cli("distill", "cm", "--teacher", "digits", "--out", "run", *SHORT)
-    cli("distill", "cm", "--teacher", "digits", "--out", "student", *SHORT)
-    done = cli("distill", "--recipe", "run/recipe.json", "--teacher", "student", "--out", "new", code=2)
-    assert "another teacher than 'student'" in done.err
+    cli("distill", "denoising", "--teacher", "digits", "--out", "other", *SHORT)
+    done = cli("distill", "--recipe", "run/recipe.json", "--teacher", "other", "--out", "new", code=2)
+    assert "another teacher than 'other'" in done.err
     done = cli("distill", "--recipe", "run/recipe.json", "--data", "fashion", "--out", "new", code=2)
     assert "another data set than 'fashion'" in done.err
     done = cli("distill", "--recipe", "run/recipe.json", "--lr", "1", "--out", "new", code=2)
