@@ -18,6 +18,7 @@ from fewstep import api
 from fewstep.cli.runs import told_by_run
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
+from fewstep.files import check_writable
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveLadder
 from fewstep.methods.matching.dmd2 import DMD2
@@ -78,11 +79,13 @@ def main(
     """Distil ``teacher``, measure it and its students, write the page ``out``; gives back its path.
 
     Takes about ``minutes`` on two cores.  The runs are left in ``runs/<student>``; the same call resumes them, a longer
-    one trains them further.  Raises ValueError for minutes that are not positive, and what training raises.
+    one trains them further.  Raises ValueError for minutes that are not positive, OSError for a page that cannot be
+    written (before anything is trained), and what training raises.
     """
     if not 0 < minutes < float("inf"):
         raise ValueError(f"minutes={minutes:g}: the demonstration needs a positive number of minutes; 5 is a good one")
     start = time.perf_counter()
+    check_writable(Path(out))
     model, source = api.load(teacher), load_data(data)
     console = Console(stderr=True)
     left = 60 * minutes * TRAINING + MEASURING

@@ -80,7 +80,8 @@ class Part:
     setting: bool = False
 
     def agrees(self, other: Part) -> bool:
-        return bool(self.digests & other.digests) if self.digests else self.value == other.value
+        known = self.digests or other.digests
+        return bool(self.digests & other.digests) if known else self.value == other.value
 
 
 @dataclass(frozen=True)
