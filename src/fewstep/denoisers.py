@@ -250,6 +250,10 @@ class Denoiser(nn.Module, ABC):
         """The same denoiser on another schedule, exactly, by matching the signal-to-noise ratio."""
         return self if schedule == self.schedule else OnSchedule(self, schedule)
 
+    def native(self) -> Denoiser:
+        """The same denoiser on the schedule that its network was trained on."""
+        return self
+
 
 def check_prediction(x0: Any, x: Tensor, who: str = "denoiser") -> None:
     """ValueError unless a denoiser (or student) gave a data prediction for a state, and not what broadcasts to one."""
@@ -335,6 +339,9 @@ class OnSchedule(View):
 
     def on(self, schedule: Schedule) -> Denoiser:
         return self.inner.on(schedule)
+
+    def native(self) -> Denoiser:
+        return self.inner.native()
 
 
 class NetworkDenoiser(Denoiser):

@@ -12,6 +12,7 @@ from fewstep.methods.method import Batch, Progress
 from fewstep.methods.parts.adversary import discriminator_loss, generator_loss, logits
 from fewstep.methods.parts.score_matching import matching_vector, surrogate
 from fewstep.methods.parts.times import Own
+from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan, rollout
@@ -97,7 +98,7 @@ def test_each_update_reaches_its_own_networks_only(kind: str) -> None:
     """After the student's backward pass critic, head and teacher have no gradient, though the GAN's gradient does
     flow through the critic to x; after the critic's, the student has none."""
     method = DMD2(gan_weight=1.0)
-    nets = method.networks(teacher_network(kind=kind))
+    nets = method.networks(Start(teacher_network(kind=kind)))
     updates = method.updates(nets, batch_of(), Progress())
     first = next(updates)
     assert first.group == "student"
@@ -119,7 +120,7 @@ def test_each_update_reaches_its_own_networks_only(kind: str) -> None:
 
 def test_gan_gradient_passes_through_the_frozen_critic() -> None:
     """The adversarial term alone moves x."""
-    nets = DMD2().networks(teacher_network())
+    nets = DMD2().networks(Start(teacher_network()))
     x = torch.randn(4, 1, 8, 8, requires_grad=True)
     t = torch.full((4,), 0.8, dtype=F64)
     with gradients(nets.critic, "input"), gradients(nets.head, "input"):
@@ -131,7 +132,7 @@ def test_gan_gradient_passes_through_the_frozen_critic() -> None:
 def test_without_gan_and_ratio_one_the_student_gradient_is_dmds() -> None:
     """With gan_weight 0 and one critic step, the update is the surrogate of the DMD vector at the same draws."""
     method = DMD2(gan_weight=0.0, critic_steps=1)
-    nets = method.networks(teacher_network())
+    nets = method.networks(Start(teacher_network()))
     assert "head" not in dict(nets.named_children())
     (update, *_) = method.updates(nets, batch_of(seed=3), Progress())
     update.loss.backward()
@@ -156,7 +157,7 @@ def test_without_gan_and_ratio_one_the_student_gradient_is_dmds() -> None:
 def test_two_time_scales() -> None:
     """The critic moves in every iteration, the student in one of critic_steps."""
     method = DMD2(critic_steps=3)
-    nets = method.networks(teacher_network())
+    nets = method.networks(Start(teacher_network()))
     groups = [[u.group for u in method.updates(nets, batch_of(), Progress(step=k))] for k in range(6)]
     assert groups == [["student", "critic"], ["critic"], ["critic"]] * 2
 
@@ -184,7 +185,7 @@ def test_backward_simulation_is_inference(steps: int) -> None:
     """The training sample at index j is exactly what inference computes at its j-th call, and only that call has a
     graph."""
     method = DMD2(steps=steps, gan_weight=0.0)
-    nets = method.networks(teacher_network())
+    nets = method.networks(Start(teacher_network()))
     plan = method.plan(nets)
     seen = set()
     for seed in range(8):

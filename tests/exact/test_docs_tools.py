@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
+import griffe
 import pytest
 
 ROOT = Path(__file__).parents[2]

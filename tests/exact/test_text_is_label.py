@@ -17,7 +17,7 @@ from fewstep.networks import MLP
 from fewstep.sampling import Student
 from fewstep.schedules import TrigFlow
 from fewstep.training.budget import Budget
-from fewstep.training.stages import run_recipe
+from fewstep.runs.course import run_recipe
 from fewstep.training.trainer import Settings
 
 CLASSES = 3

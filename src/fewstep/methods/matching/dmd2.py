@@ -23,9 +23,9 @@ from torch import Tensor
 
 from fewstep import grids
 from fewstep.conditions import join
-from fewstep.denoisers import Denoiser, gradients
+from fewstep.denoisers import gradients
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
 from fewstep.methods.parts.adversary import (
     FeatureHead,
     accuracy,
@@ -36,6 +36,7 @@ from fewstep.methods.parts.adversary import (
 from fewstep.methods.parts.score_matching import denoising_loss, matching_vector, surrogate
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.parts.times import Own
+from fewstep.methods.start import Start
 from fewstep.sampling.rollout import Plan, Student, rollout
 
 
@@ -64,6 +65,8 @@ class DMD2(Method):
         "student/sample_std": "stays near the data's; a slide to 0 is collapse",
     }
 
+    roles: ClassVar[tuple[str, ...]] = ("student",)
+
     steps: int = 1
     critic_steps: int = 5
     gan_weight: float = 3e-3
@@ -74,10 +77,13 @@ class DMD2(Method):
     clip: float = 10.0
     warmup: int = 20
 
-    def networks(self, teacher: Denoiser) -> Networks:
+    def networks(self, start: Start) -> Networks:
+        teacher = start.teacher.native()
         modules: dict[str, torch.nn.Module] = {
-            "student": Jump(copy_of(teacher)), "critic": copy_of(teacher), "teacher": teacher
-        }  # fmt: skip
+            "student": Jump(start.network("student", on=teacher.schedule)),
+            "critic": start.network("critic", on=teacher.schedule),
+            "teacher": teacher,
+        }
         if self.gan_weight:
             modules["head"] = FeatureHead(teacher.feature_shape)
         critic = ("critic", "head") if self.gan_weight else ("critic",)
