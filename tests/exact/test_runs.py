@@ -287,7 +287,7 @@ def test_pairs_are_known_by_all_that_makes_them() -> None:
     assert pairs.digest() == Pairs(teacher(), 16, 2, labels.clone()).digest()
     others = [
         Pairs(teacher(seed=4), 16, 2, labels), replace(pairs, n=15), replace(pairs, steps=3),
-        replace(pairs, labels=None), replace(pairs, labels=labels.flip(0)),
+        replace(pairs, cond=None), replace(pairs, cond=labels.flip(0)),
         replace(pairs, teacher=stores.guided(teacher(), 2.0)), replace(pairs, teacher=teacher().on(VPLinear())),
     ]  # fmt: skip
     assert len({other.digest() for other in [pairs, *others]}) == 8
@@ -305,7 +305,7 @@ def test_a_kill_loses_one_part_of_a_store(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(data.x, made_now(what, 5).x) and torch.equal(
         data.columns["noise"], made_now(what, 5).columns["noise"]
     )
-    assert torch.equal(data.labels, what.labels)
+    assert torch.equal(data.labels, what.cond)
 
 
 @dataclass(frozen=True)
