@@ -18,7 +18,7 @@ IDEAS = {
 }  # fmt: skip
 BELOW_METHODS = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}
-BELOW_TRAINING = BELOW_METHODS | {"methods", "hub"}
+BELOW_TRAINING = BELOW_METHODS | {"methods", "models", "hub"}
 
 #: part -> what it may import.  The top may import everything.
 ALLOWED: dict[str, set[str]] = {
@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "discrete": IDEAS | {"sampling", "networks", "data"},
     "metrics": IDEAS | {"sampling", "data", "discrete"},
     "methods": BELOW_METHODS,
-    "hub": IDEAS | {"sampling", "networks", "discrete"},
+    "models": IDEAS | {"sampling", "networks", "discrete"},
+    "hub": IDEAS | {"sampling", "networks", "discrete", "models"},
     "training": BELOW_TRAINING,
     "report": BELOW_TRAINING | {"metrics"},
 }

@@ -115,6 +115,11 @@ class Adapter(nn.Module):
         latent = None if self.origin is None else latent_channels(self.origin.pipe)
         return min(self.takes, self.gives) if latent is None else latent
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one sample."""
+        return (self.channels, *self.size)
+
     def config_size(self) -> tuple[int, int]:
         """Height and width of one sample in the model's config; ValueError when it names none."""
         size = self.model.config.sample_size

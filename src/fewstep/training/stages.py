@@ -8,32 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import Denoiser
-from fewstep.discrete.learned import LearnedSampler
 from fewstep.files import load_tensors, save_tensors
-from fewstep.flow_maps import EDMConsistency, Jump
 from fewstep.hub import native
 from fewstep.methods.method import Method, Recipe
-from fewstep.sampling.rollout import Student
+from fewstep.models import model_of
 from fewstep.training.budget import Budget
 from fewstep.training.parallel import Parallel
 from fewstep.training.progress import Bar
 from fewstep.training.trainer import Result, Settings, train
 
 
-def as_teacher(model: Student | Denoiser) -> Denoiser:
+def as_teacher(model: Any) -> Denoiser:
     """What the next stage calls its teacher: the denoiser inside a student."""
-    if isinstance(model, Student):
-        if not isinstance(model.flow_map, Jump | EDMConsistency):
-            raise TypeError(f"a {type(model.flow_map).__name__} cannot be the teacher of a next stage")
-        return model.flow_map.denoiser
-    if isinstance(model, LearnedSampler):
-        return model.denoiser  # type: ignore[return-value]
-    return model
+    return model_of(model).teacher()
 
 
 def run_recipe(
@@ -59,7 +52,8 @@ def run_recipe(
             place = folder if len(stages) == 1 else folder / f"stage-{k}-{stage.name}"
         here = dataclasses.replace(settings, budget=share, seed=settings.seed + k)
         results.append(run_stage(stage, teacher, data, here, place, show))
-        teacher = as_teacher(results[-1].model)
+        if k + 1 < len(stages):
+            teacher = as_teacher(results[-1].model)
     records = [{**record, "stage": k} for k, result in enumerate(results) for record in result.records]
     return Result(
         results[-1].model,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Pr
 from fewstep.methods.parts.score_matching import drop_labels
 from fewstep.methods.parts.times import Uniform
 from fewstep.networks import MLP, UNet
+from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
 
 H = TypeVar("H", bound=Head)
 
@@ -146,8 +147,10 @@ class AnalogBits(Method):
         first = (estimate[:count] - batch.x[:count]).square().mean()
         yield Update("model", self.loss(nets.model, x_t, batch.x, t, cond, beside=estimate), {"estimate_loss": first})
 
-    def student(self, nets: Networks) -> Denoiser:
-        return nets.model
+    def student(self, nets: Networks) -> Any:
+        if not self.self_conditioning:
+            return nets.model
+        return SelfConditioned(nets.model, SelfConditioning(self.bound))
 
 
 @dataclass(frozen=True)
