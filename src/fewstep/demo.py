@@ -20,7 +20,7 @@ from fewstep.cli.records import NAME, Record, data_sha256, versions, weights_sha
 from fewstep.cli.runs import told_by_trainer
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
-from fewstep.files import write_atomically
+from fewstep.files import check_writable, write_atomically
 from fewstep.hub import native
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveLadder
@@ -81,10 +81,13 @@ def main(
     """Distil ``teacher``, measure it and its students, write the page ``out``; gives back its path.
 
     Takes about ``minutes`` on two cores.  The runs are left in ``runs/<student>``; the same call resumes them, a longer
-    one trains them further.  Raises ValueError for minutes that are not positive, and what training raises.
+    one trains them further.  Raises ValueError for minutes that are not positive, OSError when ``out`` cannot be
+    written, and what training raises.
     """
     if not 0 < minutes < float("inf"):
         raise ValueError(f"minutes={minutes:g}: the demonstration needs a positive number of minutes; 5 is a good one")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    check_writable(Path(out))
     start = time.perf_counter()
     model, source = api.load(teacher), load_data(data)
     console = Console(stderr=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fewstep import api
 from fewstep.cli import records
@@ -14,8 +15,7 @@ from fewstep.data.bundled import BUNDLED
 from fewstep.denoisers import Denoiser
 from fewstep.hub import native
 from fewstep.hub.models import adapter_of
-from fewstep.sampling.rollout import Student
-from fewstep.training.stages import as_teacher
+from fewstep.models import Model, model_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,19 @@ class Named:
 
     name: str
     folder: Path
-    model: Student | Denoiser
+    model: Any
+
+    @property
+    def kind(self) -> Model:
+        """The model's kind, which knows what can be done with it."""
+        return model_of(self.model)
+
+    def denoiser(self, use: str) -> Denoiser:
+        """What a solver can follow; :class:`UserError` saying what it is instead, and ``use``, what is wanted."""
+        try:
+            return self.kind.denoiser()
+        except ValueError as error:
+            raise UserError(f"'{self.name}' is {error}: {use}") from None
 
     @property
     def stem(self) -> str:
@@ -63,7 +75,7 @@ def named_model(name: str, size: tuple[int, int] | None = None) -> Named:
 def named_teacher(name: str) -> tuple[Named, Denoiser]:
     """A model that can teach: a denoiser, or the one inside a student."""
     found = named_model(name)
-    return found, as_teacher(found.model)
+    return found, found.kind.teacher()
 
 
 def check_conditions(named: Named) -> None:

@@ -29,6 +29,7 @@ from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.files import write_atomically
 from fewstep.hub import native
 from fewstep.methods.method import Recipe
+from fewstep.models import model_of
 from fewstep.sampling.search import half_level
 from fewstep.schemas import read_records
 from fewstep.training.budget import Budget
@@ -168,8 +169,9 @@ def execute(record: Record, recipe: Recipe, model: Denoiser, data: Dataset, out:
             if show and resumed:
                 print(f"{out}: going on where this run stopped")
             result = run_recipe(recipe, model.to(settings.device), data, settings, out, show=show)
-            if record.command == "train" and isinstance(result.model, NetworkDenoiser):
-                result.model.half_level = measured_half_level(result.model)
+            if record.command == "train":
+                trained: NetworkDenoiser = model_of(result.model).teacher()
+                trained.half_level = measured_half_level(trained)
             native.save(result.model, out / "model", card(record, recipe, result))
             join_logs(out)
     return result

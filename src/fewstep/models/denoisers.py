@@ -19,8 +19,8 @@ from fewstep.models.networks import (
 )
 from fewstep.randomness import Rng
 from fewstep.sampling import sample
-from fewstep.sampling.engine import Solver
 from fewstep.sampling.coefficients import Levels
+from fewstep.sampling.engine import Solver
 from fewstep.sampling.sample import laid_out
 from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
 from fewstep.schedules import described
@@ -86,7 +86,7 @@ class NetworkModel(AnyDenoiser):
 
     kind = "denoiser"
     wraps = NetworkDenoiser
-    holds = NETWORK_DENOISER
+    holds: ClassVar[dict[str, Any]] = NETWORK_DENOISER
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         made: NetworkDenoiser = self.module
@@ -102,7 +102,10 @@ class NetworkModel(AnyDenoiser):
 
     @classmethod
     def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
-        prediction, schedule = build_named(PREDICTIONS, config["prediction"]), build_named(SCHEDULES, config["schedule"])
+        prediction, schedule = (
+            build_named(PREDICTIONS, config["prediction"]),
+            build_named(SCHEDULES, config["schedule"]),
+        )
         net: Any = network(config["network"])
         for field, found in (("shape", tuple(net.shape)), ("classes", net.classes)):
             if config[field] != found:
@@ -117,7 +120,7 @@ class ViewedModel(AnyDenoiser):
 
     kind = "on-schedule"
     wraps = OnSchedule
-    holds = _DENOISERS["on-schedule"]
+    holds: ClassVar[dict[str, Any]] = _DENOISERS["on-schedule"]
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         return {"kind": self.kind, "inner": model(self.module.inner), "schedule": described(self.module.schedule)}
@@ -132,7 +135,7 @@ class SelfConditionedModel(AnyDenoiser):
 
     kind = "self-conditioned"
     wraps = SelfConditioned
-    holds = {"denoiser": DENOISER, "bound": float | None, "momentum": float}
+    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "bound": float | None, "momentum": float}
     called = "a self-conditioned model"
     options = frozenset({"solver", "grid", "guidance", "threshold", "denoise", "one_path"})
 
@@ -147,7 +150,7 @@ class SelfConditionedModel(AnyDenoiser):
         return feedback
 
     def denoiser(self) -> Denoiser:
-        raise ValueError(f"{self.called}: each of its calls is given the prediction of the one before")
+        raise ValueError(f"{self.called}, each of whose calls is given the last prediction")
 
     def teacher(self) -> Denoiser:
         return self.inner

@@ -66,11 +66,15 @@ class AnyDiscreteDenoiser(Model):
     def sample_from(self, noise: Tensor, cond: Cond, *, steps: int | None, rng: Rng, **options: Any) -> Tensor:
         return self.sample(len(noise), cond, steps=steps, seed=rng.shared_integer(0, 2**62))
 
+    @property
+    def usual_steps(self) -> int:
+        return USUAL_STEPS if self.plans is None else self.plans[0]
+
     def calls(self, steps: int | None = None, **options: Any) -> int:
-        return USUAL_STEPS if steps is None else steps
+        return self.usual_steps if steps is None else steps
 
     def denoiser(self) -> Denoiser:
-        raise ValueError(f"{self.called}: solvers are for real numbers, its samples are tokens")
+        raise ValueError(f"{self.called}, whose samples are tokens")
 
     def teacher(self) -> Any:
         return self.chain_of()
@@ -81,7 +85,7 @@ class NetworkDiscreteModel(AnyDiscreteDenoiser):
 
     kind = "discrete-denoiser"
     wraps = NetworkDiscreteDenoiser
-    holds = {"chain": CHAIN, "network": TOKEN_NETWORK, "length": Size, "classes": Size | None}
+    holds: ClassVar[dict[str, Any]] = {"chain": CHAIN, "network": TOKEN_NETWORK, "length": Size, "classes": Size | None}
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         made: NetworkDiscreteDenoiser = self.module
@@ -96,7 +100,12 @@ class NetworkDiscreteModel(AnyDiscreteDenoiser):
     @classmethod
     def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
         chain = build_chain(config["chain"])
-        told = {"length": config["length"], "classes": config["classes"], "tokens": chain.tokens, "states": chain.states}
+        told = {
+            "length": config["length"],
+            "classes": config["classes"],
+            "tokens": chain.tokens,
+            "states": chain.states,
+        }
         for field, value in told.items():
             if config["network"].get(field) != value:
                 raise ValueError(f"the model's {field} is {value}, that of its network {config['network'].get(field)}")
@@ -108,7 +117,7 @@ class LearnedSamplerModel(AnyDiscreteDenoiser):
 
     kind = "learned-sampler"
     wraps = LearnedSampler
-    holds = {
+    holds: ClassVar[dict[str, Any]] = {
         "denoiser": Choice("kind", {NetworkDiscreteModel.kind: NetworkDiscreteModel.holds}),
         "plans": Map(*STEPS, fields_of(Plan)), "stepper": str,
     }  # fmt: skip
@@ -125,9 +134,6 @@ class LearnedSamplerModel(AnyDiscreteDenoiser):
     def drawn(self, n: int, cond: Cond, steps: int, seed: int) -> Tensor:
         made: Tensor = self.module.sample(n, cond, steps=steps, seed=seed)
         return made
-
-    def calls(self, steps: int | None = None, **options: Any) -> int:
-        return self.plans[0] if steps is None else steps
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         plans = {str(steps): asdict(plan) for steps, plan in self.module.plans.items()}

@@ -66,9 +66,7 @@ def describe(module: Any, network: Callable[[nn.Module], Config] = describe_netw
     return found.describe(lambda inner: describe(inner, network), network)
 
 
-def build(
-    config: Config, network: Callable[[Config], nn.Module] = build_network, place: Place = IN_MEMORY
-) -> Any:
+def build(config: Config, network: Callable[[Config], nn.Module] = build_network, place: Place = IN_MEMORY) -> Any:
     """The model that :func:`describe` described, with untrained weights.
 
     ``network`` builds networks, ``place`` is where the description stands.  Raises ValueError naming the field that is

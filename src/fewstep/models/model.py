@@ -51,14 +51,24 @@ class Model(ABC):
         return None
 
     @property
+    def noun(self) -> str:
+        """What it is called, without the article."""
+        return self.called.partition(" ")[2]
+
+    @property
     def plans(self) -> tuple[int, ...] | None:
         """The numbers of steps that it has plans for, rising; None for a model that takes any number."""
         return None
 
+    @property
+    def usual_steps(self) -> int:
+        """The steps that it samples in where nobody says how many."""
+        return 10 if self.plans is None else self.plans[0]
+
     def check_steps(self, steps: int | None) -> None:
         """ValueError for a number of steps that there is no plan for."""
         if steps is not None and self.plans is not None and steps not in self.plans:
-            raise ValueError(f"{steps}: {self.called} with plans for {', '.join(map(str, self.plans))} steps")
+            raise ValueError(f"{steps}: this {self.noun} has plans for {', '.join(map(str, self.plans))} steps")
 
     @abstractmethod
     def sample(
@@ -84,7 +94,7 @@ class Model(ABC):
 
     def denoiser(self) -> Denoiser:
         """The denoiser that a solver can follow with the same samples in sight; ValueError saying why there is none."""
-        raise ValueError(f"{self.called}, which samples in its own way, not by a solver")
+        raise ValueError(f"{self.called}, which samples in its own way")
 
     def teacher(self) -> Any:
         """What the next training starts from; ValueError or TypeError saying why there is nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,13 @@ class CascadedModel(Model):
 
     kind = "cascade"
     wraps = CascadeModel
-    holds = {"denoiser": DENOISER, "resolutions": tuple[Size, ...], "plans": list[PLAN]}  # type: ignore[valid-type]
+    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "resolutions": tuple[Size, ...], "plans": list[PLAN]}  # type: ignore[valid-type]
     called = "a cascade of resolutions"
     options = frozenset({"guidance"})
+
+    @property
+    def usual_steps(self) -> int:
+        return max(plan.steps for plan in self.module.plans)
 
     def sample(
         self,
@@ -85,7 +89,7 @@ class DPMOTModel(Model):
 
     kind = "dpm-ot"
     wraps = TransportedModel
-    holds = {
+    holds: ClassVar[dict[str, Any]] = {
         "denoiser": DENOISER, "targets": Size, "labels": bool, "time": float, "source": Literal[tuple(SOURCES)],
         "solver": str,
     }  # fmt: skip

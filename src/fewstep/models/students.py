@@ -52,7 +52,7 @@ class StudentModel(Model):
         return made
 
     def calls(self, steps: int | None = None, **options: Any) -> int:
-        return self.plans[0] if steps is None else steps
+        return self.usual_steps if steps is None else steps
 
     def teacher(self) -> Any:
         from fewstep.models.kinds import model_of
@@ -95,7 +95,7 @@ class JumpModel(AnyFlowMap):
 
     kind = "jump"
     wraps = Jump
-    holds = {"denoiser": DENOISER, "two_times": bool}
+    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "two_times": bool}
 
     def teacher(self) -> Any:
         return self.module.denoiser
@@ -113,7 +113,7 @@ class EDMConsistencyModel(AnyFlowMap):
 
     kind = "edm-consistency"
     wraps = EDMConsistency
-    holds = {"denoiser": DENOISER, "sigma_data": float}
+    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "sigma_data": float}
 
     def teacher(self) -> Any:
         return self.module.denoiser
