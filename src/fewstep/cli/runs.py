@@ -241,7 +241,8 @@ def tell(result: Result, out: Path) -> None:
     last = "".join(f", {name} {value:.4g}" for name, value in losses.items())
     print(f"{result.steps} steps, {result.images} samples, {result.seconds:.1f} s{last}")
     print(f"the model is in {out / 'model'}; look at it:  fewstep sample {out}")
-    print(f"measure it:  fewstep evaluate {out}")
+    if model_of(result.model).tokens is None:
+        print(f"measure it:  fewstep evaluate {out}")
 
 
 def card(record: Record, recipe: Recipe, result: Result) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from fewstep import grids
-from fewstep.denoisers import Denoiser, NetworkDenoiser, OnSchedule, Prediction
+from fewstep.denoisers import Denoiser, NetworkDenoiser, Prediction
 from fewstep.files import part_of, save_tensors, write_atomically
 from fewstep.flow_maps import Jump
 from fewstep.hub.adapters import Adapter, DiT, TextAdapter, UNet2D
@@ -38,6 +38,7 @@ from fewstep.hub.requires import require
 from fewstep.hub.schedulers import PREDICTION_TYPES
 from fewstep.hub.source import standalone
 from fewstep.hub.tables import Table, network_of, plan_table, scheduler_table
+from fewstep.models import Model, model_of
 from fewstep.networks import NETWORKS
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import DiscreteVP, FlowMatching, Schedule, TrigFlow
@@ -116,7 +117,7 @@ class Way:
     scaled: float | None = None
 
 
-def export(model: Student | Denoiser, folder: str | Path) -> Exported:
+def export(model: nn.Module, folder: str | Path) -> Exported:
     """Write ``model`` to a new folder that ``diffusers.DiffusionPipeline.from_pretrained`` opens.
 
     A denoiser that came from a pipeline goes back into it with the pipeline's own scheduler; any other denoiser is
@@ -129,36 +130,37 @@ def export(model: Student | Denoiser, folder: str | Path) -> Exported:
     return _write(_way(model), model, target)
 
 
-def export_with_code(model: Student | Denoiser, folder: str | Path) -> Exported:
+def export_with_code(model: nn.Module, folder: str | Path) -> Exported:
     """Like :func:`export`, always with the student's own scheduler: the same pictures from the same noise, the start
     included."""
     target = _new_folder(folder)
     return _write(_way_with_code(model), model, target)
 
 
-def foretold(model: Student | Denoiser) -> str:
+def foretold(model: nn.Module) -> str:
     """What :func:`export` would write, on one line; ValueError saying why when it could not write the model."""
     way = _way(model)
     kind = "with code" if way.code else "plain"
     return f"{kind}, a {_pipeline_name(way)} with {type(way.scheduler).__name__}"
 
 
-def _way(model: Student | Denoiser) -> Way:
+def _way(model: nn.Module) -> Way:
     return _plain_way(model) or _way_with_code(model)
 
 
-def _plain_way(model: Student | Denoiser) -> Way | None:
+def _plain_way(model: nn.Module) -> Way | None:
     """Into a pipeline of diffusers with a scheduler of diffusers; None when none has the coefficients."""
     require("diffusers", "exporting to diffusers")
+    student = _student(model)
     net = _exportable(model)
     if not isinstance(net, Adapter):
         return None
-    if isinstance(model, Denoiser) and net.origin is not None:
-        if not isinstance(model, NetworkDenoiser | OnSchedule):
+    kind = model_of(model)
+    if kind.plans is None and net.origin is not None:
+        if not kind.kind:
             raise ValueError(f"a {type(model).__name__} is not a network: export the denoiser inside it")
         pipe = net.origin.pipe
         return Way(net, type(pipe), pipe.scheduler, {}, 1.0)
-    student = _with_plans(model) if isinstance(model, Denoiser) else model
     tables = _tables(student)
     found = _plain_scheduler(net, network_of(student), student.plans, tables)
     if found is None:
@@ -168,13 +170,14 @@ def _plain_way(model: Student | Denoiser) -> Way | None:
     return Way(net, pipeline, found[0], calls, _start(tables))
 
 
-def _way_with_code(model: Student | Denoiser) -> Way:
+def _way_with_code(model: nn.Module) -> Way:
     """Into a pipeline of diffusers, or our own, with the student's table as its scheduler."""
     from fewstep.hub.student_pipeline import StudentPipeline
     from fewstep.hub.student_scheduler import StudentScheduler
 
+    student = _student(model)
     net = _exportable(model)
-    tables = _tables(_with_plans(model) if isinstance(model, Denoiser) else model)
+    tables = _tables(student)
     pipeline, scaled = StudentPipeline, None
     if isinstance(net, TextAdapter | DiT):
         pipeline = _pipeline_class(net)
@@ -183,7 +186,11 @@ def _way_with_code(model: Student | Denoiser) -> Way:
     elif isinstance(net, Adapter):
         _refuse_pictures_beside(net, "StudentPipeline")
     usual = _arguments(net, pipeline)
-    if pipeline is StudentPipeline and (len(model.shape) != 3 or model.shape[0] not in (1, 3)) and not _decodes(net):
+    if (
+        pipeline is StudentPipeline
+        and (len(student.shape) != 3 or student.shape[0] not in (1, 3))
+        and not _decodes(net)
+    ):
         usual = {"output_type": "latent"}  # samples that are not pictures
     plans = {
         str(n): {"start": t.start if scaled is None else 1.0, "calls": [asdict(call) for call in t.calls]}
@@ -237,7 +244,7 @@ def _new_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _exportable(model: Student | Denoiser) -> nn.Module:
+def _exportable(model: nn.Module) -> Any:
     """The model's network; ValueError when neither diffusers nor our own source can rebuild it."""
     net = network_of(model).net
     if isinstance(net, Adapter):
@@ -251,6 +258,15 @@ def _exportable(model: Student | Denoiser) -> nn.Module:
             f"({', '.join(NETWORKS)}): plain diffusers could not build it"
         )
     return net
+
+
+def _student(model: nn.Module) -> Student:
+    """The model as a flow map with plans; ValueError for a kind that has no place in diffusers."""
+    kind = model_of(model)
+    try:
+        return _with_plans(kind.denoiser()) if kind.plans is None else kind.student()
+    except ValueError as error:
+        raise ValueError(f"diffusers has no place for {error}") from None
 
 
 def _with_plans(denoiser: Denoiser) -> Student:
@@ -400,14 +416,14 @@ def _pipeline_name(way: Way) -> str:
     return name if way.scaled is None else f"Student{name}"
 
 
-def _write(way: Way, model: Student | Denoiser, target: Path) -> Exported:
+def _write(way: Way, model: nn.Module, target: Path) -> Exported:
     """Write a model the chosen way; the folder appears when it is whole."""
     part = _part(target)
     if isinstance(way.net, Adapter) and way.pipeline.__name__ != "StudentPipeline":
         pipeline = way.pipeline(**_components(way.net, way.scheduler, way.pipeline))
         pipeline.save_pretrained(part, safe_serialization=True)
     else:
-        _write_student_pipeline(way, model, part)
+        _write_student_pipeline(way, model_of(model), part)
     if way.code:
         index = json.loads((part / "model_index.json").read_text())
         index["scheduler"] = ["student_scheduler", "StudentScheduler"]
@@ -423,7 +439,7 @@ def _write(way: Way, model: Student | Denoiser, target: Path) -> Exported:
     return result
 
 
-def _write_student_pipeline(way: Way, model: Student | Denoiser, part: Path) -> None:
+def _write_student_pipeline(way: Way, model: Model, part: Path) -> None:
     """A folder with our own pipeline: the network, the scheduler, and the autoencoder where samples are latents."""
     index: dict[str, Any] = {
         "_class_name": ["student_pipeline", "StudentPipeline"], "_diffusers_version": _version(),

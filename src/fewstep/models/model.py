@@ -102,7 +102,7 @@ class Model(ABC):
 
     def student(self) -> Student:
         """The model as a flow map with plans; ValueError saying why it is none."""
-        raise ValueError(f"{self.called}, not a flow map along fixed times")
+        raise ValueError(f"{self.called}, which is no flow map along fixed times")
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         """Plain data from which :meth:`build` makes it again with fresh weights; the two functions describe the models
