@@ -44,7 +44,6 @@ def conditions(chosen: argparse.Namespace, model: Any) -> tuple[Any, Any]:
     import torch
 
     from fewstep.cli.runs import device_of
-    from fewstep.hub.adapters import TextAdapter
     from fewstep.hub.models import adapter_of
 
     net = adapter_of(model)
@@ -53,7 +52,7 @@ def conditions(chosen: argparse.Namespace, model: Any) -> tuple[Any, Any]:
         if chosen.cond is not None:
             raise UserError(f"--cond: '{chosen.model}' is not a pipeline, it takes class numbers at most")
         return condition(chosen, model), None
-    null = net.null(chosen.n) if isinstance(net, TextAdapter) else {}
+    null = net.null_rows(chosen.n)
     if model.classes:
         null = {"class_labels": torch.full((chosen.n,), -1)}
     given, negative = from_file(chosen)
@@ -77,9 +76,7 @@ def prompted(chosen: argparse.Namespace, net: Adapter | None) -> dict[str, Tenso
     """``--prompt``, embedded once for every sample."""
     import torch
 
-    from fewstep.hub.adapters import TextAdapter
-
-    if not isinstance(net, TextAdapter) or not net.reads_prompts:
+    if net is None or not net.reads_prompts:
         raise UserError(f"--prompt: '{chosen.model}' has no text encoder to read it")
     with torch.no_grad():
         return net.embed([chosen.prompt] * chosen.n)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fewstep.files import Header, headers, load_tensors, save_tensors, sha256, write_atomically
-from fewstep.hub.adapters import Adapter, fresh, rebuilt
+from fewstep.hub.adapters import as_adapter, fresh, rebuilt
 from fewstep.hub.adapters import described as described_adapter
 from fewstep.hub.weights import no_larger_than
 from fewstep.models import kinds
@@ -39,7 +39,8 @@ def describe(model: nn.Module) -> Config:
 
 def describe_network(net: nn.Module) -> Config:
     """A network as plain data: a reference network, or one of diffusers."""
-    return {"name": DIFFUSERS, **described_adapter(net)} if isinstance(net, Adapter) else describe_own(net)
+    adapter = as_adapter(net)
+    return describe_own(net) if adapter is None else {"name": DIFFUSERS, **described_adapter(adapter)}
 
 
 def build(config: Config) -> Any:
