@@ -16,11 +16,11 @@ from fewstep.discrete.exact import FactorisedLaw, JointLaw, MarkovLaw
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.noise import Cosine, Geometric
 from fewstep.discrete.samplers import Plan, sample
-from fewstep.hub import discrete_models
 from fewstep.methods.method import Batch, Progress
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.discrete_denoising import DiscreteDenoising, ScoreEntropy, cross_entropy, score_entropy
 from fewstep.metrics.tokens import NGram, token_quality
+from fewstep.models import kinds
 from fewstep.networks.transformer import Transformer
 from fewstep.randomness import Rng
 from fewstep.training.budget import Budget
@@ -212,15 +212,15 @@ def test_models_as_plain_data(chain: Chain) -> None:
     net = Transformer(6, 5, chain.states, 16, 1, 2, classes=3, timed=False)
     model = NetworkDiscreteDenoiser(net, chain, 6, 3)
     made = LearnedSampler(model, {2: Plan((1.0, 0.4, 0.1), (0.5, 1.0))}, "tweedie")
-    again = discrete_models.build(discrete_models.describe(made))
+    again = kinds.build(kinds.describe(made))
     again.load_state_dict(made.state_dict())
     assert again.plans == made.plans and again.stepper == "tweedie" and again.denoiser.chain == chain
     assert torch.equal(again.sample(4, seed=1), made.sample(4, seed=1))
     assert torch.equal(sample(again.denoiser, 2, 3), sample(model, 2, 3))
-    with pytest.raises(TypeError, match="a Table is not one of"):
-        discrete_models.describe(NetworkDiscreteDenoiser(Table(3, 5), chain, 3))
+    with pytest.raises(TypeError, match="a Table is not one of fewstep"):
+        kinds.describe(NetworkDiscreteDenoiser(Table(3, 5), chain, 3))
     with pytest.raises(TypeError, match="cannot describe a FactorisedLaw"):
-        discrete_models.describe(LearnedSampler(FactorisedLaw(Masked(2), torch.ones(2, 2)), {1: Plan((1.0, 0.1))}))
-    broken = discrete_models.describe(model)
+        kinds.describe(LearnedSampler(FactorisedLaw(Masked(2), torch.ones(2, 2)), {1: Plan((1.0, 0.1))}))
+    broken = kinds.describe(model)
     with pytest.raises(ValueError, match=r'chain\.name = "Other" must be one of Masked'):
-        discrete_models.build(broken | {"chain": broken["chain"] | {"name": "Other"}})
+        kinds.build(broken | {"chain": broken["chain"] | {"name": "Other"}})

@@ -14,10 +14,10 @@ from fewstep.denoisers import NetworkDenoiser, TrigPrediction
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
 from fewstep.networks import MLP
+from fewstep.runs.course import run_recipe
 from fewstep.sampling import Student
 from fewstep.schedules import TrigFlow
 from fewstep.training.budget import Budget
-from fewstep.runs.course import run_recipe
 from fewstep.training.trainer import Settings
 
 CLASSES = 3

@@ -19,6 +19,7 @@ from fewstep.cli.settings import SETTINGS
 from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Recipe
+from fewstep.models import model_of
 from fewstep.runs import record as records
 from fewstep.runs.course import run_recipe
 from fewstep.runs.record import FREE, NAME, Record
@@ -152,4 +153,5 @@ def tell(result: Result, out: Path) -> None:
     last = "".join(f", {name} {value:.4g}" for name, value in losses.items())
     print(f"{result.steps} steps, {result.images} samples, {result.seconds:.1f} s{last}")
     print(f"the model is in {out / 'model'}; look at it:  fewstep sample {out}")
-    print(f"measure it:  fewstep evaluate {out}")
+    if model_of(result.model).tokens is None:
+        print(f"measure it:  fewstep evaluate {out}")

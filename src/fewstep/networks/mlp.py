@@ -31,6 +31,7 @@ class MLP(nn.Module):
         if blocks < 0:
             raise ValueError(f"MLP: blocks={blocks} must not be negative")
         self.shape = tuple(shape)
+        self.classes = classes
         self.config = {
             "shape": list(shape), "width": width, "blocks": blocks, "classes": classes, "extras": list(extras),
             "beside": beside,

@@ -40,6 +40,7 @@ class UNet(nn.Module):
         if height % fold or side % fold:
             raise ValueError(f"UNet: a picture of {height}x{side} does not divide into {len(channels)} levels ({fold})")
         self.shape = tuple(shape)
+        self.classes = classes
         self.config = {
             "shape": list(shape), "channels": list(channels), "blocks": blocks, "width": width, "classes": classes,
             "extras": list(extras), "dropout": dropout, "double_norm": double_norm,

@@ -15,19 +15,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import rows
-from fewstep.denoisers import X0, Cond, Denoiser, NetworkDenoiser
+from fewstep.denoisers import X0, Cond, NetworkDenoiser
 from fewstep.discrete.heads import Head, SigmoidHead, SoftmaxHead
 from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
 
 H = TypeVar("H", bound=Head)
 
@@ -149,8 +150,10 @@ class AnalogBits(Method):
         first = (estimate[:count] - batch.x[:count]).square().mean()
         yield Update("model", self.loss(nets.model, x_t, batch.x, t, cond, beside=estimate), {"estimate_loss": first})
 
-    def student(self, nets: Networks) -> Denoiser:
-        return nets.model
+    def student(self, nets: Networks) -> Any:
+        if not self.self_conditioning:
+            return nets.model
+        return SelfConditioned(nets.model, SelfConditioning(self.bound))
 
     def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
         return {"teacher": nets.model}

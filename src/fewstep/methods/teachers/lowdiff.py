@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import CascadeUNet, UNet
 from fewstep.randomness import Rng
-from fewstep.sampling.cascade import downsample, upsample
+from fewstep.sampling.cascade import CascadeModel, downsample, upsample
 
 
 def stage_loss(
@@ -139,3 +139,6 @@ class LowDiff(Denoising):
         share = self.shares[k] if self.shares else 1 / len(resolutions)
         weight = self.weights[k] if self.weights else 1 / (len(resolutions) * share)
         yield Update("model", weight * loss, {f"loss_{resolutions[k]}": loss.detach()})
+
+    def student(self, nets: Networks) -> Any:
+        return CascadeModel(nets.model, nets.model.net.resolutions)
