@@ -22,7 +22,7 @@ from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow, Reflow, ReflowDistillation
 from fewstep.methods.matching.dmd2 import DMD2
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Progress, Update
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet
@@ -384,7 +384,7 @@ def test_weights_that_the_last_step_ruined_are_not_given_back(kept: bool, tmp_pa
 @pytest.mark.parametrize("kind", ["adam", "adamw", "radam"])
 def test_optimisers_equal_the_plain_ones(kind: Any) -> None:
     """Fused and multi-tensor optimisers with clipping and warm-up make the path of PyTorch's per-tensor loop."""
-    spec = Optimiser(("model",), 1e-2, kind=kind, weight_decay=0.1, clip=0.5, warmup=3, decay="cosine")
+    spec = Optimizer(("model",), 1e-2, kind=kind, weight_decay=0.1, clip=0.5, warmup=3, decay="cosine")
 
     @dataclass(frozen=True)
     class Specified(Denoising):

@@ -108,7 +108,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Optimiser:
+class Optimizer:
     """How a group of modules is optimised.
 
     ``modules`` are names in :class:`Networks`.  ``decay`` is the learning rate's course over the budget: constant,
@@ -136,7 +136,7 @@ class Networks(nn.Module):
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        groups: Mapping[str, Optimiser],
+        groups: Mapping[str, Optimizer],
         ema: tuple[str, ...] = (),
         moved: tuple[str, ...] = (),
     ) -> None:

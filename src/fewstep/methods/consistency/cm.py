@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep import grids
 from fewstep.flow_maps import EDMConsistency, FlowMap
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts.distances import DISTANCES
 from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
 from fewstep.methods.start import Start
@@ -63,7 +63,7 @@ class _ConsistencyModel(Method):
         model = EDMConsistency(start.network("student", on=edm_like(teacher.schedule)), self.sigma_data)
         return Networks(
             {"student": model, "target": copy.deepcopy(model), "teacher": teacher.on(model.schedule)},
-            {"student": Optimiser(("student",), self.lr, kind="radam", decay="linear")},
+            {"student": Optimizer(("student",), self.lr, kind="radam", decay="linear")},
             ema=("student",),
             moved=("target",),
         )

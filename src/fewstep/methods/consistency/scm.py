@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts.teacher_steps import edm_like, guided
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
@@ -107,7 +107,7 @@ class _ContinuousConsistency(Method):
         return Networks(
             {"student": model, "weight": TimeWeight(), "teacher": start.teacher.on(schedule)},
             {
-                "student": Optimiser(
+                "student": Optimizer(
                     ("student", "weight"), self.lr, betas=(0.9, 0.99), eps=1e-11, warmup=10, decay="cosine"
                 )
             },

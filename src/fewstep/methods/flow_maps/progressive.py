@@ -21,7 +21,7 @@ from fewstep import grids
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump, ddim_move
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Stage, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, Update
 from fewstep.methods.parts.teacher_steps import ddim_step, guided
 from fewstep.methods.start import Start
 from fewstep.sampling.rollout import Plan, Student
@@ -80,7 +80,7 @@ class ProgressiveDistillation(Method):
     def networks(self, start: Start) -> Networks:
         teacher = start.model("teacher")
         student = Jump(start.network("student", on=teacher.schedule))
-        optimiser = Optimiser(("student",), self.lr, clip=1.0, decay="linear")
+        optimiser = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
         return Networks({"student": student, "teacher": teacher}, {"student": optimiser})
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fewstep.data.dataset import Samples
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Stage, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, Update
 from fewstep.methods.parts.distances import DISTANCES
 from fewstep.methods.parts.stores import teacher_pairs
 from fewstep.methods.start import Start
@@ -66,7 +66,7 @@ class Reflow(Method):
         return teacher_pairs(start, self.pairs, self.ode_steps, self.guidance)
 
     def networks(self, start: Start) -> Networks:
-        optimiser = Optimiser(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        optimiser = Optimizer(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
         return Networks({"model": start.network("teacher", on=STRAIGHT)}, {"model": optimiser}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
@@ -114,7 +114,7 @@ class ReflowDistillation(Method):
 
     def networks(self, start: Start) -> Networks:
         student = Jump(start.network("student", on=STRAIGHT))
-        optimiser = Optimiser(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        optimiser = Optimizer(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
         return Networks({"student": student}, {"student": optimiser}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:

@@ -25,7 +25,7 @@ from fewstep import grids
 from fewstep.conditions import join
 from fewstep.denoisers import gradients
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts.adversary import (
     FeatureHead,
     accuracy,
@@ -87,7 +87,7 @@ class DMD2(Method):
         if self.gan_weight:
             modules["head"] = FeatureHead(teacher.feature_shape)
         critic = ("critic", "head") if self.gan_weight else ("critic",)
-        student = Optimiser(
+        student = Optimizer(
             ("student",), self.lr, "adamw", weight_decay=0.01, clip=self.clip, warmup=self.warmup, decay="linear"
         )
         follower = dataclasses.replace(student, modules=critic, lr=self.critic_lr, decay="constant")

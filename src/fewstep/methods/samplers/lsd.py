@@ -32,7 +32,7 @@ from fewstep.discrete.chains import Chain, Masked, choose, gumbels, uniforms
 from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import STEPPERS, Plan, Stepper, device_of, finished, row
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 
@@ -300,7 +300,7 @@ class LSD(Method):
             )
         return Networks(
             {"denoiser": teacher, **self.learned(teacher.chain)},
-            {name: Optimiser((name,), self.lr, betas=(0.9, 0.99), decay="cosine") for name in self.moving},
+            {name: Optimizer((name,), self.lr, betas=(0.9, 0.99), decay="cosine") for name in self.moving},
             ema=self.moving,
         )
 

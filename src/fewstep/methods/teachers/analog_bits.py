@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewstep.conditions import rows
 from fewstep.denoisers import X0, Cond, NetworkDenoiser
 from fewstep.discrete.heads import Head, SigmoidHead, SoftmaxHead
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
@@ -124,7 +124,7 @@ class AnalogBits(Method):
         if not isinstance(teacher, NetworkDenoiser):
             raise ValueError(f"{self.name} trains a network, got a {type(teacher).__name__}")
         model = with_second_input(teacher) if self.self_conditioning else start.network("teacher")
-        optimiser = Optimiser(("model",), self.lr, clip=1.0, warmup=self.warmup)
+        optimiser = Optimizer(("model",), self.lr, clip=1.0, warmup=self.warmup)
         return Networks({"model": model}, {"model": optimiser}, ema=("model",))
 
     def estimate(self, model: NetworkDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor | None:

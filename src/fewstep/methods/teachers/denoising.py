@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import nn
 
 from fewstep.denoisers import Denoiser
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import denoising_loss, drop_condition
 from fewstep.methods.parts.times import LogNormal, TimeLaw, Uniform
 from fewstep.methods.start import Start
@@ -43,7 +43,7 @@ class Denoising(Method):
         return LogNormal(self.noise_mean, self.noise_std)
 
     def networks(self, start: Start) -> Networks:
-        optimiser = Optimiser(
+        optimiser = Optimizer(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
         model = start.network("teacher").native()

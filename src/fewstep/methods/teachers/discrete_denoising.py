@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.start import Start
 
@@ -73,7 +73,7 @@ class DiscreteDenoising(Method):
         teacher: Any = start.model("teacher")
         if not isinstance(teacher, NetworkDiscreteDenoiser):
             raise ValueError(f"{self.name} trains a network on a discrete chain, not a {type(teacher).__name__}")
-        optimiser = Optimiser(
+        optimiser = Optimizer(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
         return Networks({"model": start.network("teacher")}, {"model": optimiser}, ema=("model",))
