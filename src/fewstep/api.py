@@ -17,8 +17,8 @@ from fewstep.hub.models import pictures as pictures
 from fewstep.methods.method import Recipe
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
+from fewstep.training.settings import Settings
 from fewstep.training.stages import run_recipe
-from fewstep.training.trainer import Settings
 
 if TYPE_CHECKING:
     from fewstep.report import Comparison
@@ -43,7 +43,7 @@ def distill(
     """Train ``recipe`` from ``teacher`` and give back what it made.
 
     ``budget`` is steps, images or time ("500steps", "20k images", "2min"); with a ``folder`` the run is recorded there
-    and the same call resumes it.  ``settings`` are further fields of :class:`~fewstep.training.trainer.Settings`.
+    and the same call resumes it.  ``settings`` are further fields of :class:`~fewstep.training.settings.Settings`.
     """
     model: Any = load(teacher) if isinstance(teacher, str) else teacher
     amount = Budget.parse(budget) if isinstance(budget, str) else budget

@@ -31,8 +31,8 @@ from fewstep.report.words import duration
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
 from fewstep.training.progress import Bar
+from fewstep.training.settings import Settings
 from fewstep.training.stages import run_recipe
-from fewstep.training.trainer import Settings
 
 
 @dataclass(frozen=True)

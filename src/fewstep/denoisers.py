@@ -11,18 +11,18 @@ held) and ``"all"``.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.ranges import Positive
 from fewstep.schedules import Schedule, align, as_time
-from fewstep.values import real
+from fewstep.values import check_ranges, real
 
 Cond = Any  # class labels [B], or whatever tree of tensors the network takes; None means unconditional
 GradientMode = Literal["none", "input", "all"]
@@ -63,12 +63,10 @@ class Prediction(ABC):
 
     portable: ClassVar[bool] = False
 
-    time_scale: float = 1.0
+    time_scale: Annotated[Positive, "factor on the time that the network sees"] = 1.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{type(self).__name__}: {name}={value} must be positive and finite")
+        check_ranges(self)
 
     @abstractmethod
     def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +127,7 @@ class EDMPrediction(Prediction):
 
     portable: ClassVar[bool] = True
 
-    sigma_data: float = 0.5
+    sigma_data: Annotated[Positive, "standard deviation of the data"] = 0.5
 
     def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -150,7 +148,7 @@ class TrigPrediction(Prediction):
 
     portable: ClassVar[bool] = True
 
-    sigma_data: float = 0.5
+    sigma_data: Annotated[Positive, "standard deviation of the data"] = 0.5
 
     def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)

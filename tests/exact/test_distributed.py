@@ -22,12 +22,12 @@ from fewstep.files import load_tensors, save_tensors
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.matching.dmd2 import DMD2
-from fewstep.methods.method import Method, Networks, Optimiser
+from fewstep.methods.method import Method, Networks, Optimizer
 from fewstep.networks import MLP, UNet
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
-from fewstep.training.ema import Power
 from fewstep.training.parallel import Parallel
+from fewstep.training.profiles import Power
 from fewstep.training.sharding import Sharded
 from fewstep.training.snapshots import read
 from fewstep.training.trainer import Interrupted, Result, Settings, train
@@ -120,7 +120,7 @@ def features_error() -> float:
     error = 0.0
     for name in METHODS:
         x, t = points(name).x[:8], torch.full((8,), 0.3)
-        nets = Networks({"model": teacher(name)}, {"model": Optimiser(("model",), 1e-3)})
+        nets = Networks({"model": teacher(name)}, {"model": Optimizer(("model",), 1e-3)})
         Sharded(dist.get_rank(), 2).place(nets, torch.device("cpu"))
         cut, whole = nets.model.net.features(x, t), teacher(name).net.features(x, t)
         error = max(error, float((cut - whole).detach().abs().max()))

@@ -22,15 +22,15 @@ from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow, Reflow, ReflowDistillation
 from fewstep.methods.matching.dmd2 import DMD2
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Progress, Update, copy_of
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet
 from fewstep.schedules import EDM
 from fewstep.training import precision
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import OneFile
-from fewstep.training.ema import HalfLife, Power
 from fewstep.training.interruptions import only_run_in
+from fewstep.training.profiles import HalfLife, Power
 from fewstep.training.progress import Records
 from fewstep.training.snapshots import reconstruct_model
 from fewstep.training.stages import run_recipe
@@ -291,7 +291,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
         path.write_bytes(before[:50])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fewstep.hub.native.save_file", full)
+    monkeypatch.setattr("fewstep.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         saved.write({"a": torch.zeros(3)}, {**counted, "steps": 2})
     assert saved.path.read_bytes() == before and list(tmp_path.iterdir()) == [saved.path]
@@ -371,7 +371,7 @@ def test_weights_that_the_last_step_ruined_are_not_given_back(kept: bool, tmp_pa
 @pytest.mark.parametrize("kind", ["adam", "adamw", "radam"])
 def test_optimisers_equal_the_plain_ones(kind: Any) -> None:
     """Fused and multi-tensor optimisers with clipping and warm-up make the path of PyTorch's per-tensor loop."""
-    spec = Optimiser(("model",), 1e-2, kind=kind, weight_decay=0.1, clip=0.5, warmup=3, decay="cosine")
+    spec = Optimizer(("model",), 1e-2, kind=kind, weight_decay=0.1, clip=0.5, warmup=3, decay="cosine")
 
     @dataclass(frozen=True)
     class Specified(Denoising):
@@ -414,8 +414,8 @@ def test_only_the_group_that_moves_is_touched() -> None:
         run.step(points())
     assert run.averages["student"][0].updates == 2
     # the second step moves the critic only
-    assert {run.optimisers[g].state[run.parameters[g][0]]["step"].item() for g in ("student",)} == {2.0}
-    assert {run.optimisers[g].state[run.parameters[g][0]]["step"].item() for g in ("critic",)} == {3.0}
+    assert {run.optimizers[g].state[run.parameters[g][0]]["step"].item() for g in ("student",)} == {2.0}
+    assert {run.optimizers[g].state[run.parameters[g][0]]["step"].item() for g in ("critic",)} == {3.0}
 
 
 # --- precision ---------------------------------------------------------------------------------------------------
@@ -605,10 +605,10 @@ def test_a_recipe_resumes_in_its_second_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"batch": 10, "accumulate": 4}, "batch=10 must be positive and divisible by accumulate=4"),
-        ({"batch": 0}, "batch=0 must be positive"),
+        ({"batch": 10, "accumulate": 4}, "batch=10 must be divisible by accumulate=4"),
+        ({"batch": 0}, "batch=0 must be at least 1"),
         ({"log_steps": 0}, "log_steps=0 must be at least 1"),
-        ({"save_seconds": -1.0}, "save_seconds=-1 must not be negative"),
+        ({"save_seconds": -1.0}, "save_seconds=-1 must be at least 0"),
     ],
 )
 def test_settings_that_cannot_work_are_named(values: dict[str, Any], said: str) -> None:

@@ -64,7 +64,7 @@ def run(chosen: argparse.Namespace) -> None:
         )  # fmt: skip
     models.check_conditions(teacher)
     start = {"model": teacher.name, "sha256": teacher.sha256}
-    record = dataclasses.replace(record, hyper_parameters=dataclasses.asdict(recipe), start=start)
+    record = dataclasses.replace(record, hyper_parameters=methods.hyper_parameters(recipe), start=start)
     if chosen.dry_run:
         plan.show(recipe, denoiser, data, runs.settings_of(record.settings, "settings"))
         return

@@ -19,7 +19,8 @@ from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Method, Networks, Recipe
 from fewstep.randomness import Rng
 from fewstep.training.parallel import Parallel
-from fewstep.training.trainer import Run, Settings
+from fewstep.training.settings import Settings
+from fewstep.training.trainer import Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -131,7 +132,7 @@ def memory(run: Run) -> str:
     gradients = sum(tensor_bytes(p) for p in run.nets.parameters() if p.requires_grad)
     moments = sum(
         tensor_bytes(value)
-        for optimiser in run.optimisers.values()
+        for optimiser in run.optimizers.values()
         for state in optimiser.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)

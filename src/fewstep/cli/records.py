@@ -18,7 +18,7 @@ import torch
 
 import fewstep
 from fewstep.cli.flags import as_words
-from fewstep.cli.settings import FREE, SETTINGS
+from fewstep.cli.settings import FREE, plain_defaults
 from fewstep.data import Dataset
 from fewstep.hub import native
 from fewstep.schemas import Choice, Place, check, read_json
@@ -69,8 +69,7 @@ def read(path: Path) -> Record:
     if written["command"] == "train":
         check(written["start"], native.DENOISER, Place(path, "start"))
     del written["format"]
-    known = {parameter.name: parameter.default for parameter in SETTINGS}
-    return Record(**written | {"settings": known | written["settings"]})
+    return Record(**written | {"settings": plain_defaults() | written["settings"]})
 
 
 def difference(old: Record, new: Record) -> str | None:

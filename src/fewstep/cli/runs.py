@@ -31,12 +31,11 @@ from fewstep.hub import native
 from fewstep.methods.method import Recipe
 from fewstep.sampling.search import half_level
 from fewstep.schemas import read_records
-from fewstep.training.budget import Budget
-from fewstep.training.ema import Power
 from fewstep.training.precision import resolve
 from fewstep.training.progress import LOGGED
+from fewstep.training.settings import Settings
 from fewstep.training.stages import run_recipe
-from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settings
+from fewstep.training.trainer import Interrupted, NonFiniteError, Result
 
 
 def main_process() -> bool:
@@ -65,20 +64,8 @@ def device_of(name: str) -> torch.device:
 
 def settings_of(values: dict[str, Any], where: str) -> Settings:
     """Trainer settings from plain data; ValueError naming ``where`` for what cannot work."""
-    checked = {parameter.name: parameter.default for parameter in SETTINGS} | from_json(SETTINGS, values, where)
-    return Settings(
-        budget=Budget.parse(checked["budget"]),
-        batch=checked["batch"],
-        accumulate=checked["accumulate"],
-        seed=checked["seed"],
-        precision=checked["precision"],
-        averages=tuple(Power(width) for width in checked["averages"]),
-        device=str(device_of(checked["device"])),
-        save_seconds=checked["save_seconds"],
-        log_steps=checked["log_steps"],
-        shard=checked["shard"],
-        tensorboard=checked["tensorboard"],
-    )
+    settings = Settings(**from_json(SETTINGS, values, where))
+    return dataclasses.replace(settings, device=str(device_of(settings.device)))
 
 
 def check_fit(model: Denoiser, data: Dataset) -> None:

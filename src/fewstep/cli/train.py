@@ -135,7 +135,7 @@ def run(chosen: argparse.Namespace) -> None:
         )  # fmt: skip
     settings = runs.settings_of(record.settings, "settings")
     model = initialised(record.start, settings.seed)
-    record = dataclasses.replace(record, hyper_parameters=dataclasses.asdict(recipe))
+    record = dataclasses.replace(record, hyper_parameters=methods.hyper_parameters(recipe))
     if chosen.dry_run:
         plan.show(recipe, model, data, settings)
         return

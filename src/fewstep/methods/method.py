@@ -9,7 +9,6 @@ already moved, and a test drives it without a trainer.
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,17 +20,9 @@ from fewstep.data.dataset import Dataset
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
+from fewstep.values import check_fields
 
 Show = Callable[[int, int], None]  # work done, work in all
-
-#: Least values of hyper-parameters; a name means the same in every method.
-LEAST = {
-    "lr": 0, "critic_lr": 0, "warmup": 0, "gan_weight": 0, "discriminator_weight": 0, "noise_std": 0, "reflows": 0,
-    "steps": 1, "critic_steps": 1, "pairs": 1, "ode_steps": 1, "grid_times": 2, "s0": 2, "s1": 2,
-    "augmentation_max": 0,
-}  # fmt: skip
-POSITIVE = ("sigma_data", "clip", "c", "mu0", "bound")
-SHARES = ("mu", "mu0", "label_dropout", "tangent_warmup", "picture_dropout", "self_conditioning", "share")
 
 Evidence = Literal["verified", "from paper text", "reconstructed"]
 
@@ -83,7 +74,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Optimiser:
+class Optimizer:
     """How a group of modules is optimised.
 
     ``modules`` are names in :class:`Networks`.  ``decay`` is the learning rate's course over the budget: constant,
@@ -111,7 +102,7 @@ class Networks(nn.Module):
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        groups: Mapping[str, Optimiser],
+        groups: Mapping[str, Optimizer],
         ema: tuple[str, ...] = (),
         moved: tuple[str, ...] = (),
     ) -> None:
@@ -138,18 +129,6 @@ class Networks(nn.Module):
         return [p for name in self.groups[group].modules for p in self.get_submodule(name).parameters()]
 
 
-def check_range(where: str, name: str, value: float) -> None:
-    """ValueError when a hyper-parameter of this name cannot have this value."""
-    if not math.isfinite(value):
-        raise ValueError(f"{where}={value} must be finite")
-    if name in POSITIVE and value <= 0:
-        raise ValueError(f"{where}={value:g} must be positive")
-    if name in SHARES and not 0 <= value <= 1:
-        raise ValueError(f"{where}={value:g} must lie in [0, 1]")
-    if value < LEAST.get(name, -math.inf):
-        raise ValueError(f"{where}={value:g} must be at least {LEAST[name]}")
-
-
 @dataclass(frozen=True)
 class Recipe(ABC):
     """Stages run one after the other, each starting from what the last one made; every :class:`Method` is a recipe of
@@ -159,10 +138,7 @@ class Recipe(ABC):
     paper: ClassVar[Paper]
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float):
-                    check_range(f"{type(self).__name__}: {name}", name, number)
+        check_fields(self)
 
     @abstractmethod
     def stages(self) -> list[Method]:

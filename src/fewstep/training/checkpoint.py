@@ -26,7 +26,7 @@ COUNTERS = {
 }  # fmt: skip
 
 
-def optimiser_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The moments of an optimiser as flat named tensors."""
     state = optimiser.state_dict()["state"]
     return {
@@ -36,7 +36,7 @@ def optimiser_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, 
     }
 
 
-def load_optimiser(name: str, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(name: str, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put saved moments back; an optimiser that had not moved when the state was saved starts anew."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}

@@ -22,7 +22,8 @@ from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
 from fewstep.training.parallel import Parallel
 from fewstep.training.progress import Bar
-from fewstep.training.trainer import Result, Settings, train
+from fewstep.training.settings import Settings
+from fewstep.training.trainer import Result, train
 
 
 def as_teacher(model: Student | Denoiser) -> Denoiser:

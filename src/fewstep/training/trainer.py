@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,14 +31,15 @@ from fewstep.methods.method import Batch, Method, Networks, Progress, Update
 from fewstep.randomness import Rng, derive_seed, repeated_draws
 from fewstep.sampling.rollout import Student
 from fewstep.training import checkpoint, snapshots
-from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import Checkpoint
-from fewstep.training.ema import Average, Power, Profile
+from fewstep.training.ema import Average
 from fewstep.training.interruptions import only_run_in, stop_on_signals
-from fewstep.training.optimisers import make_optimiser, rate
+from fewstep.training.optimizers import make_optimizer, rate
 from fewstep.training.parallel import Parallel
-from fewstep.training.precision import Precision, autocast, resolve
+from fewstep.training.precision import autocast, resolve
+from fewstep.training.profiles import Power
 from fewstep.training.progress import Bar, Records, TensorBoard
+from fewstep.training.settings import Settings
 
 
 class NonFiniteError(RuntimeError):
@@ -51,41 +52,6 @@ class Interrupted(RuntimeError):
     def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
         super().__init__(message)
         self.number = number
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train, whatever the method.
-
-    ``batch`` is the *global* batch: all processes and all ``accumulate`` micro-batches together.  The first of
-    ``averages`` is what the run hands out; with two or more :class:`~fewstep.training.ema.Power` profiles the run
-    keeps ``snapshots/`` from which other widths are made afterwards (:mod:`fewstep.training.snapshots`).  ``shard``
-    cuts every network over the processes that ``torchrun`` started, for networks that do not fit in one
-    (:mod:`fewstep.training.sharding`).  ``tensorboard`` also writes event files to ``tensorboard/`` in the run folder.
-    """
-
-    budget: Budget = field(default_factory=lambda: Budget(1000))
-    batch: int = 64
-    accumulate: int = 1
-    seed: int = 0
-    precision: Precision = "auto"
-    averages: tuple[Profile, ...] = (Power(0.1),)
-    device: str = "cpu"
-    save_seconds: float = 60.0
-    log_steps: int = 10
-    shard: bool = False
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
-            raise ValueError(
-                f"batch={self.batch} must be positive and divisible by accumulate={self.accumulate}; "
-                "batch counts all micro-batches together"
-            )
-        if self.log_steps < 1:
-            raise ValueError(f"log_steps={self.log_steps} must be at least 1")
-        if self.save_seconds < 0:
-            raise ValueError(f"save_seconds={self.save_seconds:g} must not be negative (0 saves after every step)")
 
 
 @dataclass
@@ -112,7 +78,7 @@ class Run:
         parallel.place(nets, self.device)
         fast = resolve(settings.precision, self.device) == "bf16"
         self.precision: Literal["fp32", "bf16"] = "bf16" if parallel.agree(fast) else "fp32"
-        self.optimisers = {name: make_optimiser(group, nets, name) for name, group in nets.groups.items()}
+        self.optimizers = {name: make_optimizer(group, nets, name) for name, group in nets.groups.items()}
         self.parameters = {name: nets.group_parameters(name) for name in nets.groups}
         self.averaged = {name: list(nets.get_submodule(name).parameters()) for name in nets.ema}
         self.averages = {
@@ -178,7 +144,7 @@ class Run:
     def apply(self, updates: list[Update], progress: Progress) -> dict[str, Tensor | float]:
         """Average gradients over processes, check and clip them, step the group's optimiser and averages."""
         group = updates[0].group
-        spec, optimiser = self.nets.groups[group], self.optimisers[group]
+        spec, optimiser = self.nets.groups[group], self.optimizers[group]
         gradients = self.parallel.local([p.grad for p in self.parameters[group] if p.grad is not None])
         self.parallel.average(gradients)
         size = self.parallel.norm(gradients)
@@ -241,8 +207,8 @@ class Run:
         tensors: dict[str, Tensor] = {}
         for name in self.kept():
             tensors |= checkpoint.module_tensors(name, self.nets.get_submodule(name))
-        for name, optimiser in self.optimisers.items():
-            tensors |= checkpoint.optimiser_tensors(name, optimiser)
+        for name, optimiser in self.optimizers.items():
+            tensors |= checkpoint.optimizer_tensors(name, optimiser)
         for name, averages in self.averages.items():
             for i, average in enumerate(averages):
                 tensors |= {f"average/{name}/{i}/{j}": w for j, w in enumerate(average.weights)}
@@ -278,8 +244,8 @@ class Run:
         tensors = saved.tensors(self.state())
         for name in self.kept():
             checkpoint.load_module(name, self.nets.get_submodule(name), tensors)
-        for name, optimiser in self.optimisers.items():
-            checkpoint.load_optimiser(name, optimiser, tensors)
+        for name, optimiser in self.optimizers.items():
+            checkpoint.load_optimizer(name, optimiser, tensors)
         for name, averages in self.averages.items():
             for i, average in enumerate(averages):
                 average.updates = counters["averages"][name][i]
@@ -291,7 +257,7 @@ class Run:
 
     def allocate_moments(self) -> None:
         """Give the optimisers the state that a checkpoint is read into, by a step that loading undoes."""
-        for group, optimiser in self.optimisers.items():
+        for group, optimiser in self.optimizers.items():
             for parameter in self.parameters[group]:
                 parameter.grad = torch.zeros_like(parameter)
             optimiser.step()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch import Tensor
 from fewstep import grids
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump, ddim_move
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Update, copy_of
 from fewstep.methods.parts.teacher_steps import ddim_step, guided
+from fewstep.ranges import Count, NonNegative
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule, align
 
@@ -68,14 +69,14 @@ class ProgressiveDistillation(Method):
         "higher",
     }
 
-    steps: int = 1
-    lr: float = 3e-4
-    weighting: Weighting = "snr-trunc"
-    guidance: float = 1.0
+    steps: Annotated[Count, "DDIM steps of the student, half of the teacher's"] = 1
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
+    weighting: Annotated[Weighting, "weight of the squared error over noise levels"] = "snr-trunc"
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
 
     def networks(self, teacher: Denoiser) -> Networks:
         student = Jump(copy_of(teacher))
-        optimiser = Optimiser(("student",), self.lr, clip=1.0, decay="linear")
+        optimiser = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
         return Networks({"student": student, "teacher": teacher}, {"student": optimiser})
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
@@ -101,11 +102,11 @@ class ProgressiveLadder(Recipe):
     name: ClassVar[str] = "pd"
     paper: ClassVar[Paper] = ProgressiveDistillation.paper
 
-    start: int = 16
-    end: int = 1
-    lr: float = 3e-4
-    weighting: Weighting = "snr-trunc"
-    guidance: float = 1.0
+    start: Annotated[Count, "DDIM steps of the teacher: end, doubled once or more"] = 16
+    end: Annotated[Count, "DDIM steps of the last student"] = 1
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
+    weighting: Annotated[Weighting, "weight of the squared error over noise levels"] = "snr-trunc"
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

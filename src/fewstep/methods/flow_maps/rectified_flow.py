@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ from torch import Tensor
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Show, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Show, Update, copy_of
 from fewstep.methods.parts.distances import DISTANCES
 from fewstep.methods.parts.pairs import make_pairs
 from fewstep.methods.parts.teacher_steps import guided
+from fewstep.ranges import Count, Least, NonNegative
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import FlowMatching, align
 
@@ -65,16 +66,16 @@ class Reflow(Method):
         "model/loss": "falls below the first flow's: the pairs leave less to average over",
     }
 
-    pairs: int = 4096
-    ode_steps: int = 16
-    guidance: float = 1.0
-    lr: float = 3e-4
+    pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
+    ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
 
     def prepare(self, teacher: Denoiser, data: Dataset, seed: int, show: Show) -> Dataset:
         return teacher_pairs(self, teacher, data, seed, show)
 
     def networks(self, teacher: Denoiser) -> Networks:
-        optimiser = Optimiser(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        optimiser = Optimizer(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
         return Networks({"model": copy_of(teacher).on(STRAIGHT)}, {"model": optimiser}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
@@ -107,19 +108,19 @@ class ReflowDistillation(Method):
         "student/loss": "falls steadily; where it stops is the curvature that reflow left",
     }
 
-    steps: int = 1
-    pairs: int = 4096
-    ode_steps: int = 16
-    guidance: float = 1.0
-    distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
-    lr: float = 3e-4
+    steps: Annotated[Count, "network calls that the student is made for"] = 1
+    pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
+    ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    distance: Annotated[Literal["l2", "l1", "pseudo-huber"], "how two predictions are compared"] = "l2"
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
 
     def prepare(self, teacher: Denoiser, data: Dataset, seed: int, show: Show) -> Dataset:
         return teacher_pairs(self, teacher, data, seed, show)
 
     def networks(self, teacher: Denoiser) -> Networks:
         student = Jump(copy_of(teacher).on(STRAIGHT))
-        optimiser = Optimiser(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        optimiser = Optimizer(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
         return Networks({"student": student}, {"student": optimiser}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
@@ -143,13 +144,13 @@ class InstaFlow(Recipe):
     name: ClassVar[str] = "instaflow"
     paper: ClassVar[Paper] = ReflowDistillation.paper
 
-    reflows: int = 1
-    steps: int = 1
-    pairs: int = 4096
-    ode_steps: int = 16
-    guidance: float = 1.0
-    distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
-    lr: float = 3e-4
+    reflows: Annotated[int, Least(0), "reflow stages before the distillation"] = 1
+    steps: Annotated[Count, "network calls that the student is made for"] = 1
+    pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
+    ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    distance: Annotated[Literal["l2", "l1", "pseudo-huber"], "how two predictions are compared"] = "l2"
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
 
     def stages(self) -> list[Method]:
         first = [

@@ -15,17 +15,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from fewstep.denoisers import X0, Cond, Denoiser, NetworkDenoiser
 from fewstep.discrete.heads import Head, SigmoidHead, SoftmaxHead
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update, copy_of
 from fewstep.methods.parts.score_matching import drop_labels
 from fewstep.methods.parts.times import Uniform
 from fewstep.networks import MLP, UNet
+from fewstep.ranges import Least, NonNegative, Positive, Share
 
 H = TypeVar("H", bound=Head)
 
@@ -106,11 +107,11 @@ class AnalogBits(Method):
         "second pass once the network uses what it is given",
     }
 
-    lr: float = 1e-4
-    self_conditioning: float = 0.5
-    bound: float = 1.0
-    label_dropout: float = 0.0
-    warmup: int = 100
+    lr: Annotated[NonNegative, "learning rate"] = 1e-4
+    self_conditioning: Annotated[Share, "share of a batch that is given its own estimate, 0 for plain denoising"] = 0.5
+    bound: Annotated[Positive, "bound that the estimate is clipped to, the size of a bit"] = 1.0
+    label_dropout: Annotated[Share, "share of samples that are trained without their label"] = 0.0
+    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 100
 
     def loss(self, model: NetworkDenoiser, x_t: Tensor, x0: Tensor, t: Tensor, cond: Cond, **extras: Tensor) -> Tensor:
         """The loss of a prediction."""
@@ -120,7 +121,7 @@ class AnalogBits(Method):
         if not isinstance(teacher, NetworkDenoiser):
             raise ValueError(f"{self.name} trains a network, got a {type(teacher).__name__}")
         model = with_second_input(teacher) if self.self_conditioning else copy_of(teacher)
-        optimiser = Optimiser(("model",), self.lr, clip=1.0, warmup=self.warmup)
+        optimiser = Optimizer(("model",), self.lr, clip=1.0, warmup=self.warmup)
         return Networks({"model": model}, {"model": optimiser}, ema=("model",))
 
     def estimate(self, model: NetworkDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor | None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update, copy_of
 from fewstep.methods.parts.score_matching import drop_labels
+from fewstep.ranges import Least, NonNegative, Positive, Share
 
 if TYPE_CHECKING:
     from fewstep.denoisers import Cond
@@ -63,15 +64,15 @@ class DiscreteDenoising(Method):
         "model/loss": "starts at log(tokens), falls quickly to the entropy of single tokens, then slowly below it"
     }
 
-    lr: float = 2e-3
-    label_dropout: float = 0.1
-    clip: float = 1.0
-    warmup: int = 50
+    lr: Annotated[NonNegative, "learning rate"] = 2e-3
+    label_dropout: Annotated[Share, "share of samples that are trained without their label"] = 0.1
+    clip: Annotated[Positive, "bound on the gradient norm"] = 1.0
+    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 50
 
     def networks(self, teacher: Any) -> Networks:
         if not isinstance(teacher, NetworkDiscreteDenoiser):
             raise ValueError(f"{self.name} trains a network on a discrete chain, not a {type(teacher).__name__}")
-        optimiser = Optimiser(
+        optimiser = Optimizer(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
         model: Any = copy_of(teacher)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import CascadeUNet, UNet
 from fewstep.randomness import Rng
+from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.cascade import downsample, upsample
 
 
@@ -83,12 +84,16 @@ class LowDiff(Denoising):
         "model/loss": "a mixture over resolutions, so it jumps from batch to batch; look at loss_R of each",
     }
 
-    resolutions: tuple[int, ...] | None = None
-    shares: tuple[float, ...] | None = None
-    weights: tuple[float, ...] | None = None
-    shift: float = 1.0
-    augmentation_max: float = 0.3
-    picture_dropout: float = 0.1
+    resolutions: Annotated[
+        tuple[Count, ...] | None, "heights that a plain U-Net is made to work at, lowest first (none: half and whole)"
+    ] = None
+    shares: Annotated[tuple[Positive, ...] | None, "probability of training on each resolution (none: equal)"] = None
+    weights: Annotated[
+        tuple[NonNegative, ...] | None, "factor on the loss of each resolution (none: one over K times its share)"
+    ] = None
+    shift: Annotated[float, "how many times log(R / R_k) the noise law moves down at resolution R_k"] = 1.0
+    augmentation_max: Annotated[NonNegative, "greatest noise on the picture that conditions the next resolution"] = 0.3
+    picture_dropout: Annotated[Share, "share of samples that are trained without that picture"] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from fewstep.methods.method import Networks, Optimiser, Progress
+from fewstep.methods.method import Networks, Optimizer, Progress
 
 
-def make_optimiser(spec: Optimiser, nets: Networks, group: str) -> torch.optim.Optimizer:
+def make_optimizer(spec: Optimizer, nets: Networks, group: str) -> torch.optim.Optimizer:
     """Fused or multi-tensor optimisers only: per-tensor ones cost more than a small network's backward pass."""
     parameters = nets.group_parameters(group)
     if spec.kind == "radam":
@@ -20,7 +20,7 @@ def make_optimiser(spec: Optimiser, nets: Networks, group: str) -> torch.optim.O
     return kind(parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
 
 
-def rate(spec: Optimiser, progress: Progress) -> float:
+def rate(spec: Optimizer, progress: Progress) -> float:
     """The learning rate at this point, as a multiple of ``lr``."""
     warm = min(1.0, (progress.step + 1) / spec.warmup) if spec.warmup else 1.0
     left = {
