@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import Cond, Denoiser
+from fewstep.methods.optimizer import Optimizer
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
 from fewstep.values import check_fields
@@ -61,35 +62,50 @@ class Progress:
 
 @dataclass(frozen=True)
 class Update:
-    """ "Minimise ``loss`` in the parameters of ``group``, now".
+    """ "Minimise ``loss`` in the parameters of ``group``, now"; several groups move by one loss.
 
     ``logs`` are scalars for the record.  ``then`` is called once after the step, on every process: what the method
     itself moves (a target network) moves there, so that accumulation does not move it several times.
     """
 
-    group: str
+    group: str | tuple[str, ...]
     loss: Tensor
     logs: Mapping[str, Tensor | float] = field(default_factory=dict)
     then: Callable[[], None] | None = None
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return (self.group,) if isinstance(self.group, str) else self.group
+
 
 @dataclass(frozen=True)
-class Optimizer:
-    """How a group of modules is optimised.
+class Mean:
+    """ "What is the mean of ``value`` over the whole batch?": ``m = yield Mean(h.mean())``.
 
-    ``modules`` are names in :class:`Networks`.  ``decay`` is the learning rate's course over the budget: constant,
-    linear to 0, or cosine to 0; ``warmup`` counts steps.  ``clip`` bounds the gradient norm (None: no bound).
+    The answer is the mean over all micro-batches and processes, which therefore must ask for it in lock step; no
+    gradient flows through it.  ``value`` is a tensor of any shape.  With one part it is the value itself.
     """
 
-    modules: tuple[str, ...]
-    lr: float
-    kind: Literal["adam", "adamw", "radam"] = "adam"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float | None = None
-    warmup: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    value: Tensor
+
+
+def alone(updates: Iterator[Update | Mean]) -> Iterator[Update]:
+    """The updates of a batch in one part: every :class:`Mean` is the value that was asked for."""
+    answer: Tensor | None = None
+    while (asked := advance(updates, answer)) is not None:
+        answer = None
+        if isinstance(asked, Mean):
+            answer = asked.value.detach()
+        else:
+            yield asked
+
+
+def advance(updates: Iterator[Update | Mean], answer: Tensor | None) -> Update | Mean | None:
+    """What a generator of updates yields next, given the answer to the :class:`Mean` it waits for; None at its end."""
+    try:
+        return next(updates) if answer is None else cast("Generator[Update | Mean, Tensor]", updates).send(answer)
+    except StopIteration:
+        return None
 
 
 class Networks(nn.Module):
@@ -164,8 +180,8 @@ class Method(Recipe):
         return data
 
     @abstractmethod
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
-        """The updates of one iteration, one at a time."""
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Mean]:
+        """The updates of one iteration, one at a time, and questions about the whole batch between them."""
 
     @abstractmethod
     def student(self, nets: Networks) -> Student | Denoiser:

@@ -33,6 +33,7 @@ def optimizer_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, 
         f"optimiser/{name}/{index}/{key}": torch.as_tensor(value)
         for index, moments in state.items()
         for key, value in moments.items()
+        if value is not None  # plain SGD keeps a name for the momentum that it has not
     }
 
 
