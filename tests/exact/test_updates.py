@@ -72,7 +72,7 @@ class Plain(Denoising):
     def errors(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         """The model's output and the squared error of every sample."""
         assert batch.x is not None
-        t = batch.rng.uniform(len(batch.x), 0.1, 2.0)
+        t = batch.rng.uniform(len(batch.x), low=0.1, high=2.0)
         out = nets.model(nets.model.schedule.add_noise(batch.x, batch.rng.normal_like(batch.x), t), t)
         return out, (out - batch.x).square().mean(1)
 

@@ -81,7 +81,7 @@ class Reflow(Method):
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         if batch.noise is None:
             raise ValueError("reflow trains on pairs of noise and data; call prepare() on the data first")
-        t = batch.rng.uniform(len(batch.x), STRAIGHT.t_min, 1.0)
+        t = batch.rng.uniform(len(batch.x), low=STRAIGHT.t_min, high=1.0)
         x_t = straight_pair(batch.x, batch.noise, t)
         velocity = nets.model.velocity(x_t, t, batch.cond)
         yield Update("model", torch.nn.functional.mse_loss(velocity, batch.noise - batch.x))

@@ -40,7 +40,7 @@ class Uniform(TimeLaw):
 
     def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
         span = schedule.t_max - schedule.t_min
-        return schedule.t_min + span * rng.uniform(n, self.low, self.high)
+        return schedule.t_min + span * rng.uniform(n, low=self.low, high=self.high)
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ class KarrasUniform(TimeLaw):
 
     def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
         first, last = self.ratio_min ** (1 / 7), self.ratio_max ** (1 / 7)
-        ratio = (first + rng.uniform(n, self.low, self.high) * (last - first)) ** 7
+        ratio = (first + rng.uniform(n, low=self.low, high=self.high) * (last - first)) ** 7
         return schedule.time_at(-torch.log(ratio))

@@ -85,7 +85,7 @@ class DiscreteDenoising(Method):
         chain = nets.model.chain
         if batch.x.is_floating_point() or int(batch.x.max()) >= chain.tokens or int(batch.x.min()) < 0:
             raise ValueError(f"{self.name}: data must be whole numbers below {chain.tokens}, the tokens of the chain")
-        t = batch.rng.uniform(len(batch.x), chain.t_min, chain.t_max)
+        t = batch.rng.uniform(len(batch.x), low=chain.t_min, high=chain.t_max)
         cond = drop_labels(batch.cond, self.label_dropout, batch.rng)
         yield Update("model", self.loss(nets.model, batch.x, chain.corrupt(batch.x, t, batch.rng), t, cond))
 

@@ -56,7 +56,7 @@ def stage_loss(
 def condition(low: Tensor, size: tuple[int, ...], greatest: float, dropout: float, rng: Rng) -> tuple[Tensor, Tensor]:
     """``Up(low + s n)`` with ``s ~ U(0, greatest)`` for each sample, and ``s`` ``[B]``: infinite, "no condition", for a
     share ``dropout`` of them."""
-    s = rng.uniform(len(low), 0.0, greatest)
+    s = rng.uniform(len(low), high=greatest)
     noisy = low + s.to(low)[:, None, None, None] * rng.normal_like(low)
     return upsample(noisy, size), torch.where(rng.uniform(len(low)) < dropout, math.inf, s).to(low)
 
@@ -118,10 +118,7 @@ class LowDiff(Denoising):
         """The stage of this batch, the same on every process."""
         if stages == 1:
             return 0
-        ceiling = 2**53
-        u = rng.shared_integer(0, ceiling) / ceiling
-        shares = torch.tensor(self.shares or (1 / stages,) * stages, dtype=torch.float64)
-        return min(int((u >= shares.cumsum(0)).sum()), stages - 1)
+        return rng.shared_choice(self.shares or (1 / stages,) * stages)
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         model, resolutions, rng = nets.model, nets.model.net.resolutions, batch.rng
