@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser
@@ -27,9 +29,10 @@ from fewstep.training import nonfinite, trainer
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import OneFile
 from fewstep.training.nonfinite import NonFiniteError
-from fewstep.training.optimizers import make_optimizer, rate
+from fewstep.training.optimizers import few_threads, make_optimizer, rate
+from fewstep.training.parallel import Parallel
 from fewstep.training.settings import Settings
-from fewstep.training.trainer import Result, train
+from fewstep.training.trainer import Result, Run, train
 
 SETTINGS = Settings(Budget(5), 16, precision="fp32", log_steps=1, averages=())
 
@@ -302,6 +305,35 @@ def test_rates_are_factors_of_a_module() -> None:
     assert float(fast.abs().min()) > 1e-3 and largest(slow, 0.1 * fast) < 1e-15
 
 
+@pytest.mark.parametrize("kind", ["adam", "adamw", "radam", "sgd"])
+def test_a_small_step_on_one_thread_has_the_same_bits(kind: Any) -> None:
+    """And the number of threads is put back, also after an error."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        made = []
+        for block in (few_threads, lambda optimizer: nullcontext()):
+            spec = Optimizer(("model",), 0.1, kind=kind, weight_decay=0.1)
+            net = nn.Linear(300, 300)
+            with torch.no_grad():
+                net.weight.copy_(torch.linspace(-1, 1, 90000).reshape(300, 300).sin())
+            nets = Networks({"model": net}, {"model": spec})
+            optimizer = make_optimizer(spec, nets, "model")
+            for k in range(3):
+                for p in nets.group_parameters("model"):
+                    p.grad = (p.detach() * (k + 1)).cos()
+                with block(optimizer):
+                    assert torch.get_num_threads() == (1 if block is few_threads else 2)
+                    optimizer.step()
+            made.append(net.weight.detach().clone())
+        assert torch.equal(*made)
+        with pytest.raises(ZeroDivisionError), few_threads(optimizer):
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("decay", "expected"),
     [
@@ -413,6 +445,31 @@ def test_where_looking_waits_it_is_put_off(log_steps: int, tmp_path: Path, monke
     saved = OneFile(tmp_path)
     assert saved.counters()["steps"] == 3
     assert all(torch.equal(saved.tensors({})[name], tensor) for name, tensor in before.items())
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read out of a tensor, which on a GPU waits for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [Ill(at=()), Two(), Statistic()], ids=lambda method: method.name)
+def test_an_update_reads_no_number(method: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where looking waits, nothing is read between the method's own steps; where it does not, the norm is."""
+    for waiting, most in ((True, 0), (False, math.inf)):
+        for module in (nonfinite, trainer):
+            monkeypatch.setattr(module, "waits", lambda device, waiting=waiting: waiting)
+        run = Run(method, method.networks(teacher()), replace(SETTINGS, accumulate=2), Parallel())
+        run.step(points())
+        pending = [method.updates(run.nets, batch, run.progress()) for batch in run.batches(points())]
+        with Reads() as reads:
+            while updates := run.backward(pending):
+                run.recent |= run.apply(updates, run.progress())[1]
+        assert reads.count <= most and (waiting or reads.count > 0)
 
 
 def test_clipping_without_looking_is_clipping(monkeypatch: pytest.MonkeyPatch) -> None:

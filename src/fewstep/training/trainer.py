@@ -47,7 +47,7 @@ from fewstep.training.nonfinite import (
     waits,
     without_nonfinite,
 )
-from fewstep.training.optimizers import make_optimizer, rate, set_rate
+from fewstep.training.optimizers import few_threads, make_optimizer, rate, set_rate
 from fewstep.training.parallel import Parallel
 from fewstep.training.precision import autocast, resolve
 from fewstep.training.profiles import Power
@@ -217,10 +217,11 @@ class Run:
         if spec.clip is not None:
             clip_norm(gradients, size, spec.clip)
         set_rate(optimizer, lr)
-        optimizer.step()
-        for name in spec.modules:
-            for average in self.averages.get(name, ()):
-                average.update(self.averaged[name])
+        with few_threads(optimizer):
+            optimizer.step()
+            for name in spec.modules:
+                for average in self.averages.get(name, ()):
+                    average.update(self.averaged[name])
 
     def check_gradients(self) -> None:
         """NonFiniteError when a gradient was no number since the run started; this waits for the device."""
