@@ -14,7 +14,7 @@ from pathlib import Path
 
 IDEAS = {
     "files", "digests", "schemas", "conditions", "schedules", "grids", "denoisers", "flow_maps", "generators",
-    "tangents", "randomness", "values", "exact",
+    "tangents", "randomness", "ranges", "values", "exact",
 }  # fmt: skip
 BELOW_METHODS = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}

@@ -29,7 +29,7 @@ from fewstep.runs.course import run_recipe
 from fewstep.runs.record import data_source, model_source, record_of
 from fewstep.training.budget import Budget
 from fewstep.training.progress import Bar
-from fewstep.training.trainer import Settings
+from fewstep.training.settings import Settings
 
 
 @dataclass(frozen=True)

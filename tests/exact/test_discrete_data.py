@@ -164,7 +164,7 @@ def test_losses_are_least_at_the_posterior(chain: Chain, loss) -> None:
     law = JointLaw(chain, table)
     n = 20000
     x0 = law.draw(n, Rng(0))
-    t = Rng(1).uniform(n, 0.1, 0.9)
+    t = Rng(1).uniform(n, low=0.1, high=0.9)
     x = chain.corrupt(x0, t, Rng(2))
 
     def value(weights: torch.Tensor) -> float:

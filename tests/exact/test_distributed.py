@@ -27,8 +27,8 @@ from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
-from fewstep.training.ema import Power
 from fewstep.training.parallel import Parallel
+from fewstep.training.profiles import Power
 from fewstep.training.sharding import Sharded
 from fewstep.training.snapshots import read
 from fewstep.training.trainer import Interrupted, Result, Settings, train

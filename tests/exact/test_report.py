@@ -227,7 +227,7 @@ def test_commands_repeat_the_run(recipe: Recipe, tmp_path: Path) -> None:
     distill_command.add_arguments(parser, words_[2:])
     chosen = parser.parse_args(words_[2:])
     assert methods.build(recipe.name, given(methods.parameters(recipe.name), chosen)) == recipe
-    assert (chosen.teacher, chosen.data, chosen.budget, chosen.batch, chosen.seed) == (
+    assert (chosen.teacher, chosen.data, str(chosen.budget), chosen.batch, chosen.seed) == (
         "digits",
         "digits",
         "2min",

@@ -188,7 +188,9 @@ def test_students_do_not_teach() -> None:
     assert isinstance(run(DMD2(), given={"student": student}), Student)
     assert teacher_in(teacher()).classes == 3
     two = Student(Jump(teacher(), two_times=True), {1: Plan((80.0,))})
-    with pytest.raises(ValueError, match="the student: a student of two times, whose network is no denoiser to start from"):
+    with pytest.raises(
+        ValueError, match="the student: a student of two times, whose network is no denoiser to start from"
+    ):
         denoiser_in(two, "student")
 
 

@@ -31,8 +31,8 @@ from fewstep.schedules import EDM
 from fewstep.training import precision
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import OneFile
-from fewstep.training.ema import HalfLife, Power
 from fewstep.training.interruptions import only_run_in
+from fewstep.training.profiles import HalfLife, Power
 from fewstep.training.progress import Records
 from fewstep.training.snapshots import reconstruct_model
 from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settings, train
@@ -427,8 +427,8 @@ def test_only_the_group_that_moves_is_touched() -> None:
         run.step(points())
     assert run.averages["student"][0].updates == 2
     # the second step moves the critic only
-    assert {run.optimisers[g].state[run.parameters[g][0]]["step"].item() for g in ("student",)} == {2.0}
-    assert {run.optimisers[g].state[run.parameters[g][0]]["step"].item() for g in ("critic",)} == {3.0}
+    assert {run.optimizers[g].state[run.parameters[g][0]]["step"].item() for g in ("student",)} == {2.0}
+    assert {run.optimizers[g].state[run.parameters[g][0]]["step"].item() for g in ("critic",)} == {3.0}
 
 
 # --- precision ---------------------------------------------------------------------------------------------------
@@ -620,10 +620,10 @@ def test_a_recipe_resumes_in_its_second_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"batch": 10, "accumulate": 4}, "batch=10 must be positive and divisible by accumulate=4"),
-        ({"batch": 0}, "batch=0 must be positive"),
+        ({"batch": 10, "accumulate": 4}, "batch=10 must be divisible by accumulate=4"),
+        ({"batch": 0}, "batch=0 must be at least 1"),
         ({"log_steps": 0}, "log_steps=0 must be at least 1"),
-        ({"save_seconds": -1.0}, "save_seconds=-1 must not be negative"),
+        ({"save_seconds": -1.0}, "save_seconds=-1 must be at least 0"),
     ],
 )
 def test_settings_that_cannot_work_are_named(values: dict[str, Any], said: str) -> None:

@@ -26,17 +26,18 @@ COUNTERS = {
 }  # fmt: skip
 
 
-def optimiser_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The moments of an optimiser as flat named tensors."""
     state = optimiser.state_dict()["state"]
     return {
         f"optimiser/{name}/{index}/{key}": torch.as_tensor(value)
         for index, moments in state.items()
         for key, value in moments.items()
+        if value is not None  # plain SGD keeps a name for the momentum that it has not
     }
 
 
-def load_optimiser(name: str, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(name: str, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put saved moments back; an optimiser that had not moved when the state was saved starts anew."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}

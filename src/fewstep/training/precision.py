@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "fp32", "bf16"]
+from fewstep.training.settings import Precision
 
 
 def probe(device: torch.device, repeats: int = 3) -> dict[str, float]:

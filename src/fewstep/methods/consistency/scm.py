@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
 from fewstep.networks.parts import PositionalEmbedding, zeroed
 from fewstep.randomness import repeated_draws
+from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import TrigFlow, align
 from fewstep.tangents import tangent
@@ -90,13 +91,13 @@ class _ContinuousConsistency(Method):
 
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    lr: float = 1e-4
-    sigma_data: float = 0.5
-    c: float = 0.1
-    tangent_warmup: float = 0.5
-    noise_mean: float = -1.0
-    noise_std: float = 1.6
-    steps: tuple[int, ...] = (1, 2, 4)
+    lr: Annotated[NonNegative, "learning rate"] = 1e-4
+    sigma_data: Annotated[Positive, "TrigFlow's scale, the teacher's own"] = 0.5
+    c: Annotated[Positive, "constant of the tangent normalization G / (|G| + c)"] = 0.1
+    tangent_warmup: Annotated[Share, "share of the budget over which the tangent's unstable part rises to 1"] = 0.5
+    noise_mean: Annotated[float, "mean of log(sigma / alpha) at the times that training looks at"] = -1.0
+    noise_std: Annotated[NonNegative, "standard deviation of log(sigma / alpha) at those times"] = 1.6
+    steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4)
 
     def networks(self, start: Start) -> Networks:
         reach = edm_like(start.teacher.schedule)
@@ -156,7 +157,7 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
          "time weight on its own small embedding"),
     )  # fmt: skip
 
-    guidance: float = 1.0
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
 
     def trajectory_velocity(self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return guided(nets.teacher, self.guidance).velocity(x_t, t, batch.cond)

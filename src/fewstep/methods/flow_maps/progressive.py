@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from fewstep.flow_maps import Jump, ddim_move
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, Update
 from fewstep.methods.parts.teacher_steps import ddim_step, guided
 from fewstep.methods.start import Start
+from fewstep.ranges import Count, NonNegative
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule, align
 
@@ -72,10 +73,10 @@ class ProgressiveDistillation(Method):
 
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    steps: int = 1
-    lr: float = 3e-4
-    weighting: Weighting = "snr-trunc"
-    guidance: float = 1.0
+    steps: Annotated[Count, "DDIM steps of the student, half of the teacher's"] = 1
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
+    weighting: Annotated[Weighting, "weight of the squared error over noise levels"] = "snr-trunc"
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
 
     def networks(self, start: Start) -> Networks:
         teacher = start.model("teacher")
@@ -110,11 +111,11 @@ class ProgressiveLadder(Recipe):
     paper: ClassVar[Paper] = ProgressiveDistillation.paper
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    start: int = 16
-    end: int = 1
-    lr: float = 3e-4
-    weighting: Weighting = "snr-trunc"
-    guidance: float = 1.0
+    start: Annotated[Count, "DDIM steps of the teacher: end, doubled once or more"] = 16
+    end: Annotated[Count, "DDIM steps of the last student"] = 1
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
+    weighting: Annotated[Weighting, "weight of the squared error over noise levels"] = "snr-trunc"
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

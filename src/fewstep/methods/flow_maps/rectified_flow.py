@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Pr
 from fewstep.methods.parts.distances import DISTANCES
 from fewstep.methods.parts.stores import teacher_pairs
 from fewstep.methods.start import Start
+from fewstep.ranges import Count, Least, NonNegative
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import FlowMatching, align
 
@@ -57,10 +58,10 @@ class Reflow(Method):
         "model/loss": "falls below the first flow's: the pairs leave less to average over",
     }
 
-    pairs: int = 4096
-    ode_steps: int = 16
-    guidance: float = 1.0
-    lr: float = 3e-4
+    pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
+    ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
 
     def sources(self, start: Start) -> Mapping[str, Samples]:
         return teacher_pairs(start, self.pairs, self.ode_steps, self.guidance)
@@ -71,7 +72,7 @@ class Reflow(Method):
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         x, z = batch.x, batch.column("noise")
-        t = batch.rng.uniform(len(x), STRAIGHT.t_min, 1.0)
+        t = batch.rng.uniform(len(x), low=STRAIGHT.t_min, high=1.0)
         velocity = nets.model.velocity(straight_pair(x, z, t), t, batch.cond)
         yield Update("model", torch.nn.functional.mse_loss(velocity, z - x))
 
@@ -102,12 +103,12 @@ class ReflowDistillation(Method):
 
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    steps: int = 1
-    pairs: int = 4096
-    ode_steps: int = 16
-    guidance: float = 1.0
-    distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
-    lr: float = 3e-4
+    steps: Annotated[Count, "network calls that the student is made for"] = 1
+    pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
+    ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    distance: Annotated[Literal["l2", "l1", "pseudo-huber"], "how two predictions are compared"] = "l2"
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
 
     def sources(self, start: Start) -> Mapping[str, Samples]:
         return teacher_pairs(start, self.pairs, self.ode_steps, self.guidance)
@@ -137,13 +138,13 @@ class InstaFlow(Recipe):
     paper: ClassVar[Paper] = ReflowDistillation.paper
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    reflows: int = 1
-    steps: int = 1
-    pairs: int = 4096
-    ode_steps: int = 16
-    guidance: float = 1.0
-    distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
-    lr: float = 3e-4
+    reflows: Annotated[int, Least(0), "reflow stages before the distillation"] = 1
+    steps: Annotated[Count, "network calls that the student is made for"] = 1
+    pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
+    ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    distance: Annotated[Literal["l2", "l1", "pseudo-huber"], "how two predictions are compared"] = "l2"
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
 
     def stages(self) -> list[Stage]:
         first: list[Method] = [

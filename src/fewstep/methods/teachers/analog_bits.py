@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.ranges import Least, NonNegative, Positive, Share
 from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
 
 H = TypeVar("H", bound=Head)
@@ -109,11 +110,11 @@ class AnalogBits(Method):
         "second pass once the network uses what it is given",
     }
 
-    lr: float = 1e-4
-    self_conditioning: float = 0.5
-    bound: float = 1.0
-    label_dropout: float = 0.0
-    warmup: int = 100
+    lr: Annotated[NonNegative, "learning rate"] = 1e-4
+    self_conditioning: Annotated[Share, "share of a batch that is given its own estimate, 0 for plain denoising"] = 0.5
+    bound: Annotated[Positive, "bound that the estimate is clipped to, the size of a bit"] = 1.0
+    label_dropout: Annotated[Share, "share of samples that are trained without their label"] = 0.0
+    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 100
 
     def loss(self, model: NetworkDenoiser, x_t: Tensor, x0: Tensor, t: Tensor, cond: Cond, **extras: Tensor) -> Tensor:
         """The loss of a prediction."""
