@@ -33,7 +33,7 @@ from fewstep.runs import record as records
 from fewstep.runs.course import run_recipe
 from fewstep.runs.resume import OtherRun, held
 from fewstep.runs.shelf import Shelf
-from fewstep.runs.stages import stage_seed
+from fewstep.runs.stages import borrowed, stage_seed
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import EDM, VPLinear
 from fewstep.training.budget import Budget
@@ -111,6 +111,17 @@ def test_the_callers_teacher_stays_as_it_is(name: str) -> None:
         assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
         assert torch.equal(weights(model), was)
     assert not any(p.requires_grad for p in made.parameters())
+
+
+def test_a_borrowed_model_shares_memory_and_nothing_else() -> None:
+    """On the device where it is; moved to another one, the caller's stays where it was."""
+    mine = teacher().train()
+    twin = borrowed(mine, torch.device("cpu"))
+    for a, b in zip(mine.parameters(), twin.parameters(), strict=True):
+        assert a is not b and a.data_ptr() == b.data_ptr() and a.requires_grad and not b.requires_grad
+    assert mine.training and not twin.training
+    assert {p.device.type for p in borrowed(mine, torch.device("meta")).parameters()} == {"meta"}
+    assert {p.device.type for p in mine.parameters()} == {"cpu"}
 
 
 # --- roles --------------------------------------------------------------------------------------------------------

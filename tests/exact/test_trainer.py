@@ -299,7 +299,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
         path.write_bytes(before[:50])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fewstep.hub.native.save_file", full)
+    monkeypatch.setattr("fewstep.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         saved.write({"a": torch.zeros(3)}, {**counted, "steps": 2})
     assert saved.path.read_bytes() == before and list(tmp_path.iterdir()) == [saved.path]
@@ -627,10 +627,10 @@ def test_settings_that_cannot_work_are_named(values: dict[str, Any], said: str) 
 
 
 def test_data_that_do_not_fit_the_teacher_are_named() -> None:
-    with pytest.raises(ValueError, match=r"data 'wide' has samples \[3\], the teacher makes \[2\]"):
+    with pytest.raises(ValueError, match=r"data 'wide' has samples \[3\], the model makes \[2\]"):
         train(METHODS["cm"], begin(teacher(), Dataset("wide", torch.zeros(4, 3))), SETTINGS, show=False)
     many = Dataset("many", torch.zeros(4, 2), torch.tensor([0, 1, 2, 3]))
-    with pytest.raises(ValueError, match="data 'many' has 4 classes, the teacher knows 3"):
+    with pytest.raises(ValueError, match="data 'many' has 4 classes, the model knows 3"):
         train(METHODS["cm"], begin(teacher(), many), SETTINGS, show=False)
 
 
