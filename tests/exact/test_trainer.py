@@ -632,10 +632,10 @@ def test_settings_that_cannot_work_are_named(values: dict[str, Any], said: str) 
 
 
 def test_data_that_do_not_fit_the_teacher_are_named() -> None:
-    with pytest.raises(ValueError, match=r"data 'wide' has samples \[3\], the teacher makes \[2\]"):
+    with pytest.raises(ValueError, match=r"data 'wide' has samples \[3\], the model makes \[2\]"):
         train(METHODS["cm"], begin(teacher(), Dataset("wide", torch.zeros(4, 3))), SETTINGS, show=False)
     many = Dataset("many", torch.zeros(4, 2), torch.tensor([0, 1, 2, 3]))
-    with pytest.raises(ValueError, match="data 'many' has 4 classes, the teacher knows 3"):
+    with pytest.raises(ValueError, match="data 'many' has 4 classes, the model knows 3"):
         train(METHODS["cm"], begin(teacher(), many), SETTINGS, show=False)
 
 

@@ -387,7 +387,7 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
     # recipes
     "a recipe that is cut short": (lambda: cut("run/recipe.json"), AGAIN, "run/recipe.json: not valid JSON"),
     "a recipe of another format": (
-        lambda: edit("run/recipe.json", lambda r: r.update(format=2)), AGAIN, "format = 2 must be 1",
+        lambda: edit("run/recipe.json", lambda r: r.update(format=3)), AGAIN, "format = 3 must be one of 1, 2",
     ),
     "a recipe without settings": (
         lambda: edit("run/recipe.json", lambda r: r.pop("settings")), AGAIN, "'settings' is missing",
@@ -414,11 +414,23 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
         lambda: edit("run/recipe.json", lambda r: r["hyper_parameters"].update(mu=-1.0)), AGAIN, "mu=-1 must lie in",
     ),
     "a recipe without its teacher": (
-        lambda: edit("run/recipe.json", lambda r: r["start"].pop("model")), AGAIN, "'start.model' is missing",
+        lambda: edit("run/recipe.json", lambda r: r["start"].pop("teacher")), AGAIN, "'start.teacher' is missing",
     ),
     "a recipe of another teacher": (
-        lambda: edit("run/recipe.json", lambda r: r["start"].update(sha256="0" * 64)), AGAIN,
-        "another teacher than 'digits'",
+        lambda: edit("run/recipe.json", lambda r: r["start"].update(teacher={"name": "digits", "digest": "0" * 64})),
+        AGAIN, "another teacher than 'digits'",
+    ),
+    "a recipe with a number for a teacher": (
+        lambda: edit("run/recipe.json", lambda r: r["start"].update(teacher=7)), AGAIN,
+        "start.teacher = 7 must be an object",
+    ),
+    "a recipe with a role that its method has no use for": (
+        lambda: edit("run/recipe.json", lambda r: r["start"].update(guide=r["start"]["teacher"])), AGAIN,
+        "cm has no use for a guide (it uses: student)",
+    ),
+    "a recipe with strange seeds of stages": (
+        lambda: edit("run/recipe.json", lambda r: r.update(stage_seeds="lucky")), AGAIN,
+        'stage_seeds = "lucky" must be one of "derived", "counted"',
     ),
     "a recipe of other data": (
         lambda: edit("run/recipe.json", lambda r: r["data"].update(sha256="0" * 64)), AGAIN,
@@ -496,21 +508,12 @@ def test_a_disk_that_fills_while_a_run_writes(allowed: int, place: Path) -> None
 
 
 def test_two_runs_in_one_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """While one command works in a folder, another one there is refused; afterwards it is welcome."""
-    held = os.open("run", os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        refused(RESUME, "run: another run is working in this folder", place, capsys)
-    finally:
-        os.close(held)
-    assert main(RESUME.split()) == 0
-
-
-def test_a_run_of_the_library_in_the_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The trainer's own lock is respected too."""
-    with Path("run/run.lock").open("w") as lock:
+    """While one run works in a folder, a command's or the library's, another one there is refused; afterwards it is
+    welcome."""
+    with Path("run/run.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(RESUME, "another run is training in this folder", place, capsys)
+        refused(RESUME, "run: another run is training in this folder", place, capsys)
+    assert main(RESUME.split()) == 0
 
 
 def test_training_that_diverges(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

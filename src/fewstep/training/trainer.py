@@ -403,7 +403,7 @@ def mean_logs(updates: list[Update]) -> dict[str, Tensor | float]:
 
 
 def train(method: Method, start: Start, settings: Settings, folder: Path | None = None, *, show: bool = True) -> Result:
-    """Run ``method`` from ``start`` until the budget is used.
+    """Run ``method`` from ``start``, whose models it freezes, until the budget is used.
 
     With a ``folder`` the run is recorded (``log.jsonl``), saved every ``save_seconds`` and resumed when the folder
     already holds a checkpoint.  Raises :class:`Interrupted` after SIGTERM or Ctrl-C (saved), :class:`NonFiniteError`
