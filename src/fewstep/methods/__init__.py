@@ -26,6 +26,7 @@ RECIPES: dict[str, str] = {
     "scm": "fewstep.methods.consistency.scm:ContinuousConsistencyDistillation",
     "scm-training": "fewstep.methods.consistency.scm:ContinuousConsistencyTraining",
     "dmd2": "fewstep.methods.matching.dmd2:DMD2",
+    "diff-instruct": "fewstep.methods.matching.diff_instruct:DiffInstruct",
     "reflow": "fewstep.methods.flow_maps.rectified_flow:Reflow",
     "instaflow": "fewstep.methods.flow_maps.rectified_flow:InstaFlow",
     "pd": "fewstep.methods.flow_maps.progressive:ProgressiveLadder",

@@ -30,8 +30,8 @@ LEAST = {
     "steps": 1, "critic_steps": 1, "pairs": 1, "ode_steps": 1, "grid_times": 2, "s0": 2, "s1": 2,
     "augmentation_max": 0,
 }  # fmt: skip
-POSITIVE = ("sigma_data", "clip", "c", "mu0", "bound")
-SHARES = ("mu", "mu0", "label_dropout", "tangent_warmup", "picture_dropout", "self_conditioning", "share")
+POSITIVE = ("sigma_data", "clip", "c", "mu0", "bound", "init_sigma", "level_max")
+SHARES = ("mu", "mu0", "label_dropout", "tangent_warmup", "picture_dropout", "self_conditioning", "share", "level_max")
 
 Evidence = Literal["verified", "from paper text", "reconstructed"]
 
