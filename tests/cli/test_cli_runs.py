@@ -330,6 +330,27 @@ def test_train_without_labels(cli: Cli) -> None:
     assert model.schedule.sigma_data == model.prediction.sigma_data == 0.7
 
 
+@pytest.mark.parametrize("method", ["cm-training", "ict"])
+def test_train_makes_a_consistency_model_without_a_teacher(method: str, cli: Cli) -> None:
+    """``train --method`` starts consistency training from a fresh network and leaves a student that samples;
+    ``--sigma-data`` sets schedule, prediction and boundary alike, and the recipe repeats the run."""
+    fresh = ("--data", "digits", "--network", "mlp", "--width", "16", "--sigma-data", "0.7", "--method", method)
+    cli("train", "alone", *fresh, *SHORT)
+    model = api.load("runs/alone")
+    assert model.sample(4, torch.arange(4), steps=2).shape == (4, 1, 8, 8)
+    assert model.flow_map.sigma_data == model.flow_map.denoiser.prediction.sigma_data == 0.7
+    recipe = json.loads(Path("runs/alone/recipe.json").read_text())
+    assert recipe["hyper_parameters"]["sigma_data"] == 0.7
+    cli("train", "--recipe", "runs/alone/recipe.json", "--out", "again", "--quiet")
+    assert weights(Path("again")) == weights(Path("runs/alone"))
+
+
+@pytest.mark.parametrize(("method", "network"), [("ict", "unet"), ("lowdiff", "cascade-unet")])
+def test_a_flag_of_model_and_method_is_there_once(method: str, network: str, cli: Cli) -> None:
+    """Help is printed whatever names they share."""
+    cli("train", "--method", method, "--network", network, "--help")
+
+
 def test_the_seed_draws_the_initial_weights(cli: Cli) -> None:
     """Two seeds, two networks; the same seed, the same one."""
     mlp = ("--data", "digits", "--network", "mlp", "--width", "16", "--budget", "1steps", "--batch", "4", "--quiet")
