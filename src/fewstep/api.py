@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.data import Dataset
+from fewstep.data import Samples, Streamed
 from fewstep.data import load as load_data
+from fewstep.data.dataset import Unlabelled
+from fewstep.data.items import Items
 from fewstep.denoisers import Denoiser
 from fewstep.hub import native
 from fewstep.hub.models import BUNDLED as BUNDLED
@@ -24,14 +26,19 @@ if TYPE_CHECKING:
     from fewstep.report import Comparison
 
 
-def _data(data: str | Dataset) -> Dataset:
-    return load_data(data) if isinstance(data, str) else data
+def _data(data: str | Path | Samples | Items, teacher: Denoiser) -> Samples:
+    if isinstance(data, str | Path):
+        return load_data(data)
+    if isinstance(data, Samples):
+        return data
+    items = Streamed(data, type(data).__name__, classes=teacher.classes)
+    return Unlabelled(items) if items.labelled and teacher.classes is None and teacher.null is None else items
 
 
 def distill(
     teacher: Denoiser | str,
     recipe: Recipe,
-    data: str | Dataset,
+    data: str | Path | Samples | Items,
     budget: str | Budget = "2min",
     *,
     folder: str | Path | None = None,
@@ -49,7 +56,7 @@ def distill(
     amount = Budget.parse(budget) if isinstance(budget, str) else budget
     chosen = Settings(budget=amount, batch=batch, seed=seed, **settings)
     place = None if folder is None else Path(folder)
-    return run_recipe(recipe, model, _data(data), chosen, place, show=show).model
+    return run_recipe(recipe, model, _data(data, model), chosen, place, show=show).model
 
 
 def save(model: Student | Denoiser, folder: str | Path, card: dict[str, Any] | None = None) -> Path:

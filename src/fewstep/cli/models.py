@@ -8,7 +8,7 @@ from pathlib import Path
 from fewstep import api
 from fewstep.cli import records
 from fewstep.cli.errors import UserError, suggestion
-from fewstep.data import Dataset
+from fewstep.data import Dataset, Samples
 from fewstep.data import load as load_data
 from fewstep.data.bundled import BUNDLED
 from fewstep.denoisers import Denoiser
@@ -73,7 +73,7 @@ def check_conditions(named: Named) -> None:
         raise UserError(f"'{named.name}': its network needs {net.listed(missing)}, which no data set here holds")
 
 
-def named_data(name: str | None, model: Named) -> tuple[str, Dataset]:
+def named_data(name: str | None, model: Named) -> tuple[str, Samples]:
     """Data by name; without one the data that ``model`` was made from."""
     source = name or model.data
     if source is None:
@@ -82,13 +82,13 @@ def named_data(name: str | None, model: Named) -> tuple[str, Dataset]:
 
 
 def training_data(source: str) -> Dataset:
-    """The training part of a data set."""
+    """The training part of a data set, in memory."""
     try:
         return load_data(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}{suggestion(source, BUNDLED)}") from None
 
 
-def described(source: str, data: Dataset) -> dict[str, object]:
+def described(source: str, data: Samples) -> dict[str, object]:
     """A data set as a record names it."""
     return {"source": source, "samples": len(data), "shape": list(data.shape), "sha256": records.data_sha256(data)}

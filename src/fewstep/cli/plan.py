@@ -14,10 +14,11 @@ from fewstep.cli.errors import one_line
 from fewstep.cli.flags import as_words
 from fewstep.cli.runs import check_fit
 from fewstep.cli.terminal import console
-from fewstep.data import Dataset
+from fewstep.data import Dataset, Samples
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Method, Networks, Recipe
 from fewstep.randomness import Rng
+from fewstep.training.feed import fitted
 from fewstep.training.parallel import Parallel
 from fewstep.training.trainer import Run, Settings
 
@@ -35,7 +36,7 @@ class FirstPairs(Exception):
     """Enough pairs were made to know how long all of them take."""
 
 
-def show(recipe: Recipe, teacher: Denoiser, data: Dataset, settings: Settings) -> None:
+def show(recipe: Recipe, teacher: Denoiser, data: Samples, settings: Settings) -> None:
     """Print the plan; runs two iterations of the first stage on copies of the networks."""
     check_fit(teacher, data)
     terminal = console()
@@ -90,7 +91,7 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def preparation(stage: Method, teacher: Denoiser, data: Dataset, seed: int) -> float | None:
+def preparation(stage: Method, teacher: Denoiser, data: Samples, seed: int) -> float | None:
     """Seconds that the stage will spend on making its data, from the first part of it; None when it makes none."""
     if type(stage).prepare is Method.prepare:
         return None
@@ -107,17 +108,16 @@ def preparation(stage: Method, teacher: Denoiser, data: Dataset, seed: int) -> f
     return (time.perf_counter() - start) / share
 
 
-def stand_in(stage: Method, teacher: Denoiser, data: Dataset, settings: Settings) -> Dataset:
+def stand_in(stage: Method, teacher: Denoiser, data: Samples, settings: Settings) -> Samples:
     """Data to time an iteration on: the data themselves, paired with noise where the stage would make pairs."""
-    labels = data.labels if teacher.classes else None
     if type(stage).prepare is Method.prepare:
-        return Dataset(data.name, data.x, labels, data.class_names)
-    x = data.read(slice(0, settings.batch))
-    noise = Rng("stand-in").normal(*x.shape)
-    return Dataset("pairs", x, None if labels is None else labels[: settings.batch], columns={"noise": noise})
+        return fitted(data, teacher)
+    indices = torch.arange(settings.batch) % len(data)
+    noise = Rng("stand-in").normal(len(indices), *data.shape)
+    return Dataset("pairs", noise, fitted(data, teacher).conditions(indices), columns={"noise": noise})
 
 
-def timed(run: Run, data: Dataset) -> float:
+def timed(run: Run, data: Samples) -> float:
     """Mean seconds of the first iterations."""
     start = time.perf_counter()
     for _ in range(ITERATIONS):

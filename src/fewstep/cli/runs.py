@@ -24,7 +24,7 @@ from fewstep.cli.errors import Stopped, UserError
 from fewstep.cli.flags import from_json
 from fewstep.cli.records import NAME, Record
 from fewstep.cli.settings import FREE, SETTINGS
-from fewstep.data import Dataset
+from fewstep.data import Samples
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.files import write_atomically
 from fewstep.hub import native
@@ -81,7 +81,7 @@ def settings_of(values: dict[str, Any], where: str) -> Settings:
     )
 
 
-def check_fit(model: Denoiser, data: Dataset) -> None:
+def check_fit(model: Denoiser, data: Samples) -> None:
     """What the trainer would refuse later, before anything is written."""
     if tuple(data.shape) != tuple(model.shape):
         raise UserError(f"data '{data.name}' has samples {list(data.shape)}, the model makes {list(model.shape)}")
@@ -154,7 +154,7 @@ def told_by_trainer(out: Path) -> Iterator[None]:
         raise
 
 
-def execute(record: Record, recipe: Recipe, model: Denoiser, data: Dataset, out: Path, show: bool) -> Result:
+def execute(record: Record, recipe: Recipe, model: Denoiser, data: Samples, out: Path, show: bool) -> Result:
     """Run a record in its folder, from the start or from where it stopped."""
     settings = settings_of(record.settings, "settings")
     check_fit(model, data)

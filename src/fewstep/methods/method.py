@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond
-from fewstep.data.dataset import Dataset
+from fewstep.data.dataset import Samples
 from fewstep.denoisers import Denoiser
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
@@ -209,7 +209,7 @@ class Method(Recipe):
     def networks(self, teacher: Denoiser) -> Networks:
         """The networks of this method, made from (copies of) the teacher."""
 
-    def prepare(self, teacher: Denoiser, data: Dataset, seed: int, show: Show) -> Dataset:
+    def prepare(self, teacher: Denoiser, data: Samples, seed: int, show: Show) -> Samples:
         """What this method trains on, made from the data before training (a pair store); by default the data."""
         return data
 

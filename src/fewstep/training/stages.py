@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.data.dataset import Dataset
+from fewstep.data.dataset import Dataset, Samples
 from fewstep.denoisers import Denoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.files import load_tensors, save_tensors
@@ -39,7 +39,7 @@ def as_teacher(model: Student | Denoiser) -> Denoiser:
 def run_recipe(
     recipe: Recipe,
     teacher: Denoiser,
-    data: Dataset,
+    data: Samples,
     settings: Settings,
     folder: Path | None = None,
     *,
@@ -68,7 +68,7 @@ def run_recipe(
 
 
 def run_stage(
-    stage: Method, teacher: Denoiser, data: Dataset, settings: Settings, folder: Path | None, show: bool
+    stage: Method, teacher: Denoiser, data: Samples, settings: Settings, folder: Path | None, show: bool
 ) -> Result:
     """One stage: prepare its data (once), train, save its model.  Of several processes, the main one writes."""
     main = Parallel.from_environment(torch.device(settings.device)).main
@@ -85,8 +85,8 @@ def run_stage(
 
 
 def prepared(
-    stage: Method, teacher: Denoiser, data: Dataset, seed: int, store: Path | None, show: bool, keep: bool = True
-) -> Dataset:
+    stage: Method, teacher: Denoiser, data: Samples, seed: int, store: Path | None, show: bool, keep: bool = True
+) -> Samples:
     """The stage's training data; a pair store is kept in the run folder (by the process with ``keep``) and read back on
     resume."""
     if store is not None and store.exists():
@@ -96,7 +96,7 @@ def prepared(
     with torch.no_grad():
         made = stage.prepare(teacher, data, seed, lambda done, total: bar.update(done / total))
     bar.close()
-    if store is not None and keep and made is not data:
+    if store is not None and keep and made is not data and isinstance(made, Dataset):
         tensors = {"x": made.x, **made.columns}
         save_tensors(store, tensors if made.labels is None else tensors | {"labels": made.labels})
     return made

@@ -21,8 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.conditions import rows
-from fewstep.data.dataset import Dataset
+from fewstep.data.dataset import Dataset, Samples
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
 from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Show, Update, copy_of
@@ -42,10 +41,10 @@ def straight_pair(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
 
 def teacher_pairs(
-    stage: Reflow | ReflowDistillation, teacher: Denoiser, data: Dataset, seed: int, show: Show
+    stage: Reflow | ReflowDistillation, teacher: Denoiser, data: Samples, seed: int, show: Show
 ) -> Dataset:
     """The pair store of a stage, with the conditions of the data."""
-    cond = rows(data.cond, torch.arange(stage.pairs) % len(data))
+    cond = data.conditions(torch.arange(stage.pairs) % len(data))
     return make_pairs(guided(teacher, stage.guidance), stage.pairs, cond, stage.ode_steps, seed, show)
 
 
@@ -71,7 +70,7 @@ class Reflow(Method):
     guidance: float = 1.0
     lr: float = 3e-4
 
-    def prepare(self, teacher: Denoiser, data: Dataset, seed: int, show: Show) -> Dataset:
+    def prepare(self, teacher: Denoiser, data: Samples, seed: int, show: Show) -> Dataset:
         return teacher_pairs(self, teacher, data, seed, show)
 
     def networks(self, teacher: Denoiser) -> Networks:
@@ -113,7 +112,7 @@ class ReflowDistillation(Method):
     distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
     lr: float = 3e-4
 
-    def prepare(self, teacher: Denoiser, data: Dataset, seed: int, show: Show) -> Dataset:
+    def prepare(self, teacher: Denoiser, data: Samples, seed: int, show: Show) -> Dataset:
         return teacher_pairs(self, teacher, data, seed, show)
 
     def networks(self, teacher: Denoiser) -> Networks:
