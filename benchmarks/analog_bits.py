@@ -33,6 +33,7 @@ from fewstep.discrete.heads import SigmoidHead, SoftmaxHead
 from fewstep.discrete.levels import histogram_distance, invalid_fraction, to_levels, to_pictures
 from fewstep.files import write_atomically
 from fewstep.grids import to_data, uniform
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.analog_bits import AnalogBits, SigmoidAnalogBits, SoftmaxAnalogBits
 from fewstep.metrics import Evaluator, load_features
 from fewstep.networks import UNet
@@ -129,7 +130,7 @@ class Digits:
             net = self.network(method)
         model = NetworkDenoiser(net, COSINE, X0(), self.bits.shape, 10)
         settings = Settings(Budget(steps), batch=64, seed=seed, precision="fp32")
-        made = train(method, model, self.bits, settings, show=False).model
+        made = train(method, Start(model, self.bits), settings, show=False).model
         assert isinstance(made, NetworkDenoiser)
         return made
 
@@ -229,7 +230,7 @@ class Captioning:
             net = Lookup(Captioner((channels, length)), self.train.pictures)
         model = NetworkDenoiser(net, COSINE, X0(), self.bits.shape, len(self.train.pictures))
         settings = Settings(Budget(steps), batch=64, seed=seed, precision="fp32")
-        made = train(method, model, self.bits, settings, show=False).model
+        made = train(method, Start(model, self.bits), settings, show=False).model
         assert isinstance(made, NetworkDenoiser)
         return NetworkDenoiser(made.net.net, COSINE, X0(), self.bits.shape)  # told pictures, not their numbers
 

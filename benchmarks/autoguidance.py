@@ -31,13 +31,13 @@ from fewstep.methods.teachers.denoising import Denoising
 from fewstep.metrics import Evaluator, Features, frechet_distance, load_features, measure
 from fewstep.networks import MLP
 from fewstep.randomness import derive_seed
+from fewstep.runs.course import run_recipe
 from fewstep.sampling import sample
 from fewstep.schedules import TrigFlow
 from fewstep.training.autoguidance import autoguided, denoiser_of, moments, search
 from fewstep.training.budget import Budget
 from fewstep.training.ema import Power
 from fewstep.training.snapshots import reconstruct_model
-from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Settings
 
 WIDTH, BLOCKS = 160, 3

@@ -40,11 +40,11 @@ from fewstep.metrics import Evaluator, load_features
 from fewstep.networks import CascadeUNet, UNet
 from fewstep.randomness import derive_seed
 from fewstep.report.pictures import sheet
+from fewstep.runs.course import run_recipe
 from fewstep.sampling import sample
 from fewstep.sampling.cascade import Cascade, StagePlan, downsample, effective_calls, flop_costs, sample_cascade
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
-from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Settings
 
 SHAPES = {"pixels": (1, 8, 8), "latents": (3, 4, 4)}

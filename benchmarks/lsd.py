@@ -35,6 +35,7 @@ from fewstep.discrete.levels import to_levels, to_pictures
 from fewstep.discrete.noise import Cosine, Geometric, LogLinear, TotalNoise
 from fewstep.discrete.samplers import Euler, Plan, Stepper, Tempered, Tweedie, sample
 from fewstep.methods.samplers.lsd import LSD, LSDPlus, least_squares
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.discrete_denoising import DiscreteDenoising
 from fewstep.metrics import Evaluator, load_features
 from fewstep.metrics.tokens import NGram, token_quality
@@ -63,7 +64,7 @@ def trained(method: type[LSD], iterations: int = 20, **arguments: Any) -> Fit:
         data = Dataset("nothing", torch.zeros(64, *denoiser.shape, dtype=torch.long))
         settings = Settings(Budget(iterations), batch=16, seed=seed, precision="fp32")
         recipe = method(steps=steps, teacher_steps=TEACHER_STEPS, **arguments)
-        made: Any = train(recipe, denoiser, data, settings, show=False).model  # type: ignore[arg-type]
+        made: Any = train(recipe, Start(denoiser, data), settings, show=False).model  # type: ignore[arg-type]
         return made
 
     return run
@@ -168,7 +169,7 @@ def network(name: str, data: Dataset, tokens: int, width: int, steps: int, work:
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
     settings = Settings(Budget(steps), batch=64, precision="fp32")
-    result: Any = train(DiscreteDenoising(lr=3e-3), start, data, settings, folder)
+    result: Any = train(DiscreteDenoising(lr=3e-3), Start(start, data), settings, folder)
     print(f"{name}: {sum(p.numel() for p in net.parameters())} parameters, {steps} steps, {result.seconds:.0f} s, "
           f"loss {result.records[-1]['model/loss']:.3f} ({time.perf_counter() - begun:.0f} s here)")  # fmt: skip
     return result.model

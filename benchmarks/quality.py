@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import api
-from fewstep.cli.records import weights_sha256
 from fewstep.data import load as load_data
 from fewstep.denoisers import Denoiser
 from fewstep.files import write_atomically
@@ -37,9 +36,10 @@ from fewstep.methods.method import Recipe
 from fewstep.metrics import Evaluator, load_features
 from fewstep.report import machine
 from fewstep.report.comparison import timed_samples
+from fewstep.runs.course import run_recipe
+from fewstep.runs.record import weights_sha256
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
-from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Settings
 
 #: Hyper-parameters and batch of each method, by data; what is not named here runs with its defaults and a batch of 64.

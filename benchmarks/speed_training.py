@@ -30,6 +30,7 @@ from fewstep.methods.flow_maps.rectified_flow import ReflowDistillation
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Method
 from fewstep.methods.parts.adversary import FeatureHead
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet
 from fewstep.schedules import TrigFlow
@@ -205,7 +206,7 @@ def compare(method: Method, bare: Bare, big: bool, batch: int, rounds: int) -> t
     data = Dataset("random", x, torch.arange(256) % 10, columns={"noise": x.flip(0)})
     net = copy.deepcopy(model.net)
     settings = Settings(Budget(10**6), batch=batch, precision="fp32")
-    run = Run(method, method.networks(model), settings, Parallel())
+    run = Run(method, method.networks(Start(model)), settings, Parallel())
     ways = [lambda: run.step(data), bare(net, x[:batch], torch.arange(batch) % 10)]
     times: tuple[list[float], list[float]] = ([], [])
     for k in range(rounds + 2):

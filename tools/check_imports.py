@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 IDEAS = {
-    "files", "schemas", "conditions", "schedules", "grids", "denoisers", "flow_maps", "generators", "tangents",
-    "randomness", "values", "exact",
+    "files", "digests", "schemas", "conditions", "schedules", "grids", "denoisers", "flow_maps", "generators",
+    "tangents", "randomness", "values", "exact",
 }  # fmt: skip
 BELOW_METHODS = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}
@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": BELOW_METHODS,
     "hub": IDEAS | {"sampling", "networks", "discrete"},
     "training": BELOW_TRAINING,
+    "runs": BELOW_TRAINING | {"training"},
     "report": BELOW_TRAINING | {"metrics"},
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from fewstep.data import Samples, Streamed
 from fewstep.data import load as load_data
 from fewstep.data.dataset import Unlabelled
@@ -17,9 +19,11 @@ from fewstep.hub.models import load as load
 from fewstep.hub.models import locate as locate
 from fewstep.hub.models import pictures as pictures
 from fewstep.methods.method import Recipe
+from fewstep.methods.start import teacher_in
+from fewstep.runs.course import run_recipe
+from fewstep.runs.record import Record, data_source, model_source, record_of
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
-from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Settings
 
 if TYPE_CHECKING:
@@ -45,18 +49,35 @@ def distill(
     batch: int = 64,
     seed: int = 0,
     show: bool = True,
+    student: Student | Denoiser | str | None = None,
+    guide: Denoiser | str | None = None,
+    reward: nn.Module | str | None = None,
     **settings: Any,
 ) -> Student | Denoiser:
-    """Train ``recipe`` from ``teacher`` and give back what it made.
+    """Train ``recipe`` from ``teacher`` and give back what it made; the teacher stays as it is.
 
-    ``budget`` is steps, images or time ("500steps", "20k images", "2min"); with a ``folder`` the run is recorded there
-    and the same call resumes it.  ``settings`` are further fields of :class:`~fewstep.training.trainer.Settings`.
+    ``budget`` is steps, images or time ("500steps", "20k images", "2min").  With a ``folder`` the run is recorded there
+    as ``fewstep distill`` records it, and the same call or command resumes it; a folder with another run is refused.
+    ``student`` is where the student's weights start, a model of any architecture that makes the same samples;
+    ``guide`` and ``reward`` are for methods that use them.  ``settings`` are further fields of
+    :class:`~fewstep.training.trainer.Settings`.
     """
-    model: Any = load(teacher) if isinstance(teacher, str) else teacher
+    named = {"teacher": teacher, "student": student, "guide": guide, "reward": reward}
+    asked = {role: model for role, model in named.items() if model is not None}
+    models: dict[str, Any] = {role: load(m) if isinstance(m, str) else m for role, m in asked.items()}
     amount = Budget.parse(budget) if isinstance(budget, str) else budget
     chosen = Settings(budget=amount, batch=batch, seed=seed, **settings)
+    source = _data(data, teacher_in(models["teacher"]))
+    record: Record | None = None
+    if folder is not None:
+        names = {role: m if isinstance(m, str) else None for role, m in asked.items()}
+        places = {role: None if name is None else locate(name) for role, name in names.items()}
+        start = {role: model_source(names[role], models[role], places[role]) for role in asked}
+        name = str(data) if isinstance(data, str | Path) else source.name
+        record = record_of(recipe, start, data_source(name, source), chosen)
+    given = {role: model for role, model in models.items() if role != "teacher"}
     place = None if folder is None else Path(folder)
-    return run_recipe(recipe, model, _data(data, model), chosen, place, show=show).model
+    return run_recipe(recipe, models["teacher"], source, chosen, place, given=given, record=record, show=show).model
 
 
 def save(model: Student | Denoiser, folder: str | Path, card: dict[str, Any] | None = None) -> Path:

@@ -6,7 +6,6 @@ where it stopped when it is started again.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from dataclasses import dataclass
@@ -16,22 +15,21 @@ from typing import Any
 from rich.console import Console
 
 from fewstep import api
-from fewstep.cli.records import NAME, Record, data_sha256, versions, weights_sha256
-from fewstep.cli.runs import told_by_trainer
+from fewstep.cli.runs import told_by_run
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
-from fewstep.files import write_atomically
-from fewstep.hub import native
+from fewstep.files import check_writable
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveLadder
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Recipe
 from fewstep.report import compare_models, page, read_run
 from fewstep.report.words import duration
+from fewstep.runs.course import run_recipe
+from fewstep.runs.record import data_source, model_source, record_of
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
 from fewstep.training.progress import Bar
-from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Settings
 
 
@@ -81,11 +79,13 @@ def main(
     """Distil ``teacher``, measure it and its students, write the page ``out``; gives back its path.
 
     Takes about ``minutes`` on two cores.  The runs are left in ``runs/<student>``; the same call resumes them, a longer
-    one trains them further.  Raises ValueError for minutes that are not positive, and what training raises.
+    one trains them further.  Raises ValueError for minutes that are not positive, OSError for a page that cannot be
+    written (before anything is trained), and what training raises.
     """
     if not 0 < minutes < float("inf"):
         raise ValueError(f"minutes={minutes:g}: the demonstration needs a positive number of minutes; 5 is a good one")
     start = time.perf_counter()
+    check_writable(Path(out))
     model, source = api.load(teacher), load_data(data)
     console = Console(stderr=True)
     left = 60 * minutes * TRAINING + MEASURING
@@ -96,7 +96,7 @@ def main(
         seconds = round(60 * minutes * TRAINING * entry.share, 1)
         announce(console, k, f"{entry.name}: {entry.about}", seconds, left)
         folder = Path(runs) / entry.name
-        with told_by_trainer(folder):
+        with told_by_run(folder):
             students[entry.name] = trained(entry, model, source, folder, seconds, teacher, data)
         left -= seconds
     if teacher in BUNDLED:
@@ -131,26 +131,12 @@ def trained(
     entry: Entry, teacher: Any, data: Dataset, folder: Path, seconds: float, teacher_name: str, data_name: str
 ) -> Student:
     """The student of an entry, trained in ``folder`` for so many seconds, those of earlier calls included."""
-    folder.mkdir(parents=True, exist_ok=True)
-    budget = Budget(seconds, "seconds")
-    record = Record(
-        "distill", entry.recipe.name,
-        {f.name: getattr(entry.recipe, f.name) for f in dataclasses.fields(entry.recipe)},
-        {"model": teacher_name, "sha256": weights_sha256(api.locate(teacher_name))},
-        {"source": data_name, "samples": len(data), "sha256": data_sha256(data)},
-        {"budget": f"{seconds:g}s", "batch": entry.batch, "seed": SEED},
-        versions(),
-    )  # fmt: skip
-    write_atomically(folder / NAME, record.to_json().encode())
-    settings = Settings(budget, batch=entry.batch, seed=SEED, log_steps=LOG_STEPS)
-    result = run_recipe(entry.recipe, teacher, data, settings, folder, show=True)
+    settings = Settings(Budget(seconds, "seconds"), batch=entry.batch, seed=SEED, log_steps=LOG_STEPS)
+    start = {"teacher": model_source(teacher_name, teacher, api.locate(teacher_name))}
+    record = record_of(entry.recipe, start, data_source(data_name, data), settings)
+    result = run_recipe(entry.recipe, teacher, data, settings, folder, record=record, further=True)
     if not isinstance(result.model, Student):
         raise TypeError(f"{entry.name} made a {type(result.model).__name__}: the demonstration compares students")
-    card = {
-        "method": entry.recipe.stages()[-1].name, "recipe": entry.recipe.name, "teacher": teacher_name,
-        "data": data_name, "steps": result.steps, "images": result.images, "seconds": round(result.seconds, 1),
-    }  # fmt: skip
-    native.save(result.model, folder / "model", card)
     return result.model
 
 

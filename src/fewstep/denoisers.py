@@ -234,9 +234,25 @@ class Denoiser(nn.Module, ABC):
         time = as_time(t, x)
         return (x - align(self.schedule.alpha(time), x) * x0) / align(self.schedule.sigma(time), x)
 
+    def label(self, t: Tensor, x: Tensor) -> Tensor:
+        """A time as the network is told it, for states like ``x``: the rule for every further time that it takes."""
+        raise TypeError(f"a {type(self).__name__} has no network that is told a time")
+
+    def features(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """Activations inside the network at ``(x, t)``, of :attr:`feature_shape` a sample, for discriminators."""
+        raise TypeError(f"a {type(self).__name__} has no network with features")
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        raise TypeError(f"a {type(self).__name__} has no network with features")
+
     def on(self, schedule: Schedule) -> Denoiser:
         """The same denoiser on another schedule, exactly, by matching the signal-to-noise ratio."""
         return self if schedule == self.schedule else OnSchedule(self, schedule)
+
+    def native(self) -> Denoiser:
+        """The same denoiser on the schedule that its network was trained on."""
+        return self
 
 
 def check_prediction(x0: Any, x: Tensor, who: str = "denoiser") -> None:
@@ -275,6 +291,16 @@ class View(Denoiser):
     def null(self) -> Cond:
         return self.inner.null
 
+    def label(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.inner.label(t, x)
+
+    def features(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        return self.inner.features(x, t, cond)
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        return self.inner.feature_shape
+
 
 class OnSchedule(View):
     """A denoiser seen on another schedule: ``D'(x, t) = D(k x, t')`` with equal log-SNR at ``t`` and ``t'``.
@@ -295,6 +321,13 @@ class OnSchedule(View):
         a, b, f = self.inner.affine(align(scale, x) * x, inner_time, cond, **extras)
         return a * scale, b, f
 
+    def label(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.inner.label(self.matched(t)[0], x)
+
+    def features(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        inner_time, scale = self.matched(as_time(t, x))
+        return self.inner.features(align(scale, x) * x, inner_time, cond)
+
     def matched(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(t', k)``: the inner time of the same noise level, and the scale of the state there."""
         outer, inner = self.schedule, self.inner.schedule
@@ -307,14 +340,17 @@ class OnSchedule(View):
     def on(self, schedule: Schedule) -> Denoiser:
         return self.inner.on(schedule)
 
+    def native(self) -> Denoiser:
+        return self.inner.native()
+
 
 class NetworkDenoiser(Denoiser):
     """A network ``F(x, time, cond, **extras)`` with its :class:`Prediction` on a schedule.
 
     ``extras`` are the further inputs that a student's network takes (the target time ``s``, a guidance weight, a step
     size): keyword tensors that are handed through.  ``null`` is for networks that take other conditions than class
-    labels: the one row that stands for "no condition".  Discriminators on its features need ``net.features`` and
-    ``net.feature_shape`` too.
+    labels: the one row that stands for "no condition".  Discriminators need ``net.features`` and ``net.feature_shape``
+    too.
     """
 
     net: Any
@@ -360,8 +396,15 @@ class NetworkDenoiser(Denoiser):
         """State and time as the network is given them."""
         return align(self.prediction.coefficients(self.schedule, t)[2], x) * x, self.label(t, x)
 
+    def features(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        return self.net.features(*self.seen(x, as_time(t, x)), cond)
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        return tuple(self.net.feature_shape)
+
     def label(self, t: Tensor, x: Tensor) -> Tensor:
-        """A time as the network is told it: float32, whatever the type of the state ``x`` (float64 for float64)."""
+        """The time in float32, whatever the type of the state (float64 for float64)."""
         time = self.prediction.time(self.schedule, t)
         return time.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 

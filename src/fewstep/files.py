@@ -58,6 +58,20 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def check_writable(path: Path) -> None:
+    """OSError naming ``path`` when no file can be written there: asked before the work that is to be written; makes the
+    folder around it."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = part_of(path)
+        part.mkdir()
+        part.rmdir()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def part_of(path: Path) -> Path:
     """Where this process writes what is to become ``path``, a hidden name beside it: nothing is there, and what other
     writers of ``path`` left when they were killed is removed."""

@@ -14,39 +14,98 @@ TrigFlow with ``s = 0`` it is sCM's ``cos t x - sin t sigma_data F``.  A student
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser, check_prediction
+from fewstep.conditions import Cond
+from fewstep.denoisers import Denoiser, View, check_prediction
 from fewstep.schedules import EDM, Schedule, align, as_time
+from fewstep.values import real
+
+
+@dataclass(frozen=True)
+class Input:
+    """A further input of a student's network that sampling may set (a guidance weight, a number of steps): its default
+    and its range, both ends included."""
+
+    default: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.default <= self.high:
+            raise ValueError(f"an input's default {self.default:g} must lie in [{self.low:g}, {self.high:g}]")
 
 
 class FlowMap(nn.Module, ABC):
-    """A learned jump between two times of one schedule; ``shape`` and ``classes`` as in :class:`Denoiser`."""
+    """A learned jump between two times of one schedule; ``shape``, ``classes`` and ``null`` as in :class:`Denoiser`.
 
-    def __init__(self, schedule: Schedule, shape: tuple[int, ...], classes: int | None) -> None:
+    ``extras`` are the further inputs that sampling may set, by name; calls are given each as ``[B]``.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        shape: tuple[int, ...],
+        classes: int | None,
+        extras: Mapping[str, Input] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.schedule = schedule
         self.shape = shape
         self.classes = classes
+        self.extras = dict(extras)
+
+    @property
+    def null(self) -> Cond:
+        """The condition of one row that stands for none; None where there is none."""
+        return torch.tensor([-1]) if self.classes else None
 
     @abstractmethod
-    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         """The jump: ``x`` at time ``t`` moved to time ``s``."""
 
-    def jump(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+    def jump(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         """``x`` at time ``t`` moved to time ``s <= t``; equal to ``x`` at ``s = t``."""
-        return self(x, t, s, cond)
+        return self(x, t, s, cond, **extras)
 
-    def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+    def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         """The consistency function ``f(x, t)``: the jump to ``t_min``."""
-        return self(x, t, self.schedule.t_min, cond)
+        return self(x, t, self.schedule.t_min, cond, **extras)
+
+    def instant(self) -> Denoiser:
+        """The denoiser that the map is where it does not move, ``g(x, t, t)``: what can teach a next stage.  ValueError
+        for a map that has none."""
+        raise ValueError(f"a {type(self).__name__} knows where its paths end, not what a state is the mean of")
+
+    def inputs(self, n: int, device: torch.device, given: Mapping[str, float]) -> dict[str, Tensor]:
+        """The further inputs for ``n`` samples, float32 ``[n]`` each: those ``given``, the defaults for the rest.
+
+        ValueError for an input that the map does not take, or a value out of its range.
+        """
+        if unknown := sorted(set(given) - set(self.extras)):
+            raise ValueError(f"{unknown[0]}={given[unknown[0]]:g}: this student takes {_listed(self.extras)}")
+        values = {name: given.get(name, declared.default) for name, declared in self.extras.items()}
+        for name, value in values.items():
+            real(name, value, self.extras[name].low, self.extras[name].high)
+        return {name: torch.full((n,), float(value), device=device) for name, value in values.items()}
+
+
+def _listed(extras: Mapping[str, Input]) -> str:
+    known = (f"{name} ({declared.low:g} to {declared.high:g})" for name, declared in extras.items())
+    return ", ".join(known) or "no further inputs"
 
 
 def ddim_move(x: Tensor, x0: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
     """``alpha_s x0 + (sigma_s / sigma_t) (x - alpha_t x0)``: where the straight line through ``x`` at ``t`` and the
-    data prediction ``x0`` is at ``s``.  Times are float64 tensors; ``t`` must hold some noise."""
-    carry = schedule.sigma(s) / schedule.sigma(t)
+    data prediction ``x0`` is at ``s``.  Times are float64 tensors; a ``t`` without noise moves nowhere."""
+    noise = schedule.sigma(t)
+    clean = noise == 0
+    carry = torch.where(clean, 1.0, schedule.sigma(s) / torch.where(clean, 1.0, noise))
     return align(carry, x) * x + align(schedule.alpha(s) - carry * schedule.alpha(t), x) * x0
 
 
@@ -55,28 +114,53 @@ class Jump(FlowMap):
 
     ``two_times`` says whether the denoiser's network takes the target time ``s`` as an extra input (CTM, flow maps);
     without it ``g`` depends on ``(x, t)`` only (consistency models, progressive distillation, one-step students).
-    The target time is handed over as the *network* sees times, i.e. through the prediction's time map.
+    The target time is handed over as the *network* sees times.
     """
 
-    def __init__(self, denoiser: Denoiser, two_times: bool = False) -> None:
-        super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes)
+    def __init__(
+        self, denoiser: Denoiser, two_times: bool = False, extras: Mapping[str, Input] = MappingProxyType({})
+    ) -> None:
+        super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes, extras)
         self.denoiser = denoiser
         self.two_times = two_times
 
-    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+    @property
+    def null(self) -> Cond:
+        return self.denoiser.null
+
+    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         time, target = as_time(t, x), as_time(s, x)
-        x0 = self.predict(x, time, target, cond)
+        x0 = self.predict(x, time, target, cond, **extras)
         check_prediction(x0, x)
         return ddim_move(x, x0, time, target, self.schedule)
 
-    def predict(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         """``g(x, t, s)``, the data prediction whose DDIM move is the jump."""
-        if not self.two_times:
-            return self.denoiser(x, t, cond)
-        if not isinstance(self.denoiser, NetworkDenoiser):
-            raise TypeError("a two-time jump needs a NetworkDenoiser whose network takes the extra input s")
-        label = self.denoiser.prediction.time(self.schedule, as_time(s, x))
-        return self.denoiser(x, t, cond, s=label.to(x))
+        return self.denoiser(x, t, cond, **self.told(x, s), **extras)
+
+    def mean_velocity(
+        self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor
+    ) -> Tensor:
+        """The jump in velocity form, ``x_s = schedule.move(x, v, t, s)``: what identities between two times are written
+        in, because it loses nothing where the times meet or where there is little noise."""
+        return self.denoiser.velocity(x, t, cond, **self.told(x, s), **extras)
+
+    def told(self, x: Tensor, s: Tensor | float) -> dict[str, Tensor]:
+        """The target time, for a network that takes it."""
+        return {"s": self.denoiser.label(as_time(s, x), x)} if self.two_times else {}
+
+    def instant(self) -> Denoiser:
+        return AtItself(self.denoiser) if self.two_times else self.denoiser
+
+
+class AtItself(View):
+    """The denoiser of a two-time jump: its target time is its time."""
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        return self.inner(x, t, cond, s=self.label(as_time(t, x), x), **extras)
+
+    def affine(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inner.affine(x, t, cond, s=self.label(t, x), **extras)
 
 
 class EDMConsistency(FlowMap):
@@ -99,17 +183,21 @@ class EDMConsistency(FlowMap):
         self.denoiser = denoiser
         self.sigma_data = sigma_data
 
-    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+    @property
+    def null(self) -> Cond:
+        return self.denoiser.null
+
+    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         time, target = as_time(t, x), as_time(s, x)
         if bool((target != self.schedule.t_min).any()):
             raise ValueError(f"an EDM consistency function jumps to t_min={self.schedule.t_min} only")
-        return self.to_data(x, time, cond)
+        return self.to_data(x, time, cond, **extras)
 
-    def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+    def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         time, variance, eps = as_time(t, x), self.sigma_data**2, self.schedule.t_min
         skip = variance / ((time - eps) ** 2 + variance)
         out = 1 - eps / time
         rest = skip - out * variance / (time**2 + variance)
-        x0 = self.denoiser(x, time, cond)
+        x0 = self.denoiser(x, time, cond, **extras)
         check_prediction(x0, x)
         return align(rest, x) * x + align(out, x) * x0

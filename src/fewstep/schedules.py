@@ -40,6 +40,12 @@ def align(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
+def karras_level(u: Tensor, low: float = 0.002, high: float = 80.0) -> Tensor:
+    """The noise level at a share ``u`` of EDM's ramp, equal steps of ``rho^(1/7)`` from ``low`` to ``high``."""
+    first, last = low ** (1 / 7), high ** (1 / 7)
+    return (first + u * (last - first)) ** 7
+
+
 def described(schedule: Schedule) -> dict[str, Any]:
     """A schedule as plain data: its name and its fields."""
     return {"name": type(schedule).__name__, **asdict(schedule)}
@@ -137,6 +143,11 @@ class Schedule(ABC):
         keep = (self.alpha(s) * self.d_sigma(t) - self.sigma(s) * self.d_alpha(t)) / w
         go = (self.alpha(t) * self.sigma(s) - self.alpha(s) * self.sigma(t)) / w
         return align(keep, x) * x + align(go, x) * velocity
+
+    def own_time(self, u: Tensor) -> Tensor:
+        """The time at a share ``u`` in [0, 1] of the family's own index, in which its networks are trained: the time
+        itself for tables and flows, ``rho^(1/7)`` for the noise levels of EDM."""
+        return self.t_min + (self.t_max - self.t_min) * u
 
     def prior(self, noise: Tensor) -> Tensor:
         """The start state ``sigma(t_max) noise`` of a sampler, from standard normal ``noise``."""
@@ -248,6 +259,9 @@ class EDM(Schedule):
     def time_at(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-log_snr).clamp(self.t_min, self.t_max)
 
+    def own_time(self, u: Tensor) -> Tensor:
+        return self.time_at(-torch.log(karras_level(u)))
+
 
 @dataclass(frozen=True)
 class FlowMatching(Schedule):
@@ -341,6 +355,9 @@ class TrigFlow(Schedule):
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         return torch.atan(torch.exp(-log_snr) / self.sigma_data).clamp(self.t_min, self.t_max)
+
+    def own_time(self, u: Tensor) -> Tensor:
+        return self.time_at(-torch.log(karras_level(u)))
 
 
 @dataclass(frozen=True)

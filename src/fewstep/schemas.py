@@ -259,6 +259,8 @@ def with_sizes(hint: Any, whole: Any) -> Any:
         return Union[tuple(with_sizes(member, whole) for member in get_args(hint))]  # noqa: UP007
     if get_origin(hint) is tuple:
         return tuple[tuple(with_sizes(member, Size) for member in get_args(hint))]  # type: ignore[misc]
+    if get_origin(hint) is Mapping:
+        return Map(".{1,100}", "a name", with_sizes(get_args(hint)[1], whole))
     return whole if hint is int else hint
 
 

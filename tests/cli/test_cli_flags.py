@@ -13,9 +13,9 @@ from fewstep.cli import Parser, distill
 from fewstep.cli.errors import UserError
 from fewstep.cli.flags import Parameter, as_words, check, from_json, given, help_for, metavar, of_dataclass, read
 from fewstep.cli.methods import build, parameters
-from fewstep.cli.records import plain
 from fewstep.cli.settings import SETTINGS
 from fewstep.methods import RECIPES, recipe_class
+from fewstep.runs.record import plain
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,18 @@ import pytest
 import torch
 
 from fewstep import api
-from fewstep.cli import records
 from fewstep.data import load as load_data
 from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.digests import model_sha256
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.hub import native
 from fewstep.methods import RECIPES, recipe_class
-from fewstep.networks import UNet
+from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
+from fewstep.report import read_run
+from fewstep.runs import record as records
 from fewstep.sampling import Student
 from fewstep.sampling.search import half_level
 from fewstep.schedules import FlowMatching, TrigFlow
@@ -86,18 +88,21 @@ def test_a_recipe_records_everything(cli: Cli) -> None:
     recipe = json.loads(Path("runs/dmd2-digits/recipe.json").read_text())
     teacher = api.locate("digits") / "model.safetensors"
     assert recipe["command"] == "distill" and recipe["method"] == "dmd2"
-    assert recipe["start"] == {"model": "digits", "sha256": hashlib.sha256(teacher.read_bytes()).hexdigest()}
+    files = hashlib.sha256(teacher.read_bytes()).hexdigest()
+    assert recipe["start"] == {
+        "teacher": {"name": "digits", "sha256": files, "digest": model_sha256(api.load("digits"))}
+    }  # fmt: skip
     assert recipe["hyper_parameters"] == records.plain(vars(recipe_class("dmd2")(critic_steps=2)))
     data = load_data("digits")
     assert recipe["data"] == {
-        "source": "digits", "samples": len(data), "shape": [1, 8, 8], "sha256": records.data_sha256(data)
+        "source": "digits", "samples": len(data), "shape": [1, 8, 8], "sha256": data.sha256()
     }  # fmt: skip
     assert recipe["settings"]["budget"] == "6steps" and recipe["settings"]["seed"] == 5
     assert recipe["settings"]["precision"] == "fp32"
     assert recipe["versions"]["torch"] == torch.__version__
     assert "6 steps, 96 samples" in done.out
     card = native.card("runs/dmd2-digits/model")
-    assert card["recipe"] == "dmd2" and card["steps"] == 6 and card["teacher"] == recipe["start"]
+    assert card["recipe"] == "dmd2" and card["steps"] == 6 and card["teacher"] == recipe["start"]["teacher"]
 
 
 def test_data_have_different_sums_when_a_label_moves() -> None:
@@ -105,14 +110,14 @@ def test_data_have_different_sums_when_a_label_moves() -> None:
     data = load_data("digits")
     assert data.labels is not None
     other = data.subset(slice(None))
-    assert records.data_sha256(other) == records.data_sha256(data)
+    assert other.sha256() == data.sha256()
     moved = data.labels.clone()
     moved[0] = (moved[0] + 1) % 10
     sums = {
-        records.data_sha256(data),
-        records.data_sha256(type(data)(data.name, data.x, moved)),
-        records.data_sha256(type(data)(data.name, data.x, None)),
-        records.data_sha256(type(data)(data.name, data.x.flatten(2), data.labels)),
+        data.sha256(),
+        type(data)(data.name, data.x, moved).sha256(),
+        type(data)(data.name, data.x, None).sha256(),
+        type(data)(data.name, data.x.flatten(2), data.labels).sha256(),
     }
     assert len(sums) == 4
 
@@ -148,7 +153,7 @@ def test_another_recipe_in_the_folder_is_refused(cli: Cli) -> None:
     words = ("distill", "cm", "--teacher", "digits", "--out", "run", "--lr", "0.25", "--steps", "1,2", *SHORT)
     cli(*words)
     before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
-    cli("distill", "cm", "--teacher", "digits", "--out", "other", *SHORT)
+    cli("distill", "denoising", "--teacher", "digits", "--out", "other", *SHORT)
     for extra, named in {
         ("--budget", "7steps"): "--budget is 6steps there and 7steps here",
         ("--lr", "0.5"): "--lr is 0.25 there and 0.5 here",
@@ -187,9 +192,9 @@ def test_a_recipe_that_never_began_may_be_changed(cli: Cli) -> None:
 def test_a_recipe_refuses_other_weights_and_other_data(cli: Cli) -> None:
     """A recipe whose teacher or data changed since is not run on something else."""
     cli("distill", "cm", "--teacher", "digits", "--out", "run", *SHORT)
-    cli("distill", "cm", "--teacher", "digits", "--out", "student", *SHORT)
-    done = cli("distill", "--recipe", "run/recipe.json", "--teacher", "student", "--out", "new", code=2)
-    assert "another teacher than 'student'" in done.err
+    cli("distill", "denoising", "--teacher", "digits", "--out", "other", *SHORT)
+    done = cli("distill", "--recipe", "run/recipe.json", "--teacher", "other", "--out", "new", code=2)
+    assert "another teacher than 'other'" in done.err
     done = cli("distill", "--recipe", "run/recipe.json", "--data", "fashion", "--out", "new", code=2)
     assert "another data set than 'fashion'" in done.err
     done = cli("distill", "--recipe", "run/recipe.json", "--lr", "1", "--out", "new", code=2)
@@ -221,6 +226,85 @@ def test_a_recipe_of_several_stages_has_one_model_and_one_log(cli: Cli) -> None:
     seconds = [line["seconds"] for line in log]
     assert seconds == sorted(seconds)
     assert list(api.load("run").plans) == [1]
+
+
+def small_student(folder: str) -> NetworkDenoiser:
+    """A narrower network than the bundled teacher's, saved."""
+    torch.manual_seed(0)
+    net = MLP((1, 8, 8), 24, 1, classes=10)
+    model = NetworkDenoiser(net, TrigFlow(), TrigPrediction(), (1, 8, 8), 10)
+    native.save(model, folder)
+    return model
+
+
+def test_a_student_of_another_architecture_is_brought_by_flag(cli: Cli) -> None:
+    """``--student`` is trained, recorded, found again by the recipe, and another one is another run."""
+    small_student("small")
+    words = ("distill", "dmd2", "--teacher", "digits", "--out", "run", *SHORT)
+    cli(*words, "--student", "small")
+    student = api.load("run")
+    assert {net.config["width"] for net in student.modules() if isinstance(net, MLP)} == {24}
+    recipe = json.loads(Path("run/recipe.json").read_text())
+    assert {role: source["name"] for role, source in recipe["start"].items()} == {
+        "teacher": "digits",
+        "student": "small",
+    }
+    cli("distill", "--recipe", "run/recipe.json", "--out", "again", "--quiet")
+    assert weights(Path("again")) == weights(Path("run"))
+    Path("small").rename("moved")
+    cli("distill", "--recipe", "run/recipe.json", "--student", "moved", "--out", "third", "--quiet")
+    assert weights(Path("third")) == weights(Path("run"))
+    done = cli("distill", "--recipe", "run/recipe.json", "--student", "digits", "--out", "no", code=2)
+    assert "another student than 'digits'" in done.err
+    done = cli(
+        "distill", "--recipe", "run/recipe.json", "--student", "moved", "--guide", "moved", "--out", "no", code=2
+    )
+    assert "the recipe was made without a guide: leave --guide out" in done.err
+    done = cli(*words, code=2)
+    assert "the student is 'small' (sha256" in done.err and "there and absent here" in done.err
+    assert "--student small" in " ".join(read_run("run").note.shell("run").split())  # type: ignore[union-attr]
+    done = cli(*words, "--student", "moved", "--dry-run")
+    narrow = sum(p.numel() for p in api.load("moved").parameters())
+    assert f"student Jump {narrow:,}" in " ".join(done.out.split())
+
+
+def test_only_roles_that_a_method_uses_are_flags(cli: Cli) -> None:
+    """``--student`` where the method trains one, no ``--guide`` where it has no use for one."""
+    assert "--student MODEL" in cli("distill", "cm", "--help").out
+    assert "--guide" not in cli("distill", "cm", "--help").out
+    assert "--student" not in cli("distill", "denoising", "--help").out
+    done = cli("distill", "cm", "--teacher", "digits", "--guide", "digits", code=2)
+    assert "'--guide' is not an argument" in done.err
+
+
+def test_a_student_does_not_teach(cli: Cli) -> None:
+    """One line that names it; as ``--student`` its weights are welcome."""
+    cli("distill", "cm", "--teacher", "digits", "--out", "cm-digits", *SHORT)
+    done = cli("distill", "pd", "--teacher", "cm-digits", *SHORT, code=2)
+    assert "'cm-digits' is a student of 1, 2, 4 calls, not a denoiser, and cannot teach" in done.err
+    assert done.err.count("\n") == 1 and not Path("runs").exists()
+    cli("distill", "pd-halving", "--teacher", "digits", "--student", "cm-digits", "--out", "halved", *SHORT)
+    assert list(api.load("halved").plans) == [1]
+
+
+def test_a_nameless_teacher_must_be_named(cli: Cli) -> None:
+    """A run of the library with an object as its teacher is repeated with ``--teacher``."""
+    recipe = recipe_class("cm")()
+    api.distill(api.load("digits"), recipe, "digits", "3steps", batch=16, precision="fp32", show=False, folder="run")
+    done = cli("distill", "--recipe", "run/recipe.json", "--out", "again", code=2)
+    assert "the teacher of this recipe has no name: say where it lies with --teacher" in done.err
+    cli("distill", "--recipe", "run/recipe.json", "--teacher", "digits", "--out", "again", "--quiet")
+    assert weights(Path("again")) == weights(Path("run"))
+
+
+def test_the_demonstration_looks_at_its_page_first(cli: Cli) -> None:
+    """A page that cannot be written is an error before anything is trained."""
+    Path("folder").mkdir()
+    Path("file").touch()
+    for out in ("folder", "file/page.html"):
+        done = cli("demo", "--out", out, code=2)
+        assert done.err.startswith(f"fewstep demo: {out}: ") and done.err.count("\n") == 1
+    assert sorted(path.name for path in Path().rglob("*")) == ["file", "folder"]
 
 
 def test_train_makes_a_teacher(cli: Cli) -> None:

@@ -18,6 +18,7 @@ from fewstep.grids import to_data, uniform
 from fewstep.methods.method import Batch, Progress
 from fewstep.methods.parts.score_matching import denoising_loss
 from fewstep.methods.parts.times import Uniform
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.analog_bits import (
     AnalogBits,
     SigmoidAnalogBits,
@@ -131,7 +132,7 @@ def test_expected_codes():
         (lambda: told_later(COSINE, -0.1), "shift=-0.1"),
         (lambda: AnalogBits(self_conditioning=1.5), "self_conditioning=1.5"),
         (lambda: AnalogBits(bound=0.0), "bound=0 must be positive"),
-        (lambda: AnalogBits().networks(BernoulliBits(EDM(), P)), "trains a network, got a BernoulliBits"),
+        (lambda: AnalogBits().networks(Start(BernoulliBits(EDM(), P))), "trains a network, got a BernoulliBits"),
         (lambda: with_second_input(model_of(MLP((3,), beside=2))), "a second sample of 2 channels.* needs 3"),
         (lambda: tokens("the red four"), "'red' is not in the vocabulary"),
         (lambda: tokens("is " * 9), "has 9 words, 8 fit"),
@@ -531,7 +532,7 @@ def batch_of(n=12, dtype=torch.float64, cond=None):
 
 def one(method, model, batch):
     """The update of a method, and the gradients of its loss by name."""
-    nets = method.networks(model)
+    nets = method.networks(Start(model))
     (update,) = method.updates(nets, batch, Progress())
     update.loss.backward()
     return update, {name: p.grad for name, p in nets.model.named_parameters()}
@@ -694,7 +695,7 @@ def test_the_sigmoid_loss_is_the_binary_cross_entropy():
 def test_every_loss_trains(method, net):
     """40 steps on one symbol of 17 (5 bits) take the loss down by a third at least, with one trained group."""
     torch.manual_seed(0)
-    nets = method.networks(model_of(net(), (5,)))
+    nets = method.networks(Start(model_of(net(), (5,))))
     optimiser = torch.optim.Adam(nets.group_parameters("model"), lr=3e-3)
     data = Unsigned(17).encode(torch.full((64,), 11))
     losses = []

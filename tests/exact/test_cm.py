@@ -15,6 +15,7 @@ from fewstep.methods.consistency.cm import ConsistencyDistillation, ConsistencyT
 from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.parts.distances import DISTANCES, pseudo_huber
 from fewstep.methods.parts.teacher_steps import ddim_step, edm_like, heun_step
+from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM, FlowMatching, TrigFlow
@@ -135,7 +136,7 @@ def test_both_calls_see_the_same_dropout_mask() -> None:
 def test_target_follows_with_mu() -> None:
     """The target network is ``mu target + (1 - mu) student`` after an update, and moves once."""
     teacher = NetworkDenoiser(MLP((2,), 16, 1), EDM(), EDMPrediction(), (2,))
-    nets = ConsistencyDistillation(mu=0.95).networks(teacher)
+    nets = ConsistencyDistillation(mu=0.95).networks(Start(teacher))
     first = [p.clone() for p in nets.target.parameters()]
     for p in nets.student.parameters():
         p.data += 1.0
@@ -179,6 +180,6 @@ def test_student_starts_as_the_teacher() -> None:
     for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)
     teacher: Denoiser = NetworkDenoiser(net, EDM(), EDMPrediction(), (2,))
-    nets = ConsistencyDistillation().networks(teacher)
+    nets = ConsistencyDistillation().networks(Start(teacher))
     x = 80 * torch.randn(16, 2)
     torch.testing.assert_close(nets.student.to_data(x, 80.0), teacher(x, 80.0), atol=2e-3, rtol=0)

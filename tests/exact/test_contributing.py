@@ -20,12 +20,13 @@ from fewstep.cli import main
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser, TrigPrediction
 from fewstep.methods import RECIPES
+from fewstep.methods.start import Start
 from fewstep.networks import MLP
+from fewstep.runs.course import run_recipe
 from fewstep.sampling.coefficients import Levels, vandermonde
 from fewstep.sampling.solvers.dpm_solver import DPMSolverPP3M
 from fewstep.schedules import Schedule, TrigFlow, VPLinear
 from fewstep.training.budget import Budget
-from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Settings
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -109,13 +110,14 @@ def test_method_trains(installed: Any, tmp_path: Path) -> None:
     data = Dataset("points", torch.zeros(12, 2), torch.arange(12) % 3)
     settings = Settings(budget=Budget(60), batch=64, precision="fp32")
     student = run_recipe(method, teacher, data, settings, tmp_path / "run", show=False).model
-    pairs = method.prepare(teacher, data, 0, lambda done, total: None)
+    start = Start(teacher, data)
+    pairs = method.sources(start)["data"]
 
     def error(model: torch.nn.Module) -> float:
         with torch.no_grad():
             return float((model(pairs.columns["noise"], pairs.labels) - pairs.x).square().mean())
 
-    before = error(method.student(method.networks(teacher)))
+    before = error(method.student(method.networks(start)))
     assert error(student) < before / 2
 
 

@@ -18,6 +18,7 @@ from fewstep.discrete.noise import Cosine, Geometric
 from fewstep.discrete.samplers import Plan, sample
 from fewstep.hub import discrete_models
 from fewstep.methods.method import Batch, Progress
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.discrete_denoising import DiscreteDenoising, ScoreEntropy, cross_entropy, score_entropy
 from fewstep.metrics.tokens import NGram, token_quality
 from fewstep.networks.transformer import Transformer
@@ -186,7 +187,7 @@ def test_training_finds_the_frequencies(method: DiscreteDenoising) -> None:
     law = FactorisedLaw(chain, torch.rand(3, 4, generator=torch.Generator().manual_seed(0)))
     data = Dataset("made", law.draw(4096, Rng(0)))
     model = NetworkDiscreteDenoiser(Table(3, 4), chain, 3)
-    made = train(method, model, data, Settings(Budget(150), batch=256, precision="fp32"), show=False).model
+    made = train(method, Start(model, data), Settings(Budget(150), batch=256, precision="fp32"), show=False).model
     found = made(chain.prior(1, 3, Rng(0)), 1.0)[0].double()
     counts = torch.stack([torch.bincount(data.x[:, i], minlength=4) for i in range(3)]).double() / 4096
     assert float((found - counts).abs().max()) < 0.03
@@ -196,12 +197,12 @@ def test_training_refuses_what_it_cannot_use() -> None:
     """Pictures and tokens beyond the alphabet are named; so is a model that is no network."""
     chain = Masked(4)
     method = DiscreteDenoising()
-    nets = method.networks(NetworkDiscreteDenoiser(Table(3, 4), chain, 3))
+    nets = method.networks(Start(NetworkDiscreteDenoiser(Table(3, 4), chain, 3)))
     for x in (torch.zeros(2, 3), torch.full((2, 3), 4), torch.full((2, 3), -1)):
         with pytest.raises(ValueError, match="whole numbers below 4"):
             next(method.updates(nets, Batch(x, None, Rng(0)), Progress()))
     with pytest.raises(ValueError, match="not a FactorisedLaw"):
-        method.networks(FactorisedLaw(chain, torch.ones(3, 4)))
+        method.networks(Start(FactorisedLaw(chain, torch.ones(3, 4))))
 
 
 @pytest.mark.parametrize("chain", [Masked(5, Cosine(0.01)), Uniform(5, Geometric()), Ordinal(5, width=1.5)], ids=repr)

@@ -23,6 +23,7 @@ from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Method, Networks, Optimiser
+from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
@@ -103,10 +104,10 @@ def process(rank: int, port: int, folder: Path) -> None:
             # only the second process is told to stop
             data = points(name, STOP if rank == 1 else -1)
             try:
-                train(method, teacher(name), data, settings(shard), place, show=False)
+                train(method, Start(teacher(name), data), settings(shard), place, show=False)
             except Interrupted as stopped:
                 (place / f"stopped-{rank}").write_text(str(stopped))
-            result = train(method, teacher(name), points(name), settings(shard), place, show=False)
+            result = train(method, Start(teacher(name), points(name)), settings(shard), place, show=False)
             if rank == 0:
                 keep(result, place)
     (folder / f"features-{rank}").write_text(str(features_error()))
@@ -165,7 +166,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """The same runs on one process, never stopped."""
     folder = tmp_path_factory.mktemp("alone")
     return {
-        name: train(method, teacher(name), points(name), settings(), folder / name, show=False)
+        name: train(method, Start(teacher(name), points(name)), settings(), folder / name, show=False)
         for name, method in METHODS.items()
     }
 
@@ -234,4 +235,4 @@ def test_features_of_a_sharded_network(runs: Path) -> None:
 def test_sharding_needs_several_processes() -> None:
     """On one process ``shard=True`` is a mistake and says how to start."""
     with pytest.raises(ValueError, match="torchrun"):
-        train(METHODS["scm"], teacher("scm"), points("scm"), settings(shard=True), show=False)
+        train(METHODS["scm"], Start(teacher("scm"), points("scm")), settings(shard=True), show=False)

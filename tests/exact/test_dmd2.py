@@ -11,7 +11,8 @@ from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Progress
 from fewstep.methods.parts.adversary import discriminator_loss, generator_loss, logits
 from fewstep.methods.parts.score_matching import matching_vector, surrogate
-from fewstep.methods.parts.times import KarrasUniform
+from fewstep.methods.parts.times import Own
+from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan, rollout
@@ -68,7 +69,7 @@ def test_exact_fixed_point_has_vanishing_noise() -> None:
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
         x = rng.normal(512, 2, dtype=F64) @ a.T + b
-        t = KarrasUniform().draw(schedule, 512, rng)
+        t = Own().draw(schedule, 512, rng)
         x_t = schedule.add_noise(x.detach(), rng.normal_like(x), t)
         critic = Gaussian(schedule, b.detach(), (a @ a.T).detach())
         loss = surrogate(x, matching_vector(x.detach(), x_t, t, teacher, critic))
@@ -97,18 +98,20 @@ def test_each_update_reaches_its_own_networks_only(kind: str) -> None:
     """After the student's backward pass critic, head and teacher have no gradient, though the GAN's gradient does
     flow through the critic to x; after the critic's, the student has none."""
     method = DMD2(gan_weight=1.0)
-    nets = method.networks(teacher_network(kind=kind))
+    nets = method.networks(Start(teacher_network(kind=kind)))
     updates = method.updates(nets, batch_of(), Progress())
     first = next(updates)
     assert first.group == "student"
     first.loss.backward()
     for name in ("critic", "head", "teacher"):
         assert all(p.grad is None for p in nets.get_submodule(name).parameters()), name
-    assert all(p.requires_grad for p in nets.critic.parameters())
+    assert not any(p.requires_grad for p in [*nets.critic.parameters(), *nets.head.parameters()])
     assert any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in nets.student.parameters())
     nets.zero_grad(set_to_none=True)
     second = next(updates)
-    assert second.group == "critic"
+    assert second.group == "critic" and all(
+        p.requires_grad for p in [*nets.critic.parameters(), *nets.head.parameters()]
+    )
     second.loss.backward()
     assert all(p.grad is None for p in [*nets.student.parameters(), *nets.teacher.parameters()])
     for name in ("critic", "head"):
@@ -117,7 +120,7 @@ def test_each_update_reaches_its_own_networks_only(kind: str) -> None:
 
 def test_gan_gradient_passes_through_the_frozen_critic() -> None:
     """The adversarial term alone moves x."""
-    nets = DMD2().networks(teacher_network())
+    nets = DMD2().networks(Start(teacher_network()))
     x = torch.randn(4, 1, 8, 8, requires_grad=True)
     t = torch.full((4,), 0.8, dtype=F64)
     with gradients(nets.critic, "input"), gradients(nets.head, "input"):
@@ -129,7 +132,7 @@ def test_gan_gradient_passes_through_the_frozen_critic() -> None:
 def test_without_gan_and_ratio_one_the_student_gradient_is_dmds() -> None:
     """With gan_weight 0 and one critic step, the update is the surrogate of the DMD vector at the same draws."""
     method = DMD2(gan_weight=0.0, critic_steps=1)
-    nets = method.networks(teacher_network())
+    nets = method.networks(Start(teacher_network()))
     assert "head" not in dict(nets.named_children())
     (update, *_) = method.updates(nets, batch_of(seed=3), Progress())
     update.loss.backward()
@@ -141,7 +144,7 @@ def test_without_gan_and_ratio_one_the_student_gradient_is_dmds() -> None:
     noise = batch.rng.normal_like(batch.x)
     top = torch.tensor(nets.student.schedule.t_max, dtype=F64)
     x = nets.student.to_data(align(nets.student.schedule.sigma(top), noise) * noise, float(top), batch.cond)
-    t = KarrasUniform(0.02, 0.98).draw(nets.teacher.schedule, 6, batch.rng)
+    t = Own(0.02, 0.98).draw(nets.teacher.schedule, 6, batch.rng)
     x_t = nets.teacher.schedule.add_noise(x.detach(), batch.rng.normal_like(x), t)
     with torch.no_grad():
         fake, real = nets.critic(x_t, t, batch.cond), nets.teacher(x_t, t, batch.cond)
@@ -154,7 +157,7 @@ def test_without_gan_and_ratio_one_the_student_gradient_is_dmds() -> None:
 def test_two_time_scales() -> None:
     """The critic moves in every iteration, the student in one of critic_steps."""
     method = DMD2(critic_steps=3)
-    nets = method.networks(teacher_network())
+    nets = method.networks(Start(teacher_network()))
     groups = [[u.group for u in method.updates(nets, batch_of(), Progress(step=k))] for k in range(6)]
     assert groups == [["student", "critic"], ["critic"], ["critic"]] * 2
 
@@ -182,7 +185,7 @@ def test_backward_simulation_is_inference(steps: int) -> None:
     """The training sample at index j is exactly what inference computes at its j-th call, and only that call has a
     graph."""
     method = DMD2(steps=steps, gan_weight=0.0)
-    nets = method.networks(teacher_network())
+    nets = method.networks(Start(teacher_network()))
     plan = method.plan(nets)
     seen = set()
     for seed in range(8):

@@ -18,6 +18,7 @@ import fewstep as fs
 from fewstep.data import Dataset, Draw, Prior, Samples, Streamed, load
 from fewstep.data.dataset import Unlabelled
 from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP
 from fewstep.schedules import EDM
@@ -64,7 +65,7 @@ def teacher() -> NetworkDenoiser:
 def weights(data: Samples, steps: int = 12, folder: Path | None = None, **changes: Any) -> Tensor:
     """What training leaves, all weights in a row."""
     settings = Settings(Budget(steps), **{"batch": 8, "accumulate": 2, "precision": "fp32", **changes})
-    model = train(Denoising(), teacher(), data, settings, folder, show=False).model
+    model = train(Denoising(), Start(teacher(), data), settings, folder, show=False).model
     return torch.cat([p.flatten() for p in model.parameters()])
 
 
@@ -89,7 +90,7 @@ def test_resumed_runs_end_with_the_same_bits(workers: int, tmp_path: Path) -> No
     settings = Settings(Budget(12), batch=8, accumulate=2, precision="fp32", save_seconds=0)
     run = Interrupting(5, data)
     with pytest.raises(KeyboardInterrupt):
-        train(Denoising(), teacher(), run, settings, tmp_path, show=False)
+        train(Denoising(), Start(teacher(), run), settings, tmp_path, show=False)
     assert torch.equal(weights(data, folder=tmp_path), whole)
 
 
@@ -205,7 +206,7 @@ def test_distill_takes_a_data_set_of_pytorch() -> None:
 
 def test_reading_processes_end_with_the_run() -> None:
     """Also when the run fails."""
-    run = Run(Denoising(), Denoising().networks(teacher()), Settings(Budget(3), batch=8), Parallel())
+    run = Run(Denoising(), Denoising().networks(Start(teacher())), Settings(Budget(3), batch=8), Parallel())
     run.step(Streamed(Pictures(), classes=3, workers=2))
     assert len(torch.multiprocessing.active_children()) == 2
     assert run.feed is not None

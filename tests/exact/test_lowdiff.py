@@ -15,6 +15,7 @@ from fewstep.denoisers import EDMPrediction, NetworkDenoiser, TrigPrediction
 from fewstep.exact import ConditionalGaussian, Gaussian
 from fewstep.hub import native
 from fewstep.methods.method import Batch, Progress
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.methods.teachers.lowdiff import LowDiff, condition, stage_loss
 from fewstep.networks import CascadeUNet, UNet
@@ -283,7 +284,7 @@ def test_one_stage_trains_and_samples_as_the_plain_model():
     x, labels = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
     losses = []
     for method in (Denoising(), LowDiff(resolutions=(8,))):
-        nets = method.networks(plain)
+        nets = method.networks(Start(plain))
         (update,) = method.updates(nets, Batch(x, labels, Rng(0)), Progress())
         losses.append(update.loss)
     assert torch.equal(losses[0], losses[1]) and float(losses[0].detach()) > 0.1
@@ -492,7 +493,7 @@ def test_a_batch_in_two_parts_is_the_whole_batch():
     torch.manual_seed(0)
     net = randomised(CascadeUNet((1, 8, 8), classes=3, **SMALL))
     method = LowDiff()
-    nets = method.networks(NetworkDenoiser(net, TrigFlow(), TrigPrediction(), (1, 8, 8), 3))
+    nets = method.networks(Start(NetworkDenoiser(net, TrigFlow(), TrigPrediction(), (1, 8, 8), 3)))
     x, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 3
     stages = set()
     for step in range(6):
@@ -616,10 +617,10 @@ def test_impossible_networks_and_methods_are_refused():
         CascadeUNet.from_unet(UNet((1, 8, 8), beside=1, **SMALL))
     world = Gaussian(EDM(), MEAN, COVARIANCE)
     with pytest.raises(ValueError, match="another network"):
-        LowDiff().networks(world)
+        LowDiff().networks(Start(world))
     model = NetworkDenoiser(net, EDM(), EDMPrediction(), (1, 8, 8))
     with pytest.raises(ValueError, match=r"weights=\[1.0\] for the resolutions \[4, 8\]"):
-        LowDiff(weights=(1.0,)).networks(model)
+        LowDiff(weights=(1.0,)).networks(Start(model))
     with pytest.raises(ValueError, match="shares="):
         LowDiff(shares=(0.5, 0.6))
     with pytest.raises(ValueError, match="picture_dropout=2"):

@@ -41,6 +41,7 @@ from fewstep.methods.samplers.lsd import (
     relaxed,
     teacher_interval,
 )
+from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
@@ -105,7 +106,7 @@ def test_independent_tokens_need_no_coefficients(chain: Chain) -> None:
     made = least_squares(law, 4, 16, 32)
     assert torch.allclose(torch.tensor(made.plans[4].phi), torch.ones(4), atol=1e-12)
     method = LSD(steps=4, teacher_steps=16, share=0.0)
-    (update,) = method.updates(method.networks(law), batch(law, 32), Progress())
+    (update,) = method.updates(method.networks(Start(law)), batch(law, 32), Progress())
     assert float(update.loss.detach()) < 1e-28 and abs(float(update.logs["excess"])) < 1e-28
 
 
@@ -119,7 +120,7 @@ def test_as_many_steps_as_the_teacher_is_a_fixed_point(chain: Chain, target) -> 
         LSD(steps=6, teacher_steps=6, target=target, share=0.0),
         LSDPlus(steps=6, teacher_steps=6, target=target, share=0.0),
     ):
-        nets = method.networks(law)
+        nets = method.networks(Start(law))
         for update in method.updates(nets, batch(law, 64), Progress()):
             assert float(update.loss.detach()) < 1e-28
             update.loss.backward()
@@ -130,7 +131,7 @@ def test_other_draws_are_no_fixed_point() -> None:
     """The same with a relaxed start: the loss is not 0, so the test above can fail."""
     law = correlated(Masked(3))
     method = LSD(steps=6, teacher_steps=6, share=1.0)
-    (update,) = method.updates(method.networks(law), batch(law, 64), Progress())
+    (update,) = method.updates(method.networks(Start(law)), batch(law, 64), Progress())
     assert float(update.loss.detach()) > 1e-3
 
 
@@ -227,7 +228,7 @@ def test_the_trainer_comes_to_the_least_squares() -> None:
     law = correlated(Masked(3, Cosine()))
     method = LSD(steps=3, teacher_steps=6, target="accumulated", share=0.0, lr=0.08)
     data = Dataset("nothing", torch.zeros(8, 3, dtype=torch.long))
-    made = train(method, law, data, Settings(Budget(60), batch=128, precision="fp32"), show=False)
+    made = train(method, Start(law, data), Settings(Budget(60), batch=128, precision="fp32"), show=False)
     assert isinstance(made.model, LearnedSampler)
     reference = least_squares(law, 3, 6, 16384, target="accumulated").plans[3]
     assert torch.allclose(torch.tensor(made.model.plans[3].phi), torch.tensor(reference.phi), atol=0.03)
@@ -267,7 +268,7 @@ def test_the_literal_target_would_pull_every_step_down() -> None:
         distance(pair.teacher.target("literal", 8), pair.jumps, torch.ones((), dtype=F64), pair.where).backward()
         assert float(size.grad) > 0
         run.step(k, pair.jumps.detach(), 1.0)
-    nets = method.networks(law)
+    nets = method.networks(Start(law))
     _, update = method.updates(nets, batch(law, 64), Progress())
     update.loss.backward()
     assert float(nets.sizes.logits.grad.sum()) == pytest.approx(0, abs=1e-12)
@@ -278,7 +279,7 @@ def test_steps_are_differentiated_through_the_times() -> None:
     the step's length, through the rate and through the score."""
     law = correlated(Masked(3, Cosine()))
     method = LSDPlus(steps=3, teacher_steps=12, share=0.0)
-    nets = method.networks(law)
+    nets = method.networks(Start(law))
     nets.sizes.logits.data = torch.tensor([0.3, -0.2, 0.1], dtype=F64)
     states: list[torch.Tensor] = []
 
@@ -311,7 +312,7 @@ def test_lsd_plus_improves_a_bad_chain_of_steps() -> None:
     law = correlated(Masked(3, Geometric()))
     method = LSDPlus(steps=4, teacher_steps=16, share=0.0, target="accumulated", lr=0.1)
     data = Dataset("nothing", torch.zeros(8, 3, dtype=torch.long))
-    made = train(method, law, data, Settings(Budget(40), batch=64, precision="fp32"), show=False).model
+    made = train(method, Start(law, data), Settings(Budget(40), batch=64, precision="fp32"), show=False).model
     plan = made.plans[4]
     assert plan.times != Plan.uniform(law.chain, 4).times
     assert error(law, plan) < 0.85 * error(law, Plan.uniform(law.chain, 4))
@@ -358,7 +359,7 @@ def test_the_run_is_the_same_in_parts() -> None:
     """Draws are those of the global batch: the losses of two halves average to that of the whole."""
     law = correlated(Masked(3, Cosine()))
     method = LSD(steps=4, teacher_steps=16)
-    nets = method.networks(law)
+    nets = method.networks(Start(law))
 
     def loss(n: int, part: int, parts: int) -> float:
         rng = Rng(0, "batch", part=part, parts=parts)
@@ -385,7 +386,7 @@ def test_tweedie_has_coefficients_too() -> None:
         (lambda: LSD(steps=8, teacher_steps=20), "teacher_steps=20 must be a multiple of steps=8"),
         (lambda: LSD(steps=8, teacher_steps=4), "teacher_steps=4 must be a multiple"),
         (lambda: LSD(share=1.5), "share=1.5 must lie in"),
-        (lambda: LSD().networks(_continuous()), "the teacher is a Gaussian"),
+        (lambda: LSD().networks(Start(_continuous())), "the teacher is a Gaussian"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message: str) -> None:

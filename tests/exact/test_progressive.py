@@ -139,10 +139,10 @@ def test_loss_vanishes_at_the_exact_student_and_nowhere_near_it() -> None:
 
 def test_ladder_stages() -> None:
     """16 to 1 is 8, 4, 2, 1; guidance belongs to the first halving; impossible ladders are refused."""
-    stages = ProgressiveLadder(16, 1, guidance=3.0).stages()
+    stages = [s.method for s in ProgressiveLadder(16, 1, guidance=3.0).stages()]
     assert [s.steps for s in stages] == [8, 4, 2, 1]
     assert [s.guidance for s in stages] == [3.0, 1.0, 1.0, 1.0]
-    assert [s.steps for s in ProgressiveLadder(12, 3).stages()] == [6, 3]
+    assert [s.method.steps for s in ProgressiveLadder(12, 3).stages()] == [6, 3]
     for start, end in ((12, 1), (4, 4), (8, 3), (8, 0)):
         with pytest.raises(ValueError, match="doubled"):
             ProgressiveLadder(start, end)

@@ -11,7 +11,8 @@ from fewstep.exact import Gaussian, GaussianMixture
 from fewstep.flow_maps import Jump
 from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, InstaFlow, Reflow, ReflowDistillation, straight_pair
 from fewstep.methods.method import Batch, Networks, Progress
-from fewstep.methods.parts.pairs import make_pairs, solve_heun
+from fewstep.methods.parts.stores import Pairs, made_now, solve_heun
+from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan, rollout
 from fewstep.schedules import EDM, FlowMatching, TrigFlow
@@ -34,10 +35,6 @@ class Rectified(Denoiser):
         time = torch.as_tensor(t, dtype=torch.float64).expand(len(x))[:, None]
         v = (1 - self.c) * (x - (1 - time) * M) / (time + (1 - time) * self.c) - M
         return x - time * v
-
-
-def no_show(done: int, total: int) -> None:
-    pass
 
 
 @pytest.mark.parametrize("schedule", [EDM(), TrigFlow(sigma_data=0.7), FlowMatching()])
@@ -107,12 +104,12 @@ def test_pairs_keep_their_condition_and_repeat() -> None:
     the same seed gives the same store."""
     teacher = two_classes()
     data = Dataset("x", torch.zeros(10, 2), torch.arange(10) % 2)
-    pairs = Reflow(pairs=64, ode_steps=12).prepare(teacher, data, 0, no_show)
+    pairs = Reflow(pairs=64, ode_steps=12).sources(Start(teacher, data))["data"]
     assert torch.equal(pairs.labels, torch.arange(64) % 10 % 2)
     assert bool(((pairs.x[:, 0] > 0) == (pairs.labels == 1)).all())
-    again = make_pairs(teacher, 64, pairs.labels, 12, 0, no_show)
+    again = made_now(Pairs(teacher, 64, 12, pairs.labels), 0)
     assert torch.equal(again.x, pairs.x) and torch.equal(again.columns["noise"], pairs.columns["noise"])
-    other = make_pairs(teacher, 64, pairs.labels, 12, 1, no_show)
+    other = made_now(Pairs(teacher, 64, 12, pairs.labels), 1)
     assert not torch.equal(other.columns["noise"], pairs.columns["noise"])
 
 
@@ -120,7 +117,7 @@ def test_swapped_labels_at_distillation_hurt() -> None:
     """A perfect conditional student has the loss of the Heun error on its pairs and a large one on swapped labels."""
     teacher = two_classes()
     labels = torch.arange(128) % 2
-    pairs = make_pairs(teacher, 128, labels, 24, 0, no_show, batch=128)
+    pairs = made_now(Pairs(teacher, 128, 24, labels, batch=128), 0)
 
     class Exact(Denoiser):
         """One-step student by the exact flow map of the teacher."""
@@ -145,10 +142,10 @@ def test_swapped_labels_at_distillation_hurt() -> None:
 
 def test_recipe_stages() -> None:
     """Guidance is baked into the first pairs only; reflow comes before distillation."""
-    stages = InstaFlow(reflows=2, steps=1, guidance=3.0).stages()
+    stages = [s.method for s in InstaFlow(reflows=2, steps=1, guidance=3.0).stages()]
     assert [s.name for s in stages] == ["reflow", "reflow", "reflow-distil"]
     assert [s.guidance for s in stages] == [3.0, 1.0, 1.0]
-    assert [s.guidance for s in InstaFlow(reflows=0, guidance=3.0).stages()] == [3.0]
+    assert [s.method.guidance for s in InstaFlow(reflows=0, guidance=3.0).stages()] == [3.0]
     with pytest.raises(ValueError, match="reflows"):
         InstaFlow(reflows=-1)
 

@@ -14,6 +14,7 @@ from fewstep.methods.consistency.scm import (
     normalise,
 )
 from fewstep.methods.method import Batch, Networks, Progress
+from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.networks.parts import Dropout
 from fewstep.randomness import Rng
@@ -132,7 +133,7 @@ def test_normalised_tangent_makes_the_loss_constant() -> None:
 
     method = ContinuousConsistencyDistillation(sigma_data=SD, tangent_warmup=0.0)
     teacher = random_student()
-    nets = method.networks(teacher)
+    nets = method.networks(Start(teacher))
     batch = Batch(torch.randn(32, 3, dtype=torch.float64), None, Rng(0))
     (update,) = method.updates(nets, batch, Progress())
     assert 0 < float(update.loss.detach()) < 1 / 3  # w = 0 at the start; mean over d = 3 of a squared norm below 1
@@ -148,7 +149,7 @@ def test_the_tangent_and_the_forward_pass_see_the_same_dropout_mask() -> None:
     for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)
     teacher = NetworkDenoiser(net, SCHEDULE, TrigPrediction(sigma_data=SD), (1, 8, 8))
-    nets = ContinuousConsistencyDistillation(sigma_data=SD, c=1e12).networks(teacher).train()
+    nets = ContinuousConsistencyDistillation(sigma_data=SD, c=1e12).networks(Start(teacher)).train()
     batch = Batch(torch.randn(4, 1, 8, 8), None, Rng(0))
     (update,) = ContinuousConsistencyDistillation(sigma_data=SD, c=1e12).updates(nets, batch, Progress())
     assert float(update.loss.detach()) < 1e-12
@@ -210,7 +211,7 @@ def test_training_from_data_uses_the_pair_velocity() -> None:
     """sCT's velocity is ``cos t z - sin t x_0`` with z of standard deviation sigma_data."""
     x, t = states(8)
     z = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
-    student = ContinuousConsistencyDistillation(sigma_data=SD).networks(random_student()).student
+    student = ContinuousConsistencyDistillation(sigma_data=SD).networks(Start(random_student())).student
     nets = Networks({"student": student}, {})
     v = ContinuousConsistencyTraining(sigma_data=SD).trajectory_velocity(nets, Batch(x, None, Rng(0)), x, z, t)
     torch.testing.assert_close(v, t.cos()[:, None] * SD * z - t.sin()[:, None] * x)

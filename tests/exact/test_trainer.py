@@ -22,9 +22,11 @@ from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow, Reflow, ReflowDistillation
 from fewstep.methods.matching.dmd2 import DMD2
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Progress, Update
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet
+from fewstep.runs.course import run_recipe
 from fewstep.schedules import EDM
 from fewstep.training import precision
 from fewstep.training.budget import Budget
@@ -33,7 +35,6 @@ from fewstep.training.ema import HalfLife, Power
 from fewstep.training.interruptions import only_run_in
 from fewstep.training.progress import Records
 from fewstep.training.snapshots import reconstruct_model
-from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settings, train
 
 METHODS: dict[str, Method] = {
@@ -73,13 +74,18 @@ def points(unet: bool = False) -> Dataset:
     )
 
 
+def begin(teacher: Denoiser, data: Dataset) -> Start:
+    """A start whose stores are the data, which have their noise already."""
+    return Start(teacher, data, keep=lambda what, seed: data)
+
+
 def weights(result: Result) -> Tensor:
     return torch.cat([p.flatten() for p in result.model.parameters()])
 
 
 def started(method: Method) -> Tensor:
     """The weights of the method's product before training."""
-    made = method.student(method.networks(teacher()))
+    made = method.student(method.networks(begin(teacher(), points())))
     return torch.cat([p.detach().flatten() for p in made.parameters()])
 
 
@@ -111,10 +117,10 @@ def stopped_at(step: int, data: Dataset) -> Dataset:
 def test_accumulation_changes_nothing(name: str) -> None:
     """Two and four micro-batches give the losses, gradient norms and weights of one batch."""
     method = METHODS[name]
-    whole = train(method, teacher(), points(), SETTINGS, show=False)
+    whole = train(method, begin(teacher(), points()), SETTINGS, show=False)
     assert (weights(whole) - started(method)).abs().max() > 1e-3, "the run moved nothing: the test shows nothing"
     for parts in (2, 4):
-        split = train(method, teacher(), points(), replace(SETTINGS, accumulate=parts), show=False)
+        split = train(method, begin(teacher(), points()), replace(SETTINGS, accumulate=parts), show=False)
         for a, b in zip(whole.records, split.records, strict=True):
             assert a.keys() == b.keys()
             for key in a:
@@ -131,13 +137,15 @@ def test_accumulation_moves_the_target_network_once() -> None:
 
     @dataclass(frozen=True)
     class Keeping(ConsistencyDistillation):
-        def networks(self, teacher: Denoiser) -> Networks:
-            kept.append(super().networks(teacher))
+        def networks(self, start: Start) -> Networks:
+            kept.append(super().networks(start))
             return kept[0]
 
-    start = torch.cat([p.detach().flatten().clone() for p in method.networks(teacher()).target.parameters()])
+    start = torch.cat(
+        [p.detach().flatten().clone() for p in method.networks(begin(teacher(), points())).target.parameters()]
+    )
     settings = replace(SETTINGS, budget=Budget(1), accumulate=4, averages=())
-    train(Keeping(lr=1e-2, mu=0.5), teacher(), points(), settings, show=False)
+    train(Keeping(lr=1e-2, mu=0.5), begin(teacher(), points()), settings, show=False)
     student, target = (torch.cat([p.flatten() for p in m.parameters()]) for m in (kept[0].student, kept[0].target))
     assert (student - start).abs().max() > 1e-4
     assert torch.allclose(target, (start + student) / 2, rtol=0, atol=1e-7)
@@ -147,12 +155,12 @@ def test_runs_repeat_and_leave_the_global_generator_alone() -> None:
     """The same seed gives the same weights whatever PyTorch's global generator did before, new layers and dropout
     included; the generator is left as it was; another seed gives other weights."""
     method, again = METHODS["dmd2"], teacher()
-    first = train(method, teacher(), points(), SETTINGS, show=False)
+    first = train(method, begin(teacher(), points()), SETTINGS, show=False)
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    second = train(method, again, points(), SETTINGS, show=False)
+    second = train(method, begin(again, points()), SETTINGS, show=False)
     assert torch.equal(torch.get_rng_state(), before)
-    other = train(method, teacher(), points(), replace(SETTINGS, seed=1), show=False)
+    other = train(method, begin(teacher(), points()), replace(SETTINGS, seed=1), show=False)
     assert torch.equal(weights(first), weights(second))
     assert not torch.allclose(weights(first), weights(other), atol=1e-3)
 
@@ -167,16 +175,16 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     unet = name == "unet"
     method = Denoising(lr=1e-2) if unet else METHODS[name]
     settings = replace(SETTINGS, averages=(Power(0.1), HalfLife(20)), accumulate=2, log_steps=3)
-    whole = train(method, teacher(unet), points(unet), settings, show=False)
+    whole = train(method, begin(teacher(unet), points(unet)), settings, show=False)
     with pytest.raises(Interrupted, match=r"stopped after 5 steps, saved in .*; the same command resumes") as stop:
-        train(method, teacher(unet), stopped_at(10, points(unet)), settings, tmp_path, show=False)
+        train(method, begin(teacher(unet), stopped_at(10, points(unet))), settings, tmp_path, show=False)
     assert stop.value.number == signal.SIGTERM
-    rest = train(method, teacher(unet), points(unet), settings, tmp_path, show=False)
+    rest = train(method, begin(teacher(unet), points(unet)), settings, tmp_path, show=False)
     assert torch.equal(weights(whole), weights(rest))
     clock = {"seconds": 0.0}
     assert [r | clock for r in rest.records] == [r | clock for r in whole.records]
     assert rest.steps == 8 and rest.images == 8 * 16
-    again = train(method, teacher(unet), points(unet), settings, tmp_path, show=False)
+    again = train(method, begin(teacher(unet), points(unet)), settings, tmp_path, show=False)
     assert torch.equal(weights(whole), weights(again)), "a finished run is not trained again"
 
 
@@ -189,11 +197,11 @@ def test_dropout_masks_differ_from_step_to_step_and_repeat(tmp_path: Path) -> No
             update = next(super().updates(nets, batch, progress))
             yield Update(update.group, update.loss, {"draw": torch.rand(())})
 
-    whole = train(Drawing(), teacher(), points(), SETTINGS, show=False)
+    whole = train(Drawing(), begin(teacher(), points()), SETTINGS, show=False)
     assert len({r["model/draw"] for r in whole.records}) == 8
     with pytest.raises(Interrupted):
-        train(Drawing(), teacher(), stopped_at(3, points()), SETTINGS, tmp_path, show=False)
-    rest = train(Drawing(), teacher(), points(), SETTINGS, tmp_path, show=False)
+        train(Drawing(), begin(teacher(), stopped_at(3, points())), SETTINGS, tmp_path, show=False)
+    rest = train(Drawing(), begin(teacher(), points()), SETTINGS, tmp_path, show=False)
     assert [r["model/draw"] for r in rest.records] == [r["model/draw"] for r in whole.records]
 
 
@@ -201,30 +209,30 @@ def test_a_resumed_run_drops_snapshots_of_the_steps_it_lost(tmp_path: Path) -> N
     """With a budget in minutes snapshots fall on other steps after a resume: those of the lost steps go."""
     settings = replace(SETTINGS, averages=(Power(0.1), Power(0.05)))
     with pytest.raises(Interrupted):
-        train(METHODS["cm"], teacher(), stopped_at(3, points()), settings, tmp_path, show=False)
+        train(METHODS["cm"], begin(teacher(), stopped_at(3, points())), settings, tmp_path, show=False)
     kept = tmp_path / "snapshots"
     assert sorted(p.stem for p in kept.iterdir()) == ["000000001", "000000002", "000000003"]
     (kept / "000000005.safetensors").write_bytes((kept / "000000003.safetensors").read_bytes())
-    train(METHODS["cm"], teacher(), points(), replace(settings, budget=Budget(16)), tmp_path, show=False)
+    train(METHODS["cm"], begin(teacher(), points()), replace(settings, budget=Budget(16)), tmp_path, show=False)
     assert sorted(int(p.stem) for p in kept.iterdir()) == [1, 2, 3, 4, 6, 8, 10, 12, 14, 16]
 
 
 def test_a_stop_without_a_folder_says_that_nothing_is_saved() -> None:
     with pytest.raises(Interrupted, match="stopped after 2 steps, nothing was saved"):
-        train(METHODS["cm"], teacher(), stopped_at(2, points()), SETTINGS, show=False)
+        train(METHODS["cm"], begin(teacher(), stopped_at(2, points())), SETTINGS, show=False)
 
 
 def test_signals_are_given_back() -> None:
     """After a run, Ctrl-C is Python's again."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    train(METHODS["cm"], teacher(), points(), replace(SETTINGS, budget=Budget(1)), show=False)
+    train(METHODS["cm"], begin(teacher(), points()), replace(SETTINGS, budget=Budget(1)), show=False)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def begun(folder: Path) -> Path:
     """A run that stopped after three steps."""
     with pytest.raises(Interrupted):
-        train(METHODS["cm"], teacher(), stopped_at(3, points()), SETTINGS, folder, show=False)
+        train(METHODS["cm"], begin(teacher(), stopped_at(3, points())), SETTINGS, folder, show=False)
     return folder / "checkpoint.safetensors"
 
 
@@ -246,7 +254,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage: str, tmp_path: Path) ->
         path.write_text("not a checkpoint")
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors: damaged checkpoint \(.+\); delete it to start"):
-        train(METHODS["cm"], teacher(), points(), SETTINGS, tmp_path, show=False)
+        train(METHODS["cm"], begin(teacher(), points()), SETTINGS, tmp_path, show=False)
     assert path.read_bytes() == before
 
 
@@ -262,27 +270,27 @@ def test_another_run_in_the_folder_is_refused(change: dict[str, Any], said: str,
     """What would make another run is named, with both values."""
     begun(tmp_path)
     with pytest.raises(ValueError, match=f"this folder holds a run with {said}"):
-        train(METHODS["cm"], teacher(), points(), replace(SETTINGS, **change), tmp_path, show=False)
+        train(METHODS["cm"], begin(teacher(), points()), replace(SETTINGS, **change), tmp_path, show=False)
 
 
 def test_another_method_or_data_set_in_the_folder_is_refused(tmp_path: Path) -> None:
     begun(tmp_path)
     with pytest.raises(ValueError, match=r"holds a run with method ConsistencyDistillation\(.*not DMD2\("):
-        train(METHODS["dmd2"], teacher(), points(), SETTINGS, tmp_path, show=False)
+        train(METHODS["dmd2"], begin(teacher(), points()), SETTINGS, tmp_path, show=False)
     with pytest.raises(ValueError, match=r"holds a run with data points \(40 samples\), not points \(30 samples\)"):
-        train(METHODS["cm"], teacher(), points().subset(slice(0, 30), "points"), SETTINGS, tmp_path, show=False)
+        train(METHODS["cm"], begin(teacher(), points().subset(slice(0, 30), "points")), SETTINGS, tmp_path, show=False)
 
 
 def test_a_longer_budget_goes_on(tmp_path: Path) -> None:
     """The budget may change: a finished run goes on to the new one."""
-    train(METHODS["cm"], teacher(), points(), SETTINGS, tmp_path, show=False)
-    more = train(METHODS["cm"], teacher(), points(), replace(SETTINGS, budget=Budget(10)), tmp_path, show=False)
+    train(METHODS["cm"], begin(teacher(), points()), SETTINGS, tmp_path, show=False)
+    more = train(METHODS["cm"], begin(teacher(), points()), replace(SETTINGS, budget=Budget(10)), tmp_path, show=False)
     assert more.steps == 10 and [r["step"] for r in more.records] == list(range(1, 11))
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with only_run_in(tmp_path), pytest.raises(ValueError, match="another run is training in this folder"):
-        train(METHODS["cm"], teacher(), points(), SETTINGS, tmp_path, show=False)
+        train(METHODS["cm"], begin(teacher(), points()), SETTINGS, tmp_path, show=False)
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +347,7 @@ def test_nan_names_the_tensor_and_leaves_the_checkpoint(where: str, said: str, t
     """The first thing that is no number is named; nothing moves after it, and the last checkpoint is whole."""
     settings = replace(SETTINGS, save_seconds=0)
     with pytest.raises(NonFiniteError, match="step 4: " + said):
-        train(Poisoned(where=where), teacher(), points(), settings, tmp_path, show=False)
+        train(Poisoned(where=where), begin(teacher(), points()), settings, tmp_path, show=False)
     saved = OneFile(tmp_path)
     assert saved.counters()["steps"] == 4
     assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.tensors({}).values())
@@ -365,7 +373,7 @@ def test_weights_that_the_last_step_ruined_are_not_given_back(kept: bool, tmp_pa
     """No later step would notice them: they are looked at before they are saved and at the end."""
     settings = replace(SETTINGS, budget=Budget(5, "steps"), save_seconds=0)
     with pytest.raises(NonFiniteError, match=r"step 4: it left the weight model\.net\.enter\.weight not finite"):
-        train(Overstepping(), teacher(), points(), settings, tmp_path if kept else None, show=False)
+        train(Overstepping(), begin(teacher(), points()), settings, tmp_path if kept else None, show=False)
     if kept:
         assert OneFile(tmp_path).counters()["steps"] == 4
 
@@ -380,16 +388,16 @@ def test_optimisers_equal_the_plain_ones(kind: Any) -> None:
 
     @dataclass(frozen=True)
     class Specified(Denoising):
-        def networks(self, teacher: Denoiser) -> Networks:
-            return Networks({"model": copy_of(teacher)}, {"model": spec})
+        def networks(self, start: Start) -> Networks:
+            return Networks({"model": start.network("teacher")}, {"model": spec})
 
-    result = train(Specified(), teacher(), points(), replace(SETTINGS, averages=()), show=False)
+    result = train(Specified(), begin(teacher(), points()), replace(SETTINGS, averages=()), show=False)
 
     from fewstep.data.dataset import epoch_indices
     from fewstep.randomness import Rng
 
     method, data = Specified(), points()
-    nets = method.networks(teacher())
+    nets = method.networks(begin(teacher(), points()))
     plain = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[kind]
     optimiser = plain(nets.parameters(), 1e-2, weight_decay=0.1, foreach=False)
     for step in range(8):
@@ -414,7 +422,7 @@ def test_only_the_group_that_moves_is_touched() -> None:
     from fewstep.training.trainer import Run
 
     method = METHODS["dmd2"]
-    run = Run(method, method.networks(teacher()), SETTINGS, Parallel())
+    run = Run(method, method.networks(begin(teacher(), points())), SETTINGS, Parallel())
     for _ in range(3):
         run.step(points())
     assert run.averages["student"][0].updates == 2
@@ -460,8 +468,10 @@ def test_the_probe_tells_the_truth_here() -> None:
 def test_bfloat16_trains_like_float32(name: str) -> None:
     """Under autocast the first losses and gradient norms are those of float32 to bfloat16's precision; a gradient that
     is lost (a weight cast without a graph and used again) would halve the norm."""
-    exact = train(METHODS[name], teacher(), points(), replace(SETTINGS, budget=Budget(1)), show=False)
-    rough = train(METHODS[name], teacher(), points(), replace(SETTINGS, budget=Budget(1), precision="bf16"), show=False)
+    exact = train(METHODS[name], begin(teacher(), points()), replace(SETTINGS, budget=Budget(1)), show=False)
+    rough = train(
+        METHODS[name], begin(teacher(), points()), replace(SETTINGS, budget=Budget(1), precision="bf16"), show=False
+    )
     for key, value in exact.records[0].items():
         if key.endswith(("/loss", "/grad_norm")):
             assert rough.records[0][key] == pytest.approx(value, rel=BF16[name]), key
@@ -476,11 +486,11 @@ def test_resume_keeps_the_precision_that_was_measured(tmp_path: Path, monkeypatc
     """A second measurement that comes out otherwise does not change the arithmetic of a run that has begun."""
     auto = replace(SETTINGS, precision="auto")
     monkeypatch.setattr(precision, "probe", lambda device: {"fp32": 1.0, "bf16": 2.0})
-    whole = train(METHODS["cm"], teacher(), points(), auto, show=False)
+    whole = train(METHODS["cm"], begin(teacher(), points()), auto, show=False)
     with pytest.raises(Interrupted):
-        train(METHODS["cm"], teacher(), stopped_at(3, points()), auto, tmp_path, show=False)
+        train(METHODS["cm"], begin(teacher(), stopped_at(3, points())), auto, tmp_path, show=False)
     monkeypatch.setattr(precision, "probe", lambda device: {"fp32": 1.0, "bf16": 0.1})
-    rest = train(METHODS["cm"], teacher(), points(), auto, tmp_path, show=False)
+    rest = train(METHODS["cm"], begin(teacher(), points()), auto, tmp_path, show=False)
     assert torch.equal(weights(whole), weights(rest))
 
 
@@ -503,7 +513,7 @@ def test_records_drop_what_will_be_written_again(tmp_path: Path) -> None:
 def test_every_record_knows_every_group(tmp_path: Path) -> None:
     """A group that moves in one step of two is in every line, and the log is what the result holds."""
     settings = replace(SETTINGS, log_steps=4)
-    result = train(METHODS["dmd2"], teacher(), points(), settings, tmp_path, show=False)
+    result = train(METHODS["dmd2"], begin(teacher(), points()), settings, tmp_path, show=False)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == result.records
     assert [line["step"] for line in lines] == [1, 4, 8]
@@ -516,10 +526,10 @@ def test_tensorboard_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Without the package there is one line to read; with it, the numbers of the log arrive as scalars."""
     asked = replace(SETTINGS, tensorboard=True)
     with pytest.raises(ValueError, match="tensorboard=True writes into the run folder"):
-        train(METHODS["cm"], teacher(), points(), asked, show=False)
+        train(METHODS["cm"], begin(teacher(), points()), asked, show=False)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs tensorboard: pip install 'fewstep\[tensorboard\]'"):
-        train(METHODS["cm"], teacher(), points(), asked, tmp_path / "without", show=False)
+        train(METHODS["cm"], begin(teacher(), points()), asked, tmp_path / "without", show=False)
     got: list[tuple[str, float, int]] = []
     opened: list[tuple[str, int]] = []
 
@@ -536,7 +546,7 @@ def test_tensorboard_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stand_in = types.ModuleType("torch.utils.tensorboard")
     stand_in.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
-    result = train(METHODS["cm"], teacher(), points(), asked, tmp_path / "with", show=False)
+    result = train(METHODS["cm"], begin(teacher(), points()), asked, tmp_path / "with", show=False)
     assert opened == [(str(tmp_path / "with" / "tensorboard"), 1), ("closed", 0)]
     told = [(r["student/loss"], r["step"]) for r in result.records]
     assert [(v, s) for n, v, s in got if n == "student/loss"] == told
@@ -549,11 +559,11 @@ def test_snapshots_give_the_average_that_was_not_kept(tmp_path: Path) -> None:
     """Two averages kept eight times give a third width, and the kept ones again, in the student itself."""
     settings = Settings(Budget(96), 8, precision="fp32", averages=(Power(0.05), Power(0.1)))
     run = replace(METHODS["cm"], mu=0.0)
-    kept = train(run, teacher(), points(), settings, tmp_path, show=False)
+    kept = train(run, begin(teacher(), points()), settings, tmp_path, show=False)
     assert [p.stem for p in sorted((tmp_path / "snapshots").iterdir())] == [f"{n:09d}" for n in range(12, 97, 12)]
-    direct = train(run, teacher(), points(), replace(settings, averages=(Power(0.07),)), show=False)
-    raw = train(run, teacher(), points(), replace(settings, averages=()), show=False)
-    model = train(run, teacher(), points(), replace(settings, budget=Budget(1)), show=False).model
+    direct = train(run, begin(teacher(), points()), replace(settings, averages=(Power(0.07),)), show=False)
+    raw = train(run, begin(teacher(), points()), replace(settings, averages=()), show=False)
+    model = train(run, begin(teacher(), points()), replace(settings, budget=Budget(1)), show=False).model
     reconstruct_model(model, tmp_path, 0.05)
     assert torch.allclose(torch.cat([p.flatten() for p in model.parameters()]), weights(kept), atol=1e-6)
     reconstruct_model(model, tmp_path, 0.07)
@@ -567,7 +577,7 @@ def test_reconstruction_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="train with at least two Power averages"):
         reconstruct_model(model, tmp_path, 0.07)
     settings = replace(SETTINGS, averages=(Power(0.05), Power(0.1)))
-    train(METHODS["cm"], teacher(), points(), settings, tmp_path, show=False)
+    train(METHODS["cm"], begin(teacher(), points()), settings, tmp_path, show=False)
     with pytest.raises(ValueError, match=r"hold parameter 'flow_map\.denoiser\.net\.\S+', which does not fit"):
         reconstruct_model(model, tmp_path, 0.07)
     broken = sorted((tmp_path / "snapshots").iterdir())[0]
@@ -623,13 +633,15 @@ def test_settings_that_cannot_work_are_named(values: dict[str, Any], said: str) 
 
 def test_data_that_do_not_fit_the_teacher_are_named() -> None:
     with pytest.raises(ValueError, match=r"data 'wide' has samples \[3\], the teacher makes \[2\]"):
-        train(METHODS["cm"], teacher(), Dataset("wide", torch.zeros(4, 3)), SETTINGS, show=False)
+        train(METHODS["cm"], begin(teacher(), Dataset("wide", torch.zeros(4, 3))), SETTINGS, show=False)
     many = Dataset("many", torch.zeros(4, 2), torch.tensor([0, 1, 2, 3]))
     with pytest.raises(ValueError, match="data 'many' has 4 classes, the teacher knows 3"):
-        train(METHODS["cm"], teacher(), many, SETTINGS, show=False)
+        train(METHODS["cm"], begin(teacher(), many), SETTINGS, show=False)
 
 
 def test_progress_is_counted_in_samples() -> None:
     """A budget in images ends after the batch that reaches it."""
-    result = train(METHODS["cm"], teacher(), points(), replace(SETTINGS, budget=Budget.parse("100 images")), show=False)
+    result = train(
+        METHODS["cm"], begin(teacher(), points()), replace(SETTINGS, budget=Budget.parse("100 images")), show=False
+    )
     assert result.steps == 7 and result.images == 112

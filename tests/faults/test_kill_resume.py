@@ -22,6 +22,7 @@ from fewstep.denoisers import EDMPrediction, NetworkDenoiser
 from fewstep.files import save_tensors, write_atomically
 from fewstep.hub import native
 from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
@@ -69,7 +70,7 @@ def train_in(folder: Path, steps: int, line: Connection | None = None) -> None:
     settings = Settings(
         Budget(steps), 8, accumulate=2, precision="fp32", averages=(Power(0.1), Power(0.05)), save_seconds=0
     )
-    result = train(METHOD, teacher(), points(line), settings, folder, show=False)
+    result = train(METHOD, Start(teacher(), points(line)), settings, folder, show=False)
     native.save(result.model, folder / "model")
 
 

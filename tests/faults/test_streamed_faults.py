@@ -116,6 +116,7 @@ RUN = """
     import torch
     from fewstep.data import Streamed
     from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+    from fewstep.methods.start import Start
     from fewstep.methods.teachers.denoising import Denoising
     from fewstep.networks import MLP
     from fewstep.schedules import EDM
@@ -132,7 +133,7 @@ RUN = """
     print("begun", flush=True)
     try:
         settings = Settings(Budget(100_000), batch=8, precision="fp32")
-        train(Denoising(), teacher, Streamed(Slow(), workers=2), settings, Path(sys.argv[1]), show=False)
+        train(Denoising(), Start(teacher, Streamed(Slow(), workers=2)), settings, Path(sys.argv[1]), show=False)
     except Interrupted as stopped:
         print(stopped, stopped.number)
 """

@@ -14,6 +14,7 @@ from fewstep.discrete.bits import COSINE, Unsigned
 from fewstep.discrete.captions import WORDS, Captioner, Captions, Lookup
 from fewstep.discrete.levels import histogram_distance, invalid_fraction, to_levels, to_pictures
 from fewstep.grids import to_data, uniform
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.analog_bits import AnalogBits
 from fewstep.metrics import accuracy, load_features
 from fewstep.networks import MLP
@@ -28,7 +29,7 @@ TIMES = to_data(uniform(COSINE, 10), COSINE)
 def trained(net: torch.nn.Module, data: Dataset, steps: int, seed: int = 0) -> NetworkDenoiser:
     model = NetworkDenoiser(net, COSINE, X0(), data.shape, data.classes)
     settings = Settings(Budget(steps), batch=64, seed=seed, precision="fp32")
-    made = train(AnalogBits(lr=1e-3), model, data, settings, show=False).model
+    made = train(AnalogBits(lr=1e-3), Start(model, data), settings, show=False).model
     assert isinstance(made, NetworkDenoiser)
     return made
 

@@ -18,12 +18,12 @@ from fewstep.denoisers import (
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.metrics import frechet_distance, load_features, precision_recall
 from fewstep.networks import MLP
+from fewstep.runs.course import run_recipe
 from fewstep.sampling import sample
 from fewstep.schedules import TrigFlow
 from fewstep.training.autoguidance import Choice, autoguided, moments, search
 from fewstep.training.budget import Budget
 from fewstep.training.ema import Power
-from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Settings
 
 STEPS = 800

@@ -18,6 +18,7 @@ from fewstep.discrete.levels import to_levels
 from fewstep.discrete.noise import Cosine
 from fewstep.discrete.samplers import Euler, Plan, Stepper, Tempered, Tweedie, gillespie, poisson, sample
 from fewstep.methods.samplers.lsd import LSD, LSDPlus, least_squares
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.discrete_denoising import DiscreteDenoising
 from fewstep.metrics.tokens import NGram, token_quality
 from fewstep.networks.transformer import Transformer
@@ -34,7 +35,9 @@ def trained(chain: Chain, data: Dataset, steps: int) -> tuple[NetworkDiscreteDen
     length, timed = data.shape[0], not isinstance(chain, Masked)
     net = Transformer(length, chain.tokens, chain.states, 48, 1, 6, classes=data.classes, timed=timed)
     model = NetworkDiscreteDenoiser(net, chain, length, data.classes)
-    result = train(DiscreteDenoising(lr=5e-3), model, data, Settings(Budget(steps), 32, precision="fp32"), show=False)
+    result = train(
+        DiscreteDenoising(lr=5e-3), Start(model, data), Settings(Budget(steps), 32, precision="fp32"), show=False
+    )
     return result.model, [record["model/loss"] for record in result.records]
 
 
@@ -103,7 +106,7 @@ def test_the_methods_train_on_text(method, text, judge) -> None:
     """A few iterations of the method itself: finite, coefficients near 1, times near equal, text like Euler's."""
     data = load_text(length=LENGTH)
     recipe = method(steps=4, teacher_steps=16)
-    made = train(recipe, text, data, Settings(Budget(6), 16, precision="fp32"), show=False).model
+    made = train(recipe, Start(text, data), Settings(Budget(6), 16, precision="fp32"), show=False).model
     plan = made.plans[4]
     assert all(0.7 < value < 1.1 for value in plan.phi)
     assert all(abs(t - k) < 0.1 for t, k in zip(plan.times, (1.0, 0.75, 0.5, 0.25, 0.0), strict=True))

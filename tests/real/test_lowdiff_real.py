@@ -12,6 +12,7 @@ import torch
 
 from fewstep.data import load as load_data
 from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.methods.teachers.lowdiff import LowDiff
 from fewstep.metrics import Evaluator, load_features
@@ -36,7 +37,7 @@ def models() -> tuple[Cascade, tuple[float, ...], NetworkDenoiser]:
     def trained(method: Denoising, net: UNet, steps: int) -> NetworkDenoiser:
         settings = Settings(Budget(steps), batch=32, precision="fp32")
         start = NetworkDenoiser(net, EDM(), EDMPrediction(0.75), SHAPE, 10)
-        model = train(method, start, data, settings, show=False).model
+        model = train(method, Start(start, data), settings, show=False).model
         assert isinstance(model, NetworkDenoiser)
         return model
 

@@ -17,10 +17,10 @@ from fewstep.methods.flow_maps.progressive import ProgressiveLadder
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.metrics import Evaluator, load_features
+from fewstep.runs.course import run_recipe
 from fewstep.sampling import sample
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
-from fewstep.training.stages import run_recipe
 from fewstep.training.trainer import Settings
 
 LABELS = torch.arange(500) % 10

@@ -33,6 +33,7 @@ from fewstep.hub.diffusers import Exported, export, export_with_code, from_pipel
 from fewstep.hub.source import standalone  # noqa: E402
 from fewstep.hub.tables import network_of, plan_table, scheduler_table  # noqa: E402
 from fewstep.methods.consistency.cm import ConsistencyDistillation  # noqa: E402
+from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP, UNet  # noqa: E402
 from fewstep.randomness import Rng, derive_seed  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
@@ -320,7 +321,7 @@ def make_cases(root: Path) -> dict[str, Case]:
 def consistency(teacher: Denoiser) -> Student:
     """The student that consistency distillation would hand over, untrained."""
     method = ConsistencyDistillation(steps=(1, 2))
-    student = method.student(method.networks(teacher))
+    student = method.student(method.networks(Start(teacher)))
     assert isinstance(student, Student)
     return student.requires_grad_(False)
 

@@ -20,7 +20,8 @@ from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser  # noqa: 
 from fewstep.flow_maps import Jump  # noqa: E402
 from fewstep.hub import lora  # noqa: E402
 from fewstep.hub.diffusers import export, from_pipeline, load_pipeline  # noqa: E402
-from fewstep.methods.method import Networks, Optimiser, copy_of  # noqa: E402
+from fewstep.methods.method import Networks, Optimiser  # noqa: E402
+from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
 from fewstep.schedules import EDM  # noqa: E402
@@ -104,7 +105,7 @@ def test_student_starts_as_its_teacher_and_shares_its_weights(pipe: Any) -> None
 def test_methods_train_the_low_rank_weights_only(pipe: Any) -> None:
     """Under a method's networks and optimiser the copy moves, its teacher and its frozen weights do not."""
     teacher = from_pipeline(pipe).denoiser
-    student = copy_of(lora.attach(teacher, rank=2))
+    student = Start(lora.attach(teacher, rank=2)).network()
     nets = Networks({"teacher": teacher, "student": Jump(student)}, {"student": Optimiser(("student",), 1e-2)})
     parameters = nets.group_parameters("student")
     frozen, start = [b.clone() for b in student.buffers()], [p.clone() for p in teacher.parameters()]

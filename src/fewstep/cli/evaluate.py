@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.errors import UserError, choose
 
@@ -123,7 +123,9 @@ def teacher_of(found: Named, asked: str | None) -> Named | None:
     start = native.card(found.folder).get("teacher")
     if start is None:
         return None
-    name, weights = (start["model"], start["sha256"]) if isinstance(start, dict) else (start, None)
+    name, weights = recorded(start) if isinstance(start, dict) else (start, None)
+    if name is None:
+        return None
     try:
         teacher = named_model(str(name))
     except FileNotFoundError as error:
@@ -133,6 +135,11 @@ def teacher_of(found: Named, asked: str | None) -> Named | None:
         print(f"without its teacher's figures: '{teacher.name}' has other weights than when it taught")
         return None
     return teacher
+
+
+def recorded(start: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The name and the SHA-256 of the files of a teacher on a card, also on one of an earlier version."""
+    return start.get("name", start.get("model")), start.get("sha256")
 
 
 def parts_of(source: str) -> tuple[Dataset, Dataset]:

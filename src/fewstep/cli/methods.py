@@ -49,6 +49,11 @@ def build(method: str, values: dict[str, Any]) -> Recipe:
     return recipe_class(method)(**from_json(parameters(method), values, f"method {method}"))
 
 
+def roles(method: str) -> tuple[str, ...]:
+    """The parts that models besides the teacher may play in a method."""
+    return recipe_class(method).roles
+
+
 def about(method: str) -> str:
     """What a method's help starts with: its docstring, its paper and what here differs from it."""
     cls = recipe_class(method)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fewstep import api
-from fewstep.cli import records
 from fewstep.cli.errors import UserError, suggestion
 from fewstep.data import Dataset, Samples
 from fewstep.data import load as load_data
@@ -14,8 +15,8 @@ from fewstep.data.bundled import BUNDLED
 from fewstep.denoisers import Denoiser
 from fewstep.hub import native
 from fewstep.hub.models import adapter_of
+from fewstep.runs.record import model_source, weights_sha256
 from fewstep.sampling.rollout import Student
-from fewstep.training.stages import as_teacher
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,12 @@ class Named:
 
     @property
     def sha256(self) -> str:
-        return records.weights_sha256(self.folder)
+        return weights_sha256(self.folder)
+
+    @cached_property
+    def source(self) -> dict[str, Any]:
+        """As a recipe knows it."""
+        return model_source(self.name, self.model, self.folder)
 
     @property
     def data(self) -> str | None:
@@ -60,12 +66,6 @@ def named_model(name: str, size: tuple[int, int] | None = None) -> Named:
     return Named(name, folder, api.load(name, size))
 
 
-def named_teacher(name: str) -> tuple[Named, Denoiser]:
-    """A model that can teach: a denoiser, or the one inside a student."""
-    found = named_model(name)
-    return found, as_teacher(found.model)
-
-
 def check_conditions(named: Named) -> None:
     """:class:`UserError` for a network that needs conditions which no data set here holds, before it is trained on."""
     net = adapter_of(named.model)
@@ -82,13 +82,8 @@ def named_data(name: str | None, model: Named) -> tuple[str, Samples]:
 
 
 def training_data(source: str) -> Dataset:
-    """The training part of a data set, in memory."""
+    """The training part of a data set."""
     try:
         return load_data(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}{suggestion(source, BUNDLED)}") from None
-
-
-def described(source: str, data: Samples) -> dict[str, object]:
-    """A data set as a record names it."""
-    return {"source": source, "samples": len(data), "shape": list(data.shape), "sha256": records.data_sha256(data)}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import resource
+import math
+import sys
 import time
-from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,18 +13,19 @@ from torch import nn
 
 from fewstep.cli.errors import one_line
 from fewstep.cli.flags import as_words
-from fewstep.cli.runs import check_fit
 from fewstep.cli.terminal import console
 from fewstep.data import Dataset, Samples
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Method, Networks, Recipe
-from fewstep.randomness import Rng
+from fewstep.methods.parts.stores import Store
+from fewstep.methods.start import Start
+from fewstep.runs.stages import borrowed, stages_of
 from fewstep.training.feed import fitted
 from fewstep.training.parallel import Parallel
 from fewstep.training.trainer import Run, Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from rich.console import Console
     from rich.table import Table
@@ -32,31 +34,52 @@ ITERATIONS = 2
 MEGA = 1 << 20
 
 
-class FirstPairs(Exception):
-    """Enough pairs were made to know how long all of them take."""
+@dataclass
+class FirstBatch:
+    """Stores as a plan makes them: their first batch, which tells how many ``seconds`` all batches take."""
+
+    seconds: float = 0.0
+
+    def __call__(self, what: Store, seed: int) -> Dataset:
+        start = time.perf_counter()
+        _, tensors = next(what.make(seed, (0,)))
+        self.seconds += (time.perf_counter() - start) * what.batches
+        return what.dataset(tensors)
 
 
-def show(recipe: Recipe, teacher: Denoiser, data: Samples, settings: Settings) -> None:
+def show(
+    recipe: Recipe,
+    teacher: Denoiser,
+    data: Samples,
+    settings: Settings,
+    given: Mapping[str, nn.Module] | None = None,
+) -> None:
     """Print the plan; runs two iterations of the first stage on copies of the networks."""
-    check_fit(teacher, data)
     terminal = console()
-    stages = recipe.stages()
+    stages = [stage.method for stage in stages_of(recipe)]
     terminal.print(f"[bold]{recipe.name}[/]: {recipe.paper.title} (arXiv {recipe.paper.arxiv})", highlight=False)
     if len(stages) > 1:
-        terminal.print(f"{len(stages)} stages, each from what the last one made; the plan below is the first one's:")
+        terminal.print(f"{len(stages)} stages, each from what those before made; the plan below is the first one's:")
         for k, stage in enumerate(stages):
             values = ", ".join(f"{name} {as_words(value)}" for name, value in vars(stage).items())
             terminal.print(f"  {k}. {stage.name}: {values}", highlight=False)
-    stage = stages[0]
-    preparing = preparation(stage, teacher, data, settings.seed)
-    run = Run(stage, stage.networks(teacher.to(settings.device)), settings, Parallel())
+    stage, device = stages[0], torch.device(settings.device)
+    start = Start(
+        borrowed(teacher, device),
+        fitted(data, teacher),
+        settings.seed,
+        given={k: borrowed(m, device) for k, m in (given or {}).items()},
+    )
+    stores = FirstBatch()
+    sources = stage.sources(replace(start, keep=stores))
+    run = Run(stage, stage.networks(start), settings, Parallel())
     terminal.print(networks_table(run.nets))
-    seconds = timed(run, stand_in(stage, teacher, data, settings))
+    seconds = timed(run, sources)
     terminal.print(f"memory:    {memory(run)}", highlight=False)
-    for line in durations(settings, seconds, preparing, len(stages)):
+    for line in durations(settings, seconds, stores.seconds, len(stages)):
         terminal.print(line, highlight=False)
     last = stages[-1]
-    nets = run.nets if last is stage else last.networks(teacher)
+    nets = run.nets if last is stage else last.networks(start)
     terminal.print(f"export:    {export(last, nets)}", highlight=False, markup=False)
     bullets(terminal, "differs from the paper:", recipe.paper.deviations or ("nothing known",))
     bullets(terminal, "a healthy run:", (f"{name} {text}" for name, text in stage.healthy.items()))
@@ -91,33 +114,7 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def preparation(stage: Method, teacher: Denoiser, data: Samples, seed: int) -> float | None:
-    """Seconds that the stage will spend on making its data, from the first part of it; None when it makes none."""
-    if type(stage).prepare is Method.prepare:
-        return None
-    start = time.perf_counter()
-    share = 1.0
-
-    def first(done: int, total: int) -> None:
-        nonlocal share
-        share = done / total
-        raise FirstPairs
-
-    with suppress(FirstPairs):
-        stage.prepare(teacher, data, seed, first)
-    return (time.perf_counter() - start) / share
-
-
-def stand_in(stage: Method, teacher: Denoiser, data: Samples, settings: Settings) -> Samples:
-    """Data to time an iteration on: the data themselves, paired with noise where the stage would make pairs."""
-    if type(stage).prepare is Method.prepare:
-        return fitted(data, teacher)
-    indices = torch.arange(settings.batch) % len(data)
-    noise = Rng("stand-in").normal(len(indices), *data.shape)
-    return Dataset("pairs", noise, fitted(data, teacher).conditions(indices), columns={"noise": noise})
-
-
-def timed(run: Run, data: Samples) -> float:
+def timed(run: Run, data: Mapping[str, Samples]) -> float:
     """Mean seconds of the first iterations."""
     start = time.perf_counter()
     for _ in range(ITERATIONS):
@@ -140,20 +137,30 @@ def memory(run: Run) -> str:
     if run.device.type == "cuda":
         total = f"{torch.cuda.max_memory_allocated(run.device) / MEGA:,.0f} MiB on the device at most"
     else:
-        total = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB for the whole process"
+        total = f"{peak_memory() / MEGA:,.0f} MiB for the whole process"
     parts = {"weights": weights, "gradients": gradients, "optimisers": moments, "averages": averages}
     return f"{total} (" + ", ".join(f"{name} {size / MEGA:.1f}" for name, size in parts.items()) + ")"
+
+
+def peak_memory() -> float:
+    """The most bytes that this process has held; not a number where the system does not count them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most if sys.platform == "darwin" else 1024 * most)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def durations(settings: Settings, seconds: float, preparing: float | None, stages: int) -> list[str]:
+def durations(settings: Settings, seconds: float, preparing: float, stages: int) -> list[str]:
     """What the budget comes to at the measured speed."""
     budget = settings.budget
     lines = [f"iteration: {seconds:.3g} s ({ITERATIONS} timed, batch {settings.batch})"]
-    if preparing is not None:
+    if preparing:
         lines.append(f"pairs:     about {duration(preparing)} before the first iteration")
     each = {"steps": 1.0, "images": settings.batch, "seconds": seconds}[budget.unit]
     steps = budget.amount / each

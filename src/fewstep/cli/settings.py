@@ -23,8 +23,6 @@ SETTINGS = (
     Parameter("shard", bool, False, "cut the networks over the processes of torchrun, where they do not fit in one"),
     Parameter("tensorboard", bool, False, "also write event files for TensorBoard"),
 )
-#: Settings that change where or how a run works, but not what it computes.
-FREE = ("device", "save_seconds", "log_steps", "tensorboard")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +44,8 @@ def settings_given(chosen: argparse.Namespace) -> dict[str, object]:
 
 def refuse_beside_recipe(chosen: argparse.Namespace, others: Iterable[Parameter]) -> None:
     """A recipe says everything: flags that would change what it computes are an error."""
+    from fewstep.runs.record import FREE
+
     fixed = [parameter for parameter in (*others, *SETTINGS) if parameter.name not in FREE]
     if changed := list(given(fixed, chosen)):
         flag = "--" + changed[0].replace("_", "-")

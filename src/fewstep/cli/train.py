@@ -10,7 +10,6 @@ The same command in the same folder resumes a run that was stopped.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +112,8 @@ def initialised(description: dict[str, Any], seed: int) -> NetworkDenoiser:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    from fewstep.cli import models, plan, records, runs
+    from fewstep.cli import models, plan, runs
+    from fewstep.runs.record import data_source
 
     if chosen.recipe is not None:
         shape = model_parameters(**{what: getattr(chosen, what) for what in DEFAULTS})
@@ -121,7 +121,7 @@ def run(chosen: argparse.Namespace) -> None:
         record = runs.reopened(chosen.recipe, "train", chosen)
         recipe = methods.build(choose("method", record.method, METHODS), record.hyper_parameters)
         data = models.training_data(record.data["source"])
-        runs.check_source("data set", record.data["source"], record.data["sha256"], records.data_sha256(data))
+        runs.check_source("data set", record.data["source"], record.data, data_source(record.data["source"], data))
     else:
         if chosen.name is None:
             raise UserError("NAME is missing: what to call the model, as in 'fewstep train teacher --data digits'")
@@ -129,13 +129,10 @@ def run(chosen: argparse.Namespace) -> None:
             raise UserError("--data is missing: digits, fashion, or the path of a data set")
         recipe = methods.build(chosen.method, given(methods.parameters(chosen.method), chosen))
         data = models.training_data(chosen.data)
-        record = records.Record(
-            "train", chosen.method, {}, fresh_model(chosen, data), models.described(chosen.data, data),
-            settings_given(chosen), records.versions(),
-        )  # fmt: skip
+        start, source = fresh_model(chosen, data), data_source(chosen.data, data)
+        record = runs.begin("train", recipe, start, source, settings_given(chosen))
     settings = runs.settings_of(record.settings, "settings")
     model = initialised(record.start, settings.seed)
-    record = dataclasses.replace(record, hyper_parameters=dataclasses.asdict(recipe))
     if chosen.dry_run:
         plan.show(recipe, model, data, settings)
         return

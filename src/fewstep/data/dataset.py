@@ -139,22 +139,22 @@ class Dataset(Samples):
         return Dataset(name or self.name, self.x[indices], rows(self.cond, indices), self.class_names, columns)
 
 
-@dataclass(frozen=True)
 class Prior(Samples):
     """No data: only the ``shape`` of one sample and the conditions ``cond`` that samples are made under (None: none).
 
     For methods that learn from the teacher alone: prompts without pictures, labels, or nothing.
     """
 
-    shape: tuple[int, ...] = ()
-    cond: Cond = None
-    name: str = "prior"
-    class_names: tuple[str, ...] = ()
+    def __init__(
+        self, shape: tuple[int, ...], cond: Cond = None, name: str = "prior", class_names: tuple[str, ...] = ()
+    ) -> None:
+        self.name, self.cond, self.class_names = name, cond, class_names
+        self._shape = tuple(shape)
+        check_conditions(name, len(self), cond, class_names)
 
-    def __post_init__(self) -> None:
-        if not self.shape:
-            raise ValueError(f"data '{self.name}': need the shape of one sample")
-        check_conditions(self.name, len(self), self.cond, self.class_names)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
 
     def __len__(self) -> int:
         """The number of conditions, 1 without."""

@@ -161,5 +161,5 @@ class ExactFlowMap(FlowMap):
         super().__init__(world.schedule, world.shape, world.classes)
         self.world = world
 
-    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         return self.world.flow(x, t, s, cond)

@@ -1,17 +1,17 @@
 """What a method is: an objective, told to the trainer as a generator of updates.
 
 A method is a frozen dataclass of hyper-parameters whose defaults are the paper's, with three functions: which
-networks it owns, the updates of one iteration, and what it hands to the user at the end.  ``updates`` is a generator:
+networks it owns, the updates of one iteration, and what it gives to the user at the end.  ``updates`` is a generator:
 alternation, update ratios and adversarial steps read top to bottom, what comes after a ``yield`` sees the network
 already moved, and a test drives it without a trainer.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.data.dataset import Samples
-from fewstep.denoisers import Denoiser
+from fewstep.denoisers import Denoiser, gradients
+from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
-
-Show = Callable[[int, int], None]  # work done, work in all
 
 #: Least values of hyper-parameters; a name means the same in every method.
 LEAST = {
@@ -159,6 +158,18 @@ class Networks(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    @contextmanager
+    def held(self, group: str) -> Iterator[None]:
+        """A block in which gradients pass through the networks of a group to their inputs only.
+
+        The update is yielded inside, so that it holds until the backward pass is done: checkpointed layers are computed
+        again there, and must find their parameters as they were.
+        """
+        with ExitStack() as stack:
+            for name in self.groups[group].modules:
+                stack.enter_context(gradients(self.get_submodule(name), "input"))
+            yield
+
     def group_parameters(self, group: str) -> list[nn.Parameter]:
         """The parameters that an update of ``group`` moves."""
         return [p for name in self.groups[group].modules for p in self.get_submodule(name).parameters()]
@@ -178,11 +189,14 @@ def check_range(where: str, name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """Stages run one after the other, each starting from what the last one made; every :class:`Method` is a recipe of
-    one stage.  Subclasses are frozen dataclasses of hyper-parameters; ValueError for impossible ones."""
+    """Stages run one after the other, each starting from what those before handed on; every :class:`Method` is a recipe
+    of one stage.  Subclasses are frozen dataclasses of hyper-parameters; ValueError for impossible ones."""
 
     name: ClassVar[str]
     paper: ClassVar[Paper]
+    #: What a user may bring besides the teacher, by the part it plays: "student" (where the student's weights start),
+    #: "guide", "reward".
+    roles: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -191,8 +205,8 @@ class Recipe(ABC):
                     check_range(f"{type(self).__name__}: {name}", name, number)
 
     @abstractmethod
-    def stages(self) -> list[Method]:
-        """The methods, in order; a run's budget is split equally over them."""
+    def stages(self) -> list[Stage]:
+        """The methods in order, each with its share of the budget."""
 
 
 @dataclass(frozen=True)
@@ -202,16 +216,16 @@ class Method(Recipe):
     #: What a healthy run looks like: name of a logged scalar -> one sentence for the user.
     healthy: ClassVar[Mapping[str, str]] = {}
 
-    def stages(self) -> list[Method]:
-        return [self]
+    def stages(self) -> list[Stage]:
+        return [Stage(self)]
 
     @abstractmethod
-    def networks(self, teacher: Denoiser) -> Networks:
-        """The networks of this method, made from (copies of) the teacher."""
+    def networks(self, start: Start) -> Networks:
+        """The networks of this method, made from (copies of) the models that it starts from."""
 
-    def prepare(self, teacher: Denoiser, data: Samples, seed: int, show: Show) -> Samples:
-        """What this method trains on, made from the data before training (a pair store); by default the data."""
-        return data
+    def sources(self, start: Start) -> Mapping[str, Samples]:
+        """What this method trains on, by name; by default the data.  A store of pairs is asked for here."""
+        return {"data": start.data}
 
     @abstractmethod
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
@@ -221,9 +235,19 @@ class Method(Recipe):
     def student(self, nets: Networks) -> Student | Denoiser:
         """What training made, from the trained networks (or their EMA, put in place by the trainer)."""
 
+    def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
+        """What the stages after this one start from, by role, from the same networks as :meth:`student`.  A stage that
+        makes a better teacher hands on a "teacher"."""
+        return {"student": self.student(nets)}
 
-def copy_of(teacher: Denoiser) -> Denoiser:
-    """A trainable deep copy of a teacher."""
-    student = copy.deepcopy(teacher)
-    student.requires_grad_(True)
-    return student
+
+@dataclass(frozen=True)
+class Stage:
+    """A method and its share of the budget, relative to the others'; a stage whose share is 0 is left out."""
+
+    method: Method
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < math.inf:
+            raise ValueError(f"{self.method.name}: share={self.share:g} of the budget must be finite, at least 0")

@@ -50,6 +50,8 @@ class Conditioning(nn.Module):
     def forward(self, t: Tensor, cond: Tensor | None, extras: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         if set(extras) != set(self.extras):
             raise TypeError(f"the network takes the extra inputs {sorted(self.extras)}, it was given {sorted(extras)}")
+        if t.ndim != 1:
+            raise ValueError(f"times of shape {list(t.shape)}: this network takes one time a sample, [B]")
         hidden = self.time_projection(self.time(t).to(dtype))
         if self.label is not None:
             hidden = hidden + self.label(self.labels(cond, t))

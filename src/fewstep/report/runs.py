@@ -29,7 +29,8 @@ _SETTINGS = {"accumulate": 1, "averages": (0.1,), "device": "cpu"}
 @dataclass(frozen=True)
 class Note:
     """What was asked for: ``recipe`` is a name of :data:`~fewstep.distill.RECIPES`, ``arguments`` the fields that
-    differ from its defaults, ``settings`` the trainer's; ``command`` is "distill" or "train"."""
+    differ from its defaults, ``settings`` the trainer's, ``given`` the names of models besides the teacher by role;
+    ``command`` is "distill" or "train"."""
 
     command: str
     recipe: str
@@ -37,6 +38,7 @@ class Note:
     teacher: str
     data: str
     settings: Mapping[str, Any]
+    given: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def shell(self, folder: str) -> str:
         """The command that repeats the run, in lines of at most about 90 characters."""
@@ -45,6 +47,7 @@ class Note:
         others = {k: v for k, v in self.settings.items() if k in _SETTINGS and _plain(v) != _SETTINGS[k]}
         always = {k: self.settings[k] for k in ("budget", "batch", "seed") if k in self.settings}
         flags: dict[str, Any] = {"teacher": self.teacher} if self.teacher else {}
+        flags |= self.given
         flags |= {"data": self.data, **self.arguments, **always, **others, "out": folder}
         lines = [f"fewstep {self.command} {self.recipe}"]
         for name, value in flags.items():
@@ -63,6 +66,7 @@ class Note:
         """The same in Python, without a folder."""
         arguments = ", ".join(f"{name}={_plain(value)!r}" for name, value in self.arguments.items())
         others = "".join(f", {k}={self.settings[k]!r}" for k in ("budget", "batch", "seed") if k in self.settings)
+        others += "".join(f", {role}={name!r}" for role, name in self.given.items())
         recipe = f"fs.{recipe_class(self.recipe).__name__}({arguments})"
         return f"fs.distill(\n    {self.teacher!r}, {recipe}, data={self.data!r}{others},\n)"
 
@@ -76,9 +80,11 @@ def _words(value: Any) -> str:
 
 
 #: What is looked at in ``recipe.json``.
+TEACHER = {"name": str | None, ...: Any}
 NOTED = {
     "command": str, "method": str, "hyper_parameters": dict, "settings": dict,
-    "start": {"model": schemas.Maybe(str), ...: Any}, "data": {"source": str, ...: Any}, ...: Any,
+    "start": {"model": schemas.Maybe(str), "teacher": schemas.Maybe(TEACHER), ...: Any},
+    "data": {"source": str, ...: Any}, ...: Any,
 }  # fmt: skip
 
 
@@ -96,12 +102,19 @@ def read_note(folder: Path) -> Note | None:
             for name, value in written["hyper_parameters"].items()
             if name not in defaults or _plain(value) != defaults[name]
         }
-        return Note(
-            written["command"], recipe, changed, written["start"].get("model", ""), written["data"]["source"],
-            written["settings"],
-        )  # fmt: skip
+        given = names_of(written["start"])
+        teacher = given.pop("teacher", "")
+        return Note(written["command"], recipe, changed, teacher, written["data"]["source"], written["settings"], given)
     except ValueError as error:
         raise ValueError(f"{path}: not the recipe of a run ({error}); delete it to report without it") from None
+
+
+def names_of(start: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the models that a run started from, by role, also of one of an earlier version."""
+    if "model" in start:
+        return {"teacher": start["model"]}
+    found = {role: source.get("name") for role, source in start.items() if isinstance(source, dict)}
+    return {role: name for role, name in found.items() if isinstance(name, str)}
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,7 @@ def signs(stage: StageCourse) -> list[Sign]:
 
 @cache
 def _methods() -> dict[str, type[Method]]:
-    return {type(stage).name: type(stage) for name in RECIPES for stage in recipe_class(name)().stages()}
+    return {s.method.name: type(s.method) for name in RECIPES for s in recipe_class(name)().stages()}
 
 
 def method_class(name: str) -> type[Method]:

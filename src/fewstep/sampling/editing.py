@@ -170,16 +170,16 @@ class Edited(FlowMap):
         noise: Tensor,
         bound: float | None = None,
     ) -> None:
-        super().__init__(inner.schedule, inner.shape, inner.classes)
+        super().__init__(inner.schedule, inner.shape, inner.classes, inner.extras)
         self.inner, self.measurement, self.bound = inner, measurement, bound
         self.reference, self.noise = reference, noise
 
-    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         noisy = self.schedule.add_noise(self.reference, self.noise, as_time(s, x))
-        return self.measurement.replace(self.inner.jump(x, t, s, cond), noisy)
+        return self.measurement.replace(self.inner.jump(x, t, s, cond, **extras), noisy)
 
-    def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        x0 = self.inner.to_data(x, t, cond)
+    def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        x0 = self.inner.to_data(x, t, cond, **extras)
         if self.bound is not None:
             x0 = x0.clamp(-self.bound, self.bound)
         return self.measurement.replace(x0, self.reference)

@@ -5,7 +5,7 @@ under which conditions.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import MOST_GUIDANCE, Cond, Denoiser
+from fewstep.conditions import Cond, count, to
+from fewstep.denoisers import MOST_GUIDANCE, Denoiser
 from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Noise, PerSample, Rng
 from fewstep.sampling.brownian import BrownianPath
@@ -147,14 +148,18 @@ def conditions(model: Denoiser | FlowMap, n: int, cond: Cond, device: torch.devi
     """``cond`` for ``n`` samples; the model's labels in turn when it is None and the model has any.
 
     Labels are checked, lists and arrays of them are taken.  What a model without classes takes is its own affair, but
-    a tensor must hold one condition a sample.
+    every tensor must hold one row a sample.
     """
     if cond is None:
         return torch.arange(n, device=device) % model.classes if model.classes else None
     if isinstance(cond, np.ndarray) or (model.classes and isinstance(cond, Sequence)):
         cond = tensor_of("cond", cond)
+    if isinstance(cond, Mapping):
+        if (held := count(cond)) not in (None, n):
+            raise ValueError(f"cond holds {held} conditions for {n} samples")
+        return to(cond, device)
     if not isinstance(cond, Tensor):
-        if model.classes and not isinstance(cond, dict):
+        if model.classes:
             raise TypeError(f"cond={cond!r} must be labels, one a sample: [{n}] whole numbers")
         return cond
     if cond.ndim == 0 or len(cond) != n:

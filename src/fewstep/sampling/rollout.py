@@ -13,8 +13,8 @@ sigma_s``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
@@ -35,12 +35,14 @@ class Plan:
 
     ``inner`` gives the time that every call but the last jumps to, where that is not the same share of the noise level
     everywhere (TCD undercuts by a share of the *time*); None is by ``gamma``.  The last call always goes to the data
-    (``t_min`` of its schedule), without noise.
+    (``t_min`` of its schedule), without noise.  ``extras`` are further inputs of the network that belong to the plan
+    (the number of steps), by name.
     """
 
     times: tuple[float, ...]
     gamma: float = 1.0
     inner: tuple[float, ...] | None = None
+    extras: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         falling = all(b < a for a, b in pairwise(self.times))
@@ -80,11 +82,13 @@ def rollout(
     cond: Cond = None,
     rng: Noise | None = None,
     *,
+    extras: Mapping[str, float] | None = None,
     stop: int | None = None,
     grad_at: int | None = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Sample with a student: standard normal ``noise`` in, data out.
+    """Sample with a student: standard normal ``noise`` in, data out.  ``extras`` set further inputs of the student by
+    name, over those of the plan and the defaults.
 
     ``stop`` (an index into ``plan.times``) returns the output of that call instead of the last one: with
     ``stop = j`` the result is the student's clean prediction at its ``j``-th time, reached exactly as inference
@@ -99,14 +103,15 @@ def rollout(
     schedule = flow_map.schedule
     start = torch.tensor(plan.times[0], dtype=torch.float64, device=noise.device)
     x = align(schedule.sigma(start), noise) * noise
+    inputs = flow_map.inputs(len(noise), noise.device, {**plan.extras, **(extras or {})})
     for i in range(last + 1):
         mode: GradientMode = "all" if grad_at is None or grad_at == i else "none" if i < grad_at else "input"
         with gradients(flow_map, mode):
             r = schedule.t_min if i == last else plan.inner_at(schedule, i)
             if r == schedule.t_min:
-                out = flow_map.to_data(x, plan.times[i], cond)
+                out = flow_map.to_data(x, plan.times[i], cond, **inputs)
             else:
-                out = flow_map.jump(x, plan.times[i], r, cond)
+                out = flow_map.jump(x, plan.times[i], r, cond, **inputs)
         check_prediction(out, x, "student")
         if on_step is not None:
             on_step(i, x, out)

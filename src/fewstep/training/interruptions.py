@@ -10,6 +10,9 @@ from pathlib import Path
 
 from fewstep.files import locked
 
+#: The file by which a folder is held.
+LOCK = "run.lock"
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
@@ -35,9 +38,7 @@ def stop_on_signals() -> Iterator[list[int]]:
 def only_run_in(folder: Path) -> Iterator[None]:
     """Hold the folder's lock and clear what a killed run was writing; ValueError when another run has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(
-        folder / "run.lock", f"{folder}: another run is training in this folder; wait for it or choose another"
-    ):
+    with locked(folder / LOCK, f"{folder}: another run is training in this folder; wait for it or choose another"):
         for pattern in (".*.safetensors.*", ".*.json*.*"):
             for unfinished in list(folder.rglob(pattern)):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()

@@ -12,7 +12,6 @@ norm, clip and averages, fused optimisers, numbers read from the device only whe
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import signal
@@ -24,12 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.conditions import to
 from fewstep.data.dataset import Rows, Samples
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Batch, Method, Networks, Progress, Update
+from fewstep.methods.start import Start
 from fewstep.randomness import Rng, derive_seed, repeated_draws
 from fewstep.sampling.rollout import Student
 from fewstep.training import checkpoint, snapshots
@@ -94,13 +94,15 @@ class Settings:
 @dataclass
 class Result:
     """What a run made: the student (or teacher), with the first average's weights when the method has one, and its
-    cost.  ``records`` are the lines of ``log.jsonl``, those before a resume included."""
+    cost.  ``records`` are the lines of ``log.jsonl``, those before a resume included; ``made`` are the models for the
+    stages after it, by role."""
 
     model: Student | Denoiser
     steps: int
     images: int
     seconds: float
     records: list[dict[str, Any]]
+    made: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 class Run:
@@ -331,8 +333,8 @@ class Run:
             snapshots.write(folder, self.steps, updates, held)
 
     @torch.no_grad()
-    def finish(self, plain: Networks) -> Student | Denoiser:
-        """The method's product, with averaged weights where it has them, in evaluation mode.
+    def finish(self, plain: Networks) -> tuple[Student | Denoiser, Mapping[str, nn.Module]]:
+        """The method's product and what it hands on, with averaged weights where it has them, in evaluation mode.
 
         ``plain`` are the networks to put it in: the run's own, or uncut ones when it is sharded.
         """
@@ -344,7 +346,8 @@ class Run:
             for name in self.kept():
                 weights = self.nets.get_submodule(name).state_dict()
                 plain.get_submodule(name).load_state_dict({k: self.parallel.whole(w) for k, w in weights.items()})
-        return self.method.student(plain).requires_grad_(False).eval()
+        plain.requires_grad_(False).eval()
+        return self.method.student(plain).requires_grad_(False).eval(), self.method.hands_on(plain)
 
 
 def mean_logs(updates: list[Update]) -> dict[str, Tensor | float]:
@@ -356,43 +359,43 @@ def mean_logs(updates: list[Update]) -> dict[str, Tensor | float]:
     return logs
 
 
-def train(
-    method: Method,
-    teacher: Denoiser,
-    data: Samples | Mapping[str, Samples],
-    settings: Settings,
-    folder: Path | None = None,
-    *,
-    show: bool = True,
-) -> Result:
-    """Run ``method`` from ``teacher`` on ``data`` until the budget is used.  Of several sources by name, "data" is the
-    main one.
+def train(method: Method, start: Start, settings: Settings, folder: Path | None = None, *, show: bool = True) -> Result:
+    """Run ``method`` from ``start`` until the budget is used.
 
     With a ``folder`` the run is recorded (``log.jsonl``), saved every ``save_seconds`` and resumed when the folder
     already holds a checkpoint.  Raises :class:`Interrupted` after SIGTERM or Ctrl-C (saved), :class:`NonFiniteError`
     when a gradient stops being finite, ValueError for settings that cannot work, a damaged checkpoint, and a folder
     that another run holds or has left.
     """
-    sources = {name: fitted(source, teacher) for name, source in named(data).items()}
+    main = Parallel.from_environment(torch.device(settings.device)).main
+    with only_run_in(folder) if folder is not None and main else nullcontext():
+        return train_held(method, start, settings, folder, show=show)
+
+
+def train_held(
+    method: Method, start: Start, settings: Settings, folder: Path | None = None, *, show: bool = True
+) -> Result:
+    """What :func:`train` does, in a folder that the caller holds against other runs."""
     if settings.tensorboard and folder is None:
         raise ValueError("tensorboard=True writes into the run folder: give one")
+    start = dataclasses.replace(start, data=fitted(start.data, start.teacher))
+    sources = {name: fitted(source, start.teacher) for name, source in method.sources(start).items()}
     device = torch.device(settings.device)
     parallel = processes(settings, device)
 
     def networks() -> Networks:
         torch.manual_seed(derive_seed(settings.seed, "networks"))
-        return method.networks(copy.deepcopy(teacher) if settings.shard else teacher)
+        return method.networks(start.apart() if settings.shard else start)
 
-    lock = only_run_in(folder) if folder is not None and parallel.main else nullcontext()
-    with repeated_draws(device), lock:  # PyTorch's generator, which new layers and dropout use, is left as it was
+    with repeated_draws(device):  # PyTorch's generator, which new layers and dropout use, is left as it was
         run = Run(method, networks(), settings, parallel)
         records = loop(run, sources, folder, show and parallel.main)
-        model = run.finish(networks() if settings.shard else run.nets)
-    return Result(model, run.steps, run.steps * settings.batch, run.seconds, records)
+        model, made = run.finish(networks() if settings.shard else run.nets)
+    return Result(model, run.steps, run.steps * settings.batch, run.seconds, records, made)
 
 
 def named(data: Samples | Mapping[str, Samples]) -> Mapping[str, Samples]:
-    """The sources of a run by name."""
+    """The sources of a run by name; a single one is the main one."""
     return data if isinstance(data, Mapping) else {MAIN: data}
 
 

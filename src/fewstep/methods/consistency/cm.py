@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from fewstep import grids
-from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import EDMConsistency, FlowMap
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
 from fewstep.methods.parts.distances import DISTANCES
 from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
+from fewstep.methods.start import Start
 from fewstep.randomness import repeated_draws
 from fewstep.sampling.rollout import Plan, Student
 
@@ -51,13 +51,16 @@ class _ConsistencyModel(Method):
         "agreement between neighbours, not quality",
     }
 
+    roles: ClassVar[tuple[str, ...]] = ("student",)
+
     lr: float = 4e-4
     distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
     sigma_data: float = 0.5
     steps: tuple[int, ...] = (1, 2, 4)
 
-    def networks(self, teacher: Denoiser) -> Networks:
-        model = EDMConsistency(copy_of(teacher).on(edm_like(teacher.schedule)), self.sigma_data)
+    def networks(self, start: Start) -> Networks:
+        teacher = start.teacher
+        model = EDMConsistency(start.network("student", on=edm_like(teacher.schedule)), self.sigma_data)
         return Networks(
             {"student": model, "target": copy.deepcopy(model), "teacher": teacher.on(model.schedule)},
             {"student": Optimiser(("student",), self.lr, kind="radam", decay="linear")},

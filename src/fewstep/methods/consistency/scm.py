@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
 from fewstep.methods.parts.teacher_steps import edm_like, guided
 from fewstep.methods.parts.times import LogNormal
+from fewstep.methods.start import Start
 from fewstep.networks.parts import PositionalEmbedding, zeroed
 from fewstep.randomness import repeated_draws
 from fewstep.sampling.rollout import Plan, Student
@@ -87,6 +88,8 @@ class _ContinuousConsistency(Method):
         "tangent normalisation and warm-up prevent",
     }
 
+    roles: ClassVar[tuple[str, ...]] = ("student",)
+
     lr: float = 1e-4
     sigma_data: float = 0.5
     c: float = 0.1
@@ -95,14 +98,14 @@ class _ContinuousConsistency(Method):
     noise_std: float = 1.6
     steps: tuple[int, ...] = (1, 2, 4)
 
-    def networks(self, teacher: Denoiser) -> Networks:
-        reach = edm_like(teacher.schedule)
+    def networks(self, start: Start) -> Networks:
+        reach = edm_like(start.teacher.schedule)
         trig = TrigFlow(sigma_data=self.sigma_data)
         top = trig.time_at(torch.tensor(reach.t_max, dtype=torch.float64).log().neg())
         schedule = TrigFlow(t_max=float(top), sigma_data=self.sigma_data)
-        model = Jump(copy_of(teacher).on(schedule))
+        model = Jump(start.network("student", on=schedule))
         return Networks(
-            {"student": model, "weight": TimeWeight(), "teacher": teacher.on(schedule)},
+            {"student": model, "weight": TimeWeight(), "teacher": start.teacher.on(schedule)},
             {
                 "student": Optimiser(
                     ("student", "weight"), self.lr, betas=(0.9, 0.99), eps=1e-11, warmup=10, decay="cosine"

@@ -10,19 +10,20 @@ Read against the official repository (google-research/diffusion_distillation, Ap
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep import grids
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump, ddim_move
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Stage, Update
 from fewstep.methods.parts.teacher_steps import ddim_step, guided
+from fewstep.methods.start import Start
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule, align
 
@@ -69,13 +70,16 @@ class ProgressiveDistillation(Method):
         "higher",
     }
 
+    roles: ClassVar[tuple[str, ...]] = ("student",)
+
     steps: int = 1
     lr: float = 3e-4
     weighting: Weighting = "snr-trunc"
     guidance: float = 1.0
 
-    def networks(self, teacher: Denoiser) -> Networks:
-        student = Jump(copy_of(teacher))
+    def networks(self, start: Start) -> Networks:
+        teacher = start.model("teacher")
+        student = Jump(start.network("student", on=teacher.schedule))
         optimiser = Optimiser(("student",), self.lr, clip=1.0, decay="linear")
         return Networks({"student": student, "teacher": teacher}, {"student": optimiser})
 
@@ -94,6 +98,9 @@ class ProgressiveDistillation(Method):
         times = grids.uniform(nets.student.schedule, self.steps)[:-1]
         return Student(nets.student, {self.steps: Plan(tuple(times.tolist()), gamma=0.0)})
 
+    def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
+        return dict.fromkeys(("teacher", "student"), nets.student.denoiser)
+
 
 @dataclass(frozen=True)
 class ProgressiveLadder(Recipe):
@@ -101,6 +108,7 @@ class ProgressiveLadder(Recipe):
 
     name: ClassVar[str] = "pd"
     paper: ClassVar[Paper] = ProgressiveDistillation.paper
+    roles: ClassVar[tuple[str, ...]] = ("student",)
 
     start: int = 16
     end: int = 1
@@ -114,9 +122,10 @@ class ProgressiveLadder(Recipe):
         if self.start != rounds * self.end or rounds < 2 or rounds & (rounds - 1):
             raise ValueError(f"start={self.start} must be end={self.end} doubled at least once")
 
-    def stages(self) -> list[Method]:
+    def stages(self) -> list[Stage]:
         rounds = (self.start // self.end).bit_length() - 1
+        guidance = [self.guidance, *[1.0] * (rounds - 1)]
         return [
-            ProgressiveDistillation(self.start >> (k + 1), self.lr, self.weighting, self.guidance if k == 0 else 1.0)
+            Stage(ProgressiveDistillation(self.start >> (k + 1), self.lr, self.weighting, guidance[k]))
             for k in range(rounds)
         ]

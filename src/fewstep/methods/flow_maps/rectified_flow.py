@@ -14,20 +14,20 @@ Read against gnobitab/RectifiedFlow; InstaFlow's training code is not public, it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewstep.data.dataset import Dataset, Samples
+from fewstep.data.dataset import Samples
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Show, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Stage, Update
 from fewstep.methods.parts.distances import DISTANCES
-from fewstep.methods.parts.pairs import make_pairs
-from fewstep.methods.parts.teacher_steps import guided
+from fewstep.methods.parts.stores import teacher_pairs
+from fewstep.methods.start import Start
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import FlowMatching, align
 
@@ -38,14 +38,6 @@ STRAIGHT = FlowMatching(t_min=1e-3)
 def straight_pair(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """``x_t = (1 - t) x + t z``."""
     return STRAIGHT.add_noise(x, z, t)
-
-
-def teacher_pairs(
-    stage: Reflow | ReflowDistillation, teacher: Denoiser, data: Samples, seed: int, show: Show
-) -> Dataset:
-    """The pair store of a stage, with the conditions of the data."""
-    cond = data.conditions(torch.arange(stage.pairs) % len(data))
-    return make_pairs(guided(teacher, stage.guidance), stage.pairs, cond, stage.ode_steps, seed, show)
 
 
 @dataclass(frozen=True)
@@ -70,12 +62,12 @@ class Reflow(Method):
     guidance: float = 1.0
     lr: float = 3e-4
 
-    def prepare(self, teacher: Denoiser, data: Samples, seed: int, show: Show) -> Dataset:
-        return teacher_pairs(self, teacher, data, seed, show)
+    def sources(self, start: Start) -> Mapping[str, Samples]:
+        return teacher_pairs(start, self.pairs, self.ode_steps, self.guidance)
 
-    def networks(self, teacher: Denoiser) -> Networks:
+    def networks(self, start: Start) -> Networks:
         optimiser = Optimiser(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
-        return Networks({"model": copy_of(teacher).on(STRAIGHT)}, {"model": optimiser}, ema=("model",))
+        return Networks({"model": start.network("teacher", on=STRAIGHT)}, {"model": optimiser}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         x, z = batch.x, batch.column("noise")
@@ -85,6 +77,9 @@ class Reflow(Method):
 
     def student(self, nets: Networks) -> Denoiser:
         return nets.model
+
+    def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
+        return {"teacher": nets.model}
 
 
 @dataclass(frozen=True)
@@ -105,6 +100,8 @@ class ReflowDistillation(Method):
         "student/loss": "falls steadily; where it stops is the curvature that reflow left",
     }
 
+    roles: ClassVar[tuple[str, ...]] = ("student",)
+
     steps: int = 1
     pairs: int = 4096
     ode_steps: int = 16
@@ -112,11 +109,11 @@ class ReflowDistillation(Method):
     distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
     lr: float = 3e-4
 
-    def prepare(self, teacher: Denoiser, data: Samples, seed: int, show: Show) -> Dataset:
-        return teacher_pairs(self, teacher, data, seed, show)
+    def sources(self, start: Start) -> Mapping[str, Samples]:
+        return teacher_pairs(start, self.pairs, self.ode_steps, self.guidance)
 
-    def networks(self, teacher: Denoiser) -> Networks:
-        student = Jump(copy_of(teacher).on(STRAIGHT))
+    def networks(self, start: Start) -> Networks:
+        student = Jump(start.network("student", on=STRAIGHT))
         optimiser = Optimiser(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
         return Networks({"student": student}, {"student": optimiser}, ema=("student",))
 
@@ -133,11 +130,12 @@ class ReflowDistillation(Method):
 
 @dataclass(frozen=True)
 class InstaFlow(Recipe):
-    """The whole recipe: ``reflows`` reflow stages, then distillation, each from what the last one made; ``guidance``
-    is baked into the first pairs."""
+    """The whole recipe: ``reflows`` reflow stages, then distillation, each on pairs of what the last one made;
+    ``guidance`` is baked into the first pairs."""
 
     name: ClassVar[str] = "instaflow"
     paper: ClassVar[Paper] = ReflowDistillation.paper
+    roles: ClassVar[tuple[str, ...]] = ("student",)
 
     reflows: int = 1
     steps: int = 1
@@ -147,9 +145,10 @@ class InstaFlow(Recipe):
     distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
     lr: float = 3e-4
 
-    def stages(self) -> list[Method]:
-        first = [
+    def stages(self) -> list[Stage]:
+        first: list[Method] = [
             Reflow(self.pairs, self.ode_steps, self.guidance if i == 0 else 1.0, self.lr) for i in range(self.reflows)
         ]
         guidance = self.guidance if not first else 1.0
-        return [*first, ReflowDistillation(self.steps, self.pairs, self.ode_steps, guidance, self.distance, self.lr)]
+        last = ReflowDistillation(self.steps, self.pairs, self.ode_steps, guidance, self.distance, self.lr)
+        return [Stage(method) for method in (*first, last)]

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from fewstep import grids
 from fewstep.conditions import join
-from fewstep.denoisers import Denoiser, NetworkDenoiser, gradients
+from fewstep.denoisers import gradients
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
 from fewstep.methods.parts.adversary import (
     FeatureHead,
     accuracy,
@@ -35,7 +35,8 @@ from fewstep.methods.parts.adversary import (
 )
 from fewstep.methods.parts.score_matching import denoising_loss, matching_vector, surrogate
 from fewstep.methods.parts.teacher_steps import guided
-from fewstep.methods.parts.times import KarrasUniform
+from fewstep.methods.parts.times import Own
+from fewstep.methods.start import Start
 from fewstep.sampling.rollout import Plan, Student, rollout
 
 
@@ -64,6 +65,8 @@ class DMD2(Method):
         "student/sample_std": "stays near the data's; a slide to 0 is collapse",
     }
 
+    roles: ClassVar[tuple[str, ...]] = ("student",)
+
     steps: int = 1
     critic_steps: int = 5
     gan_weight: float = 3e-3
@@ -74,14 +77,15 @@ class DMD2(Method):
     clip: float = 10.0
     warmup: int = 20
 
-    def networks(self, teacher: Denoiser) -> Networks:
+    def networks(self, start: Start) -> Networks:
+        teacher = start.teacher.native()
         modules: dict[str, torch.nn.Module] = {
-            "student": Jump(copy_of(teacher)), "critic": copy_of(teacher), "teacher": teacher
-        }  # fmt: skip
+            "student": Jump(start.network("student", on=teacher.schedule)),
+            "critic": start.network("critic", on=teacher.schedule),
+            "teacher": teacher,
+        }
         if self.gan_weight:
-            if not isinstance(teacher, NetworkDenoiser):
-                raise TypeError("the GAN of DMD2 needs a network with features; set gan_weight=0 for other denoisers")
-            modules["head"] = FeatureHead(teacher.net.feature_shape)
+            modules["head"] = FeatureHead(teacher.feature_shape)
         critic = ("critic", "head") if self.gan_weight else ("critic",)
         student = Optimiser(
             ("student",), self.lr, "adamw", weight_decay=0.01, clip=self.clip, warmup=self.warmup, decay="linear"
@@ -92,8 +96,9 @@ class DMD2(Method):
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         x = self.draw(nets, batch, trainable=progress.step % self.critic_steps == 0)
         if x.requires_grad:
-            loss, logs = self.student_loss(nets, batch, x)
-            yield Update("student", loss, logs)
+            with nets.held("critic"):
+                loss, logs = self.student_loss(nets, batch, x)
+                yield Update("student", loss, logs)
         loss, logs = self.critic_loss(nets, batch, x.detach())
         yield Update("critic", loss, logs)
 
@@ -115,15 +120,14 @@ class DMD2(Method):
     def student_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Distribution matching plus the adversarial term; the gradient reaches the student through ``x`` only."""
         schedule, rng = nets.teacher.schedule, batch.rng
-        t = KarrasUniform(0.02, 0.98).draw(schedule, len(x), rng)
+        t = Own(0.02, 0.98).draw(schedule, len(x), rng)
         x_t = schedule.add_noise(x.detach(), rng.normal_like(x), t)
         g = matching_vector(x.detach(), x_t, t, guided(nets.teacher, self.guidance), nets.critic, batch.cond)
         loss = surrogate(x, g)
         logs = {"matching_norm": g.square().mean().sqrt(), "sample_std": x.detach().std()}
         if self.gan_weight:
-            tau = KarrasUniform(0.0, 1.0).draw(schedule, len(x), rng)
-            with gradients(nets.critic, "input"), gradients(nets.head, "input"):
-                fake = generator_loss(logits(nets.critic, nets.head, x, tau, rng.normal_like(x), batch.cond))
+            tau = Own(0.0, 1.0).draw(schedule, len(x), rng)
+            fake = generator_loss(logits(nets.critic, nets.head, x, tau, rng.normal_like(x), batch.cond))
             loss = loss + self.gan_weight * fake
             logs["gan"] = fake.detach()
         return loss, logs
@@ -131,12 +135,12 @@ class DMD2(Method):
     def critic_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic learns the score of the student's samples, and with the head to tell them from data."""
         schedule, rng = nets.critic.schedule, batch.rng
-        t = KarrasUniform(0.0, 1.0).draw(schedule, len(x), rng)
+        t = Own(0.0, 1.0).draw(schedule, len(x), rng)
         denoising = denoising_loss(nets.critic, x, t, batch.cond, rng)
         logs = {"denoising": denoising.detach()}
         if not self.gan_weight:
             return denoising, logs
-        tau = KarrasUniform(0.0, 1.0).draw(schedule, len(x), rng)
+        tau = Own(0.0, 1.0).draw(schedule, len(x), rng)
         noise_real, noise_fake = rng.normal_like(x), rng.normal_like(x)
         both = torch.cat([batch.x, x])
         cond = join([batch.cond, batch.cond])

@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 from fewstep.conditions import Cond, count, where
-from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.denoisers import Denoiser
 from fewstep.randomness import Rng
 from fewstep.schedules import align
 
 
-def denoising_loss(
-    model: NetworkDenoiser, x0: Tensor, t: Tensor, cond: Cond, rng: Rng, eps: Tensor | None = None
-) -> Tensor:
-    """``E || F(c_in x_t) - target ||^2``, mean over everything; ``t`` ``[B]``, ``eps`` fresh unless given."""
+def denoising_loss(model: Denoiser, x0: Tensor, t: Tensor, cond: Cond, rng: Rng, eps: Tensor | None = None) -> Tensor:
+    """``E || F(c_in x_t) - target ||^2``, mean over everything; ``t`` ``[B]``, ``eps`` fresh unless given.
+
+    The target is what ``F`` must be for the denoiser ``a x + b F`` to give back ``x0``.
+    """
     eps = rng.normal_like(x0) if eps is None else eps
     x_t = model.schedule.add_noise(x0, eps, t)
-    target = model.prediction.target(x_t, x0, model.schedule, t)
-    return torch.nn.functional.mse_loss(model.raw(x_t, t, cond), target)
+    a, b, f = model.affine(x_t, t, cond)
+    return torch.nn.functional.mse_loss(f, (x0 - align(a, x_t) * x_t) / align(b, x_t))
 
 
 def drop_condition(cond: Cond, null: Cond, probability: float, rng: Rng) -> Cond:

@@ -44,19 +44,15 @@ class Uniform(TimeLaw):
 
 
 @dataclass(frozen=True)
-class KarrasUniform(TimeLaw):
-    """Uniform in ``rho ** (1/7)`` between two fractions of the Karras ramp from ``t_min`` to ``t_max``.
+class Own(TimeLaw):
+    """Uniform between two shares of the family's own index (:meth:`~fewstep.schedules.Schedule.own_time`).
 
-    DMD2's "uniform in the index of the 1000-step EDM grid"; ``low, high`` = 0.02, 0.98 in its generator loss.
-    ``ratio_min`` and ``ratio_max`` are the ends of the ramp in units of the data.
+    DMD2's "uniform in the index of the 1000-step grid", on EDM and on a trained table alike; ``low, high`` = 0.02, 0.98
+    in its generator loss.
     """
 
     low: float = 0.02
     high: float = 0.98
-    ratio_min: float = 0.002
-    ratio_max: float = 80.0
 
     def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
-        first, last = self.ratio_min ** (1 / 7), self.ratio_max ** (1 / 7)
-        ratio = (first + rng.uniform(n, self.low, self.high) * (last - first)) ** 7
-        return schedule.time_at(-torch.log(ratio))
+        return schedule.own_time(rng.uniform(n, self.low, self.high))

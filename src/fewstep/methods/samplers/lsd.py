@@ -33,6 +33,7 @@ from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import STEPPERS, Plan, Stepper, device_of, finished, row
 from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 
 TargetName = Literal["interval", "accumulated", "literal"]
@@ -290,7 +291,8 @@ class LSD(Method):
         super().__post_init__()
         per_interval(self.steps, self.teacher_steps)
 
-    def networks(self, teacher: Any) -> Networks:
+    def networks(self, start: Start) -> Networks:
+        teacher: Any = start.teacher
         if not isinstance(teacher, DiscreteDenoiser):
             raise ValueError(
                 f"{self.name} learns the sampler of a discrete diffusion model; the teacher is a "

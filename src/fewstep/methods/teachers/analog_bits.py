@@ -13,19 +13,20 @@ self-conditioning works as well.  Sampling is :mod:`fewstep.sampling.self_condit
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.conditions import rows
 from fewstep.denoisers import X0, Cond, Denoiser, NetworkDenoiser
 from fewstep.discrete.heads import Head, SigmoidHead, SoftmaxHead
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
+from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 
 H = TypeVar("H", bound=Head)
@@ -117,10 +118,11 @@ class AnalogBits(Method):
         """The loss of a prediction."""
         return squared_loss(model, x_t, x0, t, cond, **extras)
 
-    def networks(self, teacher: Denoiser) -> Networks:
+    def networks(self, start: Start) -> Networks:
+        teacher = start.model("teacher")
         if not isinstance(teacher, NetworkDenoiser):
             raise ValueError(f"{self.name} trains a network, got a {type(teacher).__name__}")
-        model = with_second_input(teacher) if self.self_conditioning else copy_of(teacher)
+        model = with_second_input(teacher) if self.self_conditioning else start.network("teacher")
         optimiser = Optimiser(("model",), self.lr, clip=1.0, warmup=self.warmup)
         return Networks({"model": model}, {"model": optimiser}, ema=("model",))
 
@@ -149,6 +151,9 @@ class AnalogBits(Method):
 
     def student(self, nets: Networks) -> Denoiser:
         return nets.model
+
+    def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
+        return {"teacher": nets.model}
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,17 @@ on flow matching with a velocity prediction and uniform times it is the conditio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
 from fewstep.denoisers import Denoiser
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import denoising_loss, drop_condition
 from fewstep.methods.parts.times import LogNormal, TimeLaw, Uniform
+from fewstep.methods.start import Start
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,12 @@ class Denoising(Method):
     def times(self) -> TimeLaw:
         return LogNormal(self.noise_mean, self.noise_std)
 
-    def networks(self, teacher: Denoiser) -> Networks:
+    def networks(self, start: Start) -> Networks:
         optimiser = Optimiser(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
-        return Networks({"model": copy_of(teacher)}, {"model": optimiser}, ema=("model",))
+        model = start.network("teacher").native()
+        return Networks({"model": model}, {"model": optimiser}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         t = self.times().draw(nets.model.schedule, len(batch.x), batch.rng)
@@ -52,6 +56,9 @@ class Denoising(Method):
 
     def student(self, nets: Networks) -> Denoiser:
         return nets.model
+
+    def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
+        return {"teacher": nets.model}
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ posterior, whatever the weights in time.  :class:`ScoreEntropy` is the weighting
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update, copy_of
+from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import drop_condition
+from fewstep.methods.start import Start
 
 if TYPE_CHECKING:
     from fewstep.denoisers import Cond
@@ -68,14 +69,14 @@ class DiscreteDenoising(Method):
     clip: float = 1.0
     warmup: int = 50
 
-    def networks(self, teacher: Any) -> Networks:
+    def networks(self, start: Start) -> Networks:
+        teacher: Any = start.model("teacher")
         if not isinstance(teacher, NetworkDiscreteDenoiser):
             raise ValueError(f"{self.name} trains a network on a discrete chain, not a {type(teacher).__name__}")
         optimiser = Optimiser(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
-        model: Any = copy_of(teacher)  # type: ignore[arg-type]
-        return Networks({"model": model}, {"model": optimiser}, ema=("model",))
+        return Networks({"model": start.network("teacher")}, {"model": optimiser}, ema=("model",))
 
     def loss(self, model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return cross_entropy(model, x0, x, t, cond)
@@ -90,6 +91,9 @@ class DiscreteDenoising(Method):
 
     def student(self, nets: Networks) -> Any:
         return nets.model
+
+    def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
+        return {"teacher": nets.model}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ latents.  The noise law, the weights, the noise on the condition and its dropout
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
+from fewstep.denoisers import Cond, NetworkDenoiser
 from fewstep.methods.method import Batch, Networks, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import LogNormal
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import CascadeUNet, UNet
 from fewstep.randomness import Rng
@@ -95,7 +97,8 @@ class LowDiff(Denoising):
         if self.shares and (min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6):
             raise ValueError(f"LowDiff: shares={list(self.shares)} must be positive and sum to 1")
 
-    def networks(self, teacher: Denoiser) -> Networks:
+    def networks(self, start: Start) -> Networks:
+        teacher = start.model("teacher")
         if not isinstance(teacher, NetworkDenoiser) or not isinstance(teacher.net, UNet):
             raise ValueError("LowDiff works on a U-Net at several resolutions; this teacher has another network")
         net = teacher.net
@@ -107,7 +110,7 @@ class LowDiff(Denoising):
                     f"LowDiff: {name}={list(values)} for the resolutions {list(net.resolutions)}: one each"
                 )
         model = NetworkDenoiser(net, teacher.schedule, teacher.prediction, teacher.shape, teacher.classes)
-        return super().networks(model)
+        return super().networks(dataclasses.replace(start, made={**start.made, "teacher": model}))
 
     def draw_stage(self, stages: int, rng: Rng) -> int:
         """The stage of this batch, the same on every process."""

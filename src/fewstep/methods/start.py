@@ -1,0 +1,103 @@
+"""What a stage starts from: the teacher, the data, and models by the part they play (their *role*).
+
+A stage hands on what it made (:meth:`~fewstep.methods.method.Method.hands_on`) and the user may bring models of their
+own; a method asks for a role and gets the newest model that plays it::
+
+    start.teacher                  the user's teacher, the same in all stages
+    start.model("teacher")         what a stage before made of it, if one did
+    start.network("student")       a trainable copy: what a stage before made, else what the user brought (of any
+                                   architecture), else of the teacher
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.data.dataset import Dataset, Samples
+from fewstep.denoisers import Denoiser
+from fewstep.discrete.learned import LearnedSampler
+from fewstep.flow_maps import EDMConsistency, Jump
+from fewstep.methods.parts.stores import Store, made_now
+from fewstep.sampling.rollout import Student
+from fewstep.schedules import Schedule
+
+#: A store as a data set, made now or found where it was left; the seed is that of the stage that asks.
+Keep = Callable[[Store, int], Dataset]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stage starts from.
+
+    ``made`` are the models that stages before handed on and ``given`` those that the user brought, by role.  The models
+    are frozen and not the user's own objects: a method may put them into its networks as they are.  ``keep`` is where
+    stores are kept.  Networks are made without data, for which one zero stands.
+    """
+
+    teacher: Denoiser
+    data: Samples = field(default_factory=lambda: Dataset("none", torch.zeros(1, 1)))
+    seed: int = 0
+    made: Mapping[str, nn.Module] = field(default_factory=dict)
+    given: Mapping[str, nn.Module] = field(default_factory=dict)
+    keep: Keep = made_now
+
+    def model(self, role: str = "teacher") -> Any:
+        """The model in a role, as it is: made by a stage before, else brought, else the teacher of this stage."""
+        for models in (self.made, self.given):
+            if role in models:
+                return models[role]
+        return self.made.get("teacher", self.teacher)
+
+    def network(self, role: str = "student", *, on: Schedule | None = None) -> Any:
+        """A trainable copy of the denoiser in a role, seen on the schedule ``on``; ValueError naming the role when it
+        makes other samples than the teacher, or is no denoiser."""
+        found = denoiser_in(self.model(role), role)
+        if tuple(found.shape) != tuple(self.teacher.shape):
+            raise ValueError(
+                f"the {role} makes samples {list(found.shape)}, the teacher {list(self.teacher.shape)}: they must agree"
+            )
+        if found.classes != self.teacher.classes:
+            raise ValueError(f"the {role} knows {found.classes} classes, the teacher {self.teacher.classes}")
+        network = copy.deepcopy(found)
+        network.requires_grad_(True)
+        return network if on is None else network.on(on)
+
+    def store(self, what: Store) -> Dataset:
+        """What a stage trains on, made once for all stages that ask for the same."""
+        return self.keep(what, self.seed)
+
+    def apart(self) -> Start:
+        """The same with models of its own, for networks that are changed in place."""
+        made, given = ({k: copy.deepcopy(m) for k, m in models.items()} for models in (self.made, self.given))
+        return dataclasses.replace(self, teacher=copy.deepcopy(self.teacher), made=made, given=given)
+
+
+def denoiser_in(model: nn.Module, role: str) -> Any:
+    """The denoiser that a student's jumps are made with; a denoiser itself.  ValueError for a student without one."""
+    if isinstance(model, LearnedSampler):
+        return model.denoiser
+    flow_map = model.flow_map if isinstance(model, Student) else model
+    if isinstance(flow_map, EDMConsistency) or (isinstance(flow_map, Jump) and not flow_map.two_times):
+        return flow_map.denoiser
+    if isinstance(model, Student) or isinstance(flow_map, Jump):
+        kind = "two-time student" if isinstance(flow_map, Jump) else type(flow_map).__name__
+        raise ValueError(f"the {role} is a {kind}: its network is no denoiser to start from")
+    return model
+
+
+def teacher_in(model: nn.Module, name: str = "the teacher") -> Any:
+    """A model that can teach; ValueError naming it for a student, whose network is no denoiser any more."""
+    if isinstance(model, Student):
+        calls = ", ".join(map(str, model.plans))
+        raise ValueError(
+            f"{name} is a student of {calls} calls, not a denoiser, and cannot teach: name the teacher that made it, "
+            "and give the student in the role 'student' to go on from its weights"
+        )
+    return denoiser_in(model, "teacher")

@@ -1,0 +1,120 @@
+"""The course of a run, from its record to its card: what the library, the command line and the demonstration call."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.data import Samples
+from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.files import write_atomically
+from fewstep.hub import native
+from fewstep.methods.method import Recipe
+from fewstep.methods.start import Start, teacher_in
+from fewstep.runs.record import Record, data_source, model_source, record_of
+from fewstep.runs.resume import begun, enter, held, stage_seeds
+from fewstep.runs.stages import borrowed, cost, run_stages, stages_of
+from fewstep.sampling.search import half_level
+from fewstep.schemas import read_records
+from fewstep.training.feed import fitted
+from fewstep.training.parallel import Parallel
+from fewstep.training.progress import LOGGED
+from fewstep.training.trainer import Result, Settings
+
+
+def run_recipe(
+    recipe: Recipe,
+    teacher: Denoiser,
+    data: Samples,
+    settings: Settings,
+    folder: Path | None = None,
+    *,
+    given: Mapping[str, nn.Module] | None = None,
+    record: Record | None = None,
+    further: bool = False,
+    show: bool = True,
+) -> Result:
+    """Run a recipe, from the start or from where it stopped; the caller's models stay as they are.
+
+    ``given`` are models for the recipe's roles.  With a ``folder`` the run is recorded there and resumed by the same
+    call; ``record`` says what the models and the data are called (by default nothing, and the data's own name), and
+    with ``further`` the budget may be another than before.  ValueError for models and data that do not fit, and for a
+    folder that holds another run or is held by one.
+    """
+    teacher, given = teacher_in(teacher), given or {}
+    check_roles(recipe, given)
+    fitted(data, teacher)
+    device = torch.device(settings.device)
+    start = Start(
+        borrowed(teacher, device), data, settings.seed, given={k: borrowed(m, device) for k, m in given.items()}
+    )
+    if folder is None:
+        return run_stages(recipe, start, settings, show=show)
+    if not Parallel.from_environment(device).main:
+        return run_stages(recipe, start, settings, folder, seeds=stage_seeds(folder), show=False)
+    if record is None:
+        sources = {role: model_source(None, model) for role, model in {"teacher": teacher, **given}.items()}
+        record = record_of(recipe, sources, data_source(data.name, data), settings)
+    with held(folder):
+        resumed = begun(folder)
+        record = enter(folder, record, further)
+        if show and resumed:
+            print(f"{folder}: going on where this run stopped")
+        settings = dataclasses.replace(settings, precision=record.settings["precision"])
+        result = run_stages(recipe, start, settings, folder, seeds=record.stage_seeds, show=show)
+        if record.command == "train" and isinstance(result.model, NetworkDenoiser):
+            result.model.half_level = measured_half_level(result.model)
+        native.save(result.model, folder / "model", card(record, recipe, result))
+        join_logs(folder)
+    return result
+
+
+def check_roles(recipe: Recipe, given: Mapping[str, object]) -> None:
+    """ValueError for a model in a role that the recipe has no use for."""
+    for role in given:
+        if role not in recipe.roles:
+            uses = f"it uses: {', '.join(recipe.roles)}" if recipe.roles else "it starts from the teacher alone"
+            raise ValueError(f"{recipe.name} has no use for a {role} ({uses})")
+
+
+def measured_half_level(teacher: NetworkDenoiser) -> float | None:
+    """What samplers want to know of a teacher; None where nothing was learned yet."""
+    try:
+        return half_level(teacher)
+    except ValueError:
+        return None
+
+
+def card(record: Record, recipe: Recipe, result: Result) -> dict[str, Any]:
+    """How the model was made, for its card."""
+    return {
+        **cost(stages_of(recipe)[-1].method.name, result),
+        "recipe": record.method,
+        "hyper_parameters": record.hyper_parameters,
+        "teacher": record.start["teacher"] if record.command == "distill" else None,
+        "data": record.data,
+        "versions": record.versions,
+    }
+
+
+def join_logs(folder: Path) -> None:
+    """The logs of the stages as one ``log.jsonl``: the stage in each line, steps, images and seconds going on."""
+    stages = sorted(folder.glob("stage-*/log.jsonl"), key=lambda path: int(path.parent.name.split("-")[1]))
+    if not stages:
+        return
+    lines: list[str] = []
+    before = {"step": 0, "images": 0, "seconds": 0.0}
+    for stage, path in enumerate(stages):
+        written = read_records(path, LOGGED)
+        for entry in written:
+            counted = {name: round(entry[name] + before[name], 3) for name in before}
+            lines.append(json.dumps({**entry, **counted, "stage": stage}))
+        if written:
+            before = {name: before[name] + written[-1][name] for name in before}
+    write_atomically(folder / "log.jsonl", ("\n".join(lines) + "\n").encode())

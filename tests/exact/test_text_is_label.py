@@ -1,0 +1,132 @@
+"""A text model whose prompts are one-hot classes is the label model, bit for bit, through every method."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.conditions import Cond
+from fewstep.data import Dataset, Prior
+from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.methods import RECIPES, recipe_class
+from fewstep.methods.method import Recipe
+from fewstep.networks import MLP
+from fewstep.runs.course import run_recipe
+from fewstep.sampling import Student
+from fewstep.schedules import TrigFlow
+from fewstep.training.budget import Budget
+from fewstep.training.trainer import Settings
+
+CLASSES = 3
+#: What trains networks of its own, or tokens.
+OTHERS = {"discrete-denoising", "score-entropy", "lsd", "lsd-plus", "lowdiff", "analog-bits"}
+METHODS = [name for name in RECIPES if name not in OTHERS]
+
+
+class Reader(nn.Module):
+    """A text network: prompts ``[B, 1, classes]`` with a mask in place of labels."""
+
+    def __init__(self, net: MLP) -> None:
+        super().__init__()
+        self.net = net
+        self.feature_shape = net.feature_shape
+
+    def labels(self, cond: Cond) -> Tensor | None:
+        if cond is None:
+            return None
+        assert isinstance(cond, dict)
+        return torch.where(cond["mask"][:, 0], cond["prompt_embeds"][:, 0].argmax(1), -1)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        return self.net(x, t, self.labels(cond))
+
+    def features(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        return self.net.features(x, t, self.labels(cond))
+
+
+def prompts(labels: Tensor) -> dict[str, Tensor]:
+    return {
+        "prompt_embeds": nn.functional.one_hot(labels, CLASSES).float()[:, None],
+        "mask": torch.ones(len(labels), 1, dtype=torch.bool),
+    }
+
+
+NULL = {"prompt_embeds": torch.zeros(1, 1, CLASSES), "mask": torch.zeros(1, 1, dtype=torch.bool)}
+
+
+def network() -> MLP:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        net = MLP((4,), 16, 1, CLASSES)
+        for p in net.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return net
+
+
+def of_labels() -> NetworkDenoiser:
+    return NetworkDenoiser(network(), TrigFlow(), TrigPrediction(), (4,), CLASSES).eval()
+
+
+def of_text() -> NetworkDenoiser:
+    return NetworkDenoiser(Reader(network()), TrigFlow(), TrigPrediction(), (4,), null=NULL).eval()
+
+
+def short(name: str, **further: float) -> Recipe:
+    """A method with little to do, under guidance where it knows any."""
+    cls = recipe_class(name)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    wanted = {"guidance": 2.0, "pairs": 12, "ode_steps": 2, "start": 2, **further}
+    return cls(**{key: value for key, value in wanted.items() if key in fields})  # type: ignore[arg-type]
+
+
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+LABELS = torch.arange(12) % CLASSES
+SETTINGS = Settings(budget=Budget(3), batch=6, precision="fp32")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_hot_prompts_are_labels(name: str) -> None:
+    """Weights and samples, guidance and dropped conditions included."""
+    recipe = short(name)
+    by_label = run_recipe(recipe, of_labels(), Dataset("points", X, LABELS), SETTINGS, show=False).model
+    by_text = run_recipe(recipe, of_text(), Dataset("points", X, prompts(LABELS)), SETTINGS, show=False).model
+    want = by_label.state_dict()
+    got = {key.replace("net.net.", "net."): value for key, value in by_text.state_dict().items()}
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[key], got[key]) for key in want)
+    untrained = of_labels().state_dict()
+    trained = {key: value for key, value in want.items() if key.endswith("leave.weight")}
+    assert trained and not any(torch.equal(value, untrained["net.leave.weight"]) for value in trained.values())
+    if isinstance(by_label, Student) and isinstance(by_text, Student):
+        drawn = torch.tensor([2, 0, 1])
+        assert torch.equal(by_label.sample(3, drawn, seed=4), by_text.sample(3, prompts(drawn), seed=4))
+
+
+@pytest.mark.parametrize("name", ["dmd2", "reflow", "instaflow"])
+def test_data_free_training_sees_conditions_only(name: str) -> None:
+    """The weights are those of a run with data, whatever the data are."""
+    recipe = short(name, gan_weight=0.0)
+    free = run_recipe(recipe, of_text(), Prior((4,), prompts(LABELS)), SETTINGS, show=False).model.state_dict()
+    for x in (X, 3 + X):
+        given = run_recipe(recipe, of_text(), Dataset("prior", x, prompts(LABELS)), SETTINGS, show=False).model
+        assert all(torch.equal(value, free[key]) for key, value in given.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["cm", "pd", "denoising"])
+def test_a_method_that_reads_samples_says_so(name: str) -> None:
+    """One line instead of a traceback about None."""
+    with pytest.raises(ValueError, match="reads samples, and the run was given none"):
+        run_recipe(short(name), of_text(), Prior((4,), prompts(LABELS)), SETTINGS, show=False)
+
+
+def test_conditions_of_the_wrong_kind_are_refused() -> None:
+    """Labels for a text teacher, none for one of classes; nothing is dropped in silence."""
+    cm = short("cm")
+    with pytest.raises(ValueError, match="class labels, the teacher takes prompt_embeds, mask"):
+        run_recipe(cm, of_text(), Dataset("points", X, LABELS), SETTINGS, show=False)
+    with pytest.raises(ValueError, match="no labels, the teacher knows 3 classes"):
+        run_recipe(cm, of_labels(), Dataset("points", X), SETTINGS, show=False)
+    run_recipe(cm, of_labels(), Dataset("points", X, torch.full((12,), -1)), SETTINGS, show=False)
