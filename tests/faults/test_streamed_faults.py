@@ -9,14 +9,18 @@ import subprocess
 import sys
 import textwrap
 import time
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
-from fewstep.data import Draw, Streamed
+from fewstep.data import Draw, Streamed, load_samples
 
 GOOD = torch.zeros(1, 2, 2, dtype=torch.uint8)
 
@@ -108,6 +112,52 @@ def test_a_process_that_dies() -> None:
     read = data.feed([Draw(torch.tensor([i]), torch.zeros(1, dtype=torch.long), 0) for i in (0, 3)])
     with pytest.raises(ValueError, match=r"data 'mine': a process that reads it ended .*workers=0"):
         list(read)
+
+
+def png(size: tuple[int, int] = (4, 4), mode: str = "L") -> bytes:
+    encoded = BytesIO()
+    Image.new(mode, size).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+BAD = [
+    (b"not a picture", "not a picture, damaged or cut short"),
+    (png()[:40], "damaged or cut short"),
+    (png((4, 5)), "is 5x4 but"),
+    (png(mode="RGB"), "is in colour but"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), BAD)
+def test_bad_pictures_in_a_folder(content: bytes, words: str, tmp_path: Path) -> None:
+    """The file is named when its turn comes."""
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(content if i == 2 else png())
+    data = load_samples(tmp_path, memory=0, workers=1)
+    with pytest.raises(ValueError, match=f"item 2: .*{tmp_path}/2.png.*{words}") as caught:
+        list(data.feed([Draw(torch.tensor([0, 2]), torch.zeros(2, dtype=torch.long), 0)]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "words"), [*BAD, (None, "holds no encoded picture")])
+def test_bad_pictures_in_parquet(content: bytes | None, words: str, tmp_path: Path) -> None:
+    """The file and the row in it are named when its turn comes."""
+    for name, cells in (("a", [png()] * 3), ("b", [png(), content])):
+        pq.write_table(pa.table({"img": cells}), tmp_path / f"{name}.parquet")
+    data = load_samples(tmp_path, memory=0, workers=1)
+    with pytest.raises(ValueError, match=f"item 4: .*row 1 of {tmp_path}/b.parquet.*{words}") as caught:
+        list(data.feed([Draw(torch.tensor([0, 4]), torch.zeros(2, dtype=torch.long), 0)]))
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_that_changes_under_the_run(tmp_path: Path) -> None:
+    """Cut short after it was listed: one line with its name."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"img": [png()] * 6}), path, row_group_size=2)
+    data = load_samples(tmp_path, memory=0, workers=0)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"item 5: '.*a.parquet' is not a readable table"):
+        data.rows(slice(5, 6))
 
 
 RUN = """

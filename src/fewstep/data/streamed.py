@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fewstep.data.dataset import Draw, Rows, Samples, as_floats, digest_of
+from fewstep.conditions import Cond, leaves, rows
+from fewstep.data.dataset import Draw, Rows, Samples, as_floats, check_conditions, digest_of, number_of_classes
 from fewstep.data.items import Item, Items, as_item, check_like, label_of, stack
 from fewstep.randomness import derive_seed
 
@@ -47,7 +48,8 @@ class Streamed(Samples):
     training goes by ``workers`` processes, or by the training process itself (0).
 
     Items are what :mod:`fewstep.data.items` says; uint8 pictures are read as floats in [-1, 1].  ``classes`` is needed
-    where they have class labels, unless ``class_names`` name them.  Draws that the items make from the generators of
+    where they have class labels, unless ``class_names`` name them.  ``cond`` are the conditions of all samples where
+    they are known beforehand.  Draws that the items make from the generators of
     PyTorch, NumPy and Python are seeded for each.  ``identity`` is what tells the set from others, where something
     better is known than its first samples.
 
@@ -62,6 +64,7 @@ class Streamed(Samples):
         *,
         classes: int | None = None,
         class_names: tuple[str, ...] = (),
+        cond: Cond = None,
         workers: int = 0,
         identity: str | None = None,
     ) -> None:
@@ -75,7 +78,9 @@ class Streamed(Samples):
             ) from None
         if not self.count:
             raise ValueError(f"data '{name}': it has no items")
+        check_conditions(name, self.count, cond, class_names)
         self.items, self.name, self.class_names, self.workers = items, name, class_names, workers
+        self.cond = cond
         self.identity = identity
         self.named_classes = len(class_names) or classes
         self.first: Item | None = None
@@ -93,6 +98,8 @@ class Streamed(Samples):
 
     @property
     def classes(self) -> int | None:
+        if self.cond is not None:
+            return number_of_classes(self.cond, self.class_names)
         if self.labelled and self.named_classes is None:
             raise ValueError(
                 f"data '{self.name}': its items have class labels; say how many classes there are, as in classes=10"
@@ -103,6 +110,9 @@ class Streamed(Samples):
         chosen = torch.arange(self.count)[indices].tolist()
         return finished(self.read(Place(chosen, [0] * len(chosen), 0)))
 
+    def conditions(self, indices: Tensor | slice) -> Cond:
+        return super().conditions(indices) if self.cond is None else rows(self.cond, indices)
+
     def feed(self, draws: Iterable[Draw]) -> Iterator[Rows]:
         places = (Place(draw.indices.tolist(), draw.epochs.tolist(), draw.seed) for draw in draws)
         read = self.read_ahead(places) if self.workers else map(self.read, places)
@@ -110,7 +120,8 @@ class Streamed(Samples):
 
     def read(self, place: Place) -> Rows:
         """The items of a batch, as they are stored."""
-        return stack(self.items_of(place))
+        read = stack(self.items_of(place))
+        return read if self.cond is None else read._replace(cond=rows(self.cond, torch.tensor(place.indices)))
 
     def items_of(self, place: Place) -> list[Item]:
         """The items of a batch one by one; ValueError naming the one that cannot be read."""
@@ -158,6 +169,8 @@ class Streamed(Samples):
         """Over ``identity`` where there is one; else over the length and :data:`WITNESSES` items spread over the set,
         without their random draws: changes elsewhere pass unnoticed."""
         about = f"{self.count} {list(self.shape)} {self.class_names}"
+        if self.cond is not None:
+            about += digest_of([], leaves(self.cond))
         if self.identity is not None:
             return hashlib.sha256(f"{about} {self.identity}".encode()).hexdigest()
         chosen = sorted({i * (self.count - 1) // (WITNESSES - 1) for i in range(WITNESSES)})
