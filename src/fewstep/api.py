@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fewstep.data import Dataset
+from fewstep.data import Samples, Streamed
 from fewstep.data import load as load_data
+from fewstep.data.dataset import Unlabelled
+from fewstep.data.items import Items
 from fewstep.denoisers import Denoiser
 from fewstep.hub import native
 from fewstep.hub.models import BUNDLED as BUNDLED
@@ -17,6 +19,7 @@ from fewstep.hub.models import load as load
 from fewstep.hub.models import locate as locate
 from fewstep.hub.models import pictures as pictures
 from fewstep.methods.method import Recipe
+from fewstep.methods.start import teacher_in
 from fewstep.runs.course import run_recipe
 from fewstep.runs.record import Record, data_source, model_source, record_of
 from fewstep.sampling.rollout import Student
@@ -27,14 +30,19 @@ if TYPE_CHECKING:
     from fewstep.report import Comparison
 
 
-def _data(data: str | Dataset) -> Dataset:
-    return load_data(data) if isinstance(data, str) else data
+def _data(data: str | Path | Samples | Items, teacher: Denoiser) -> Samples:
+    if isinstance(data, str | Path):
+        return load_data(data)
+    if isinstance(data, Samples):
+        return data
+    items = Streamed(data, type(data).__name__, classes=teacher.classes)
+    return Unlabelled(items) if items.labelled and teacher.classes is None and teacher.null is None else items
 
 
 def distill(
     teacher: Denoiser | str,
     recipe: Recipe,
-    data: str | Dataset,
+    data: str | Path | Samples | Items,
     budget: str | Budget = "2min",
     *,
     folder: str | Path | None = None,
@@ -58,13 +66,14 @@ def distill(
     asked = {role: model for role, model in named.items() if model is not None}
     models: dict[str, Any] = {role: load(m) if isinstance(m, str) else m for role, m in asked.items()}
     amount = Budget.parse(budget) if isinstance(budget, str) else budget
-    chosen, source = Settings(budget=amount, batch=batch, seed=seed, **settings), _data(data)
+    chosen = Settings(budget=amount, batch=batch, seed=seed, **settings)
+    source = _data(data, teacher_in(models["teacher"]))
     record: Record | None = None
     if folder is not None:
         names = {role: m if isinstance(m, str) else None for role, m in asked.items()}
         places = {role: None if name is None else locate(name) for role, name in names.items()}
         start = {role: model_source(names[role], models[role], places[role]) for role in asked}
-        name = data if isinstance(data, str) else source.name
+        name = str(data) if isinstance(data, str | Path) else source.name
         record = record_of(recipe, start, data_source(name, source), chosen)
     given = {role: model for role, model in models.items() if role != "teacher"}
     place = None if folder is None else Path(folder)

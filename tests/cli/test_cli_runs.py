@@ -88,7 +88,7 @@ def test_a_recipe_records_everything(cli: Cli) -> None:
     assert recipe["hyper_parameters"] == records.plain(vars(recipe_class("dmd2")(critic_steps=2)))
     data = load_data("digits")
     assert recipe["data"] == {
-        "source": "digits", "samples": len(data), "shape": [1, 8, 8], "sha256": records.data_sha256(data)
+        "source": "digits", "samples": len(data), "shape": [1, 8, 8], "sha256": data.sha256()
     }  # fmt: skip
     assert recipe["settings"]["budget"] == "6steps" and recipe["settings"]["seed"] == 5
     assert recipe["settings"]["precision"] == "fp32"
@@ -103,14 +103,14 @@ def test_data_have_different_sums_when_a_label_moves() -> None:
     data = load_data("digits")
     assert data.labels is not None
     other = data.subset(slice(None))
-    assert records.data_sha256(other) == records.data_sha256(data)
+    assert other.sha256() == data.sha256()
     moved = data.labels.clone()
     moved[0] = (moved[0] + 1) % 10
     sums = {
-        records.data_sha256(data),
-        records.data_sha256(type(data)(data.name, data.x, moved)),
-        records.data_sha256(type(data)(data.name, data.x, None)),
-        records.data_sha256(type(data)(data.name, data.x.flatten(2), data.labels)),
+        data.sha256(),
+        type(data)(data.name, data.x, moved).sha256(),
+        type(data)(data.name, data.x, None).sha256(),
+        type(data)(data.name, data.x.flatten(2), data.labels).sha256(),
     }
     assert len(sums) == 4
 

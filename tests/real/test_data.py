@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,7 +23,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fewstep.data import Dataset, held_out, load
+from fewstep.data import Dataset, Draw, Streamed, held_out, load, load_samples, parquet
+from fewstep.data.parquet import list_parquet_file
+from fewstep.data.stored import Strings
 from fewstep.metrics import Evaluator, Pixels, Quality, evaluate, load_features
 
 ASSETS = resources.files("fewstep") / "assets"
@@ -196,6 +200,76 @@ def test_every_format_gives_back_the_pictures(write: Callable[[Path], Path], tmp
         assert torch.equal(found.x, expected.x[order]) and torch.equal(found.labels, expected.labels[order])
         if write in (picture_folder, parquet_folder, saved_folder):
             assert found.class_names == expected.class_names
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("write", [picture_folder, parquet_folder])
+def test_what_does_not_fit_in_memory_is_read_as_training_goes(
+    write: Callable[[Path], Path], workers: int, tmp_path: Path
+):
+    """The same numbers, labels and names as in memory, in any order, from this process and from two others."""
+    source = write(tmp_path)
+    size = 60 * 64
+    assert isinstance(load_samples(source, memory=size), Dataset)
+    data, held = load_samples(source, memory=size - 1, workers=workers), load(source)
+    assert isinstance(data, Streamed) and data.workers == workers
+    assert (len(data), data.shape, data.classes) == (60, (1, 8, 8), 10) and data.class_names == held.class_names
+    orders = [torch.randperm(60, generator=torch.Generator().manual_seed(seed))[:20] for seed in range(3)]
+    draws = [Draw(order, torch.zeros(20, dtype=torch.long), 0) for order in orders]
+    for order, read in zip(orders, data.feed(draws), strict=True):
+        expected = held.rows(order)
+        assert torch.equal(read.x, expected.x) and torch.equal(read.cond, expected.cond)
+        assert torch.equal(data.conditions(order), expected.cond)
+
+
+def test_a_listing_is_known_by_its_files(tmp_path: Path):
+    """Another name, byte, label or row group, another digest; the same files elsewhere, the same."""
+    (tmp_path / "a").mkdir()
+    folder = picture_folder(tmp_path / "a")
+    shutil.copytree(folder, tmp_path / "b")
+
+    def digest(path: Path) -> str:
+        return load_samples(path, memory=0).sha256()
+
+    digests = [digest(tmp_path / "a")]
+    assert digest(tmp_path / "b") == digests[0]
+    last = sorted((tmp_path / "b" / "train" / "9").glob("*.png"))[-1]
+    for other in (last.with_name("z.png"), last.parents[1] / "8" / "z.png"):
+        last.rename(other)
+        digests.append(digest(tmp_path / "b"))
+        other.rename(last)
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+    digests.append(digest(tmp_path / "b"))
+    assert len(set(digests)) == 4
+    for rows in (4, 5):
+        pq.write_table(table("train"), tmp_path / "x.parquet", row_group_size=rows)
+        digests.append(digest(tmp_path / "x.parquet"))
+    assert len(set(digests)) == 6
+
+
+def test_row_groups_are_kept_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The last ones, up to so many bytes, and at least one."""
+    pq.write_table(table("train"), tmp_path / "x.parquet", row_group_size=4)
+    rows = list_parquet_file(tmp_path / "x.parquet")
+    monkeypatch.setattr(parquet, "KEPT", 1)
+    for index in (0, 3, 59, 1):
+        rows.picture(index)
+        assert list(rows.kept) == [index // 4]
+    monkeypatch.setattr(parquet, "KEPT", 1 << 20)
+    for index in (8, 0, 12):
+        rows.picture(index)
+    assert list(rows.kept) == [2, 0, 3]
+
+
+def test_paths_by_the_million_are_kept_as_text():
+    """Any names, those that are no UTF-8 included; as a sequence."""
+    names = ["a.png", "", "ü/ß.png", os.fsdecode(b"\xff.png")]
+    strings = Strings(names)
+    assert list(strings) == names and strings[1:3] == names[1:3] and strings[-1] == names[-1] and len(strings) == 4
+    with pytest.raises(IndexError):
+        strings[4]
 
 
 def test_single_files_and_parts(tmp_path: Path):

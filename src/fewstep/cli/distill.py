@@ -22,7 +22,7 @@ from fewstep.cli.settings import add_run_arguments, refuse_beside_recipe, settin
 
 if TYPE_CHECKING:
     from fewstep.cli.models import Named
-    from fewstep.data import Dataset
+    from fewstep.data import Samples
     from fewstep.methods.method import Recipe
     from fewstep.runs.record import Record
 
@@ -70,7 +70,7 @@ def run(chosen: argparse.Namespace) -> None:
     runs.tell(runs.execute(record, recipe, teacher, data, out, not chosen.quiet, given), out)
 
 
-def new(chosen: argparse.Namespace) -> tuple[Record, Recipe, dict[str, Named], Dataset]:
+def new(chosen: argparse.Namespace) -> tuple[Record, Recipe, dict[str, Named], Samples]:
     """The run that the flags describe: its record, recipe, models by role, data."""
     from fewstep.cli import models, runs
     from fewstep.runs.record import data_source
@@ -87,7 +87,7 @@ def new(chosen: argparse.Namespace) -> tuple[Record, Recipe, dict[str, Named], D
     return record, recipe, brought, data
 
 
-def again(chosen: argparse.Namespace) -> tuple[Record, Recipe, dict[str, Named], Dataset]:
+def again(chosen: argparse.Namespace) -> tuple[Record, Recipe, dict[str, Named], Samples]:
     """The run that a recipe records; :class:`UserError` when its models or data are not what they were."""
     from fewstep.cli import models, runs
     from fewstep.runs.record import data_source

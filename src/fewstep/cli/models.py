@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep import api
 from fewstep.cli.errors import UserError, suggestion
-from fewstep.data import Dataset
+from fewstep.data import Dataset, Samples
 from fewstep.data import load as load_data
 from fewstep.data.bundled import BUNDLED
 from fewstep.denoisers import Denoiser
@@ -85,7 +85,7 @@ def check_conditions(named: Named) -> None:
         raise UserError(f"'{named.name}': its network needs {net.listed(missing)}, which no data set here holds")
 
 
-def named_data(name: str | None, model: Named) -> tuple[str, Dataset]:
+def named_data(name: str | None, model: Named) -> tuple[str, Samples]:
     """Data by name; without one the data that ``model`` was made from."""
     source = name or model.data
     if source is None:

@@ -51,7 +51,7 @@ class FirstBatch:
 def show(
     recipe: Recipe,
     teacher: Denoiser,
-    data: Dataset,
+    data: Samples,
     settings: Settings,
     given: Mapping[str, nn.Module] | None = None,
 ) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from fewstep.cli.errors import Stopped, UserError
 from fewstep.cli.flags import from_json
 from fewstep.cli.settings import SETTINGS
-from fewstep.data import Dataset
+from fewstep.data import Samples
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Recipe
 from fewstep.models import model_of
@@ -89,7 +89,7 @@ def execute(
     record: Record,
     recipe: Recipe,
     model: Denoiser,
-    data: Dataset,
+    data: Samples,
     out: Path,
     show: bool,
     given: Mapping[str, nn.Module] | None = None,

@@ -104,6 +104,7 @@ def clean_samples(
         raise UserError(
             f"--data is missing, and '{chosen.model}' does not say what it was made from; 'none' takes its own samples"
         )
+    from fewstep.data.dataset import labels_of
     from fewstep.randomness import Rng
 
     source, data = named_data(chosen.data, found)
@@ -113,8 +114,10 @@ def clean_samples(
         has = "no labels" if data.classes is None else f"{data.classes} classes"
         raise UserError(f"'{chosen.model}' has {model.classes} classes, data '{source}' has {has}")
     rows = Rng(chosen.seed, "samples").shuffled(len(data)).repeat(-(-chosen.samples // len(data)))[: chosen.samples]
-    labels = data.labels[rows] if model.classes and data.labels is not None else None
-    return data.read(rows), labels
+    read = data.rows(rows)
+    if read.x is None:
+        raise UserError(f"data '{source}' has no samples to measure")
+    return read.x, labels_of(read.cond) if model.classes else None
 
 
 def own_samples(

@@ -19,7 +19,7 @@ from fewstep.cli.flags import Parameter, given, of_constructor, of_dataclass
 from fewstep.cli.settings import add_run_arguments, refuse_beside_recipe, settings_given, word_after
 
 if TYPE_CHECKING:
-    from fewstep.data import Dataset
+    from fewstep.data import Samples
     from fewstep.denoisers import NetworkDenoiser
 
 METHODS = ("denoising", "flow-matching", "cm-training", "ict", "analog-bits", "lowdiff")
@@ -72,7 +72,7 @@ def model_parameters(network: str, schedule: str, prediction: str, **_: str) -> 
     return list({parameter.name: parameter for parameter in found}.values())
 
 
-def fresh_model(chosen: argparse.Namespace, data: Dataset) -> dict[str, Any]:
+def fresh_model(chosen: argparse.Namespace, data: Samples) -> dict[str, Any]:
     """The description of an untrained model for the data, as :func:`fewstep.hub.native.build` takes it."""
     from fewstep.denoisers import PREDICTIONS, NetworkDenoiser
     from fewstep.hub import native

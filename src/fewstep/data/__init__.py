@@ -1,6 +1,10 @@
 """Data sets: bundled ones and whatever lies on disk already."""
 
-from fewstep.data.dataset import Dataset, Prior, Rows, Samples, epoch_indices
-from fewstep.data.sources import held_out, load
+from fewstep.data.dataset import Dataset, Draw, Prior, Rows, Samples, epoch_indices
+from fewstep.data.sources import held_out, load, load_samples
+from fewstep.data.streamed import Streamed
 
-__all__ = ["Dataset", "Prior", "Rows", "Samples", "epoch_indices", "held_out", "load"]
+__all__ = [
+    "Dataset", "Draw", "Prior", "Rows", "Samples", "Streamed", "epoch_indices", "held_out", "load",
+    "load_samples",
+]  # fmt: skip

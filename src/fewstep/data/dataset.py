@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,15 @@ class Rows(NamedTuple):
     x: Tensor | None
     cond: Cond
     columns: Mapping[str, Tensor]
+
+
+class Draw(NamedTuple):
+    """Which samples a micro-batch reads: their ``indices`` ``[B]``, the epoch ``[B]`` in which each is read, and the
+    run's ``seed``.  What is random in a sample (a crop, a flip) is a function of the three."""
+
+    indices: Tensor
+    epochs: Tensor
+    seed: int
 
 
 class Samples(ABC):
@@ -50,9 +60,17 @@ class Samples(ABC):
     def rows(self, indices: Tensor | slice) -> Rows:
         """The chosen samples."""
 
-    def feed(self, batches: Iterable[Tensor]) -> Iterator[Rows]:
-        """The rows of one batch of indices after the other; sets that are slow to read work ahead here."""
-        return map(self.rows, batches)
+    @abstractmethod
+    def sha256(self) -> str:
+        """What tells this data set from any other, in hexadecimal."""
+
+    def conditions(self, indices: Tensor | slice) -> Cond:
+        """What the chosen samples are made under, without the samples where that is cheaper."""
+        return self.rows(indices).cond
+
+    def feed(self, draws: Iterable[Draw]) -> Iterator[Rows]:
+        """The rows of one draw after the other; sets that are slow to read work ahead here."""
+        return (self.rows(draw.indices) for draw in draws)
 
 
 @dataclass(frozen=True)
@@ -102,10 +120,18 @@ class Dataset(Samples):
         columns = {name: column[indices] for name, column in self.columns.items()}
         return Rows(self.read(indices), rows(self.cond, indices), columns)
 
+    def conditions(self, indices: Tensor | slice) -> Cond:
+        return rows(self.cond, indices)
+
     def read(self, indices: Tensor | slice) -> Tensor:
         """Samples as floats, pictures in [-1, 1]."""
-        chosen = self.x[indices]
-        return chosen.float() / 127.5 - 1 if chosen.dtype == torch.uint8 else chosen
+        return as_floats(self.x[indices])
+
+    def sha256(self) -> str:
+        """Over shape, type and bytes of samples, conditions and columns."""
+        labels = labels_of(self.cond)
+        named = {} if labels is not None else leaves(self.cond)
+        return digest_of([self.x, *([] if labels is None else [labels])], {**named, **self.columns})
 
     def subset(self, indices: Tensor | slice, name: str | None = None) -> Dataset:
         """The chosen samples as a data set."""
@@ -140,6 +166,24 @@ class Prior(Samples):
 
     def rows(self, indices: Tensor | slice) -> Rows:
         return Rows(None, rows(self.cond, indices), {})
+
+    def sha256(self) -> str:
+        """Over the shape of a sample and the bytes of the conditions."""
+        return digest_of([], leaves(self.cond), f"no samples {list(self.shape)}")
+
+
+def as_floats(x: Tensor) -> Tensor:
+    """Samples as training reads them: uint8 pictures as floats in [-1, 1], others as they are."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+
+
+def digest_of(tensors: Iterable[Tensor], named: Mapping[str, Tensor], start: str = "") -> str:
+    """SHA-256 over shape, type and bytes of tensors, and the names of those that have one."""
+    digest = hashlib.sha256(start.encode())
+    for name, tensor in [*(("", tensor) for tensor in tensors), *named.items()]:
+        digest.update(f"{name}{list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def labels_of(cond: Cond) -> Tensor | None:
@@ -194,8 +238,11 @@ class Unlabelled(Samples):
     def rows(self, indices: Tensor | slice) -> Rows:
         return self.inner.rows(indices)._replace(cond=None)
 
-    def feed(self, batches: Iterable[Tensor]) -> Iterator[Rows]:
-        return (rows._replace(cond=None) for rows in self.inner.feed(batches))
+    def feed(self, draws: Iterable[Draw]) -> Iterator[Rows]:
+        return (rows._replace(cond=None) for rows in self.inner.feed(draws))
+
+    def sha256(self) -> str:
+        return hashlib.sha256(f"unlabelled {self.inner.sha256()}".encode()).hexdigest()
 
 
 def epoch_indices(n: int, start: int, count: int, seed: int) -> Tensor:

@@ -6,6 +6,7 @@ the file.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,12 +14,17 @@ from fewstep.data.arrays import read_arrays
 from fewstep.data.bundled import BUNDLED, read_bundled
 from fewstep.data.dataset import Dataset
 from fewstep.data.idx import is_idx, read_idx_file, read_idx_folder
-from fewstep.data.pictures import read_picture_folder
-from fewstep.data.tables import read_arrow_folder, read_parquet_file, read_parquet_folder
+from fewstep.data.parquet import list_parquet_file, list_parquet_folder
+from fewstep.data.pictures import list_picture_folder
+from fewstep.data.stored import Stored
+from fewstep.data.streamed import Streamed
+from fewstep.data.tables import read_arrow_folder
 from fewstep.data.text import load_text
 from fewstep.randomness import Rng
 
 Split = Literal["train", "test"]
+#: Pictures that take more bytes than these (4 GiB) are read as training goes, by so many processes.
+MEMORY, WORKERS = 4 << 30, 2
 
 
 def load(source: str | Path, split: Split = "train") -> Dataset:
@@ -43,6 +49,24 @@ def load(source: str | Path, split: Split = "train") -> Dataset:
     Raises FileNotFoundError for what does not exist, ImportError when a reader needs a package that is missing, and
     ValueError for everything that is wrong inside the files.
     """
+    found = listed(source, split)
+    return found.in_memory() if isinstance(found, Stored) else found
+
+
+def load_samples(
+    source: str | Path, split: Split = "train", *, memory: int = MEMORY, workers: int = WORKERS
+) -> Dataset | Streamed:
+    """What :func:`load` reads, where it fits in ``memory`` bytes; of more pictures than that (a folder of them, or
+    parquet files) only the listing is read, and ``workers`` processes read the pictures as training goes.
+
+    The size is that of the decoded pictures, one byte a number.  Training makes the same weights either way.
+    """
+    found = listed(source, split)
+    return found.samples(memory, workers) if isinstance(found, Stored) else found
+
+
+def listed(source: str | Path, split: Split) -> Dataset | Stored:
+    """A source as its files say what it is: pictures that are listed but not yet read, or data in memory."""
     if split not in get_args(Split):
         raise ValueError(f"split='{split}': data have two parts, 'train' and 'test'")
     if source in BUNDLED:
@@ -51,28 +75,29 @@ def load(source: str | Path, split: Split = "train") -> Dataset:
     if source == "shakespeare" or path.suffix == ".txt":
         return load_text(source, split)
     if path.is_dir():
-        return read_folder(path, split)
+        return list_folder(path, split)
     if not path.exists():
         names = ", ".join(f"'{name}'" for name in BUNDLED)
         raise FileNotFoundError(f"no data at '{source}': give {names}, or the path of a folder or file of pictures")
     return read_file(path, split)
 
 
-def read_folder(path: Path, split: Split) -> Dataset:
-    """A folder, read as what its files say it is."""
+def list_folder(path: Path, split: Split) -> Dataset | Stored:
+    """A folder, as what its files say it is."""
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return read_arrow_folder(path, split)
-    names = [entry.name for entry in path.iterdir() if entry.is_file()]
-    if any(is_idx(name) for name in names):
+    with os.scandir(path) as entries:
+        idx = any(is_idx(entry.name) and entry.is_file() for entry in entries)
+    if idx:
         return read_idx_folder(path, split)
     for folder in (path, path / "data"):
         if folder.is_dir() and any(folder.glob("*.parquet")):
-            return read_parquet_folder(folder, split)
-    return read_picture_folder(path, split)
+            return list_parquet_folder(folder, split)
+    return list_picture_folder(path, split)
 
 
-def read_file(path: Path, split: Split) -> Dataset:
-    """A single file, read as what its name says it is."""
+def read_file(path: Path, split: Split) -> Dataset | Stored:
+    """A single file, as what its name says it is."""
     if path.suffix in (".npz", ".safetensors"):
         return read_arrays(path, split)
     if path.suffix != ".parquet" and not is_idx(path.name):
@@ -81,7 +106,7 @@ def read_file(path: Path, split: Split) -> Dataset:
         )
     if split == "test":
         raise ValueError(f"'{path}' is one file without a held-out part: give its folder, or load the test file itself")
-    return read_parquet_file(path) if path.suffix == ".parquet" else read_idx_file(path)
+    return list_parquet_file(path) if path.suffix == ".parquet" else read_idx_file(path)
 
 
 def held_out(data: Dataset, count: int, seed: int = 0) -> tuple[Dataset, Dataset]:

@@ -1,12 +1,11 @@
-"""Tables of encoded pictures: parquet files and Hugging Face data sets on disk.
+"""Tables of encoded pictures: what their columns mean, and Hugging Face data sets on disk.
 
-Both are read through pyarrow alone.  A table has a column ``img`` or ``image`` of encoded pictures (bytes, or a
+Tables are read through pyarrow alone.  A table has a column ``img`` or ``image`` of encoded pictures (bytes, or a
 struct with a field ``bytes``, as Hugging Face stores them) and optionally an integer column ``label`` or ``labels``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -17,7 +16,8 @@ import numpy as np
 
 from fewstep.data.dataset import Dataset
 from fewstep.data.labels import as_labels
-from fewstep.data.pictures import PARTS, decode, stack
+from fewstep.data.pictures import PARTS, decode
+from fewstep.data.stored import stack
 from fewstep.schemas import Maybe, Place, check, parse_json, read_json
 
 if TYPE_CHECKING:
@@ -42,36 +42,6 @@ def arrow_errors(path: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise ValueError(f"'{path}' is not a readable table (damaged or cut short)") from error
-
-
-def read_parquet_file(path: Path) -> Dataset:
-    """All rows of one parquet file."""
-    return read_parquet_files([path], path.stem)
-
-
-def read_parquet_folder(path: Path, split: Literal["train", "test"]) -> Dataset:
-    """The parquet files of a folder whose names say ``split``; files without a part in their names are training."""
-    parts: dict[str, list[Path]] = {}
-    for file in sorted(path.glob("*.parquet")):
-        words = re.split(r"[^a-z]+", file.stem.lower())
-        named = [name for names in PARTS.values() for name in names if name in words]
-        parts.setdefault(named[0] if named else "train", []).append(file)
-    for name in PARTS[split]:
-        if name in parts:
-            return read_parquet_files(parts[name], path.name)
-    raise FileNotFoundError(f"'{path}' has no parquet file with '{split}' in its name, only parts {sorted(parts)}")
-
-
-def read_parquet_files(paths: list[Path], name: str) -> Dataset:
-    with arrow_errors(paths[0]):
-        import pyarrow.parquet as pq
-    batches: list[pa.RecordBatch] = []
-    for path in paths:
-        with arrow_errors(path):
-            file = pq.ParquetFile(path)
-            columns = columns_of(file.schema_arrow, path)
-            batches += file.iter_batches(columns=list(columns))
-    return read_batches(batches, name, paths[0])
 
 
 def read_arrow_folder(path: Path, split: Literal["train", "test"]) -> Dataset:
@@ -127,7 +97,7 @@ def read_batches(batches: list[pa.RecordBatch], name: str, path: Path) -> Datase
     if len(schema) == 1:
         return Dataset(name, x)
     labels = np.concatenate([integers(batch.column(1), path) for batch in batches])
-    return Dataset(name, x, as_labels(labels, count, path), class_names(schema))
+    return Dataset(name, x, as_labels(labels, count, path), class_names(schema, schema.names[1]))
 
 
 def pictures_in(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -150,14 +120,14 @@ def integers(column: pa.Array, path: Path) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
-def class_names(schema: pa.Schema) -> tuple[str, ...]:
-    """The class names that Hugging Face keeps in the metadata of a table, or none."""
+def class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
+    """The class names of a column that Hugging Face keeps in the metadata of a table, or none."""
     written = (schema.metadata or {}).get(b"huggingface")
     if written is None:
         return ()
     where = Place("the metadata of a table", "huggingface")
     content = check(parse_json(written, where.file), METADATA, where)
-    feature = content.get("info", {}).get("features", {}).get(schema.names[1])
+    feature = content.get("info", {}).get("features", {}).get(column)
     if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
         return ()
-    return tuple(check(feature, {"names": list[str], ...: Any}, where.inside(schema.names[1]))["names"])
+    return tuple(check(feature, {"names": list[str], ...: Any}, where.inside(column))["names"])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.data import Dataset
+from fewstep.data import Samples
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.files import write_atomically
 from fewstep.hub import native
@@ -33,7 +33,7 @@ from fewstep.training.trainer import Result
 def run_recipe(
     recipe: Recipe,
     teacher: Denoiser,
-    data: Dataset,
+    data: Samples,
     settings: Settings,
     folder: Path | None = None,
     *,

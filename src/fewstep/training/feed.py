@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from torch import Tensor
+import torch
 
 from fewstep.conditions import leaves
-from fewstep.data.dataset import Rows, Samples, Unlabelled, epoch_indices
+from fewstep.data.dataset import Draw, Rows, Samples, Unlabelled, epoch_indices
 from fewstep.denoisers import Denoiser
 from fewstep.randomness import derive_seed
 
@@ -36,18 +36,25 @@ class Feed:
     def read(self, step: int) -> Iterator[dict[str, Rows]]:
         """The rows of each micro-batch of iteration ``step``, by source."""
         if self.step != step:
-            self.ahead = {name: data.feed(self.indices(name, step)) for name, data in self.sources.items()}
+            self.ahead = {name: data.feed(self.draws(name, step)) for name, data in self.sources.items()}
         self.step = step + 1
         for _ in self.mine:
             yield {name: next(rows) for name, rows in self.ahead.items()}
 
-    def indices(self, name: str, step: int) -> Iterator[Tensor]:
-        """The rows that this process reads from iteration ``step`` on, one micro-batch after the other."""
+    def draws(self, name: str, step: int) -> Iterator[Draw]:
+        """What this process reads from iteration ``step`` on, one micro-batch after the other."""
         seed = self.seed if name == MAIN else derive_seed(self.seed, "source", name)
+        n = len(self.sources[name])
         while True:
-            whole = epoch_indices(len(self.sources[name]), step * self.batch, self.batch, seed)
-            yield from (whole.chunk(self.parts)[part] for part in self.mine)
+            first = step * self.batch
+            whole = epoch_indices(n, first, self.batch, seed).chunk(self.parts)
+            epochs = (torch.arange(first, first + self.batch) // n).chunk(self.parts)
+            yield from (Draw(whole[part], epochs[part], seed) for part in self.mine)
             step += 1
+
+    def close(self) -> None:
+        """Read no further, and end the processes that read ahead."""
+        self.ahead, self.step = {}, None
 
 
 def fitted(data: Samples, model: Denoiser) -> Samples:

@@ -499,6 +499,8 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
                     raise Interrupted(f"stopped after {run.steps} steps, {where}", *caught[:1])
         finally:
             bar.close()
+            if run.feed is not None:
+                run.feed.close()
             for output in outputs:
                 output.close()
     return records.lines

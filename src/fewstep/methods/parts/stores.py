@@ -121,5 +121,5 @@ class Pairs(Store):
 def teacher_pairs(start: Start, n: int, steps: int, guidance: float = 1.0) -> Mapping[str, Samples]:
     """``n`` pairs of the stage's teacher under ``guidance``, with the conditions of the data in turn, as a method's
     sources."""
-    cond = start.data.rows(torch.arange(n) % len(start.data)).cond
+    cond = start.data.conditions(torch.arange(n) % len(start.data))
     return {"data": start.store(Pairs(guided(start.model("teacher"), guidance), n, steps, cond))}
