@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep import grids
 from fewstep.flow_maps import EDMConsistency, FlowMap
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.distances import DISTANCES
 from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
 from fewstep.methods.start import Start
@@ -121,6 +121,10 @@ class ConsistencyDistillation(_ConsistencyModel):
         ("LPIPS is not bundled: l2 by default, any distance of the registry by name",
          "learning rate falls linearly to 0 over the budget (the paper's is constant)",
          "sampling uses a power-function average (the paper's average has a fixed decay)"),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "Consistency Models", 2023, "consistency", "teacher or data", "1, 2, 4",
+        "maps every point of a trajectory to its end, distilled or from data alone", page="consistency-models",
     )  # fmt: skip
 
     grid_times: Annotated[int, Least(2), "times of the grid, the paper's N: 18 on CIFAR-10, 40 on ImageNet-64"] = 18

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.teacher_steps import edm_like, guided
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
@@ -155,6 +155,10 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
          "learning rate follows a cosine over the budget (the paper's decays as an inverse square root)",
          "the tangent warm-up is half of the budget (the paper's counts 10k iterations, 2.5 to 10 %)",
          "time weight on its own small embedding"),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "sCM", 2024, "consistency", "teacher or data", "1, 2, 4",
+        "continuous-time consistency made stable: TrigFlow, normalised tangents, warm-up",
     )  # fmt: skip
 
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0

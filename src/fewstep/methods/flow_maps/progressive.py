@@ -21,7 +21,7 @@ from fewstep import grids
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump, ddim_move
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
 from fewstep.methods.parts.teacher_steps import ddim_step, guided
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, NonNegative
@@ -109,6 +109,10 @@ class ProgressiveLadder(Recipe):
 
     name: ClassVar[str] = "pd"
     paper: ClassVar[Paper] = ProgressiveDistillation.paper
+    system: ClassVar[System] = System(
+        "Progressive Distillation", 2022, "flow maps", "teacher, data", "1, 2, 4, ...",
+        "halves the number of DDIM steps, again and again", page="progressive-distillation",
+    )  # fmt: skip
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     start: Annotated[Count, "DDIM steps of the teacher: end, doubled once or more"] = 16

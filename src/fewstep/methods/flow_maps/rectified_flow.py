@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fewstep.data.dataset import Samples
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
 from fewstep.methods.parts.distances import DISTANCES
 from fewstep.methods.parts.stores import teacher_pairs
 from fewstep.methods.start import Start
@@ -53,6 +53,10 @@ class Reflow(Method):
     paper: ClassVar[Paper] = Paper(
         "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow", "2209.03003", "verified",
         ("pairs by Heun steps on a Karras grid instead of adaptive RK45",),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "Rectified Flow", 2022, "flow maps", "data or teacher", "1 and more",
+        "straightens a flow by training it on its own noise-data pairs", page="rectified-flow",
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "model/loss": "falls below the first flow's: the pairs leave less to average over",
@@ -136,6 +140,10 @@ class InstaFlow(Recipe):
 
     name: ClassVar[str] = "instaflow"
     paper: ClassVar[Paper] = ReflowDistillation.paper
+    system: ClassVar[System] = System(
+        "InstaFlow", 2023, "flow maps", "conditional teacher", "1",
+        "conditional reflow, then distillation on the reflowed model's pairs", page="rectified-flow",
+    )  # fmt: skip
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     reflows: Annotated[int, Least(0), "reflow stages before the distillation"] = 1

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewstep.conditions import rows
 from fewstep.denoisers import X0, Cond, NetworkDenoiser
 from fewstep.discrete.heads import Head, SigmoidHead, SoftmaxHead
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
@@ -103,6 +103,10 @@ class AnalogBits(Method):
         ("the network is told the schedule's time, not the signal power alpha^2",
          "warm-up of 100 steps (the paper's counts 10k of 1.5M)",
          "the U-Net and MLP of the library, not TransUNet"),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "Analog Bits", 2022, "solvers", "data", "10-100",
+        "discrete data as real-valued bits, with self-conditioning", real="analog_bits_real",
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "model/loss": "falls quickly, then slowly; it does not reach 0",
