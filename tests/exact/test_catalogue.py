@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.catalogue import Row, markdown, systems, systems_table
+from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -68,3 +69,18 @@ def test_the_import_check_finds_a_wrong_direction(tmp_path: Path) -> None:
     assert [line.split(": ", 1)[1] for line in check(tmp_path)] == [
         "grids must not import fewstep.cli", "sampling must not import fewstep.training",
     ]  # fmt: skip
+
+
+def test_pages_say_what_the_classes_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deviations, healthy runs and the table of methods are written by tools/make_docs.py, and every page of a method
+    that works has its sections."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    fill = import_module("page_sections").fill
+    for page in [ROOT / "README.md", *(ROOT / "docs" / "systems").glob("*.md")]:
+        assert fill(page.read_text()) == page.read_text(), f"{page}: run tools/make_docs.py"
+    for name, place in RECIPES.items():
+        cls = recipe_class(name)
+        rows = [row for row in systems() if row.cls == place.removeprefix("fewstep.") or row.cls == place]
+        if rows and cls.paper.deviations:
+            page = (ROOT / str(rows[0].docs_page)).read_text()
+            assert f"<!-- deviations: {name} -->" in page and "<!-- healthy: " in page, (name, rows[0].docs_page)
