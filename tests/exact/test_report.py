@@ -460,23 +460,14 @@ def with_frechet(compared: Comparison, *found: tuple[str, int, float, float]) ->
     for model, calls, value, error in found:
         quality = dataclasses.replace(compared.rows[0].quality, frechet=Estimate(value, error))
         role = "teacher" if model == "teacher" else "student"
-        rows.append(
-            dataclasses.replace(
-                compared.rows[0],
-                model=model,
-                role=role,
-                steps=calls,
-                calls=calls,
-                quality=quality,
-                seconds=float(calls),
-            )
-        )
+        changed = {"model": model, "role": role, "steps": calls, "calls": calls, "seconds": float(calls)}
+        rows.append(dataclasses.replace(compared.rows[0], quality=quality, **changed))
     return dataclasses.replace(compared, rows=tuple(rows))
 
 
 def test_the_headline_takes_the_cheapest_teacher_that_is_good_enough(compared: Comparison) -> None:
-    """Eight calls are within one standard error of the best, so sixteen are nothing to be compared with; four do as well
-    as the student, to within the error of the difference."""
+    """Eight calls are within one standard error of the best, so sixteen are nothing to be compared with; four do as
+    well as the student, to within the error of the difference."""
     shown = with_frechet(
         compared, ("teacher", 1, 10.0, 0.5), ("teacher", 4, 2.0, 0.3), ("teacher", 8, 0.9, 0.2),
         ("teacher", 16, 1.17, 0.2), ("teacher", 32, 0.8, 0.2), ("s", 1, 1.8, 0.2),
