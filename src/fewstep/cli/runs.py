@@ -31,11 +31,12 @@ from fewstep.hub import native
 from fewstep.methods.method import Recipe
 from fewstep.sampling.search import half_level
 from fewstep.schemas import read_records
+from fewstep.training.nonfinite import NonFiniteError
 from fewstep.training.precision import resolve
 from fewstep.training.progress import LOGGED
 from fewstep.training.settings import Settings
 from fewstep.training.stages import run_recipe
-from fewstep.training.trainer import Interrupted, NonFiniteError, Result
+from fewstep.training.trainer import Interrupted, Result
 
 
 def main_process() -> bool:
