@@ -480,3 +480,16 @@ def test_clipping_without_looking_is_clipping(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(module, "waits", lambda device: True)
     blind = train(Ill(at=()), teacher(), points(), SETTINGS, show=False)
     assert largest(weights(looked), weights(blind)) < 1e-14
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_gradients_below_the_bound_are_left_alone(waiting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm 5: bounded to 1 it is a fifth, bounded to 10 it is the same bit for bit; of mixed types too."""
+    monkeypatch.setattr(nonfinite, "waits", lambda device: waiting)
+    for bound, factor in ((1.0, 0.2), (10.0, 1.0)):
+        gradients = [torch.tensor([3.0]), torch.tensor([0.0, 4.0], dtype=torch.float64)]
+        nonfinite.clip_norm(gradients, torch.tensor(5.0), bound)
+        assert gradients[0].tolist() == pytest.approx([3 * factor], rel=1e-6)
+        assert gradients[1].tolist() == pytest.approx([0.0, 4 * factor], rel=1e-6)
+        if factor == 1:
+            assert gradients[0].tolist() == [3.0] and gradients[1].tolist() == [0.0, 4.0]

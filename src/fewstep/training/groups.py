@@ -146,10 +146,10 @@ class Groups:
 
     def allocate_moments(self) -> None:
         """Give the optimisers the state that a checkpoint is read into, by a step that loading undoes."""
-        for group, optimiser in self.optimizers.items():
+        for group, optimizer in self.optimizers.items():
             for parameter in self.parameters[group]:
                 parameter.grad = torch.zeros_like(parameter)
-            optimiser.step()
+            optimizer.step()
         self.forget_gradients()
 
 

@@ -1,6 +1,6 @@
 """The trainer: everything a method must not know.
 
-Devices, precision, optimisers, accumulation, averages, exact resume, budgets, records, signals and processes.  A
+Devices, precision, optimizers, accumulation, averages, exact resume, budgets, records, signals and processes.  A
 method is a generator of updates; the trainer drives one generator per micro-batch in lock step, runs each loss
 backward as soon as it is yielded (so that one graph lives at a time), averages gradients over micro-batches and
 processes, and steps the group that the update names.
@@ -63,7 +63,7 @@ class Result:
 
 
 class Run(Groups):
-    """One training run in memory: networks, optimisers, averages and counters."""
+    """One training run in memory: networks, optimizers, averages and counters."""
 
     def __init__(self, method: Method, nets: Networks, settings: Settings, parallel: Parallel) -> None:
         parts = settings.accumulate * parallel.world
@@ -153,8 +153,8 @@ class Run(Groups):
         tensors: dict[str, Tensor] = {}
         for name in self.kept():
             tensors |= checkpoint.module_tensors(name, self.nets.get_submodule(name))
-        for name, optimiser in self.optimizers.items():
-            tensors |= checkpoint.optimizer_tensors(name, optimiser)
+        for name, optimizer in self.optimizers.items():
+            tensors |= checkpoint.optimizer_tensors(name, optimizer)
         for name, averages in self.averages.items():
             for i, average in enumerate(averages):
                 tensors |= {f"average/{name}/{i}/{j}": w for j, w in enumerate(average.weights)}
@@ -191,8 +191,8 @@ class Run(Groups):
         tensors = saved.tensors(self.state())
         for name in self.kept():
             checkpoint.load_module(name, self.nets.get_submodule(name), tensors)
-        for name, optimiser in self.optimizers.items():
-            checkpoint.load_optimizer(name, optimiser, tensors)
+        for name, optimizer in self.optimizers.items():
+            checkpoint.load_optimizer(name, optimizer, tensors)
         for name, averages in self.averages.items():
             for i, average in enumerate(averages):
                 average.updates = counters["averages"][name][i]

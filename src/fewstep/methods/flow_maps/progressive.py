@@ -76,8 +76,8 @@ class ProgressiveDistillation(Method):
 
     def networks(self, teacher: Denoiser) -> Networks:
         student = Jump(copy_of(teacher))
-        optimiser = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
-        return Networks({"student": student, "teacher": teacher}, {"student": optimiser})
+        optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
+        return Networks({"student": student, "teacher": teacher}, {"student": optimizer})
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         schedule, rng = nets.teacher.schedule, batch.rng

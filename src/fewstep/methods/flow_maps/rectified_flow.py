@@ -75,8 +75,8 @@ class Reflow(Method):
         return teacher_pairs(self, teacher, data, seed, show)
 
     def networks(self, teacher: Denoiser) -> Networks:
-        optimiser = Optimizer(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
-        return Networks({"model": copy_of(teacher).on(STRAIGHT)}, {"model": optimiser}, ema=("model",))
+        optimizer = Optimizer(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        return Networks({"model": copy_of(teacher).on(STRAIGHT)}, {"model": optimizer}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         if batch.noise is None:
@@ -120,8 +120,8 @@ class ReflowDistillation(Method):
 
     def networks(self, teacher: Denoiser) -> Networks:
         student = Jump(copy_of(teacher).on(STRAIGHT))
-        optimiser = Optimizer(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
-        return Networks({"student": student}, {"student": optimiser}, ema=("student",))
+        optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        return Networks({"student": student}, {"student": optimizer}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         if batch.noise is None:

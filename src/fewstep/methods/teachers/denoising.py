@@ -41,10 +41,10 @@ class Denoising(Method):
         return LogNormal(self.noise_mean, self.noise_std)
 
     def networks(self, teacher: Denoiser) -> Networks:
-        optimiser = Optimizer(
+        optimizer = Optimizer(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
-        return Networks({"model": copy_of(teacher)}, {"model": optimiser}, ema=("model",))
+        return Networks({"model": copy_of(teacher)}, {"model": optimizer}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         t = self.times().draw(nets.model.schedule, len(batch.x), batch.rng)

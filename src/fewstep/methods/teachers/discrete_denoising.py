@@ -72,11 +72,11 @@ class DiscreteDenoising(Method):
     def networks(self, teacher: Any) -> Networks:
         if not isinstance(teacher, NetworkDiscreteDenoiser):
             raise ValueError(f"{self.name} trains a network on a discrete chain, not a {type(teacher).__name__}")
-        optimiser = Optimizer(
+        optimizer = Optimizer(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
         model: Any = copy_of(teacher)  # type: ignore[arg-type]
-        return Networks({"model": model}, {"model": optimiser}, ema=("model",))
+        return Networks({"model": model}, {"model": optimizer}, ema=("model",))
 
     def loss(self, model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return cross_entropy(model, x0, x, t, cond)
