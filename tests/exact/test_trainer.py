@@ -32,10 +32,12 @@ from fewstep.training import precision
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import OneFile
 from fewstep.training.interruptions import only_run_in
+from fewstep.training.nonfinite import NonFiniteError
 from fewstep.training.profiles import HalfLife, Power
 from fewstep.training.progress import Records
+from fewstep.training.settings import Settings
 from fewstep.training.snapshots import reconstruct_model
-from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settings, train
+from fewstep.training.trainer import Interrupted, Result, train
 
 METHODS: dict[str, Method] = {
     "denoising": Denoising(lr=1e-2),

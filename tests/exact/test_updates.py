@@ -25,7 +25,7 @@ from fewstep.methods.parts.balance import balance
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP
 from fewstep.schedules import EDM
-from fewstep.training import nonfinite, trainer
+from fewstep.training import groups, nonfinite
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import OneFile
 from fewstep.training.nonfinite import NonFiniteError
@@ -423,7 +423,7 @@ def test_too_many_steps_without_numbers_stop_the_run() -> None:
 def test_where_looking_waits_it_is_put_off(log_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the norm is not looked at in the update, and the run stops at the next record, or after 20 steps,
     names step and tensor, and leaves the checkpoint from before."""
-    for module in (nonfinite, trainer):
+    for module in (groups, nonfinite):
         monkeypatch.setattr(module, "waits", lambda device: True)
     settings = replace(SETTINGS, budget=Budget(60), log_steps=log_steps, save_seconds=1e9)
     begun = replace(settings, budget=Budget(3))
@@ -461,7 +461,7 @@ class Reads(TorchDispatchMode):
 def test_an_update_reads_no_number(method: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where looking waits, nothing is read between the method's own steps; where it does not, the norm is."""
     for waiting, most in ((True, 0), (False, math.inf)):
-        for module in (nonfinite, trainer):
+        for module in (groups, nonfinite):
             monkeypatch.setattr(module, "waits", lambda device, waiting=waiting: waiting)
         run = Run(method, method.networks(teacher()), replace(SETTINGS, accumulate=2), Parallel())
         run.step(points())
@@ -476,7 +476,20 @@ def test_clipping_without_looking_is_clipping(monkeypatch: pytest.MonkeyPatch) -
     """The weights of a run that clips by tensors are those of one that looks at the norm."""
     looked = train(Ill(at=()), teacher(), points(), SETTINGS, show=False)
     assert any(r["model/grad_norm"] > 0.1 for r in looked.records), "nothing was clipped"
-    for module in (nonfinite, trainer):
+    for module in (groups, nonfinite):
         monkeypatch.setattr(module, "waits", lambda device: True)
     blind = train(Ill(at=()), teacher(), points(), SETTINGS, show=False)
     assert largest(weights(looked), weights(blind)) < 1e-14
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_gradients_below_the_bound_are_left_alone(waiting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm 5: bounded to 1 it is a fifth, bounded to 10 it is the same bit for bit; of mixed types too."""
+    monkeypatch.setattr(nonfinite, "waits", lambda device: waiting)
+    for bound, factor in ((1.0, 0.2), (10.0, 1.0)):
+        gradients = [torch.tensor([3.0]), torch.tensor([0.0, 4.0], dtype=torch.float64)]
+        nonfinite.clip_norm(gradients, torch.tensor(5.0), bound)
+        assert gradients[0].tolist() == pytest.approx([3 * factor], rel=1e-6)
+        assert gradients[1].tolist() == pytest.approx([0.0, 4 * factor], rel=1e-6)
+        if factor == 1:
+            assert gradients[0].tolist() == [3.0] and gradients[1].tolist() == [0.0, 4.0]

@@ -131,8 +131,8 @@ def memory(run: Run) -> str:
     gradients = sum(tensor_bytes(p) for p in run.nets.parameters() if p.requires_grad)
     moments = sum(
         tensor_bytes(value)
-        for optimiser in run.optimizers.values()
-        for state in optimiser.state.values()
+        for optimizer in run.optimizers.values()
+        for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )

@@ -55,7 +55,7 @@ def consistency_tangent(
     return f_minus, g
 
 
-def normalise(g: Tensor, c: float) -> Tensor:
+def normalize(g: Tensor, c: float) -> Tensor:
     """``G / (||G|| + c)``, the norm over the whole sample."""
     norm = torch.linalg.vector_norm(g.flatten(1), dim=1)
     return g / align(norm + c, g)
@@ -131,7 +131,7 @@ class _ContinuousConsistency(Method):
             f_minus, g = consistency_tangent(denoiser, x_t, t, v, batch.cond, r)
         f = denoiser.velocity(x_t, t, batch.cond) / self.sigma_data
         w = nets.weight(t)
-        error = (f - f_minus - normalise(g, self.c)).square().flatten(1)
+        error = (f - f_minus - normalize(g, self.c)).square().flatten(1)
         loss = (w.exp() * error.mean(1) - w).mean()
         norm = torch.linalg.vector_norm(g.flatten(1), dim=1).mean()
         yield Update("student", loss, {"tangent_norm": norm, "warmup": r})

@@ -81,8 +81,8 @@ class ProgressiveDistillation(Method):
     def networks(self, start: Start) -> Networks:
         teacher = start.model("teacher")
         student = Jump(start.network("student", on=teacher.schedule))
-        optimiser = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
-        return Networks({"student": student, "teacher": teacher}, {"student": optimiser})
+        optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
+        return Networks({"student": student, "teacher": teacher}, {"student": optimizer})
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         schedule, rng = nets.teacher.schedule, batch.rng

@@ -71,8 +71,8 @@ class Reflow(Method):
         return teacher_pairs(start, self.pairs, self.ode_steps, self.guidance)
 
     def networks(self, start: Start) -> Networks:
-        optimiser = Optimizer(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
-        return Networks({"model": start.network("teacher", on=STRAIGHT)}, {"model": optimiser}, ema=("model",))
+        optimizer = Optimizer(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        return Networks({"model": start.network("teacher", on=STRAIGHT)}, {"model": optimizer}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         x, z = batch.x, batch.column("noise")
@@ -119,8 +119,8 @@ class ReflowDistillation(Method):
 
     def networks(self, start: Start) -> Networks:
         student = Jump(start.network("student", on=STRAIGHT))
-        optimiser = Optimizer(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
-        return Networks({"student": student}, {"student": optimiser}, ema=("student",))
+        optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        return Networks({"student": student}, {"student": optimizer}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         t = 1 - batch.rng.integers(len(batch.x), 0, self.steps).double() / self.steps

@@ -129,8 +129,8 @@ class AnalogBits(Method):
         if not isinstance(teacher, NetworkDenoiser):
             raise ValueError(f"{self.name} trains a network, got a {type(teacher).__name__}")
         model = with_second_input(teacher) if self.self_conditioning else start.network("teacher")
-        optimiser = Optimizer(("model",), self.lr, clip=1.0, warmup=self.warmup)
-        return Networks({"model": model}, {"model": optimiser}, ema=("model",))
+        optimizer = Optimizer(("model",), self.lr, clip=1.0, warmup=self.warmup)
+        return Networks({"model": model}, {"model": optimizer}, ema=("model",))
 
     def estimate(self, model: NetworkDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor | None:
         """What every sample is given beside its state, without a graph: its own clipped prediction for the first share,
