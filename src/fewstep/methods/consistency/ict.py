@@ -44,11 +44,10 @@ def interval_probabilities(levels: Tensor, mean: float, std: float) -> Tensor:
 class ImprovedConsistencyTraining(Method):
     """Consistency training without a teacher; the model that it is given only lends its network and first weights.
 
-    ``s0`` and ``s1`` are the intervals of the grid at the start and at the end; ``noise_mean`` and ``noise_std`` are of
-    the log of the noise levels that training looks at; ``second_level`` is the noise level of the second call of
-    two-step sampling (0.821 on CIFAR-10, 1.526 on ImageNet-64); ``sigma_data`` enters the boundary coefficients;
-    ``beta2`` is the decay of the optimiser's second moment: gradients double with the grid, so that it must forget
-    faster (0.98) where a phase lasts only hundreds of steps.
+    ``s0`` is the number of intervals of the grid at the start, ``s1`` the one at the end; ``second_level`` is the noise
+    level of the second call of two-step sampling (0.821 on CIFAR-10, 1.526 on ImageNet-64); ``sigma_data`` enters the
+    boundary coefficients; ``beta2`` is the decay of the optimiser's second moment: gradients double with the grid, so
+    that it must forget faster (0.98) where a phase lasts only hundreds of steps.
     """
 
     name: ClassVar[str] = "ict"
@@ -65,6 +64,7 @@ class ImprovedConsistencyTraining(Method):
         "student/loss": "changes in steps, because the grid is doubled; it measures agreement between neighbours over "
         "their distance, not quality",
         "student/scales": "11, 21, 41, .., doubled in equal phases",
+        "student/grad_norm": "doubles with the grid; where it does so faster than the optimiser forgets, lower beta2",
     }
 
     lr: float = 1e-4

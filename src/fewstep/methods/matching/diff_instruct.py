@@ -25,10 +25,7 @@ from fewstep.methods.parts.times import LogNormal
 
 @dataclass(frozen=True)
 class DiffInstruct(OneStep):
-    """Integral KL divergence between the noised laws, from a teacher alone.
-
-    ``noise_mean`` and ``noise_std`` are of the log of the noise levels that the student's loss looks at.
-    """
+    """Integral KL divergence between the noised laws, from a teacher alone."""
 
     name: ClassVar[str] = "diff-instruct"
     paper: ClassVar[Paper] = Paper(
