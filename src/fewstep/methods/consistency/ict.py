@@ -67,6 +67,7 @@ class ImprovedConsistencyTraining(Method):
         "student/loss": "changes in steps, because the grid is doubled; it measures agreement between neighbours over "
         "their distance, not quality",
         "student/scales": "11, 21, 41, .., doubled in equal phases",
+        "student/grad_norm": "doubles with the grid; where it does so faster than the optimiser forgets, lower beta2",
     }
 
     roles: ClassVar[tuple[str, ...]] = ("student",)
