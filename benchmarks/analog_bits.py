@@ -36,6 +36,7 @@ from fewstep.grids import to_data, uniform
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.analog_bits import AnalogBits, SigmoidAnalogBits, SoftmaxAnalogBits
 from fewstep.metrics import Evaluator, load_features
+from fewstep.models import model_of
 from fewstep.networks import UNet
 from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling import SOLVERS, Solver, solve
@@ -130,9 +131,7 @@ class Digits:
             net = self.network(method)
         model = NetworkDenoiser(net, COSINE, X0(), self.bits.shape, 10)
         settings = Settings(Budget(steps), batch=64, seed=seed, precision="fp32")
-        made = train(method, Start(model, self.bits), settings, show=False).model
-        assert isinstance(made, NetworkDenoiser)
-        return made
+        return model_of(train(method, Start(model, self.bits), settings, show=False).model).teacher()
 
     def network(self, method: AnalogBits) -> torch.nn.Module:
         return small_unet(self.bits.shape, self.bits.shape[0])
@@ -230,8 +229,7 @@ class Captioning:
             net = Lookup(Captioner((channels, length)), self.train.pictures)
         model = NetworkDenoiser(net, COSINE, X0(), self.bits.shape, len(self.train.pictures))
         settings = Settings(Budget(steps), batch=64, seed=seed, precision="fp32")
-        made = train(method, Start(model, self.bits), settings, show=False).model
-        assert isinstance(made, NetworkDenoiser)
+        made = model_of(train(method, Start(model, self.bits), settings, show=False).model).teacher()
         return NetworkDenoiser(made.net.net, COSINE, X0(), self.bits.shape)  # told pictures, not their numbers
 
     @torch.no_grad()

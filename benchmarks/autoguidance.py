@@ -36,7 +36,7 @@ from fewstep.sampling import sample
 from fewstep.schedules import TrigFlow
 from fewstep.training.autoguidance import autoguided, denoiser_of, moments, search
 from fewstep.training.budget import Budget
-from fewstep.training.ema import Power
+from fewstep.training.profiles import Power
 from fewstep.training.snapshots import reconstruct_model
 from fewstep.training.trainer import Settings
 

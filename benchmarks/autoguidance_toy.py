@@ -30,7 +30,8 @@ from fewstep.grids import karras
 from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling import sample
 from fewstep.schedules import EDM, as_time
-from fewstep.training.ema import Average, Power
+from fewstep.training.ema import Average
+from fewstep.training.profiles import Power
 
 SCHEDULE = EDM(t_min=0.002, t_max=5.0)
 SIGMA_DATA = 0.5

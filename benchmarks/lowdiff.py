@@ -37,6 +37,7 @@ from fewstep.methods.method import Method
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.methods.teachers.lowdiff import LowDiff
 from fewstep.metrics import Evaluator, load_features
+from fewstep.models import model_of
 from fewstep.networks import CascadeUNet, UNet
 from fewstep.randomness import derive_seed
 from fewstep.report.pictures import sheet
@@ -125,8 +126,7 @@ def trained(data: Dataset, seed: int, steps: int, runs: Path) -> tuple[Cascade, 
         begun = time.process_time()
         result = run_recipe(method, start, data, settings, runs / f"{method.name}-{seed}-{count}", show=False)
         print(f"seed {seed}: {method.name}, {count} iterations, {time.process_time() - begun:.0f} s of processor time")
-        assert isinstance(result.model, NetworkDenoiser)
-        return result.model
+        return model_of(result.model).teacher()
 
     law = {"lr": 2e-3, "noise_mean": -0.5, "noise_std": 1.5}
     start = model(CascadeUNet)

@@ -58,16 +58,17 @@ def draw_world(rng: Rng, schedule: Schedule) -> tuple[str, GaussianMixture]:
     The modes are .15 to .5 wide and their centres .4 to 3 apart from the mean, per coordinate (root mean square);
     in many dimensions modes that far apart are decided at once, so the distance falls with the dimension.
     """
-    d = int(2 ** rng.uniform(1, 0, 6.01))
-    k = int(rng.uniform(1, 2, 13))
-    width, distance = float(rng.uniform(1, math.log(0.15), math.log(0.5)).exp()), float(rng.uniform(1, -0.9, 1.1).exp())
+    d = int(2 ** rng.uniform(1, low=0, high=6.01))
+    k = int(rng.uniform(1, low=2, high=13))
+    width = float(rng.uniform(1, low=math.log(0.15), high=math.log(0.5)).exp())
+    distance = float(rng.uniform(1, low=-0.9, high=1.1).exp())
     distance /= d**0.15
     means = rng.normal(k, d, dtype=torch.float64)
     means = means - means.mean(0)
     means *= distance / means.square().mean().sqrt()
     mix = rng.normal(k, d * d, dtype=torch.float64).view(k, d, d) / math.sqrt(d)
     covariances = width**2 * (mix @ mix.mT + torch.eye(d, dtype=torch.float64)) / 2
-    weights = rng.uniform(k, 0.5, 2.0)
+    weights = rng.uniform(k, low=0.5, high=2.0)
     classes = [min(i, 3) for i in range(k)]
     return f"{d}-d, {k} modes {distance:.2f} apart, {width:.2f} wide", GaussianMixture(
         schedule, weights, means, covariances, classes
@@ -84,7 +85,7 @@ def draw_problems(count: int, seed: str, guided: bool) -> Iterator[Problem]:
         name, world = draw_world(rng, schedule)
         noise = rng.normal(N, *world.shape, dtype=torch.float64)
         if guided:
-            scale = float(rng.uniform(1, math.log(1.5), math.log(8)).exp())
+            scale = float(rng.uniform(1, low=math.log(1.5), high=math.log(8)).exp())
             cond = torch.arange(N) % (world.classes or 1)
             yield guided_problem(f"{name}, guided at {scale:.1f}", family, world, noise, cond, scale)
         else:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 IDEAS = {
     "files", "digests", "schemas", "conditions", "schedules", "grids", "denoisers", "flow_maps", "generators",
-    "tangents", "randomness", "values", "exact",
+    "tangents", "randomness", "ranges", "values", "exact",
 }  # fmt: skip
 BELOW_METHODS = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}
-BELOW_TRAINING = BELOW_METHODS | {"methods", "hub"}
+BELOW_TRAINING = BELOW_METHODS | {"methods", "models", "hub"}
 
 #: part -> what it may import.  The top may import everything.
 ALLOWED: dict[str, set[str]] = {
@@ -28,8 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "data": IDEAS,
     "discrete": IDEAS | {"sampling", "networks", "data"},
     "metrics": IDEAS | {"sampling", "data", "discrete"},
-    "methods": BELOW_METHODS,
-    "hub": IDEAS | {"sampling", "networks", "discrete"},
+    "methods": BELOW_METHODS | {"models"},
+    "models": IDEAS | {"sampling", "networks", "discrete"},
+    "hub": IDEAS | {"sampling", "networks", "discrete", "models"},
     "training": BELOW_TRAINING,
     "runs": BELOW_TRAINING | {"training"},
     "report": BELOW_TRAINING | {"metrics"},

@@ -24,7 +24,7 @@ from fewstep.runs.course import run_recipe
 from fewstep.runs.record import Record, data_source, model_source, record_of
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
-from fewstep.training.trainer import Settings
+from fewstep.training.settings import Settings
 
 if TYPE_CHECKING:
     from fewstep.report import Comparison
@@ -62,7 +62,7 @@ def distill(
     as ``fewstep distill`` records it, and the same call or command resumes it; a folder with another run is refused.
     ``student`` is where the student's weights start, a model of any architecture that makes the same samples;
     ``guide`` and ``reward`` are for methods that use them.  ``settings`` are further fields of
-    :class:`~fewstep.training.trainer.Settings`.
+    :class:`~fewstep.training.settings.Settings`.
     """
     named = {"teacher": teacher, "student": student, "guide": guide, "reward": reward}
     asked = {role: model for role, model in named.items() if model is not None}

@@ -12,19 +12,19 @@ held) and ``"all"``.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond, without
+from fewstep.ranges import Positive
 from fewstep.schedules import Schedule, align, as_time
-from fewstep.values import real
+from fewstep.values import check_ranges, real
 
 GradientMode = Literal["none", "input", "all"]
 #: A larger weight is a slip: already this one leaves float16.
@@ -66,12 +66,10 @@ class Prediction(ABC):
 
     portable: ClassVar[bool] = False
 
-    time_scale: float = 1.0
+    time_scale: Annotated[Positive, "factor on the time that the network sees"] = 1.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{type(self).__name__}: {name}={value} must be positive and finite")
+        check_ranges(self)
 
     @abstractmethod
     def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +130,7 @@ class EDMPrediction(Prediction):
 
     portable: ClassVar[bool] = True
 
-    sigma_data: float = 0.5
+    sigma_data: Annotated[Positive, "standard deviation of the data"] = 0.5
 
     def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -153,7 +151,7 @@ class TrigPrediction(Prediction):
 
     portable: ClassVar[bool] = True
 
-    sigma_data: float = 0.5
+    sigma_data: Annotated[Positive, "standard deviation of the data"] = 0.5
 
     def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)

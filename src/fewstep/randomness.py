@@ -52,8 +52,19 @@ class Rng:
         rng.generator = generator
         return rng
 
+    def stream(self, name: str) -> Rng:
+        """An independent source of the same part, known by its name: what is drawn from it does not depend on what was
+        drawn here before, nor the other way round.  The same name gives the same draws again."""
+        seed = derive_seed(self.generator.initial_seed(), "stream", name)
+        rng = Rng(part=self.part, parts=self.parts, device=self.device)
+        rng.generator = torch.Generator(self.generator.device).manual_seed(seed)
+        return rng
+
     def _mine(self, drawn: Tensor) -> Tensor:
-        return drawn.chunk(self.parts)[self.part].to(self.device) if self.parts > 1 else drawn.to(self.device)
+        mine = drawn.chunk(self.parts)[self.part] if self.parts > 1 else drawn
+        if self.device.type == "cuda" and mine.device.type == "cpu":
+            return mine.pin_memory().to(self.device, non_blocking=True)  # a plain copy waits for the device
+        return mine.to(self.device)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal of this part's ``shape`` (leading dimension = samples of this part)."""
@@ -70,11 +81,21 @@ class Rng:
         whatever the stretch (a Brownian path is one that remembers)."""
         return self.normal_like(x)
 
-    def uniform(self, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """``n`` float64 numbers in ``[low, high)``, one per sample of this part."""
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """float64 numbers in ``[low, high)`` of this part's ``shape`` (leading dimension = samples of this part)."""
+        n, *rest = shape
         where = self.generator.device
-        u = torch.rand(n * self.parts, generator=self.generator, dtype=torch.float64, device=where)
+        u = torch.rand(n * self.parts, *rest, generator=self.generator, dtype=torch.float64, device=where)
         return self._mine(low + (high - low) * u)
+
+    def choice(self, n: int, weights: Sequence[float] | Tensor) -> Tensor:
+        """``n`` int64 indices into ``weights``, one per sample of this part, each as probable as its weight is large.
+
+        ValueError for weights that are negative, not finite or all 0.
+        """
+        edges = cumulative(weights)
+        u = self.uniform(n).to(edges.device) * edges[-1]
+        return torch.searchsorted(edges, u, right=True).clamp_max(last_possible(edges)).to(self.device)
 
     def integers(self, n: int, low: int, high: int) -> Tensor:
         """``n`` integers in ``[low, high)``, one per sample of this part."""
@@ -85,9 +106,28 @@ class Rng:
         """One integer in ``[low, high)``, the same for every part."""
         return int(torch.randint(low, high, (1,), generator=self.generator, device=self.generator.device))
 
+    def shared_choice(self, weights: Sequence[float] | Tensor) -> int:
+        """One index into ``weights``, the same for every part."""
+        edges = cumulative(weights)
+        u = self.shared_integer(0, 2**53) / 2**53 * edges[-1]
+        return min(int((u >= edges).sum()), last_possible(edges))
+
     def shuffled(self, n: int) -> Tensor:
         """A permutation of ``n``, the same for every part."""
         return torch.randperm(n, generator=self.generator, device=self.generator.device)
+
+
+def cumulative(weights: Sequence[float] | Tensor) -> Tensor:
+    """The running sums of weights, float64; ValueError when they are no weights."""
+    w = torch.as_tensor(weights, dtype=torch.float64)
+    if w.ndim != 1 or not bool((w >= 0).all()) or not bool(w.isfinite().all()) or not bool(w.any()):
+        raise ValueError(f"weights={w.tolist()} must be a list of numbers, none negative and not all 0")
+    return w.cumsum(0)
+
+
+def last_possible(edges: Tensor) -> int:
+    """The last index with a weight: where a draw lands that rounding puts on the upper edge."""
+    return int((edges < edges[-1]).sum())
 
 
 class PerSample:

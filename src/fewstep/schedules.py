@@ -17,10 +17,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from fewstep.ranges import Least, Positive
+from fewstep.values import check_ranges
+
+Earliest = Annotated[float, Least(0), "least time (nearly data)"]
+Latest = Annotated[float, Least(0), "greatest time (noise)"]
+
+#: The angle at which noise is 160 times the data, EDM's 80 at sigma_data = 0.5.
+TRIG_LATEST = math.atan(160.0)
 
 #: Half-log-SNRs are kept inside +-LOG_SNR_BOUND, so that a time of pure noise or pure data still has a finite one.
 LOG_SNR_BOUND = 20.0
@@ -66,8 +75,8 @@ class Schedule(ABC):
     (forward and backward).
     """
 
-    t_min: float
-    t_max: float
+    t_min: Earliest
+    t_max: Latest
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.t_min) and math.isfinite(self.t_max) and 0 <= self.t_min < self.t_max):
@@ -75,6 +84,7 @@ class Schedule(ABC):
                 f"{type(self).__name__}: t_min={self.t_min} and t_max={self.t_max} must be finite with "
                 "0 <= t_min < t_max"
             )
+        check_ranges(self)
 
     @cached_property
     def data_time(self) -> float:
@@ -158,10 +168,10 @@ class Schedule(ABC):
 class VPLinear(Schedule):
     """Variance-preserving with ``beta(t) = beta_min + t (beta_max - beta_min)`` (Song et al. 2021, eq. 32)."""
 
-    t_min: float = 1e-3
-    t_max: float = 1.0
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    t_min: Earliest = 1e-3
+    t_max: Latest = 1.0
+    beta_min: Annotated[Positive, "beta at time 0"] = 0.1
+    beta_max: Annotated[Positive, "beta at time 1"] = 20.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,9 +209,9 @@ class VPCosine(Schedule):
     The end angles are set by the half-log-SNR at the two ends (Salimans & Ho 2022 use +-10, a log-SNR of +-20).
     """
 
-    t_min: float = 0.0
-    t_max: float = 1.0
-    log_snr_max: float = 10.0
+    t_min: Earliest = 0.0
+    t_max: Latest = 1.0
+    log_snr_max: Annotated[Positive, "half the log-SNR at t_min, at most 20"] = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -241,8 +251,8 @@ class VPCosine(Schedule):
 class EDM(Schedule):
     """Variance-exploding with time = noise level: ``alpha = 1``, ``sigma = t`` (Karras et al. 2022)."""
 
-    t_min: float = 0.002
-    t_max: float = 80.0
+    t_min: Earliest = 0.002
+    t_max: Latest = 80.0
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -267,8 +277,8 @@ class EDM(Schedule):
 class FlowMatching(Schedule):
     """Straight lines: ``alpha = 1 - t``, ``sigma = t``; t = 1 is noise (rectified flow, flow matching)."""
 
-    t_min: float = 0.0
-    t_max: float = 1.0
+    t_min: Earliest = 0.0
+    t_max: Latest = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -299,14 +309,14 @@ class ShiftedFlow(Schedule):
     The levels are those of :class:`FlowMatching`, so a model of either is one of the other, with ``.on(schedule)``.
     """
 
-    t_min: float = 0.0
-    t_max: float = 1.0
-    shift: float = 3.0
+    t_min: Earliest = 0.0
+    t_max: Latest = 1.0
+    shift: Annotated[Positive, "shift k of the time; above 1 more of it is spent in noise"] = 3.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.shift < math.inf or self.t_max > 1:
-            raise ValueError(f"ShiftedFlow: need shift > 0 and t_max <= 1, got {self.shift} and {self.t_max}")
+        if self.t_max > 1:
+            raise ValueError(f"ShiftedFlow: t_max={self.t_max} must be at most 1, pure noise")
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t) / (1 + (self.shift - 1) * t)
@@ -332,14 +342,14 @@ class TrigFlow(Schedule):
     ``t_max`` defaults to ``atan(80 / 0.5)``, the noise level at which EDM starts.
     """
 
-    t_min: float = 0.0
-    t_max: float = math.atan(160.0)
-    sigma_data: float = 0.5
+    t_min: Earliest = 0.0
+    t_max: Latest = TRIG_LATEST
+    sigma_data: Annotated[Positive, "standard deviation of the data"] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sigma_data <= 0 or self.t_max > math.pi / 2:
-            raise ValueError(f"TrigFlow: need sigma_data > 0 and t_max <= pi/2, got {self.sigma_data}, {self.t_max}")
+        if self.t_max > math.pi / 2:
+            raise ValueError(f"TrigFlow: t_max={self.t_max} must be at most pi/2, pure noise")
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.cos(t)
@@ -368,9 +378,9 @@ class DiscreteVP(Schedule):
     coefficients are those of the table exactly.  Derivatives are those of the interpolation.
     """
 
-    alphas_cumprod: tuple[float, ...] = ()
-    t_min: float = 0.0
-    t_max: float = 0.0  # filled in from the table
+    alphas_cumprod: Annotated[tuple[float, ...], "alpha squared at every step"] = ()
+    t_min: Earliest = 0.0
+    t_max: Latest = 0.0  # filled in from the table
 
     linear_betas: ClassVar[tuple[float, float]] = (1e-4, 2e-2)
 

@@ -22,14 +22,13 @@ from fewstep.denoisers import NetworkDenoiser, TrigPrediction
 from fewstep.digests import model_sha256
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
-from fewstep.discrete.learned import LearnedSampler
 from fewstep.hub import native
 from fewstep.methods import RECIPES, recipe_class
+from fewstep.models import model_of
 from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
 from fewstep.report import read_run
 from fewstep.runs import record as records
-from fewstep.sampling import Student
 from fewstep.sampling.search import half_level
 from fewstep.schedules import FlowMatching, TrigFlow
 
@@ -73,13 +72,7 @@ def test_every_method_runs_and_its_recipe_repeats_it_bit_for_bit(method: str, cl
     cli("distill", "--recipe", "first/recipe.json", "--out", "second", "--quiet")
     assert weights(Path("second")) == weights(first)
     assert Path("second/recipe.json").read_bytes() == (first / "recipe.json").read_bytes()
-    model = api.load("first")
-    if isinstance(model, Student | LearnedSampler):
-        samples = model.sample(4)
-    else:
-        x = torch.zeros(2, *model.shape)
-        samples = model(x.long() if method in DISCRETE else x, 0.5)
-    assert bool(torch.isfinite(samples).all())
+    assert bool(torch.isfinite(model_of(api.load("first")).sample(4)).all())
 
 
 def test_a_recipe_records_everything(cli: Cli) -> None:
@@ -335,6 +328,27 @@ def test_train_without_labels(cli: Cli) -> None:
     model = api.load("runs/t")
     assert model.classes is None
     assert model.schedule.sigma_data == model.prediction.sigma_data == 0.7
+
+
+@pytest.mark.parametrize("method", ["cm-training", "ict"])
+def test_train_makes_a_consistency_model_without_a_teacher(method: str, cli: Cli) -> None:
+    """``train --method`` starts consistency training from a fresh network and leaves a student that samples;
+    ``--sigma-data`` sets schedule, prediction and boundary alike, and the recipe repeats the run."""
+    fresh = ("--data", "digits", "--network", "mlp", "--width", "16", "--sigma-data", "0.7", "--method", method)
+    cli("train", "alone", *fresh, *SHORT)
+    model = api.load("runs/alone")
+    assert model.sample(4, torch.arange(4), steps=2).shape == (4, 1, 8, 8)
+    assert model.flow_map.sigma_data == model.flow_map.denoiser.prediction.sigma_data == 0.7
+    recipe = json.loads(Path("runs/alone/recipe.json").read_text())
+    assert recipe["hyper_parameters"]["sigma_data"] == 0.7
+    cli("train", "--recipe", "runs/alone/recipe.json", "--out", "again", "--quiet")
+    assert weights(Path("again")) == weights(Path("runs/alone"))
+
+
+@pytest.mark.parametrize(("method", "network"), [("ict", "unet"), ("lowdiff", "cascade-unet")])
+def test_a_flag_of_model_and_method_is_there_once(method: str, network: str, cli: Cli) -> None:
+    """Help is printed whatever names they share."""
+    cli("train", "--method", method, "--network", network, "--help")
 
 
 def test_the_seed_draws_the_initial_weights(cli: Cli) -> None:

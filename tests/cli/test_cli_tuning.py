@@ -103,7 +103,7 @@ def test_guides_and_intervals(cli: Cli) -> None:
         (("tune-steps", "digits", "--solvers", "unipcc"), "solver='unipcc' is not known"),
         (("tune-steps", "digits", "--grids", "karras:rho"), "'rho' has no value"),
         (("tune-steps", "digits", "--calls", 2, "--solvers", "unipc-3"), "none of the solvers fits"),
-        (("tune-steps", "digits", "--out", "there/x.json"), "in a folder that exists"),
+        (("tune-steps", "digits", "--out", "there/x.json"), "--out there/x.json: the folder there does not exist"),
         (("tune-steps", "digits", "--learn", 0), "--learn 0: minutes, more than 0"),
         (("tune-steps", "digits", "--learn", "--calls", 17), "--calls 17: --learn takes at most 16"),
         (("tune-steps", "digits", "--learn", *RUNGE_KUTTA), "--learn: none of these solvers calls the network once a"),

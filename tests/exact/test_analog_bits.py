@@ -706,7 +706,9 @@ def test_every_loss_trains(method, net):
         optimiser.step()
         losses.append(float(update.loss))
     assert losses[-1] < 0.66 * losses[0], losses
-    assert method.student(nets) is nets.model and "estimate_loss" in update.logs
+    product = method.student(nets)
+    assert product.denoiser is nets.model and product.feedback == SelfConditioning(method.bound)
+    assert "estimate_loss" in update.logs
 
 
 # Digits and captions

@@ -30,7 +30,8 @@ from fewstep.randomness import Rng
 from fewstep.sampling import sample
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPLinear
 from fewstep.training import autoguidance, snapshots
-from fewstep.training.ema import Average, Power
+from fewstep.training.ema import Average
+from fewstep.training.profiles import Power
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

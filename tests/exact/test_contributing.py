@@ -122,9 +122,9 @@ def test_method_trains(installed: Any, tmp_path: Path) -> None:
 
 
 def test_method_has_its_command(installed: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The line in RECIPES is enough for a command with typed flags and help from the docstring."""
+    """The line in RECIPES is enough for a command with typed flags and help from the fields."""
     assert main(["distill", "pair-regression", "--help"]) == 0
-    told = capsys.readouterr().out
-    assert "--ode-steps" in told and "made once, before training" in told and "arXiv 2101.02388" in told
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--ode-steps" in told and "made once before training" in told and "arXiv 2101.02388" in told
     assert main(["distill", "pair-regression", "--teacher", "digits", "--ode-steps", "few"]) == 2
     assert "--ode-steps" in capsys.readouterr().err

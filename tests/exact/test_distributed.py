@@ -21,18 +21,22 @@ from fewstep.denoisers import EDMPrediction, NetworkDenoiser
 from fewstep.files import load_tensors, save_tensors
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.methods.flow_maps.rectified_flow import InstaFlow
 from fewstep.methods.matching.dmd2 import DMD2
-from fewstep.methods.method import Method, Networks, Optimiser
+from fewstep.methods.method import Method, Networks, Optimizer
+from fewstep.methods.parts import stores
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.runs.course import run_recipe
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
-from fewstep.training.ema import Power
 from fewstep.training.parallel import Parallel
+from fewstep.training.profiles import Power
 from fewstep.training.sharding import Sharded
 from fewstep.training.snapshots import read
 from fewstep.training.trainer import Interrupted, Result, Settings, train
 
+RECIPE = InstaFlow(pairs=600, ode_steps=2)
 STEPS, STOP = 6, 3
 #: Steps 0, 2 and 4 move three networks with two optimisers, the others two networks with one.
 ADVERSARIAL = DMD2(steps=2, critic_steps=2, gan_weight=0.1, discriminator_weight=0.1, lr=1e-3, critic_lr=1e-3)
@@ -110,10 +114,28 @@ def process(rank: int, port: int, folder: Path) -> None:
             result = train(method, Start(teacher(name), points(name)), settings(shard), place, show=False)
             if rank == 0:
                 keep(result, place)
+    recipe_in(folder / "recipe", rank)
     (folder / f"features-{rank}").write_text(str(features_error()))
     if rank == 0:
         (folder / "one-error").write_text(refused(folder / "scm-replicated", shard=True))
         (folder / "parts-error").write_text(refused(folder / "scm-sharded", shard=False))
+
+
+def recipe_in(folder: Path, rank: int) -> None:
+    """A recipe of two stages that train on pairs; how many pairs this process has made."""
+    counts: list[int] = []
+    real = stores.solve_heun
+
+    def counted(*given: Any) -> Tensor:
+        counts.append(len(given[1]))
+        return real(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "solve_heun", counted)
+        result = run_recipe(RECIPE, teacher("scm"), points("scm"), settings(), folder, show=False)
+    folder.with_name(f"pairs-{rank}").write_text(json.dumps(counts))
+    if rank == 0:
+        keep(result, folder)
 
 
 def features_error() -> float:
@@ -121,7 +143,7 @@ def features_error() -> float:
     error = 0.0
     for name in METHODS:
         x, t = points(name).x[:8], torch.full((8,), 0.3)
-        nets = Networks({"model": teacher(name)}, {"model": Optimiser(("model",), 1e-3)})
+        nets = Networks({"model": teacher(name)}, {"model": Optimizer(("model",), 1e-3)})
         Sharded(dist.get_rank(), 2).place(nets, torch.device("cpu"))
         cut, whole = nets.model.net.features(x, t), teacher(name).net.features(x, t)
         error = max(error, float((cut - whole).detach().abs().max()))
@@ -230,6 +252,18 @@ def test_snapshots_of_a_sharded_run_are_whole(runs: Path, alone: dict[str, Resul
 def test_features_of_a_sharded_network(runs: Path) -> None:
     """Discriminators read a network's features without its ``forward``: its weights are gathered for that too."""
     assert max(float((runs / f"features-{rank}").read_text()) for rank in (0, 1)) < 1e-6
+
+
+def test_processes_share_the_making_of_pairs(runs: Path) -> None:
+    """Of three batches of pairs one process makes two and the other one, in both stages; the run is that of one
+    process, in one folder with one record."""
+    made = [json.loads((runs / f"pairs-{rank}").read_text()) for rank in (0, 1)]
+    assert made == [[256, 88] * 2, [256] * 2]
+    alone = run_recipe(RECIPE, teacher("scm"), points("scm"), settings(), show=False).model.state_dict()
+    together = load_tensors(runs / "recipe" / "result.safetensors")
+    for key, tensor in alone.items():
+        assert (together[key] - tensor).abs().max() < 1e-4, key
+    assert (runs / "recipe" / "recipe.json").is_file() and (runs / "recipe" / "model" / "config.json").is_file()
 
 
 def test_sharding_needs_several_processes() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.training.ema import Average, HalfLife, Power, Profile, gamma_of, profile_overlap, reconstruct
+from fewstep.training.ema import Average, profile_overlap, reconstruct
+from fewstep.training.profiles import HalfLife, Power, Profile, gamma_of
 
 
 def walk(n: int, size: int = 40, start: float = 0.0) -> list[Tensor]:

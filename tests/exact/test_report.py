@@ -32,6 +32,7 @@ from fewstep.methods.flow_maps.progressive import ProgressiveLadder
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Recipe
 from fewstep.metrics import Estimate, Pixels
+from fewstep.randomness import Rng
 from fewstep.report import Comparison, compare_models, page, plots, read_run, report_runs, words
 from fewstep.report.collect import common
 from fewstep.report.comparison import Row, parts, timed_samples
@@ -227,7 +228,7 @@ def test_commands_repeat_the_run(recipe: Recipe, tmp_path: Path) -> None:
     distill_command.add_arguments(parser, words_[2:])
     chosen = parser.parse_args(words_[2:])
     assert methods.build(recipe.name, given(methods.parameters(recipe.name), chosen)) == recipe
-    assert (chosen.teacher, chosen.data, chosen.budget, chosen.batch, chosen.seed) == (
+    assert (chosen.teacher, chosen.data, str(chosen.budget), chosen.batch, chosen.seed) == (
         "digits",
         "digits",
         "2min",
@@ -247,6 +248,19 @@ def test_commands_repeat_the_run(recipe: Recipe, tmp_path: Path) -> None:
     assert made == (("digits", recipe), {"data": "digits", "budget": "2min", "batch": 32, "seed": 7})
 
 
+def test_training_from_scratch_is_not_shown_as_distillation(tmp_path: Path) -> None:
+    """``fewstep train`` has no line of Python: its model is loaded, and its command is its recipe."""
+    told = {
+        "format": 1, "command": "train", "method": "denoising", "hyper_parameters": {}, "start": {"kind": "denoiser"},
+        "data": {"source": "digits", "sha256": "a" * 64}, "settings": {},
+    }  # fmt: skip
+    (tmp_path / "recipe.json").write_text(json.dumps(told))
+    note = read_note(tmp_path)
+    assert note is not None and note.digests == {"data": "a" * 64}
+    assert note.call("runs/x") == "fs.load('runs/x')  # trained from scratch: fewstep train"
+    assert note.shell("runs/x") == "fewstep train --recipe runs/x/recipe.json"
+
+
 def test_damaged_recipe_names_its_file(tmp_path: Path) -> None:
     """What is wrong with a recipe is one line with the file's name."""
     (tmp_path / "recipe.json").write_text('{"method": "cm"}')
@@ -256,9 +270,9 @@ def test_damaged_recipe_names_its_file(tmp_path: Path) -> None:
 
 def test_every_stage_of_every_recipe_is_known() -> None:
     """Stages that are no recipe of their own, as InstaFlow's last, still tell their signs of health."""
-    assert method_class("reflow-distil").healthy
-    with pytest.raises(ValueError, match="'nothing' is unknown"):
-        method_class("nothing")
+    known = method_class("reflow-distil")
+    assert known is not None and known.healthy
+    assert method_class("nothing") is None
 
 
 def test_one_page_is_of_one_teacher(tmp_path: Path) -> None:
@@ -267,7 +281,7 @@ def test_one_page_is_of_one_teacher(tmp_path: Path) -> None:
         write_stage(tmp_path / name, "cm", [1.0])
         write_recipe(tmp_path / name, ConsistencyDistillation(), teacher)
     runs = [read_run(tmp_path / name) for name in "ab"]
-    assert common(runs[:1], "teacher") == "digits" and common(runs, "data") == "digits"
+    assert common(runs[:1], "teacher") == ["digits"] and common(runs, "data") == ["digits"]
     with pytest.raises(ValueError, match=r"teacher 'digits'.*'fashion'"):
         common(runs, "teacher")
     write_stage(tmp_path / "c", "cm", [1.0])
@@ -342,6 +356,19 @@ def test_json_holds_every_number(compared: Comparison) -> None:
     assert told["n"] == 40 and told["versions"]["fewstep"] == fs.__version__
 
 
+def test_students_without_plans_are_sampled_as_fs_sample_does() -> None:
+    """A denoiser among the students (a reflowed model) is sampled by the default solver, whatever the teacher's is."""
+    found = compare_models(Grey(), [Grey()], pictures(100), 20, teacher_steps=(2,), solver="ddim", features=Pixels())
+    teacher, *rows = found.rows
+    assert [row.steps for row in rows] == [1, 2, 4]
+    for row in rows:
+        plain, _, calls, _ = timed_samples(Grey(), row.steps, 20, 0, None, 100)
+        assert calls == row.calls and torch.equal(row.pictures, plain[:20].clamp(-1, 1))
+    noise = Rng(0, "sample").normal(20, *SHAPE)
+    assert torch.equal(rows[1].pictures, fs.sample(Grey(), 20, steps=2, noise=noise).clamp(-1, 1))
+    assert not torch.equal(rows[1].pictures, teacher.pictures)
+
+
 def test_wrong_shapes_are_refused() -> None:
     """A model of another shape, or something that is no model, is named."""
     data = Dataset("points", torch.zeros(50, 2))
@@ -408,7 +435,7 @@ def test_page_needs_nothing_else(compared: Comparison, tmp_path: Path) -> None:
 
 
 def test_summary_tells_what_was_trained_here(compared: Comparison, tmp_path: Path) -> None:
-    """A student without a run on the page is not said to be trained here; the best of those that were is named."""
+    """What was trained here is crowned, also where a student that was not is better; that one is named beside it."""
     (student,) = (row for row in compared.rows if row.role == "student" and row.calls == 1)
     worse = dataclasses.replace(student.quality, frechet=Estimate(student.quality.frechet.value + 50, 0.5))
     shown = dataclasses.replace(
@@ -417,11 +444,47 @@ def test_summary_tells_what_was_trained_here(compared: Comparison, tmp_path: Pat
     write_stage(tmp_path / "cm", "cm", [1.0])
     run = read_run(tmp_path / "cm")
     text = page.summary(shown, [run])
-    assert "my &lt;student&gt;</b> makes one in <b>one network call</b>" in text
-    assert "Of those trained here, <b>cm</b>, in 2 s, comes to" in text
+    assert "The student <b>cm</b>, trained for 2 s, makes one in <b>one network call</b>" in text
+    assert "<b>my &lt;student&gt;</b>, which was not trained here, comes to" in text
+    assert shown.best() is not None and dataclasses.replace(shown, trained=("cm",)).best().model == "cm"
+    assert "→ cm" in page.html(shown, [run])
     named = dataclasses.replace(run, name="my <student>")
     text = page.summary(shown, [named])
-    assert "my &lt;student&gt;</b>, trained for 2 s, makes one" in text and "Of those trained here" not in text
+    assert "my &lt;student&gt;</b>, trained for 2 s, makes one" in text
+    assert "<b>cm</b>, which was not trained here, comes to" in text
+
+
+def with_frechet(compared: Comparison, *found: tuple[str, int, float, float]) -> Comparison:
+    """A comparison of rows (model, calls, Fréchet distance, its error), the teacher's first."""
+    rows = []
+    for model, calls, value, error in found:
+        quality = dataclasses.replace(compared.rows[0].quality, frechet=Estimate(value, error))
+        role = "teacher" if model == "teacher" else "student"
+        changed = {"model": model, "role": role, "steps": calls, "calls": calls, "seconds": float(calls)}
+        rows.append(dataclasses.replace(compared.rows[0], quality=quality, **changed))
+    return dataclasses.replace(compared, rows=tuple(rows))
+
+
+def test_the_headline_takes_the_cheapest_teacher_that_is_good_enough(compared: Comparison) -> None:
+    """Eight calls are within one standard error of the best, so sixteen are nothing to be compared with; four do as
+    well as the student, to within the error of the difference."""
+    shown = with_frechet(
+        compared, ("teacher", 1, 10.0, 0.5), ("teacher", 4, 2.0, 0.3), ("teacher", 8, 0.9, 0.2),
+        ("teacher", 16, 1.17, 0.2), ("teacher", 32, 0.8, 0.2), ("s", 1, 1.8, 0.2),
+    )  # fmt: skip
+    assert shown.full.calls == 8
+    assert page.headline(shown) == "From 8 network calls to one"
+    text, tiles = page.summary(shown, []), page.tiles(shown)
+    assert "The teacher makes a picture in eight network calls" in text
+    assert "To do as well as this student, the teacher needs four network calls" in text
+    assert "8 → 1" in tiles and "8.0&times; faster" in tiles and "90 %" in tiles and "16" not in tiles
+
+
+def test_a_student_that_is_no_faster_is_not_praised_for_it(compared: Comparison) -> None:
+    """No factor below one, and no headline of fewer calls."""
+    shown = with_frechet(compared, ("teacher", 1, 1.0, 0.2), ("teacher", 2, 0.9, 0.2), ("s", 1, 1.0, 0.2))
+    assert shown.full.calls == 1
+    assert "needs no more calls" in page.headline(shown) and "faster" not in page.tiles(shown)
 
 
 def test_page_needs_the_teacher(compared: Comparison) -> None:

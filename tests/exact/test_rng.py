@@ -8,12 +8,18 @@ import torch
 from fewstep.data.dataset import epoch_indices
 from fewstep.randomness import Rng, derive_seed
 
+#: What version 0.1.0 drew.
+FIRST_UNIFORMS = [0.422536978992178, 1.1509569502695252]
+FIRST_NORMALS = [-0.4102480411529541, -0.538698673248291]
+
 
 def draws(rng: Rng, n: int) -> list[torch.Tensor]:
     """One of every kind of draw, in an order that every part repeats."""
     return [
-        rng.normal(n, 3, 2), rng.uniform(n, -1.0, 2.0), rng.integers(n, 0, 7), rng.normal_like(torch.zeros(n, 5)),
-        rng.normal(n, dtype=torch.float64), torch.tensor([rng.shared_integer(0, 1000)]), rng.shuffled(9),
+        rng.normal(n, 3, 2), rng.uniform(n, low=-1.0, high=2.0), rng.integers(n, 0, 7),
+        rng.normal_like(torch.zeros(n, 5)), rng.normal(n, dtype=torch.float64), rng.uniform(n, 3, 2),
+        rng.choice(n, [1, 0, 3]), rng.stream("other").normal(n, 2),
+        torch.tensor([rng.shared_integer(0, 1000)]), rng.shuffled(9), torch.tensor([rng.shared_choice([1, 2, 3])]),
     ]  # fmt: skip
 
 
@@ -22,9 +28,9 @@ def test_parts_draw_slices_of_the_whole(parts: int) -> None:
     """The parts' draws put together are the draws of one batch; what is shared is the same for all."""
     whole = draws(Rng(1, "step", 5), 12)
     split = [draws(Rng(1, "step", 5, part=p, parts=parts), 12 // parts) for p in range(parts)]
-    for i in range(5):
+    for i in range(8):
         assert torch.equal(torch.cat([s[i] for s in split]), whole[i])
-    for i in (5, 6):
+    for i in (8, 9, 10):
         assert all(torch.equal(s[i], whole[i]) for s in split)
 
 
@@ -49,9 +55,48 @@ def test_the_global_generator_is_not_used() -> None:
 
 def test_ranges() -> None:
     rng = Rng(0)
-    u, k = rng.uniform(10_000, -1.0, 2.0), rng.integers(10_000, 3, 6)
+    u, k = rng.uniform(10_000, low=-1.0, high=2.0), rng.integers(10_000, 3, 6)
     assert u.dtype == torch.float64 and -1 <= float(u.min()) < -0.99 and 1.99 < float(u.max()) < 2
     assert k.unique().tolist() == [3, 4, 5]
+
+
+def test_draws_stay_what_they_were() -> None:
+    """Written down: a recorded run can only be repeated with these numbers."""
+    rng = Rng(7, "step", 3)
+    assert rng.uniform(2, low=-1.0, high=2.0).tolist() == FIRST_UNIFORMS
+    assert rng.normal(2).tolist() == FIRST_NORMALS
+    assert torch.equal(Rng(1).uniform(6), Rng(1).uniform(3, 2).flatten())
+
+
+def test_a_stream_does_not_depend_on_what_was_drawn_before() -> None:
+    """Known by its name: neither draws in front of it nor other streams change it, and it changes nothing here."""
+    fresh, used = Rng(0, "step", 1), Rng(0, "step", 1)
+    used.normal(100)
+    used.stream("times").normal(3)
+    assert torch.equal(fresh.stream("noise").normal(5), used.stream("noise").normal(5))
+    again = Rng(0, "step", 1)
+    again.normal(100)
+    assert torch.equal(again.normal(4), used.normal(4))
+    streams = [Rng(seed, "step", 1).stream(name).normal(4) for seed in (0, 1) for name in ("noise", "times")]
+    streams.append(Rng(0, "step", 1).normal(4))
+    assert len({tuple(s.tolist()) for s in streams}) == 5
+
+
+def test_choices_are_as_frequent_as_their_weights() -> None:
+    """40,000 draws: shares within four standard errors, nothing without a weight, weights need not sum to 1."""
+    weights, n = [2.0, 0.0, 1.0, 5.0, 0.0], 40_000
+    found = Rng(0).choice(n, weights).bincount(minlength=5) / n
+    rng = Rng(1)
+    shared = torch.tensor([rng.shared_choice(weights) for _ in range(4000)]).bincount(minlength=5) / 4000
+    for k, share in enumerate(w / 8 for w in weights):
+        assert abs(float(found[k]) - share) <= 4 * (share * (1 - share) / n) ** 0.5
+        assert abs(float(shared[k]) - share) <= 4 * (share * (1 - share) / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [1.0, -1.0], [float("nan"), 1.0], [[1.0], [2.0]]])
+def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="none negative and not all 0"):
+        Rng(0).choice(3, weights)
 
 
 @pytest.mark.parametrize(("part", "parts"), [(2, 2), (-1, 2), (0, 0)])

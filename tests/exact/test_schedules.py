@@ -163,7 +163,7 @@ def test_as_time_is_float64_per_sample():
         (lambda: FlowMatching(t_min=-0.1), "t_min=-0.1"),
         (lambda: EDM(t_max=math.inf), "finite"),
         (lambda: VPLinear(beta_min=3.0, beta_max=2.0), "beta_min < beta_max"),
-        (lambda: TrigFlow(sigma_data=0.0), "sigma_data > 0"),
+        (lambda: TrigFlow(sigma_data=0.0), "sigma_data=0 must be positive"),
         (lambda: TrigFlow(t_max=1.6), "pi/2"),
         (lambda: DiscreteVP((0.9,)), "at least two"),
         (lambda: DiscreteVP((0.9, 0.9)), "strictly decreasing"),

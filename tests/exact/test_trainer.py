@@ -22,7 +22,7 @@ from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow, Reflow, ReflowDistillation
 from fewstep.methods.matching.dmd2 import DMD2
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Progress, Update
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet
@@ -31,11 +31,13 @@ from fewstep.schedules import EDM
 from fewstep.training import precision
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import OneFile
-from fewstep.training.ema import HalfLife, Power
 from fewstep.training.interruptions import only_run_in
+from fewstep.training.nonfinite import NonFiniteError
+from fewstep.training.profiles import HalfLife, Power
 from fewstep.training.progress import Records
+from fewstep.training.settings import Settings
 from fewstep.training.snapshots import reconstruct_model
-from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settings, train
+from fewstep.training.trainer import Interrupted, Result, train
 
 METHODS: dict[str, Method] = {
     "denoising": Denoising(lr=1e-2),
@@ -384,7 +386,7 @@ def test_weights_that_the_last_step_ruined_are_not_given_back(kept: bool, tmp_pa
 @pytest.mark.parametrize("kind", ["adam", "adamw", "radam"])
 def test_optimisers_equal_the_plain_ones(kind: Any) -> None:
     """Fused and multi-tensor optimisers with clipping and warm-up make the path of PyTorch's per-tensor loop."""
-    spec = Optimiser(("model",), 1e-2, kind=kind, weight_decay=0.1, clip=0.5, warmup=3, decay="cosine")
+    spec = Optimizer(("model",), 1e-2, kind=kind, weight_decay=0.1, clip=0.5, warmup=3, decay="cosine")
 
     @dataclass(frozen=True)
     class Specified(Denoising):
@@ -427,8 +429,8 @@ def test_only_the_group_that_moves_is_touched() -> None:
         run.step(points())
     assert run.averages["student"][0].updates == 2
     # the second step moves the critic only
-    assert {run.optimisers[g].state[run.parameters[g][0]]["step"].item() for g in ("student",)} == {2.0}
-    assert {run.optimisers[g].state[run.parameters[g][0]]["step"].item() for g in ("critic",)} == {3.0}
+    assert {run.optimizers[g].state[run.parameters[g][0]]["step"].item() for g in ("student",)} == {2.0}
+    assert {run.optimizers[g].state[run.parameters[g][0]]["step"].item() for g in ("critic",)} == {3.0}
 
 
 # --- precision ---------------------------------------------------------------------------------------------------
@@ -620,10 +622,10 @@ def test_a_recipe_resumes_in_its_second_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"batch": 10, "accumulate": 4}, "batch=10 must be positive and divisible by accumulate=4"),
-        ({"batch": 0}, "batch=0 must be positive"),
+        ({"batch": 10, "accumulate": 4}, "batch=10 must be divisible by accumulate=4"),
+        ({"batch": 0}, "batch=0 must be at least 1"),
         ({"log_steps": 0}, "log_steps=0 must be at least 1"),
-        ({"save_seconds": -1.0}, "save_seconds=-1 must not be negative"),
+        ({"save_seconds": -1.0}, "save_seconds=-1 must be at least 0"),
     ],
 )
 def test_settings_that_cannot_work_are_named(values: dict[str, Any], said: str) -> None:
@@ -632,10 +634,10 @@ def test_settings_that_cannot_work_are_named(values: dict[str, Any], said: str) 
 
 
 def test_data_that_do_not_fit_the_teacher_are_named() -> None:
-    with pytest.raises(ValueError, match=r"data 'wide' has samples \[3\], the teacher makes \[2\]"):
+    with pytest.raises(ValueError, match=r"data 'wide' has samples \[3\], the model makes \[2\]"):
         train(METHODS["cm"], begin(teacher(), Dataset("wide", torch.zeros(4, 3))), SETTINGS, show=False)
     many = Dataset("many", torch.zeros(4, 2), torch.tensor([0, 1, 2, 3]))
-    with pytest.raises(ValueError, match="data 'many' has 4 classes, the teacher knows 3"):
+    with pytest.raises(ValueError, match="data 'many' has 4 classes, the model knows 3"):
         train(METHODS["cm"], begin(teacher(), many), SETTINGS, show=False)
 
 

@@ -152,22 +152,22 @@ WORDS = {
     "distill instaflow --teacher digits --reflows -1": "reflows=-1 must be at least 0",
     "distill cm-training --teacher digits --s1 3 --s0 9": "s1=3 must be at least s0=9",
     f"{TRAIN} --label-dropout 1.5": "label_dropout=1.5 must lie in [0, 1]",
-    f"{DISTILL} --batch 0": "batch=0 must be positive",
-    f"{DISTILL} --accumulate 3": "batch=64 must be positive and divisible by accumulate=3",
+    f"{DISTILL} --batch 0": "batch=0 must be at least 1",
+    f"{DISTILL} --accumulate 3": "batch=64 must be divisible by accumulate=3",
     f"{DISTILL} --log-steps 0": "log_steps=0 must be at least 1",
-    f"{DISTILL} --save-seconds -1": "save_seconds=-1 must not be negative",
+    f"{DISTILL} --save-seconds -1": "save_seconds=-1 must be at least 0",
     f"{DISTILL} --averages 0.5": "sigma_rel=0.5 must lie in",
     "train t --data digits --channels 8,8,8,8": "a picture of 8x8 does not divide into 4 levels",
-    "train t --data digits --channels 7,7": "channels=[7, 7] multiples of 8",
-    "train t --data digits --channels=-8,8": "channels=[-8, 8] multiples of 8",
+    "train t --data digits --channels 7,7": "channels=7 must be a positive multiple of 8",
+    "train t --data digits --channels=-8,8": "channels=-8 must be a positive multiple of 8",
     "train t --data digits --blocks 0": "blocks=0 must be at least 1",
-    "train t --data digits --width 15": "width=15 must be an even number",
+    "train t --data digits --width 15": "width=15 must be a positive multiple of 2",
     "train t --data digits --dropout 2": "dropout",
     "train t --data points.npz": "samples of shape [2] are not pictures",
-    f"{TRAIN} --blocks -1": "blocks=-1 must not be negative",
-    f"{TRAIN} --width 0": "width=0 must be an even number",
+    f"{TRAIN} --blocks -1": "blocks=-1 must be at least 0",
+    f"{TRAIN} --width 0": "width=0 must be a positive multiple of 2",
     f"{TRAIN} --t-min 2": "t_min=2.0 and t_max=1.56",
-    f"{TRAIN} --sigma-data -1": "need sigma_data > 0",
+    f"{TRAIN} --sigma-data -1": "sigma_data=-1 must be positive",
     f"{TRAIN} --schedule VPLinear --beta-min 30": "need 0 < beta_min < beta_max",
     # samples that cannot be made
     "sample digits --n 0": "--n 0 must be at least 1",
@@ -387,7 +387,7 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
     # recipes
     "a recipe that is cut short": (lambda: cut("run/recipe.json"), AGAIN, "run/recipe.json: not valid JSON"),
     "a recipe of another format": (
-        lambda: edit("run/recipe.json", lambda r: r.update(format=2)), AGAIN, "format = 2 must be 1",
+        lambda: edit("run/recipe.json", lambda r: r.update(format=3)), AGAIN, "format = 3 must be one of 1, 2",
     ),
     "a recipe without settings": (
         lambda: edit("run/recipe.json", lambda r: r.pop("settings")), AGAIN, "'settings' is missing",
@@ -414,11 +414,23 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
         lambda: edit("run/recipe.json", lambda r: r["hyper_parameters"].update(mu=-1.0)), AGAIN, "mu=-1 must lie in",
     ),
     "a recipe without its teacher": (
-        lambda: edit("run/recipe.json", lambda r: r["start"].pop("model")), AGAIN, "'start.model' is missing",
+        lambda: edit("run/recipe.json", lambda r: r["start"].pop("teacher")), AGAIN, "'start.teacher' is missing",
     ),
     "a recipe of another teacher": (
-        lambda: edit("run/recipe.json", lambda r: r["start"].update(sha256="0" * 64)), AGAIN,
-        "another teacher than 'digits'",
+        lambda: edit("run/recipe.json", lambda r: r["start"].update(teacher={"name": "digits", "digest": "0" * 64})),
+        AGAIN, "another teacher than 'digits'",
+    ),
+    "a recipe with a number for a teacher": (
+        lambda: edit("run/recipe.json", lambda r: r["start"].update(teacher=7)), AGAIN,
+        "start.teacher = 7 must be an object",
+    ),
+    "a recipe with a role that its method has no use for": (
+        lambda: edit("run/recipe.json", lambda r: r["start"].update(guide=r["start"]["teacher"])), AGAIN,
+        "cm has no use for a guide (it uses: student)",
+    ),
+    "a recipe with strange seeds of stages": (
+        lambda: edit("run/recipe.json", lambda r: r.update(stage_seeds="lucky")), AGAIN,
+        'stage_seeds = "lucky" must be one of "derived", "counted"',
     ),
     "a recipe of other data": (
         lambda: edit("run/recipe.json", lambda r: r["data"].update(sha256="0" * 64)), AGAIN,
@@ -496,21 +508,12 @@ def test_a_disk_that_fills_while_a_run_writes(allowed: int, place: Path) -> None
 
 
 def test_two_runs_in_one_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """While one command works in a folder, another one there is refused; afterwards it is welcome."""
-    held = os.open("run", os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        refused(RESUME, "run: another run is working in this folder", place, capsys)
-    finally:
-        os.close(held)
-    assert main(RESUME.split()) == 0
-
-
-def test_a_run_of_the_library_in_the_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The trainer's own lock is respected too."""
-    with Path("run/run.lock").open("w") as lock:
+    """While one run works in a folder, a command's or the library's, another one there is refused; afterwards it is
+    welcome."""
+    with Path("run/run.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(RESUME, "another run is training in this folder", place, capsys)
+        refused(RESUME, "run: another run is training in this folder", place, capsys)
+    assert main(RESUME.split()) == 0
 
 
 def test_training_that_diverges(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

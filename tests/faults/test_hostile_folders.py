@@ -195,7 +195,7 @@ NAMED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "student", config((*DENOISER, "prediction", "sigma_data"), "null"), "sigma_data = null must be a finite number"
     ),
     "a prediction's argument that is negative": (
-        "student", config((*DENOISER, "prediction", "sigma_data"), "-1"), "sigma_data=-1.0 must be positive"
+        "student", config((*DENOISER, "prediction", "sigma_data"), "-1"), "sigma_data=-1 must be positive"
     ),
     "a schedule's argument that is missing": (
         "student", lambda f: drop_t_min(f / "config.json"), "'model.flow_map.denoiser.schedule.t_min' is missing"

@@ -26,7 +26,7 @@ from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
-from fewstep.training.ema import Power
+from fewstep.training.profiles import Power
 from fewstep.training.progress import Records
 from fewstep.training.trainer import Interrupted, Settings, train
 

@@ -29,9 +29,7 @@ TIMES = to_data(uniform(COSINE, 10), COSINE)
 def trained(net: torch.nn.Module, data: Dataset, steps: int, seed: int = 0) -> NetworkDenoiser:
     model = NetworkDenoiser(net, COSINE, X0(), data.shape, data.classes)
     settings = Settings(Budget(steps), batch=64, seed=seed, precision="fp32")
-    made = train(AnalogBits(lr=1e-3), Start(model, data), settings, show=False).model
-    assert isinstance(made, NetworkDenoiser)
-    return made
+    return train(AnalogBits(lr=1e-3), Start(model, data), settings, show=False).model.denoiser
 
 
 def sampled(model: NetworkDenoiser, n: int, td: float, cond: torch.Tensor) -> torch.Tensor:

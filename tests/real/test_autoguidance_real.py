@@ -23,7 +23,7 @@ from fewstep.sampling import sample
 from fewstep.schedules import TrigFlow
 from fewstep.training.autoguidance import Choice, autoguided, moments, search
 from fewstep.training.budget import Budget
-from fewstep.training.ema import Power
+from fewstep.training.profiles import Power
 from fewstep.training.trainer import Settings
 
 STEPS = 800

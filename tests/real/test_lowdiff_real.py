@@ -16,6 +16,7 @@ from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.methods.teachers.lowdiff import LowDiff
 from fewstep.metrics import Evaluator, load_features
+from fewstep.models import model_of
 from fewstep.networks import CascadeUNet, UNet
 from fewstep.sampling import sample
 from fewstep.sampling.cascade import Cascade, StagePlan, downsample, effective_calls, flop_costs, sample_cascade
@@ -37,9 +38,7 @@ def models() -> tuple[Cascade, tuple[float, ...], NetworkDenoiser]:
     def trained(method: Denoising, net: UNet, steps: int) -> NetworkDenoiser:
         settings = Settings(Budget(steps), batch=32, precision="fp32")
         start = NetworkDenoiser(net, EDM(), EDMPrediction(0.75), SHAPE, 10)
-        model = train(method, Start(start, data), settings, show=False).model
-        assert isinstance(model, NetworkDenoiser)
-        return model
+        return model_of(train(method, Start(start, data), settings, show=False).model).teacher()
 
     torch.manual_seed(0)
     net = CascadeUNet(SHAPE, **SIZE)

@@ -20,7 +20,7 @@ from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser  # noqa: 
 from fewstep.flow_maps import Jump  # noqa: E402
 from fewstep.hub import lora  # noqa: E402
 from fewstep.hub.diffusers import export, from_pipeline, load_pipeline  # noqa: E402
-from fewstep.methods.method import Networks, Optimiser  # noqa: E402
+from fewstep.methods.method import Networks, Optimizer  # noqa: E402
 from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
@@ -106,7 +106,7 @@ def test_methods_train_the_low_rank_weights_only(pipe: Any) -> None:
     """Under a method's networks and optimiser the copy moves, its teacher and its frozen weights do not."""
     teacher = from_pipeline(pipe).denoiser
     student = Start(lora.attach(teacher, rank=2)).network()
-    nets = Networks({"teacher": teacher, "student": Jump(student)}, {"student": Optimiser(("student",), 1e-2)})
+    nets = Networks({"teacher": teacher, "student": Jump(student)}, {"student": Optimizer(("student",), 1e-2)})
     parameters = nets.group_parameters("student")
     frozen, start = [b.clone() for b in student.buffers()], [p.clone() for p in teacher.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=1e-2)

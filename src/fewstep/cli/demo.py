@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.cli.errors import UserError
+from fewstep.cli.outputs import output_file
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
 def run(chosen: argparse.Namespace) -> None:
     if not 0 < chosen.minutes < float("inf"):
         raise UserError(f"--minutes {chosen.minutes:g} must be positive")
+    output_file("--out", chosen.out)
     from fewstep import demo
 
     demo.main(chosen.out, chosen.minutes, chosen.runs)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.errors import UserError, choose
+from fewstep.cli.outputs import output_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from fewstep.cli.models import Named
     from fewstep.data import Dataset
     from fewstep.metrics import Quality
-    from fewstep.sampling import Student
 
 #: The teacher is also measured here, to show all that it can do.
 TEACHER_STEPS = 16
-TEACHER_ALONE = (1, 2, 4, 8, 16)
+#: Of a model that takes any number of steps.
+ALONE = (1, 2, 4, 8, 16)
 BATCH = 100
 
 
@@ -66,7 +67,13 @@ def run(chosen: argparse.Namespace) -> None:
     from fewstep.sampling.named import ALL_SOLVERS
 
     choose("solver", chosen.solver.partition(":")[0], sorted(ALL_SOLVERS))
+    if chosen.json is not None:
+        output_file("--json", chosen.json)
     found = named_model(chosen.model)
+    if found.kind.tokens is not None:
+        raise UserError(
+            f"'{chosen.model}' is {found.kind.called}: its samples are tokens, and evaluate measures pictures"
+        )
     teacher = teacher_of(found, chosen.teacher)
     source = chosen.data or found.data or (teacher.data if teacher else None)
     if source is None:
@@ -114,11 +121,10 @@ def teacher_of(found: Named, asked: str | None) -> Named | None:
     """The model to show beside a student: the one asked for, else the one that made it, if it is still there."""
     from fewstep.cli.models import named_model
     from fewstep.hub import native
-    from fewstep.sampling import Student
 
     if asked is not None:
         return None if asked == "none" else named_model(asked)
-    if not isinstance(found.model, Student) or not (found.folder / "config.json").is_file():
+    if not (found.folder / "config.json").is_file():
         return None
     start = native.card(found.folder).get("teacher")
     if start is None:
@@ -158,14 +164,21 @@ def parts_of(source: str) -> tuple[Dataset, Dataset]:
 
 def jobs(found: Named, teacher: Named | None, chosen: argparse.Namespace) -> list[tuple[Named, int]]:
     """Which models are measured at how many steps, the teacher first."""
-    from fewstep.sampling import Student
+    own = asked_steps(chosen.steps) if chosen.steps else list(found.kind.plans or ALONE)
+    for k in own:
+        check_plan(found, k)
+    if teacher is None:
+        return [(found, k) for k in own]
+    beside = teacher.kind.plans or sorted({*own, TEACHER_STEPS})
+    return [*((teacher, k) for k in beside), *((found, k) for k in own)]
 
-    if isinstance(found.model, Student):
-        own = plans(found.model, chosen.steps)
-    else:
-        own = asked_steps(chosen.steps or TEACHER_ALONE)
-    beside = [] if teacher is None else [(teacher, k) for k in sorted({*own, TEACHER_STEPS})]
-    return [*beside, *((found, k) for k in own)]
+
+def check_plan(found: Named, steps: int) -> None:
+    """:class:`UserError` for a number of steps that a model has no plan for."""
+    try:
+        found.kind.check_steps(steps)
+    except ValueError as error:
+        raise UserError(f"--steps {error}") from None
 
 
 def measured(
@@ -200,11 +213,3 @@ def asked_steps(steps: Sequence[int]) -> list[int]:
         if k < 1:
             raise UserError(f"--steps {k} must be at least 1")
     return sorted(set(steps))
-
-
-def plans(student: Student, asked: Sequence[int] | None) -> list[int]:
-    """The asked numbers of steps, all of the student's when none were."""
-    for k in asked or ():
-        if k not in student.plans:
-            raise UserError(f"--steps {k}: this student has plans for {', '.join(map(str, student.plans))} steps")
-    return sorted(set(asked or student.plans))

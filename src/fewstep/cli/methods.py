@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.cli.flags import Parameter, from_json, of_dataclass, plain
+from fewstep.cli.flags import Parameter, from_json, of_dataclass
 from fewstep.methods import RECIPES, recipe_class
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def summary(place: str) -> str:
         return ""
     for node in ast.parse(Path(spec.origin).read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
-            first = plain(ast.get_docstring(node) or "").replace("``", "").split(". ")[0]
+            first = without_marks(ast.get_docstring(node) or "").split(". ")[0]
             return textwrap.shorten(first.rstrip("."), 96, placeholder=" ...")
     return ""
 
@@ -44,9 +45,14 @@ def parameters(method: str) -> list[Parameter]:
     return of_dataclass(recipe_class(method))
 
 
-def build(method: str, values: dict[str, Any]) -> Recipe:
+def build(method: str, given: dict[str, Any]) -> Recipe:
     """The recipe with these hyper-parameters, as :func:`~fewstep.cli.flags.from_json` checks them."""
-    return recipe_class(method)(**from_json(parameters(method), values, f"method {method}"))
+    return recipe_class(method)(**from_json(parameters(method), given, f"method {method}"))
+
+
+def without_marks(text: str) -> str:
+    """A docstring on one line, without cross-reference marks."""
+    return re.sub(r":\w+:`~?([^`]*)`", r"\1", " ".join(text.split())).replace("``", "")
 
 
 def roles(method: str) -> tuple[str, ...]:
@@ -59,7 +65,7 @@ def about(method: str) -> str:
     cls = recipe_class(method)
     paper = cls.paper
     first = (cls.__doc__ or "").split("\n\n")[0]  # the rest explains the fields, whose flags are below
-    lines = [textwrap.fill(plain(first).replace("``", ""), 100), ""]
+    lines = [textwrap.fill(without_marks(first), 100), ""]
     lines.append(f"{paper.title} (arXiv {paper.arxiv}); evidence: {paper.evidence}")
     lines += [textwrap.fill(f"differs: {text}", 100, subsequent_indent="  ") for text in paper.deviations]
     return "\n".join(lines)

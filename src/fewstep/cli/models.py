@@ -15,9 +15,9 @@ from fewstep.data.bundled import BUNDLED
 from fewstep.denoisers import Denoiser
 from fewstep.hub import native
 from fewstep.hub.models import adapter_of
+from fewstep.models import Model, model_of
 from fewstep.runs.conditions import embed_of
 from fewstep.runs.record import model_source, weights_sha256
-from fewstep.sampling.rollout import Student
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,19 @@ class Named:
 
     name: str
     folder: Path
-    model: Student | Denoiser
+    model: Any
+
+    @property
+    def kind(self) -> Model:
+        """The model's kind, which knows what can be done with it."""
+        return model_of(self.model)
+
+    def denoiser(self, use: str) -> Denoiser:
+        """What a solver can follow; :class:`UserError` saying what it is instead, and ``use``, what is wanted."""
+        try:
+            return self.kind.denoiser()
+        except ValueError as error:
+            raise UserError(f"'{self.name}' is {error}: {use}") from None
 
     @property
     def stem(self) -> str:

@@ -23,7 +23,8 @@ from fewstep.runs.conditions import as_read_by, check_readable
 from fewstep.runs.stages import borrowed, stages_of
 from fewstep.training.feed import fitted
 from fewstep.training.parallel import Parallel
-from fewstep.training.trainer import Run, Settings
+from fewstep.training.settings import Settings
+from fewstep.training.trainer import Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -130,8 +131,8 @@ def memory(run: Run) -> str:
     gradients = sum(tensor_bytes(p) for p in run.nets.parameters() if p.requires_grad)
     moments = sum(
         tensor_bytes(value)
-        for optimiser in run.optimisers.values()
-        for state in optimiser.state.values()
+        for optimizer in run.optimizers.values()
+        for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )

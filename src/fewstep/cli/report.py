@@ -12,6 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from fewstep.cli.outputs import output_file
+
 
 def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     parser.usage = "fewstep report RUN... [flags]"
@@ -31,8 +33,7 @@ def run(chosen: argparse.Namespace) -> None:
     for folder in chosen.runs:
         if not folder.exists():
             raise FileNotFoundError(f"{folder}: no such run folder")
-    if not chosen.out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {chosen.out}: the folder {chosen.out.parent} does not exist")
+    output_file("--out", chosen.out)
     with progress("report") as show:
         out = report_runs(
             chosen.runs, chosen.out, teacher=chosen.teacher, data=chosen.data, n=chosen.n, seed=chosen.seed,

@@ -19,13 +19,14 @@ from fewstep.cli.settings import SETTINGS
 from fewstep.data import Samples
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Recipe
+from fewstep.models import model_of
 from fewstep.runs import record as records
 from fewstep.runs.course import run_recipe
-from fewstep.runs.record import FREE, NAME, Record
+from fewstep.runs.record import NAME, Record
 from fewstep.runs.resume import OtherRun, begun
-from fewstep.training.budget import Budget
-from fewstep.training.ema import Power
-from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settings
+from fewstep.training.nonfinite import NonFiniteError
+from fewstep.training.settings import FREE, Settings
+from fewstep.training.trainer import Interrupted, Result
 
 
 def main_process() -> bool:
@@ -54,20 +55,8 @@ def device_of(name: str) -> torch.device:
 
 def settings_of(values: dict[str, Any], where: str) -> Settings:
     """Trainer settings from plain data; ValueError naming ``where`` for what cannot work."""
-    checked = {parameter.name: parameter.default for parameter in SETTINGS} | from_json(SETTINGS, values, where)
-    return Settings(
-        budget=Budget.parse(checked["budget"]),
-        batch=checked["batch"],
-        accumulate=checked["accumulate"],
-        seed=checked["seed"],
-        precision=checked["precision"],
-        averages=tuple(Power(width) for width in checked["averages"]),
-        device=str(device_of(checked["device"])),
-        save_seconds=checked["save_seconds"],
-        log_steps=checked["log_steps"],
-        shard=checked["shard"],
-        tensorboard=checked["tensorboard"],
-    )
+    settings = Settings(**from_json(SETTINGS, values, where))
+    return dataclasses.replace(settings, device=str(device_of(settings.device)))
 
 
 def begin(command: str, recipe: Recipe, start: dict[str, Any], data: dict[str, Any], values: dict[str, Any]) -> Record:
@@ -152,4 +141,5 @@ def tell(result: Result, out: Path) -> None:
     last = "".join(f", {name} {value:.4g}" for name, value in losses.items())
     print(f"{result.steps} steps, {result.images} samples, {result.seconds:.1f} s{last}")
     print(f"the model is in {out / 'model'}; look at it:  fewstep sample {out}")
-    print(f"measure it:  fewstep evaluate {out}")
+    if model_of(result.model).tokens is None:
+        print(f"measure it:  fewstep evaluate {out}")

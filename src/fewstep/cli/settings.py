@@ -5,24 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from fewstep.cli.errors import UserError
-from fewstep.cli.flags import Parameter, given
+from fewstep.cli.flags import Parameter, given, of_dataclass
+from fewstep.training.settings import FREE, Settings
+from fewstep.values import plain
 
-SETTINGS = (
-    Parameter("budget", str, "2min", "how long: 500steps, 20k images, 90s, 2min, 1h; split equally over the stages"),
-    Parameter("batch", int, 64, "samples an iteration, over all processes and micro-batches together"),
-    Parameter("accumulate", int, 1, "micro-batches that a batch is split into, to save memory"),
-    Parameter("seed", int, 0, "seed of every random draw"),
-    Parameter("precision", Literal["auto", "fp32", "bf16"], "auto", "arithmetic; auto measures which is faster here"),
-    Parameter("averages", tuple[float, ...], (0.1,), "relative widths of the weight averages; the model is the first"),
-    Parameter("device", str, "cpu", "where to train: cpu, cuda, cuda:1, mps"),
-    Parameter("save_seconds", float, 60.0, "seconds between checkpoints"),
-    Parameter("log_steps", int, 10, "steps between lines of log.jsonl"),
-    Parameter("shard", bool, False, "cut the networks over the processes of torchrun, where they do not fit in one"),
-    Parameter("tensorboard", bool, False, "also write event files for TensorBoard"),
-)
+SETTINGS = of_dataclass(Settings)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,15 +26,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         parameter.add_to(group)
 
 
+def plain_defaults() -> dict[str, object]:
+    """Every setting at its default, as a recipe file holds it."""
+    return {parameter.name: plain(parameter.default) for parameter in SETTINGS}
+
+
 def settings_given(chosen: argparse.Namespace) -> dict[str, object]:
-    """All settings: those of the command line, the defaults for the rest."""
-    return {parameter.name: parameter.default for parameter in SETTINGS} | given(SETTINGS, chosen)
+    """All settings as a recipe file holds them: those of the command line, the defaults for the rest."""
+    return plain_defaults() | {name: plain(value) for name, value in given(SETTINGS, chosen).items()}
 
 
 def refuse_beside_recipe(chosen: argparse.Namespace, others: Iterable[Parameter]) -> None:
     """A recipe says everything: flags that would change what it computes are an error."""
-    from fewstep.runs.record import FREE
-
     fixed = [parameter for parameter in (*others, *SETTINGS) if parameter.name not in FREE]
     if changed := list(given(fixed, chosen)):
         flag = "--" + changed[0].replace("_", "-")

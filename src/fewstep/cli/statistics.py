@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.cli.errors import UserError
+from fewstep.cli.outputs import output_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,19 +60,17 @@ def run(chosen: argparse.Namespace) -> None:
     from fewstep.denoisers import Guided
     from fewstep.hub.model_statistics import save
     from fewstep.randomness import Rng
-    from fewstep.sampling import Student
     from fewstep.sampling.solvers.dpm_solver_v3 import statistics_grid
     from fewstep.sampling.solvers.model_statistics import by_differences, estimate
     from fewstep.tangents import tangent
 
     found = named_model(chosen.model)
-    if isinstance(found.model, Student):
-        raise UserError(f"'{chosen.model}' is a student, which samples in its own way: statistics are of teachers")
+    plain = found.denoiser("statistics are of teachers")
     if chosen.guidance is not None and not found.model.classes:
         raise UserError(f"--guidance {chosen.guidance:g}: '{chosen.model}' has no classes to guide to")
-    out = output_file(chosen.out or Path(f"{found.stem}-statistics.safetensors"))
+    out = output_file("--out", chosen.out or Path(f"{found.stem}-statistics.safetensors"), safetensors="")
     device = device_of(chosen.device)
-    plain = found.model.to(device)
+    plain = plain.to(device)
     model = plain if chosen.guidance is None else Guided(plain, chosen.guidance)
     start = time.perf_counter()
     with progress("statistics") as show:
@@ -91,17 +90,6 @@ def run(chosen: argparse.Namespace) -> None:
     save(out, made, model, len(x0))
     seconds = time.perf_counter() - start
     print(f"statistics at {chosen.grid + 1} noise levels from {len(x0)} samples, {seconds:.0f} s\n{out}")
-
-
-def output_file(out: Path) -> Path:
-    """Where the statistics go, checked before they are made."""
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out {out}: the name must end in .safetensors")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: name a file")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist")
-    return out
 
 
 def clean_samples(

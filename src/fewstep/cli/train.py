@@ -1,4 +1,4 @@
-"""Train a teacher, a diffusion or flow model, from scratch.
+"""Train a teacher, a diffusion or flow model, or a consistency model, from scratch.
 
   fewstep train NAME --data DATA [--network unet --channels 40,80] [--budget 4000steps] [--out FOLDER]
   fewstep train NAME --network mlp --help          the flags of another network, schedule or prediction
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fewstep.data import Samples
     from fewstep.denoisers import NetworkDenoiser
 
-METHODS = ("denoising", "flow-matching", "analog-bits", "lowdiff")
+METHODS = ("denoising", "flow-matching", "cm-training", "ict", "analog-bits", "lowdiff")
 SCHEDULES = ("TrigFlow", "FlowMatching", "EDM", "VPLinear", "VPCosine")
 #: What the data and the method decide about a network.
 FROM_DATA = ("shape", "classes", "extras", "beside")
@@ -45,13 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
         text = f"{', '.join(known)} (default {default})"
         parser.add_argument(f"--{what}", metavar="NAME", default=default, help=text)
         picked[what] = choose(what, word_after(f"--{what}", words, default), known)
+    added: set[str] = set()  # a name that model and method share (sigma_data) is one flag, which sets both
     for title, parameters in {
         f"the network, {picked['network']}, and its noise schedule": model_parameters(**picked),
         f"hyper-parameters of {picked['method']}": methods.parameters(picked["method"]),
     }.items():
         group = parser.add_argument_group(title)
         for parameter in parameters:
-            parameter.add_to(group)
+            if parameter.name not in added:
+                parameter.add_to(group)
+            added.add(parameter.name)
     add_run_arguments(parser)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.errors import UserError
+from fewstep.cli.outputs import output_file
 
 if TYPE_CHECKING:
     from fewstep.denoisers import Denoiser
@@ -58,20 +59,17 @@ def run(chosen: argparse.Namespace) -> None:
     from fewstep.cli.terminal import progress
     from fewstep.files import write_atomically
     from fewstep.hub.settings import save_settings
-    from fewstep.sampling import Student, search
+    from fewstep.sampling import search
 
     for flag, least in (("calls", 1), ("n", 2), ("reference", 20)):
         if getattr(chosen, flag) is not None and getattr(chosen, flag) < least:
             raise UserError(f"--{flag} {getattr(chosen, flag)} must be at least {least}")
     found = named_model(chosen.model)
-    if isinstance(found.model, Student):
-        raise UserError(f"'{chosen.model}' is a student and samples in its own way: tune its teacher")
-    out = chosen.out or Path(f"{found.stem}-{chosen.calls}calls.json")
-    if out.suffix != ".json" or not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: a file that ends in .json, in a folder that exists")
+    denoiser = found.denoiser("solvers are tuned for teachers")
+    out = output_file("--out", chosen.out or Path(f"{found.stem}-{chosen.calls}calls.json"), json="")
     if chosen.learn is not None:
         learning.check(chosen)
-    model = found.model.to(device_of(chosen.device))
+    model = denoiser.to(device_of(chosen.device))
     settings = searched(chosen, model.schedule)
     began = time.monotonic()
     target = reference(chosen, model, chosen.n, chosen.seed)
@@ -115,7 +113,7 @@ def reference_calls(chosen: argparse.Namespace) -> int:
 
 def reference(chosen: argparse.Namespace, model: Denoiser, n: int, seed: int) -> Reference:
     """``n`` starting points of a seed and where they end."""
-    from fewstep.cli.sample import conditions
+    from fewstep.cli.conditions import conditions
     from fewstep.sampling import search
 
     asked = argparse.Namespace(**{**vars(chosen), "n": n, "cond": None, "guide": None})

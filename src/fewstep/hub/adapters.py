@@ -84,6 +84,10 @@ class Adapter(nn.Module):
     guidance: float = 1.0
     #: Whether the network takes the guidance scale as an input.
     takes_guidance: bool = False
+    #: Whether its students go back into the pipeline that it came from, which knows its conditions.
+    in_own_pipeline: bool = False
+    #: Whether that pipeline makes samples of the config's size only.
+    fixed_size: bool = False
     classes: int | None = None
     #: Names of the weights that LoRA froze (they are buffers then), see :mod:`fewstep.hub.lora`.
     frozen: tuple[str, ...] = ()
@@ -97,6 +101,16 @@ class Adapter(nn.Module):
         self.ran = False
         #: Whether samples are latents, of an autoencoder that may be out of reach.
         self.latent = origin is not None and autoencoder_name(origin.pipe) is not None
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the network's pipeline can make the text part of its condition."""
+        return False
+
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The condition for ``prompts``, from the text encoders of the network's pipeline, as its own call makes it;
+        ValueError for a network that reads no text."""
+        raise ValueError(f"a {type(self.model).__name__} reads no prompts")
 
     @property
     def takes(self) -> int:
@@ -114,6 +128,11 @@ class Adapter(nn.Module):
         comes out."""
         latent = None if self.origin is None else latent_channels(self.origin.pipe)
         return min(self.takes, self.gives) if latent is None else latent
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one sample."""
+        return (self.channels, *self.size)
 
     def config_size(self) -> tuple[int, int]:
         """Height and width of one sample in the model's config; ValueError when it names none."""
@@ -282,6 +301,11 @@ class UNetAdapter(Adapter):
         return middle
 
 
+def as_adapter(net: Any) -> Adapter | None:
+    """A network where it is diffusers', None where it is another's."""
+    return net if isinstance(net, Adapter) else None
+
+
 class LabelAdapter(Adapter):
     """Common to class-conditional models: ``null`` is the label that stands for "no class" (None: there is none)."""
 
@@ -329,6 +353,9 @@ class UNet2D(UNetAdapter, LabelAdapter):
 class DiT(LabelAdapter):
     """DiTTransformer2DModel: conditional on class labels, with a null label after the last class."""
 
+    in_own_pipeline = True
+    fixed_size = True
+
     def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
         super().__init__(model, origin, size)
         self.classes = self.null = model.config.num_embeds_ada_norm
@@ -345,6 +372,7 @@ class DiT(LabelAdapter):
 class TextAdapter(Adapter):
     """Common to text models; ``set_null`` gives the condition that None stands for (what guidance leads away from)."""
 
+    in_own_pipeline = True
     null_names: tuple[str, ...] = ()
 
     def set_null(self, cond: dict[str, Tensor]) -> None:
@@ -383,10 +411,6 @@ class TextAdapter(Adapter):
         # some editing pipelines have one that takes no prompt
         takes = encode is not None and "prompt" in inspect.signature(encode).parameters
         return takes and pipe.components.get("text_encoder") is not None
-
-    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
-        """The condition for ``prompts``, from the text encoders of the network's pipeline, as its own call makes it."""
-        raise NotImplementedError
 
     def embed_null(self) -> dict[str, Tensor]:
         """What the pipeline's guidance leads away from when it is given no negative prompt, one row."""

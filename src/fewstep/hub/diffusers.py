@@ -73,7 +73,7 @@ class LoadedPipeline:
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         """The condition for a list of prompts, from the pipeline's text encoders; ValueError when it has none."""
         net = self.denoiser.net
-        if not isinstance(net, TextAdapter) or not net.reads_prompts:
+        if not net.reads_prompts:
             raise ValueError(f"{type(self.pipe).__name__}: this pipeline has no text encoder to embed prompts with")
         with torch.no_grad():
             return net.embed(prompts)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fewstep.denoisers import Denoiser
 from fewstep.files import load_tensors, save_tensors
-from fewstep.hub.adapters import Adapter
+from fewstep.hub.adapters import Adapter, as_adapter
 from fewstep.hub.requires import require
 from fewstep.hub.tables import network_of
 from fewstep.randomness import derive_seed
@@ -86,9 +86,10 @@ def _owner(net: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _adapter(model: nn.Module) -> Adapter:
     net = network_of(model).net
-    if not isinstance(net, Adapter):
+    adapter = as_adapter(net)
+    if adapter is None:
         raise ValueError(f"a {type(net).__name__} is not a diffusers model: LoRA students are made of those")
-    return net
+    return adapter
 
 
 def _layers(net: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.hub import native
-from fewstep.hub.adapters import Adapter
+from fewstep.hub.adapters import Adapter, as_adapter
 from fewstep.hub.autoencoders import decode
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "models"
@@ -44,8 +44,8 @@ def load(name: str | Path, size: tuple[int, int] | None = None) -> Any:
     is taken), or a folder with a diffusers pipeline.  Nothing is downloaded.
 
     ``size`` is the height and width in pixels of the pictures that a pipeline is to make (default: its own size).
-    Returns a :class:`~fewstep.denoisers.Denoiser` or a :class:`~fewstep.sampling.Student`; what a latent model samples
-    becomes pictures by :func:`pictures`.  Raises FileNotFoundError or ValueError naming what is wrong.
+    Returns a denoiser, a student or another of :data:`fewstep.models.KINDS`; what a latent model samples becomes
+    pictures by :func:`pictures`.  Raises FileNotFoundError or ValueError naming what is wrong.
     """
     folder = locate(name)
     if (folder / "config.json").is_file():
@@ -59,7 +59,7 @@ def load(name: str | Path, size: tuple[int, int] | None = None) -> Any:
 
 def adapter_of(model: nn.Module) -> Adapter | None:
     """The diffusers network inside a model; None when its network is another."""
-    found = [module for module in model.modules() if isinstance(module, Adapter)]
+    found = [net for module in model.modules() if (net := as_adapter(module)) is not None]
     return found[0] if len(found) == 1 else None
 
 

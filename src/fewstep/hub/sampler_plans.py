@@ -14,8 +14,8 @@ from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan
 from fewstep.files import write_atomically
-from fewstep.hub.discrete_models import STEPS
 from fewstep.hub.statistics import digest
+from fewstep.models.students import STEPS
 from fewstep.schemas import Map, fields_of, read_json
 
 FORMAT = 1

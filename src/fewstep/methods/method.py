@@ -10,40 +10,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.data.dataset import Samples
 from fewstep.denoisers import Denoiser, gradients
+from fewstep.methods.optimizer import Optimizer
+from fewstep.methods.paper import Paper as Paper
+from fewstep.methods.paper import System as System
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
-
-#: Least values of hyper-parameters; a name means the same in every method.
-LEAST = {
-    "lr": 0, "critic_lr": 0, "warmup": 0, "gan_weight": 0, "discriminator_weight": 0, "noise_std": 0, "reflows": 0,
-    "steps": 1, "critic_steps": 1, "pairs": 1, "ode_steps": 1, "grid_times": 2, "s0": 2, "s1": 2,
-    "augmentation_max": 0,
-}  # fmt: skip
-POSITIVE = ("sigma_data", "clip", "c", "mu0", "bound")
-SHARES = ("mu", "mu0", "label_dropout", "tangent_warmup", "picture_dropout", "self_conditioning", "share")
-
-Evidence = Literal["verified", "from paper text", "reconstructed"]
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Where a method comes from, and what here differs from it."""
-
-    title: str
-    arxiv: str
-    evidence: Evidence
-    deviations: tuple[str, ...] = ()
+from fewstep.values import check_fields
 
 
 @dataclass(frozen=True)
@@ -95,35 +78,50 @@ class Progress:
 
 @dataclass(frozen=True)
 class Update:
-    """ "Minimise ``loss`` in the parameters of ``group``, now".
+    """ "Minimise ``loss`` in the parameters of ``group``, now"; several groups move by one loss.
 
     ``logs`` are scalars for the record.  ``then`` is called once after the step, on every process: what the method
     itself moves (a target network) moves there, so that accumulation does not move it several times.
     """
 
-    group: str
+    group: str | tuple[str, ...]
     loss: Tensor
     logs: Mapping[str, Tensor | float] = field(default_factory=dict)
     then: Callable[[], None] | None = None
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return (self.group,) if isinstance(self.group, str) else self.group
+
 
 @dataclass(frozen=True)
-class Optimiser:
-    """How a group of modules is optimised.
+class Mean:
+    """ "What is the mean of ``value`` over the whole batch?": ``m = yield Mean(h.mean())``.
 
-    ``modules`` are names in :class:`Networks`.  ``decay`` is the learning rate's course over the budget: constant,
-    linear to 0, or cosine to 0; ``warmup`` counts steps.  ``clip`` bounds the gradient norm (None: no bound).
+    The answer is the mean over all micro-batches and processes, which therefore must ask for it in lock step; no
+    gradient flows through it.  ``value`` is a tensor of any shape.  With one part it is the value itself.
     """
 
-    modules: tuple[str, ...]
-    lr: float
-    kind: Literal["adam", "adamw", "radam"] = "adam"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float | None = None
-    warmup: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    value: Tensor
+
+
+def alone(updates: Iterator[Update | Mean]) -> Iterator[Update]:
+    """The updates of a batch in one part: every :class:`Mean` is the value that was asked for."""
+    answer: Tensor | None = None
+    while (asked := advance(updates, answer)) is not None:
+        answer = None
+        if isinstance(asked, Mean):
+            answer = asked.value.detach()
+        else:
+            yield asked
+
+
+def advance(updates: Iterator[Update | Mean], answer: Tensor | None) -> Update | Mean | None:
+    """What a generator of updates yields next, given the answer to the :class:`Mean` it waits for; None at its end."""
+    try:
+        return next(updates) if answer is None else cast("Generator[Update | Mean, Tensor]", updates).send(answer)
+    except StopIteration:
+        return None
 
 
 class Networks(nn.Module):
@@ -136,7 +134,7 @@ class Networks(nn.Module):
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        groups: Mapping[str, Optimiser],
+        groups: Mapping[str, Optimizer],
         ema: tuple[str, ...] = (),
         moved: tuple[str, ...] = (),
     ) -> None:
@@ -175,18 +173,6 @@ class Networks(nn.Module):
         return [p for name in self.groups[group].modules for p in self.get_submodule(name).parameters()]
 
 
-def check_range(where: str, name: str, value: float) -> None:
-    """ValueError when a hyper-parameter of this name cannot have this value."""
-    if not math.isfinite(value):
-        raise ValueError(f"{where}={value} must be finite")
-    if name in POSITIVE and value <= 0:
-        raise ValueError(f"{where}={value:g} must be positive")
-    if name in SHARES and not 0 <= value <= 1:
-        raise ValueError(f"{where}={value:g} must lie in [0, 1]")
-    if value < LEAST.get(name, -math.inf):
-        raise ValueError(f"{where}={value:g} must be at least {LEAST[name]}")
-
-
 @dataclass(frozen=True)
 class Recipe(ABC):
     """Stages run one after the other, each starting from what those before handed on; every :class:`Method` is a recipe
@@ -194,15 +180,14 @@ class Recipe(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[Paper]
+    #: The row of the catalogue, for the class that stands for its paper.
+    system: ClassVar[System | None] = None
     #: What a user may bring besides the teacher, by the part it plays: "student" (where the student's weights start),
     #: "guide", "reward".
     roles: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float):
-                    check_range(f"{type(self).__name__}: {name}", name, number)
+        check_fields(self)
 
     @abstractmethod
     def stages(self) -> list[Stage]:
@@ -228,8 +213,8 @@ class Method(Recipe):
         return {"data": start.data}
 
     @abstractmethod
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
-        """The updates of one iteration, one at a time."""
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Mean]:
+        """The updates of one iteration, one at a time, and questions about the whole batch between them."""
 
     @abstractmethod
     def student(self, nets: Networks) -> Student | Denoiser:

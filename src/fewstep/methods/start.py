@@ -22,10 +22,8 @@ from torch import nn
 
 from fewstep.data.dataset import Dataset, Samples
 from fewstep.denoisers import Denoiser
-from fewstep.discrete.learned import LearnedSampler
-from fewstep.flow_maps import EDMConsistency, Jump
 from fewstep.methods.parts.stores import Store, made_now
-from fewstep.sampling.rollout import Student
+from fewstep.models import model_of
 from fewstep.schedules import Schedule
 
 #: A store as a data set, made now or found where it was left; the seed is that of the stage that asks.
@@ -80,22 +78,18 @@ class Start:
 
 
 def denoiser_in(model: nn.Module, role: str) -> Any:
-    """The denoiser that a student's jumps are made with; a denoiser itself.  ValueError for a student without one."""
-    if isinstance(model, LearnedSampler):
-        return model.denoiser
-    flow_map = model.flow_map if isinstance(model, Student) else model
-    if isinstance(flow_map, EDMConsistency) or (isinstance(flow_map, Jump) and not flow_map.two_times):
-        return flow_map.denoiser
-    if isinstance(model, Student) or isinstance(flow_map, Jump):
-        kind = "two-time student" if isinstance(flow_map, Jump) else type(flow_map).__name__
-        raise ValueError(f"the {role} is a {kind}: its network is no denoiser to start from")
-    return model
+    """What a training starts from in a model of any kind; ValueError naming the role where there is nothing."""
+    try:
+        return model_of(model).teacher()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the {role}: {error}") from None
 
 
 def teacher_in(model: nn.Module, name: str = "the teacher") -> Any:
     """A model that can teach; ValueError naming it for a student, whose network is no denoiser any more."""
-    if isinstance(model, Student):
-        calls = ", ".join(map(str, model.plans))
+    found = model_of(model)
+    if found.plans is not None and found.tokens is None:
+        calls = ", ".join(map(str, found.plans))
         raise ValueError(
             f"{name} is a student of {calls} calls, not a denoiser, and cannot teach: name the teacher that made it, "
             "and give the student in the role 'student' to go on from its weights"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from itertools import islice, pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.networks.parts import Beside, GroupNorm, zeroed
 from fewstep.networks.unet import ResBlock, UNet, folded
+from fewstep.ranges import Count, Multiple, Share
 
 #: The inputs that tell the stages apart and how noisy their condition is, embedded like any extra scalar.
 RESOLUTION, AUGMENTATION = "resolution", "augmentation"
@@ -39,14 +40,17 @@ class CascadeUNet(UNet):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        resolutions: tuple[int, ...] = (),
-        channels: tuple[int, ...] = (48, 96),
-        blocks: int = 2,
-        width: int = 128,
+        resolutions: Annotated[tuple[Count, ...], "heights to work at, lowest first (default: half and whole)"] = (),
+        channels: Annotated[tuple[Annotated[int, Multiple(8)], ...], "channels at each resolution"] = (
+            48,
+            96,
+        ),
+        blocks: Annotated[Count, "residual blocks at each resolution, each way"] = 2,
+        width: Annotated[int, Multiple(2), "size of the conditioning"] = 128,
         classes: int | None = None,
         extras: tuple[str, ...] = (),
-        dropout: float = 0.0,
-        double_norm: bool = False,
+        dropout: Annotated[Share, "dropout inside the residual blocks"] = 0.0,
+        double_norm: Annotated[bool, "normalize the conditioning's scale and shift too, as sCM does"] = False,
     ) -> None:
         image, height = shape[0], shape[1] if len(shape) > 1 else 0
         resolutions = tuple(resolutions) or (height // 2, height)

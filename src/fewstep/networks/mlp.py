@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from fewstep.networks.parts import Beside, Conditioning, Modulation, zeroed
+from fewstep.ranges import Least, Multiple
+from fewstep.values import check_arguments
 
 
 class MLP(nn.Module):
@@ -21,16 +24,16 @@ class MLP(nn.Module):
     def __init__(
         self,
         shape: tuple[int, ...],
-        width: int = 256,
-        blocks: int = 3,
+        width: Annotated[int, Multiple(2), "size of the layers and of the conditioning"] = 256,
+        blocks: Annotated[int, Least(0), "residual blocks"] = 3,
         classes: int | None = None,
         extras: tuple[str, ...] = (),
         beside: int = 0,
     ) -> None:
         super().__init__()
-        if blocks < 0:
-            raise ValueError(f"MLP: blocks={blocks} must not be negative")
+        check_arguments(MLP, locals())
         self.shape = tuple(shape)
+        self.classes = classes
         self.config = {
             "shape": list(shape), "width": width, "blocks": blocks, "classes": classes, "extras": list(extras),
             "beside": beside,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
 from fewstep.networks.parts import Beside, Conditioning, Dropout, GroupNorm, Modulation, zeroed
+from fewstep.ranges import Count, Multiple, Share
+from fewstep.values import check_arguments
 
 
 class UNet(nn.Module):
@@ -21,25 +25,28 @@ class UNet(nn.Module):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        channels: tuple[int, ...] = (48, 96),
-        blocks: int = 2,
-        width: int = 128,
+        channels: Annotated[tuple[Annotated[int, Multiple(8)], ...], "channels at each resolution"] = (
+            48,
+            96,
+        ),
+        blocks: Annotated[Count, "residual blocks at each resolution, each way"] = 2,
+        width: Annotated[int, Multiple(2), "size of the conditioning"] = 128,
         classes: int | None = None,
         extras: tuple[str, ...] = (),
-        dropout: float = 0.0,
-        double_norm: bool = False,
+        dropout: Annotated[Share, "dropout inside the residual blocks"] = 0.0,
+        double_norm: Annotated[bool, "normalize the conditioning's scale and shift too, as sCM does"] = False,
         beside: int = 0,
     ) -> None:
         super().__init__()
         if len(shape) != 3:
             raise ValueError(f"UNet: samples of shape {list(shape)} are not pictures [C, H, W]; use an MLP")
-        if blocks < 1 or min(channels) < 8 or any(c % 8 for c in channels):
-            raise ValueError(f"UNet: blocks={blocks} must be at least 1, channels={list(channels)} multiples of 8")
+        check_arguments(UNet, locals())
         image, height, side = shape
         fold = 2 ** len(channels)
         if height % fold or side % fold:
             raise ValueError(f"UNet: a picture of {height}x{side} does not divide into {len(channels)} levels ({fold})")
         self.shape = tuple(shape)
+        self.classes = classes
         self.config = {
             "shape": list(shape), "channels": list(channels), "blocks": blocks, "width": width, "classes": classes,
             "extras": list(extras), "dropout": dropout, "double_norm": double_norm,

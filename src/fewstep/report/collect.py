@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from fewstep.files import check_writable
 from fewstep.hub import native
-from fewstep.hub.models import load
+from fewstep.hub.models import load, locate
 from fewstep.report import page
 from fewstep.report.comparison import Show, compare_models
 from fewstep.report.runs import RunCourse, model_folder, read_run
@@ -29,13 +30,16 @@ def report_runs(
     """Compare the students of finished runs with their teacher on one page; gives back its path.
 
     ``teacher`` and ``data`` are names or paths; by default those that the runs noted (``recipe.json``), which must
-    agree.  A run that made the teacher shows its course only, and a folder without a finished run is named at the
-    foot of the page.  Raises FileNotFoundError when no run is finished, ValueError when runs disagree or say too
-    little.
+    be the same: of one name, or of one digest.  A run that made the teacher shows its course only (where no run names a
+    teacher, the first that trained one is it), and a folder without a finished run is named at the foot of the page.
+    Raises FileNotFoundError when no run is finished, ValueError when runs disagree or say too little, OSError when
+    ``out`` cannot be written.
     """
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    check_writable(Path(out))
     runs, left_out = finished(folders)
-    teacher = teacher or common(runs, "teacher")
-    data = data or common(runs, "data")
+    teacher = teacher or found_teacher(runs)
+    data = data or common(runs, "data")[0]
     places = {run.name: Path(run.folder) for run in runs if Path(run.folder).resolve() != Path(teacher).resolve()}
     students = {name: native.load(model_folder(place)) for name, place in places.items()}
     found = compare_models(load(teacher), students, data, n, seed, show=show)
@@ -62,20 +66,44 @@ def finished(folders: Iterable[str | Path]) -> tuple[list[RunCourse], list[str]]
     return [run if times[run.name] == 1 else replace(run, name=run.folder) for run in runs], left_out
 
 
-def common(runs: list[RunCourse], what: str) -> str:
-    """The teacher or the data that all notes name; ValueError when they name several, or none does."""
-    named: dict[str, str] = {}
+def found_teacher(runs: list[RunCourse]) -> str:
+    """The teacher that the runs name, under a name that is still there; else the first run that trained from
+    scratch."""
+    scratch = [run.folder for run in runs if run.note is not None and run.note.command == "train"]
+    if scratch and not any(run.note.teacher for run in runs if run.note is not None):
+        return scratch[0]
+    names = common(runs, "teacher")
+    return next((name for name in names if is_there(name)), names[0])
+
+
+def is_there(name: str) -> bool:
+    """Whether a model of this name can be found."""
+    try:
+        locate(name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def common(runs: list[RunCourse], what: str) -> list[str]:
+    """The names that the notes give the one teacher, or the one data set; ValueError when they name several, or none.
+
+    Two names of one digest are one thing.
+    """
+    named: list[tuple[str, str | None, str]] = []
     for run in runs:
         if run.note is not None:
             value = {"teacher": run.note.teacher, "data": run.note.data}[what]
             if value:
-                named.setdefault(value, run.folder)
-    if len(named) > 1:
-        (a, first), (b, second) = list(named.items())[:2]
-        raise ValueError(
-            f"{first} has {what} '{a}', {second} has '{b}': one page compares students of one {what}; give fewer "
-            f"folders, or {what}="
-        )
+                named.append((value, run.note.digests.get(what), run.folder))
     if not named:
-        raise ValueError(f"{runs[0].folder} does not say its {what} (no recipe.json): give {what}=")
-    return next(iter(named))
+        raise ValueError(f"{runs[0].folder} does not say its {what} (no recipe.json): name it with --{what}")
+    first, digest, folder = named[0]
+    for value, other, place in named[1:]:
+        same = value == first if digest is None or other is None else digest == other
+        if not same:
+            raise ValueError(
+                f"{folder} has {what} '{first}', {place} has '{value}', which is another: one page compares students "
+                f"of one {what}; give fewer folders, or one {what} for all with --{what}"
+            )
+    return list(dict.fromkeys(value for value, _, _ in named))

@@ -14,21 +14,20 @@ from torch import Tensor
 
 from fewstep.data import Dataset, held_out
 from fewstep.data import load as load_data
-from fewstep.denoisers import Cond, CountCalls, Denoiser
 from fewstep.metrics import Estimate, Evaluator, Quality, accuracy, load_features
 from fewstep.metrics.features import Features
+from fewstep.models import Model, model_of
 from fewstep.randomness import Rng
 from fewstep.report import machine
-from fewstep.sampling import sample
-from fewstep.sampling.rollout import Student
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fewstep.report.runs import RunCourse
 
-#: The teacher is measured at these numbers of steps; the last one stands for "all it can do".
+#: The teacher is measured at these numbers of steps, a student that takes any number at those.
 TEACHER_STEPS = (1, 2, 4, 8, 16)
+STUDENT_STEPS = (1, 2, 4)
 
 Role = Literal["teacher", "student"]
 Show = Callable[[float, str], None]  # share of the work done, what is next
@@ -64,6 +63,7 @@ class Comparison:
 
     ``floor`` is the Fréchet distance and ``real_accuracy`` the share recognised of real pictures.  ``real`` are real
     pictures in the order of the columns of the sheets, ``columns`` the class names over them (empty without classes).
+    ``trained`` names the students that were trained for it (empty: all); others are shown and not crowned.
     """
 
     data: str
@@ -77,11 +77,19 @@ class Comparison:
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
     real_accuracy: float | None = None
+    trained: tuple[str, ...] = ()
 
     @property
     def teacher(self) -> list[Row]:
         """The teacher's rows, the one with the most steps last."""
         return [row for row in self.rows if row.role == "teacher"]
+
+    @property
+    def full(self) -> Row:
+        """The teacher at its best: the cheapest of its rows within one standard error of its least distance."""
+        least = min((row.quality.frechet for row in self.teacher), key=lambda found: found.value)
+        enough = (row for row in self.teacher if row.quality.frechet.value <= least.value + least.error)
+        return min(enough, key=lambda row: row.calls)
 
     @property
     def students(self) -> dict[str, list[Row]]:
@@ -93,8 +101,10 @@ class Comparison:
         return named
 
     def best(self, calls: int | None = None) -> Row | None:
-        """The student row of smallest Fréchet distance, among those of ``calls`` calls (None: of the fewest)."""
+        """The student row of smallest Fréchet distance, among those of ``calls`` calls (None: of the fewest); of
+        students that were trained for this comparison, where there are any."""
         rows = [row for row in self.rows if row.role == "student"]
+        rows = [row for row in rows if row.model in self.trained] or rows
         if not rows:
             return None
         calls = min(row.calls for row in rows) if calls is None else calls
@@ -151,8 +161,8 @@ class Comparison:
 
 
 def compare_models(
-    teacher: Denoiser,
-    students: Sequence[Student | Denoiser] | Mapping[str, Student | Denoiser],
+    teacher: Any,
+    students: Sequence[Any] | Mapping[str, Any],
     data: str | Dataset = "fashion",
     n: int = 500,
     seed: int = 0,
@@ -166,37 +176,39 @@ def compare_models(
 ) -> Comparison:
     """Measure the teacher at ``teacher_steps`` and every student at all its plans.
 
-    All models start from the same noise and labels.  ``students`` may be named by a mapping.  A student that is a
-    denoiser (a reflowed model) is sampled with Euler steps on a uniform grid, its own straight way.  ``data`` is a name
+    Models are of any kind in :data:`fewstep.models.KINDS`, and start from the same noise and labels.  ``students`` may
+    be named by a mapping.  A student without plans of its own (a reflowed model) is sampled in 1, 2 and 4 steps, a
+    denoiser as :func:`fewstep.sampling.sample` does by default; ``solver`` is the teacher's.  ``data`` is a name
     or path that :func:`fewstep.data.load` knows, with its held-out part as the reference; of a
     :class:`~fewstep.data.Dataset` a fifth, at most 2,000 samples, is put aside as the reference, whether or not
     the models were trained on it.  ``features`` is a name for :func:`fewstep.metrics.load_features`, by default the
     bundled classifier of the data, else pixels.  ``rows`` pictures of each class are kept for the page.
 
-    Raises ValueError when a model does not make samples of the data's shape.
+    Raises ValueError when a model makes tokens, or samples of another shape than the data's.
     """
     named = dict(students) if isinstance(students, Mapping) else _numbered(students)
-    for name, model in {"the teacher": teacher, **named}.items():
-        if not isinstance(model, Student | Denoiser):
-            raise ValueError(f"{name} is a {type(model).__name__}; compare takes denoisers and students")
+    leader = comparable("the teacher", teacher)
+    followers = {name: comparable(name, model) for name, model in named.items()}
     train, reference = parts(data)
-    for name, model in {"the teacher": teacher, **named}.items():
-        if tuple(model.shape) != train.shape:
+    for name, model in {"the teacher": leader, **followers}.items():
+        if model.shape != train.shape:
             raise ValueError(f"{name} makes samples {list(model.shape)}, data '{train.name}' has {list(train.shape)}")
     chosen = features if isinstance(features, Features) else load_features(features or _features(train))
     judge = Evaluator(reference, train, chosen, seed=seed)
     columns = min(teacher.classes or 10, 10)
     shown = rows * columns
 
-    jobs: list[tuple[str, Role, Student | Denoiser, int]] = [("teacher", "teacher", teacher, k) for k in teacher_steps]
-    for name, model in named.items():
-        jobs += [(name, "student", model, k) for k in (model.plans if isinstance(model, Student) else (1, 2, 4))]
-    work = [_work(model, steps) for _, _, model, steps in jobs]
+    jobs: list[tuple[str, Role, Model, int]] = [
+        ("teacher", "teacher", leader, k) for k in leader.plans or teacher_steps
+    ]
+    for name, model in followers.items():
+        jobs += [(name, "student", model, k) for k in model.plans or STUDENT_STEPS]
+    work = [4.0 + model.calls(steps) for _, _, model, steps in jobs]  # measuring quality costs about four calls
     found: list[Row] = []
     for i, (name, role, model, steps) in enumerate(jobs):
         show(sum(work[:i]) / sum(work), f"{name}, {steps} step{'s' * (steps > 1)}")
-        way = solver if role == "teacher" else "euler"
-        x, labels, calls, seconds = timed_samples(model, steps, n, seed, way, batch)
+        way = solver if role == "teacher" else None
+        x, labels, calls, seconds = timed_samples(model.module, steps, n, seed, way, batch)
         pictures = x[_shown(n, labels, columns, shown)].clamp(-1, 1)
         found.append(Row(name, role, steps, calls, seconds, judge(x, labels), pictures))
     show(1.0, "done")
@@ -208,6 +220,17 @@ def compare_models(
     )  # fmt: skip
 
 
+def comparable(name: str, model: Any) -> Model:
+    """A model that can be measured; ValueError for what is no model, and for one that makes tokens."""
+    try:
+        found = model_of(model)
+    except TypeError:
+        raise ValueError(f"{name} is a {type(model).__name__}, which is no model") from None
+    if found.tokens is not None:
+        raise ValueError(f"{name} is {found.called}: its samples are tokens, and pictures are what is measured here")
+    return found
+
+
 def parts(data: str | Path | Dataset) -> tuple[Dataset, Dataset]:
     """``(training, reference)`` of what :func:`compare_models` was given."""
     if isinstance(data, Dataset):
@@ -217,44 +240,31 @@ def parts(data: str | Path | Dataset) -> tuple[Dataset, Dataset]:
 
 @torch.no_grad()
 def timed_samples(
-    model: Student | Denoiser, steps: int, n: int, seed: int, solver: str, batch: int
+    model: Any, steps: int, n: int, seed: int, solver: str | None, batch: int
 ) -> tuple[Tensor, Tensor | None, int, float]:
     """``(samples, labels, calls, seconds per sample)`` of ``n`` samples made ``batch`` at a time.
 
-    Noise and labels depend on ``n``, ``seed`` and the shape only, so all models get the same.
+    ``solver`` is for models that take one (None: their default).  Noise and labels depend on ``n``, ``seed`` and the
+    shape only, so all models get the same.
     """
+    found = model_of(model)
+    options = {"solver": solver} if solver is not None and "solver" in found.options else {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     noise = Rng(seed, "sample", device=device).normal(n, *model.shape)
     labels = torch.arange(n, device=device) % model.classes if model.classes else None
-    made, seconds, calls = [], [], 0
+    made, seconds = [], []
     for start in range(0, n, batch):
         z = noise[start : start + batch]
         cond = None if labels is None else labels[start : start + batch]
         before = time.perf_counter()
-        x, calls = _samples(model, z, cond, steps, solver, Rng(seed, "rollout", start, device=device))
-        made.append(x.float().cpu())  # the copy waits for the device
+        x = found.sample_from(z, cond, steps=steps, rng=Rng(seed, "rollout", start, device=device), **options)
+        made.append((x.float() if x.is_floating_point() else x).cpu())  # the copy waits for the device
         seconds.append((time.perf_counter() - before) / len(z))
+    calls = found.calls(steps, **options)
     return torch.cat(made), None if labels is None else labels.cpu(), calls, min(seconds)
 
 
-def _samples(
-    model: Student | Denoiser, noise: Tensor, cond: Cond, steps: int, solver: str, rng: Rng
-) -> tuple[Tensor, int]:
-    """Samples from given noise, and the network calls that they cost."""
-    if isinstance(model, Student):
-        return model(noise, cond, steps, rng), len(model.plans[steps].times)
-    counted = CountCalls(model)
-    grid = "uniform" if solver == "euler" else None
-    x = sample(counted, len(noise), solver=solver, steps=steps, grid=grid, cond=cond, noise=noise)
-    return x, counted.calls
-
-
-def _work(model: Student | Denoiser, steps: int) -> float:
-    """About what a row costs, in network calls over all samples; measuring quality costs about four."""
-    return 4.0 + (len(model.plans[steps].times) if isinstance(model, Student) else steps)
-
-
-def _numbered(students: Sequence[Student | Denoiser]) -> dict[str, Student | Denoiser]:
+def _numbered(students: Sequence[Any]) -> dict[str, Any]:
     if len(students) == 1:
         return {"student": students[0]}
     return {f"student {i + 1}": student for i, student in enumerate(students)}

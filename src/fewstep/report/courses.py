@@ -29,11 +29,9 @@ def training(comparison: Comparison, runs: Sequence[RunCourse]) -> str:
 
 def one_run(comparison: Comparison, run: RunCourse) -> str:
     steps, images = sum(s.steps for s in run.stages), sum(s.images for s in run.stages)
-    paper = method_class(run.stages[-1].method).paper
     parts = [
         f"<h3>{swatch(comparison, run.name)}{escape(run.name)}</h3>",
-        f'<p>{escape(paper.title)} (<a href="https://arxiv.org/abs/{paper.arxiv}">arXiv {paper.arxiv}</a>; evidence: '
-        f"{paper.evidence}). {steps:,} steps, {images:,} pictures seen, {duration(run.seconds)}"
+        f"<p>{source(run.stages[-1].method)}. {steps:,} steps, {images:,} pictures seen, {duration(run.seconds)}"
         + (f", in {len(run.stages)} stages" if len(run.stages) > 1 else "")
         + ".</p>",
     ]
@@ -45,9 +43,24 @@ def one_run(comparison: Comparison, run: RunCourse) -> str:
     return "\n".join(parts)
 
 
+def source(name: str) -> str:
+    """Where a method comes from."""
+    method = method_class(name)
+    if method is None:
+        return f"The method “{escape(name)}”, which is none of fewstep's" if name else "A method that left no name"
+    paper = method.paper
+    return (
+        f'{escape(paper.title)} (<a href="https://arxiv.org/abs/{paper.arxiv}">arXiv {paper.arxiv}</a>; evidence: '
+        f"{paper.evidence})"
+    )
+
+
 def deviations(run: RunCourse) -> str:
     """What the methods of a run do otherwise than their papers."""
-    texts = dict.fromkeys(text for stage in run.stages for text in method_class(stage.method).paper.deviations)
+    methods = [method for stage in run.stages if (method := method_class(stage.method)) is not None]
+    if not methods:
+        return ""
+    texts = dict.fromkeys(text for method in methods for text in method.paper.deviations)
     items = "".join(f"<li>{escape(text)}</li>" for text in texts) or "<li>nothing known</li>"
     return f'<div class="course"><b>What differs from the paper</b><ul class="notes">{items}</ul></div>'
 

@@ -5,8 +5,10 @@ Pictures and plots are inline, nothing is fetched, and it reads on a phone, in t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -48,6 +50,7 @@ def html(
     """The page as text; ValueError for a comparison without the teacher."""
     if not comparison.teacher:
         raise ValueError("the comparison has no rows of the teacher, beside which a page shows its students")
+    comparison = replace(comparison, trained=tuple(run.name for run in runs))
     title = title or headline(comparison)
     sections = [
         head(comparison, runs, title),
@@ -72,9 +75,11 @@ def html(
 
 def headline(comparison: Comparison) -> str:
     """A title from the numbers."""
-    full, best = comparison.teacher[-1], comparison.best()
+    full, best = comparison.full, comparison.best()
     if best is None:
         return f"{comparison.data}: a teacher at few steps"
+    if best.calls >= full.calls:
+        return f"{comparison.data}: a teacher that needs no more calls than its students"
     fewest = "one" if best.calls == 1 else str(best.calls)
     return f"From {full.calls} network calls to {fewest}"
 
@@ -89,8 +94,9 @@ def head(comparison: Comparison, runs: Sequence[RunCourse], title: str) -> str:
 
 
 def summary(comparison: Comparison, runs: Sequence[RunCourse]) -> str:
-    """One paragraph with the headline numbers."""
-    full, best = comparison.teacher[-1], comparison.best()
+    """One paragraph with the headline numbers; ``runs`` are those of the students that were trained."""
+    comparison = replace(comparison, trained=tuple(run.name for run in runs))
+    full, best = comparison.full, comparison.best()
     floor = f"real pictures measured against other real ones score {comparison.floor.value:.2f}"
     if best is None:
         return (
@@ -107,33 +113,30 @@ def summary(comparison: Comparison, runs: Sequence[RunCourse]) -> str:
     )
     if same is not None and same is not full:
         text += f", and {estimate(same.quality.frechet)} when it gets {calls(best.calls)} as well"
-    equal = next((row for row in comparison.teacher if row.quality.frechet.value <= best.quality.frechet.value), None)
+    equal = next((row for row in comparison.teacher if as_good(row, best)), None)
     if equal is None:
         text += ". With none of the numbers of calls tried here does the teacher do as well as this student"
     elif equal.calls > best.calls:
         text += f". To do as well as this student, the teacher needs {calls(equal.calls)}"
-    here = [row for row in comparison.rows if row.model in took and row.calls == best.calls]
-    if best.model not in took and here:
-        row = min(here, key=lambda row: row.quality.frechet.value)
-        text += (
-            f". Of those trained here, <b>{escape(row.model)}</b>, in {duration(took[row.model])}, comes to "
-            f"{estimate(row.quality.frechet)}"
-        )
+    others = [row for row in comparison.rows if row.role == "student" and row.model not in took]
+    others = [row for row in others if took and row.calls == best.calls]
+    if others:
+        row = min(others, key=lambda row: row.quality.frechet.value)
+        text += f". <b>{escape(row.model)}</b>, which was not trained here, comes to {estimate(row.quality.frechet)}"
     return f"{text}. For scale, {floor}."
 
 
 def tiles(comparison: Comparison) -> str:
     """The headline numbers as tiles."""
-    full, best = comparison.teacher[-1], comparison.best()
+    full, best = comparison.full, comparison.best()
     if best is None:
         return ""
-    told = [
-        (f"{full.calls} → {best.calls}", f"network calls for a picture, teacher → {escape(best.model)}"),
-        (
+    told = [(f"{full.calls} → {best.calls}", f"network calls for a picture, teacher → {escape(best.model)}")]
+    if best.seconds < full.seconds:
+        told.append((
             f"{factor(full.seconds / best.seconds)} faster",
             f"{milliseconds(full.seconds)} → {milliseconds(best.seconds)} ms for a picture on this machine",
-        ),
-    ]
+        ))  # fmt: skip
     same = teacher_at(comparison, best.calls)
     there, reached = full.quality.frechet.value, best.quality.frechet.value
     start = there if same is None else same.quality.frechet.value
@@ -166,7 +169,9 @@ def repeat(runs: Sequence[RunCourse], commands: str) -> str:
         parts.append(f"<pre>{escape(commands)}</pre>")
     if noted:
         shell = "\n".join(note.shell(run.folder) for run, note in noted)
-        python = "\n".join(["import fewstep as fs", *(f"{name_of(run)} = {note.call()}" for run, note in noted)])
+        python = "\n".join(
+            ["import fewstep as fs", *(f"{name_of(run)} = {note.call(run.folder)}" for run, note in noted)]
+        )
         parts.append(
             f"<p>Each student alone:</p>\n<pre>{escape(shell)}</pre>\n"
             f"<details><summary>The same in Python</summary>\n<pre>{escape(python)}</pre></details>\n"
@@ -206,6 +211,12 @@ def foot(comparison: Comparison, left_out: Sequence[str]) -> str:
     machine = ", ".join(f"{escape(name)}: {escape(value)}" for name, value in comparison.machine.items())
     missing = "".join(f"<p>Left out: {escape(text)}</p>" for text in left_out)
     return f"<footer>{missing}<p>{versions}.<br>{machine}.</p></footer>"
+
+
+def as_good(row: Row, other: Row) -> bool:
+    """Whether a row is as good as another, to within one standard error of their difference."""
+    ours, theirs = row.quality.frechet, other.quality.frechet
+    return ours.value <= theirs.value + math.hypot(ours.error, theirs.error)
 
 
 def teacher_at(comparison: Comparison, count: int) -> Row | None:

@@ -28,9 +28,10 @@ _SETTINGS = {"accumulate": 1, "averages": (0.1,), "device": "cpu"}
 
 @dataclass(frozen=True)
 class Note:
-    """What was asked for: ``recipe`` is a name of :data:`~fewstep.distill.RECIPES`, ``arguments`` the fields that
-    differ from its defaults, ``settings`` the trainer's, ``given`` the names of models besides the teacher by role;
-    ``command`` is "distill" or "train"."""
+    """What was asked for: ``recipe`` is the method's name, ``arguments`` the hyper-parameters that differ from its
+    defaults (all of them where the method is not in :data:`~fewstep.methods.RECIPES`), ``settings`` the trainer's,
+    ``given`` the names of models besides the teacher by role; ``command`` is "distill" or "train".  ``digests`` are the
+    SHA-256 of teacher and data, where they were noted."""
 
     command: str
     recipe: str
@@ -39,11 +40,14 @@ class Note:
     data: str
     settings: Mapping[str, Any]
     given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def shell(self, folder: str) -> str:
         """The command that repeats the run, in lines of at most about 90 characters."""
         if self.command == "train":  # the flags of its network are in the recipe only
             return f"fewstep train --recipe {shlex.quote(f'{folder}/{RECIPE_FILE}')}"
+        if self.recipe not in RECIPES:
+            return f"# {folder}: by the method '{self.recipe}', which is none of fewstep's: run its own program"
         others = {k: v for k, v in self.settings.items() if k in _SETTINGS and _plain(v) != _SETTINGS[k]}
         always = {k: self.settings[k] for k in ("budget", "batch", "seed") if k in self.settings}
         flags: dict[str, Any] = {"teacher": self.teacher} if self.teacher else {}
@@ -62,8 +66,12 @@ class Note:
                 lines.append(text)
         return " \\\n    ".join(lines)
 
-    def call(self) -> str:
-        """The same in Python, without a folder."""
+    def call(self, folder: str = "") -> str:
+        """The same in Python, without a folder; of a run that trained from scratch, where its model lies."""
+        if self.command == "train":
+            return f"fs.load({folder!r})  # trained from scratch: fewstep train"
+        if self.recipe not in RECIPES:
+            return f"fs.load({folder!r})  # made by the method {self.recipe!r}, which is none of fewstep's"
         arguments = ", ".join(f"{name}={_plain(value)!r}" for name, value in self.arguments.items())
         others = "".join(f", {k}={self.settings[k]!r}" for k in ("budget", "batch", "seed") if k in self.settings)
         others += "".join(f", {role}={name!r}" for role, name in self.given.items())
@@ -84,7 +92,7 @@ TEACHER = {"name": str | None, ...: Any}
 NOTED = {
     "command": str, "method": str, "hyper_parameters": dict, "settings": dict,
     "start": {"model": schemas.Maybe(str), "teacher": schemas.Maybe(TEACHER), ...: Any},
-    "data": {"source": str, ...: Any}, ...: Any,
+    "data": {"source": str, "sha256": schemas.Maybe(str), ...: Any}, ...: Any,
 }  # fmt: skip
 
 
@@ -94,19 +102,21 @@ def read_note(folder: Path) -> Note | None:
     if not path.is_file():
         return None
     written = schemas.read_json(path, NOTED)
-    try:
-        recipe = written["method"]
-        defaults = {f.name: f.default for f in dataclasses.fields(recipe_class(recipe))}
-        changed = {
-            name: value
-            for name, value in written["hyper_parameters"].items()
-            if name not in defaults or _plain(value) != defaults[name]
-        }
-        given = names_of(written["start"])
-        teacher = given.pop("teacher", "")
-        return Note(written["command"], recipe, changed, teacher, written["data"]["source"], written["settings"], given)
-    except ValueError as error:
-        raise ValueError(f"{path}: not the recipe of a run ({error}); delete it to report without it") from None
+    recipe = written["method"]
+    fields = dataclasses.fields(recipe_class(recipe)) if recipe in RECIPES else ()
+    defaults = {f.name: f.default for f in fields}
+    changed = {
+        name: value
+        for name, value in written["hyper_parameters"].items()
+        if name not in defaults or _plain(value) != defaults[name]
+    }
+    given = names_of(written["start"])
+    teacher = given.pop("teacher", "")
+    whole = {"teacher": written["start"].get("teacher", written["start"]), "data": written["data"]}
+    digests = {what: source["sha256"] for what, source in whole.items() if isinstance(source.get("sha256"), str)}
+    return Note(
+        written["command"], recipe, changed, teacher, written["data"]["source"], written["settings"], given, digests
+    )
 
 
 def names_of(start: Mapping[str, Any]) -> dict[str, str]:
@@ -168,9 +178,11 @@ class Sign:
 
 
 def signs(stage: StageCourse) -> list[Sign]:
-    """The method's signs of health with what this stage measured; a sign that was never logged is left out."""
+    """The method's signs of health with what this stage measured; a sign that was never logged is left out, and of a
+    method that is not known there are none."""
     found = []
-    for key, sentence in method_class(stage.method).healthy.items():
+    method = method_class(stage.method)
+    for key, sentence in ({} if method is None else method.healthy).items():
         _, values = stage.curve(key)
         if values:
             tenth = max(1, math.ceil(len(values) / 10))
@@ -183,11 +195,9 @@ def _methods() -> dict[str, type[Method]]:
     return {s.method.name: type(s.method) for name in RECIPES for s in recipe_class(name)().stages()}
 
 
-def method_class(name: str) -> type[Method]:
-    """The method behind a stage's name; ValueError naming the choices when this version knows none."""
-    if name not in _methods():
-        raise ValueError(f"method '{name}' is unknown; this version of fewstep knows {', '.join(_methods())}")
-    return _methods()[name]
+def method_class(name: str) -> type[Method] | None:
+    """The method behind a stage's name; None for one that is not fewstep's, or of another version."""
+    return _methods().get(name)
 
 
 def read_run(folder: str | Path) -> RunCourse:

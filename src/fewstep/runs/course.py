@@ -17,6 +17,7 @@ from fewstep.files import write_atomically
 from fewstep.hub import native
 from fewstep.methods.method import Recipe
 from fewstep.methods.start import Start, teacher_in
+from fewstep.models import model_of
 from fewstep.runs.conditions import as_read_by, check_readable
 from fewstep.runs.record import Record, data_source, model_source, record_of
 from fewstep.runs.resume import begun, enter, held, stage_seeds
@@ -25,7 +26,8 @@ from fewstep.sampling.search import half_level
 from fewstep.schemas import read_records
 from fewstep.training.parallel import Parallel
 from fewstep.training.progress import LOGGED
-from fewstep.training.trainer import Result, Settings
+from fewstep.training.settings import Settings
+from fewstep.training.trainer import Result
 
 
 def run_recipe(
@@ -59,7 +61,9 @@ def run_recipe(
 
     if folder is None:
         return run_stages(recipe, start(None, show), settings, show=show)
-    if not Parallel.from_environment(device).main:
+    parallel = Parallel.from_environment(device)
+    if not parallel.main:
+        parallel.barrier()  # the main process has made the folder, or found there what it is to go on with
         seeds = stage_seeds(folder)
         return run_stages(recipe, start(folder / "stores", False), settings, folder, seeds=seeds, show=False)
     if record is None:
@@ -68,13 +72,15 @@ def run_recipe(
     with held(folder):
         resumed = begun(folder)
         record = enter(folder, record, further)
+        parallel.barrier()
         if show and resumed:
             print(f"{folder}: going on where this run stopped")
         settings = dataclasses.replace(settings, precision=record.settings["precision"])
         begin = start(folder / "stores", show)
         result = run_stages(recipe, begin, settings, folder, seeds=record.stage_seeds, show=show)
-        if record.command == "train" and isinstance(result.model, NetworkDenoiser):
-            result.model.half_level = measured_half_level(result.model)
+        if record.command == "train":
+            trained: NetworkDenoiser = model_of(result.model).teacher()
+            trained.half_level = measured_half_level(trained)
         native.save(result.model, folder / "model", card(record, recipe, result))
         join_logs(folder)
     return result

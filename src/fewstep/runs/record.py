@@ -20,20 +20,19 @@ import torch
 from torch import nn
 
 import fewstep
+from fewstep import values
 from fewstep.data import Samples
 from fewstep.digests import model_sha256
 from fewstep.hub import native
 from fewstep.methods.method import Recipe
 from fewstep.schemas import Choice, Maybe, Place, check, read_json
 from fewstep.training.budget import Budget
-from fewstep.training.ema import Power
-from fewstep.training.trainer import Settings
+from fewstep.training.profiles import Power
+from fewstep.training.settings import FREE, Settings
 from fewstep.values import as_words
 
 FORMAT = 2
 NAME = "recipe.json"
-#: Settings that change where or how a run works, but not what it computes.
-FREE = ("device", "save_seconds", "log_steps", "tensorboard")
 Seeds = Literal["derived", "counted"]
 # What recipe.json holds.  Hyper-parameters and settings are checked by the types of what they set.
 _SHARED = {
@@ -101,7 +100,12 @@ def record_of(
     recipe: Recipe, start: dict[str, Any], data: dict[str, Any], settings: Settings, command: Any = "distill"
 ) -> Record:
     """The record of a run that begins now."""
-    return Record(command, recipe.name, asdict(recipe), start, data, settings_data(settings), versions())
+    return Record(command, recipe.name, hyper_parameters(recipe), start, data, settings_data(settings), versions())
+
+
+def hyper_parameters(recipe: Recipe) -> dict[str, Any]:
+    """The hyper-parameters of a recipe as plain data."""
+    return {field.name: values.plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
 
 
 def settings_data(settings: Settings) -> dict[str, Any]:

@@ -15,9 +15,10 @@ import torch
 
 from fewstep.files import write_atomically
 from fewstep.runs import record as records
-from fewstep.runs.record import FREE, NAME, Difference, Record, Seeds, with_precision
+from fewstep.runs.record import NAME, Difference, Record, Seeds, with_precision
 from fewstep.training.interruptions import LOCK, only_run_in
 from fewstep.training.precision import resolve
+from fewstep.training.settings import FREE
 
 
 class OtherRun(ValueError):

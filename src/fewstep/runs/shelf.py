@@ -34,8 +34,9 @@ class Shelf:
             if digest not in self.held:
                 self.held[digest] = joined(list(self.made(what, seed, range(what.batches)).values()))
             return what.dataset(self.held[digest])
-        place = self.folder / "stores" / f"{what.name}-{digest[:16]}"
-        self.parallel.barrier()  # the main process has cleared what a killed run was writing
+        # weights that processes have trained together may differ in last bits: the main one's count
+        key = int(self.parallel.agree(int(digest[:12], 16)))
+        place = self.folder / "stores" / f"{what.name}-{key:012x}"
         self.fill(place, what, seed)
         self.parallel.barrier()
         return what.dataset(joined([load_tensors(file) for file in files(place, what).values()]))

@@ -19,9 +19,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.denoisers import Autoguided, Cond, Denoiser, Guided, NetworkDenoiser
@@ -218,6 +219,65 @@ def check_plans(cascade: Cascade, plans: Sequence[StagePlan]) -> None:
         raise ValueError("the first stage has none below it: no start, picture_guidance or augmentation")
     if cascade.stages[0].classes is None and any(plan.guidance is not None for plan in plans):
         raise ValueError("guidance needs a conditional model: this cascade has no classes")
+
+
+class CascadeModel(nn.Module):
+    """One network that works at several ``resolutions`` (heights, lowest first) with the plan of each: what LowDiff
+    gives back.
+
+    ``denoiser`` is the network at the highest resolution; ``plans`` (default: ten steps of UniPC each) are one a
+    resolution.  ValueError when they do not fit.
+    """
+
+    def __init__(
+        self, denoiser: NetworkDenoiser, resolutions: Sequence[int], plans: Sequence[StagePlan] | None = None
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.resolutions = tuple(resolutions)
+        self.plans = tuple(plans or [StagePlan()] * len(self.resolutions))
+        check_plans(self.cascade, self.plans)
+
+    @property
+    def cascade(self) -> Cascade:
+        """The views of the network, one a resolution."""
+        return Cascade.shared(self.denoiser, self.resolutions)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.denoiser.shape
+
+    @property
+    def classes(self) -> int | None:
+        return self.denoiser.classes
+
+    def planned(self, steps: int | None = None, guidance: float | None = None) -> list[StagePlan]:
+        """The plans with other ``steps`` at every resolution, and with guidance by labels."""
+        changed: dict[str, Any] = {} if steps is None else {"steps": steps}
+        if guidance is not None:
+            changed["guidance"] = guidance
+        return [dataclasses.replace(plan, **changed) for plan in self.plans]
+
+    def calls(self, steps: int | None = None, guidance: float | None = None) -> int:
+        """The network calls of all resolutions together; those of low ones cost less (:func:`effective_calls`)."""
+        plans = self.planned(steps, guidance)
+        return sum(plan.calls(stage.schedule) for stage, plan in zip(self.cascade.stages, plans, strict=True))
+
+    def sample(
+        self,
+        n: int,
+        cond: Cond = None,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        noise: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """``n`` samples ``[n, *shape]`` of the highest resolution, by :meth:`planned` plans; ``cond``, ``seed`` and
+        ``noise`` are those of :func:`sample_cascade`."""
+        return sample_cascade(
+            self.cascade, n, self.planned(steps, guidance), cond=cond, seed=seed, noise=noise
+        )[-1]  # fmt: skip
 
 
 def flop_costs(cascade: Cascade) -> tuple[float, ...]:

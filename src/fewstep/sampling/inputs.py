@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,14 @@ KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: More samples than any memory holds.
 MOST = 2**31
+
+
+class Conditional(Protocol):
+    """What may take class labels."""
+
+    @property
+    def classes(self) -> int | None: ...
+
 
 Numbers = Tensor | np.ndarray | Sequence[Any]
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -144,7 +152,7 @@ def sources(
     return PerSample(rngs), PerSample(paths) if one_path else PerSample(rngs)
 
 
-def conditions(model: Denoiser | FlowMap, n: int, cond: Cond, device: torch.device) -> Cond:
+def conditions(model: Conditional, n: int, cond: Cond, device: torch.device) -> Cond:
     """``cond`` for ``n`` samples; the model's labels in turn when it is None and the model has any.
 
     Labels are checked, lists and arrays of them are taken.  What a model without classes takes is its own affair, but

@@ -25,7 +25,7 @@ class Choice:
     """What to guide with.
 
     ``scale`` is w of ``D_guide + w (D_main - D_guide)``; ``main_width`` and ``guide_width`` are relative widths of the
-    averages (``sigma_rel`` of :class:`~fewstep.training.ema.Power`); the guide's average ends after ``guide_updates``
+    averages (``sigma_rel`` of :class:`~fewstep.training.profiles.Power`); the guide's ends after ``guide_updates``
     updates of its run, the main model's at the end of its own.
     """
 

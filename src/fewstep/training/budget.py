@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from fewstep.values import Written
 
 _UNITS: dict[str, tuple[Literal["steps", "images", "seconds"], float]] = {
     "": ("steps", 1), "step": ("steps", 1), "steps": ("steps", 1), "it": ("steps", 1),
@@ -16,9 +18,11 @@ _UNITS: dict[str, tuple[Literal["steps", "images", "seconds"], float]] = {
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Written):
     """An amount of training.  Runs with a budget in steps or images repeat bit for bit; one in minutes depends on the
     machine's speed."""
+
+    shown: ClassVar[str] = "AMOUNT"
 
     amount: float
     unit: Literal["steps", "images", "seconds"] = "steps"

@@ -1,71 +1,16 @@
 """Exponential moving averages of weights, several at once, with reconstruction after the fact.
 
-A *profile* says how much of the past an average holds after ``n`` updates.  The power-function profile of EDM2
-(Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3) weighs the
-weights at time ``tau`` by ``tau ** gamma``: its width is a constant share ``sigma_rel`` of the run, so that one
-setting fits a run of a hundred steps and one of a million.
+How much of the past an average holds is said by its profile (:mod:`fewstep.training.profiles`).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Profile(ABC):
-    """``ema <- decay(n) ema + (1 - decay(n)) weights`` at the n-th update, n = 1, 2, ..."""
-
-    @abstractmethod
-    def decay(self, n: int) -> float:
-        """The share of the old average that is kept at update ``n``; 0 at the first."""
-
-
-@dataclass(frozen=True)
-class Power(Profile):
-    """Power-function profile of relative width ``sigma_rel`` (standard deviation of its weights over the run length,
-    in (0, 0.288))."""
-
-    sigma_rel: float = 0.1
-
-    def __post_init__(self) -> None:
-        gamma_of(self.sigma_rel)
-
-    def decay(self, n: int) -> float:
-        return (1 - 1 / n) ** (gamma_of(self.sigma_rel) + 1)
-
-
-@dataclass(frozen=True)
-class HalfLife(Profile):
-    """Exponential profile that halves the past every ``updates`` updates, with a warm-up ``n / 10`` for short runs."""
-
-    updates: float = 1000.0
-
-    def __post_init__(self) -> None:
-        if self.updates <= 0:
-            raise ValueError(f"HalfLife: updates={self.updates} must be positive")
-
-    def decay(self, n: int) -> float:
-        return 0.0 if n == 1 else 0.5 ** (1 / min(self.updates, n / 10))
-
-
-@cache
-def gamma_of(sigma_rel: float) -> float:
-    """The exponent whose profile has width ``sigma_rel``: the positive root of
-    ``sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1`` (EDM2, equation 123)."""
-    if not 0 < sigma_rel < 12**-0.5:
-        raise ValueError(f"sigma_rel={sigma_rel} must lie in (0, {12**-0.5:.3f}), the width of a flat average")
-    low, high = 0.0, 2.0 / sigma_rel
-    for _ in range(200):
-        middle = (low + high) / 2
-        wide = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > sigma_rel**2
-        low, high = (middle, high) if wide else (low, middle)
-    return (low + high) / 2
+from fewstep.training.profiles import Profile, gamma_of
 
 
 class Average:
@@ -78,7 +23,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor]) -> None:
-        """Take in the weights after an optimiser step."""
+        """Take in the weights after an optimizer step."""
         self.updates += 1
         torch._foreach_lerp_(self.weights, list(weights), 1 - self.profile.decay(self.updates))
 

@@ -55,7 +55,7 @@ class Parallel:
         nets.to(device)
 
     def settle(self, nets: Networks) -> None:
-        """Called between backward passes and the optimiser's step."""
+        """Called between backward passes and the optimizer's step."""
 
     def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The parts of tensors that this process holds."""
@@ -79,9 +79,18 @@ class Parallel:
         pieces = flat.split([t.numel() for t in tensors])
         torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)])
 
-    def norm(self, gradients: Sequence[Tensor]) -> float:
-        """The norm of all gradients together."""
-        return float(torch.nn.utils.get_total_norm(gradients, foreach=True))
+    def mean(self, parts: Sequence[Tensor]) -> Tensor:
+        """The mean of a tensor over this process's parts and all processes; of one part, the tensor itself."""
+        value = parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(0)
+        if self.world == 1:
+            return value
+        value = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(value)
+        return value / self.world
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of all gradients together, on their device."""
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
 
     def total(self, *values: float) -> list[float]:
         """The sum of each value over the processes (with 0 from all but one: that one's value)."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "fp32", "bf16"]
+from fewstep.training.settings import Precision
 
 
 def probe(device: torch.device, repeats: int = 3) -> dict[str, float]:
@@ -37,5 +37,5 @@ def resolve(precision: Precision, device: torch.device) -> Literal["fp32", "bf16
 
 
 def autocast(precision: Literal["fp32", "bf16"], device: torch.device) -> AbstractContextManager[object]:
-    """The context that losses are computed in; weights, averages and optimisers stay float32."""
+    """The context that losses are computed in; weights, averages and optimizers stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -1,7 +1,7 @@
 """Networks that do not fit in one process: every process holds a part of every tensor (PyTorch's FSDP2).
 
 :class:`Sharded` cuts each network of a method into groups (the members of its module lists, then the rest) that are
-gathered when they are used and freed afterwards.  Gradients, optimiser moments and averages stay cut; sums over the
+gathered when they are used and freed afterwards.  Gradients, optimizer moments and averages stay cut; sums over the
 processes are the only new arithmetic.  Checkpoints go through ``torch.distributed.checkpoint`` in its safetensors
 form, every process writing its own part, and can be read by another number of processes.
 
@@ -15,7 +15,6 @@ PyTorch's defaults; there is no CPU offload and no tensor parallelism.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -76,8 +76,10 @@ class Sharded(Parallel):
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Nothing: the backward pass of a cut network has averaged its gradients."""
 
-    def norm(self, gradients: Sequence[Tensor]) -> float:
-        return math.sqrt(self.total(super().norm(gradients) ** 2)[0])
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        square = super().norm(gradients).double().square()
+        dist.all_reduce(square)
+        return square.sqrt()
 
 
 def cut(net: nn.Module, mesh: DeviceMesh) -> None:

@@ -1,19 +1,20 @@
 """The trainer: everything a method must not know.
 
-Devices, precision, optimisers, accumulation, averages, exact resume, budgets, records, signals and processes.  A
+Devices, precision, optimizers, accumulation, averages, exact resume, budgets, records, signals and processes.  A
 method is a generator of updates; the trainer drives one generator per micro-batch in lock step, runs each loss
 backward as soon as it is yielded (so that one graph lives at a time), averages gradients over micro-batches and
 processes, and steps the group that the update names.
 
 To resume a run, run the same command again: a run folder holds ``checkpoint.safetensors``, and data order and random
 draws are functions of the seed and the number of steps done.  A step costs its passes and little else: multi-tensor
-norm, clip and averages, fused optimisers, numbers read from the device only when they are recorded.
+norm, clip and averages, fused optimizers.  No update waits for the device: its numbers are read when they are recorded,
+and whether they are numbers is looked at before every record, snapshot and checkpoint
+(:mod:`fewstep.training.nonfinite`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -28,24 +29,20 @@ from torch import Tensor, nn
 from fewstep.conditions import to
 from fewstep.data.dataset import Rows, Samples
 from fewstep.denoisers import Denoiser
-from fewstep.methods.method import Batch, Method, Networks, Progress, Update
+from fewstep.methods.method import Batch, Mean, Method, Networks, Progress, Update, advance
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng, derive_seed, repeated_draws
 from fewstep.sampling.rollout import Student
-from fewstep.training import checkpoint, snapshots
-from fewstep.training.budget import Budget
+from fewstep.training import checkpoint, nonfinite, snapshots
 from fewstep.training.checkpoint import Checkpoint
-from fewstep.training.ema import Average, Power, Profile
 from fewstep.training.feed import MAIN, Feed, fitted
+from fewstep.training.groups import Groups
 from fewstep.training.interruptions import only_run_in, stop_on_signals
-from fewstep.training.optimisers import make_optimiser, rate
 from fewstep.training.parallel import Parallel
-from fewstep.training.precision import Precision, autocast, resolve
+from fewstep.training.precision import autocast, resolve
+from fewstep.training.profiles import Power
 from fewstep.training.progress import Bar, Records, TensorBoard
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient stopped being a number; the message names the tensor."""
+from fewstep.training.settings import Settings
 
 
 class Interrupted(RuntimeError):
@@ -54,41 +51,6 @@ class Interrupted(RuntimeError):
     def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
         super().__init__(message)
         self.number = number
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train, whatever the method.
-
-    ``batch`` is the *global* batch: all processes and all ``accumulate`` micro-batches together.  The first of
-    ``averages`` is what the run hands out; with two or more :class:`~fewstep.training.ema.Power` profiles the run
-    keeps ``snapshots/`` from which other widths are made afterwards (:mod:`fewstep.training.snapshots`).  ``shard``
-    cuts every network over the processes that ``torchrun`` started, for networks that do not fit in one
-    (:mod:`fewstep.training.sharding`).  ``tensorboard`` also writes event files to ``tensorboard/`` in the run folder.
-    """
-
-    budget: Budget = field(default_factory=lambda: Budget(1000))
-    batch: int = 64
-    accumulate: int = 1
-    seed: int = 0
-    precision: Precision = "auto"
-    averages: tuple[Profile, ...] = (Power(0.1),)
-    device: str = "cpu"
-    save_seconds: float = 60.0
-    log_steps: int = 10
-    shard: bool = False
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
-            raise ValueError(
-                f"batch={self.batch} must be positive and divisible by accumulate={self.accumulate}; "
-                "batch counts all micro-batches together"
-            )
-        if self.log_steps < 1:
-            raise ValueError(f"log_steps={self.log_steps} must be at least 1")
-        if self.save_seconds < 0:
-            raise ValueError(f"save_seconds={self.save_seconds:g} must not be negative (0 saves after every step)")
 
 
 @dataclass
@@ -105,27 +67,20 @@ class Result:
     made: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-class Run:
-    """One training run in memory: networks, optimisers, averages and counters."""
+class Run(Groups):
+    """One training run in memory: networks, optimizers, averages and counters."""
 
     def __init__(self, method: Method, nets: Networks, settings: Settings, parallel: Parallel) -> None:
         parts = settings.accumulate * parallel.world
         if settings.batch % parts:
             raise ValueError(f"batch={settings.batch} does not divide over {parts} parts (processes x accumulate)")
-        self.method, self.nets, self.settings, self.parallel = method, nets, settings, parallel
+        self.method, self.settings = method, settings
         self.device = torch.device(settings.device)
         parallel.place(nets, self.device)
         fast = resolve(settings.precision, self.device) == "bf16"
         self.precision: Literal["fp32", "bf16"] = "bf16" if parallel.agree(fast) else "fp32"
-        self.optimisers = {name: make_optimiser(group, nets, name) for name, group in nets.groups.items()}
-        self.parameters = {name: nets.group_parameters(name) for name in nets.groups}
-        self.averaged = {name: list(nets.get_submodule(name).parameters()) for name in nets.ema}
-        self.averages = {
-            name: [Average(profile, weights) for profile in settings.averages]
-            for name, weights in self.averaged.items()
-        }
+        super().__init__(nets, parallel, settings.averages)
         self.feed: Feed | None = None
-        self.steps = 0
         self.seconds = 0.0
         # scalars since the last record, so that a group that moves in one step of five is in every record
         self.recent: dict[str, Tensor | float] = {}
@@ -139,11 +94,13 @@ class Run:
         progress = self.progress()
         pending = [self.method.updates(self.nets, batch, progress) for batch in self.batches(data)]
         while updates := self.backward(pending):
-            self.recent |= mean_logs(updates)
-            self.recent |= self.apply(updates, progress)
-            if updates[0].then is not None:
+            moved, logs = self.apply(updates, progress)
+            self.recent |= logs
+            if moved and updates[0].then is not None:
                 updates[0].then()
         self.steps += 1
+        if self.steps % nonfinite.CHECK_STEPS == 0:
+            self.check_gradients()
 
     def batches(self, data: Samples | Mapping[str, Samples]) -> Iterator[Batch]:
         """This process's micro-batches of the current iteration."""
@@ -167,80 +124,35 @@ class Run:
         columns = {name: column.to(self.device) for name, column in rows.columns.items()}
         return Batch(x, to(rows.cond, self.device), rng, columns, shape=(n, *data.shape))
 
-    def backward(self, pending: list[Iterator[Update]]) -> list[Update]:
-        """The next update of every micro-batch, each run backward at once; empty when the iteration is over."""
-        updates: list[Update] = []
-        for generator in pending:
-            with autocast(self.precision, self.device):
-                update = next(generator, None)
-            if update is None:
-                continue
-            if not updates:
-                self.forget_gradients()
-            (update.loss / len(pending) if len(pending) > 1 else update.loss).backward()
-            updates.append(update)
-        if updates and len(updates) != len(pending):
-            raise RuntimeError(f"{self.method.name}: micro-batches yielded different numbers of updates")
-        self.parallel.settle(self.nets)
-        return updates
+    def backward(self, pending: list[Iterator[Update | Mean]]) -> list[Update]:
+        """The next update of every micro-batch, each run backward at once; empty when the iteration is over.
 
-    def forget_gradients(self) -> None:
-        for parameters in self.parameters.values():
-            for parameter in parameters:
-                parameter.grad = None
-
-    def apply(self, updates: list[Update], progress: Progress) -> dict[str, Tensor | float]:
-        """Average gradients over processes, check and clip them, step the group's optimiser and averages."""
-        group = updates[0].group
-        spec, optimiser = self.nets.groups[group], self.optimisers[group]
-        gradients = self.parallel.local([p.grad for p in self.parameters[group] if p.grad is not None])
-        self.parallel.average(gradients)
-        size = self.parallel.norm(gradients)
-        if not math.isfinite(size):
-            raise NonFiniteError(self.diagnosis(updates))
-        if spec.clip is not None and size > spec.clip:
-            torch._foreach_mul_(gradients, spec.clip / size)
-        lr = spec.lr * rate(spec, progress)
-        optimiser.param_groups[0]["lr"] = lr
-        optimiser.step()
-        for name in spec.modules:
-            for average in self.averages.get(name, ()):
-                average.update(self.averaged[name])
-        return {f"{group}/grad_norm": size, f"{group}/lr": lr}
-
-    def check_weights(self) -> None:
-        """NonFiniteError when a step left a weight that is no number, so that none is saved or given back."""
-        if bad := self.not_finite(dict(self.nets.named_parameters())):
-            raise NonFiniteError(
-                f"step {self.steps - 1}: it left the weight {bad[0]} not finite; lower the learning rate (the last "
-                "checkpoint is from before this step)"
-            )
-
-    def diagnosis(self, updates: list[Update]) -> str:
-        """Which tensors stopped being numbers: a weight, else the loss, else a gradient."""
-        group = updates[0].group
-        advice = "(the last checkpoint is from before this step)"
-        named = dict(self.nets.named_parameters())
-        if bad := self.not_finite(named):
-            return f"step {self.steps}: the weight {bad[0]} is not finite {advice}"
-        members = set(map(id, self.parameters[group]))
-        bad = self.not_finite({n: p.grad for n, p in named.items() if id(p) in members and p.grad is not None})
-        gradients = f"the gradient of {bad[0]} ({len(bad)} in all) is" if bad else f"the gradient norm of '{group}' is"
-        losses = [float(u.loss.detach()) for u in updates]
-        if not all(map(math.isfinite, losses)):
-            return (
-                f"step {self.steps}: the loss of '{group}' is {losses[0]:g} and {gradients} not finite; all weights "
-                f"are, so look at the data and the loss {advice}"
-            )
-        return f"step {self.steps}: {gradients} not finite; lower the learning rate or look at the data {advice}"
-
-    def not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The names of the tensors that hold anything but numbers, in any process's part."""
-        flags = [float(not torch.isfinite(part).all()) for part in self.parallel.local(list(tensors.values()))]
-        return [name for name, flag in zip(tensors, self.parallel.total(*flags), strict=True) if flag]
+        Questions for a mean on the way there are answered when every micro-batch has asked.
+        """
+        answer: Tensor | None = None
+        while True:
+            updates: list[Update] = []
+            means: list[Tensor] = []
+            for generator in pending:
+                with autocast(self.precision, self.device):
+                    asked = advance(generator, answer)
+                if isinstance(asked, Mean):
+                    means.append(asked.value.detach())
+                elif asked is not None:
+                    if not updates:
+                        self.forget_gradients()
+                    (asked.loss / len(pending) if len(pending) > 1 else asked.loss).backward()
+                    updates.append(asked)
+            if max(len(updates), len(means)) not in (0, len(pending)) or (updates and means):
+                raise RuntimeError(f"{self.method.name}: micro-batches yielded different numbers of updates")
+            if not means:
+                self.parallel.settle(self.nets)
+                return updates
+            answer = self.parallel.mean(means)
 
     def record(self) -> dict[str, Any]:
         """What there is to tell since the last record, averaged over the processes."""
+        self.check_gradients()
         counted = {"step": self.steps, "images": self.steps * self.settings.batch, "seconds": round(self.seconds, 3)}
         logs, self.recent = self.numbers(), {}
         return {**counted, **logs}
@@ -255,8 +167,8 @@ class Run:
         tensors: dict[str, Tensor] = {}
         for name in self.kept():
             tensors |= checkpoint.module_tensors(name, self.nets.get_submodule(name))
-        for name, optimiser in self.optimisers.items():
-            tensors |= checkpoint.optimiser_tensors(name, optimiser)
+        for name, optimizer in self.optimizers.items():
+            tensors |= checkpoint.optimizer_tensors(name, optimizer)
         for name, averages in self.averages.items():
             for i, average in enumerate(averages):
                 tensors |= {f"average/{name}/{i}/{j}": w for j, w in enumerate(average.weights)}
@@ -276,6 +188,7 @@ class Run:
         counters = {
             "steps": self.steps, "seconds": self.seconds, "averages": updates, "recent": self.numbers(),
             "precision": self.precision, "run": self.identity(data),
+            "nonfinite": {name: [tally.bad, tally.updates] for name, tally in self.tallies.items()},
         }  # fmt: skip
         saved.write(self.state(), counters)
 
@@ -293,24 +206,17 @@ class Run:
         tensors = saved.tensors(self.state())
         for name in self.kept():
             checkpoint.load_module(name, self.nets.get_submodule(name), tensors)
-        for name, optimiser in self.optimisers.items():
-            checkpoint.load_optimiser(name, optimiser, tensors)
+        for name, optimizer in self.optimizers.items():
+            checkpoint.load_optimizer(name, optimizer, tensors)
         for name, averages in self.averages.items():
             for i, average in enumerate(averages):
                 average.updates = counters["averages"][name][i]
                 for j, weight in enumerate(average.weights):
                     weight.copy_(tensors[f"average/{name}/{i}/{j}"])
         self.steps, self.seconds, self.recent = counters["steps"], counters["seconds"], counters["recent"]
+        self.tallies |= {name: nonfinite.Tally(*counts) for name, counts in counters.get("nonfinite", {}).items()}
         if self.settings.precision == "auto":
             self.precision = counters["precision"]  # a second measurement could choose otherwise
-
-    def allocate_moments(self) -> None:
-        """Give the optimisers the state that a checkpoint is read into, by a step that loading undoes."""
-        for group, optimiser in self.optimisers.items():
-            for parameter in self.parameters[group]:
-                parameter.grad = torch.zeros_like(parameter)
-            optimiser.step()
-        self.forget_gradients()
 
     def kept(self) -> list[str]:
         """The networks that a checkpoint holds: those that train and those the method moves."""
@@ -319,6 +225,7 @@ class Run:
 
     def snapshot(self, folder: Path) -> None:
         """Store the power-function averages under the names that the method's product gives its parameters."""
+        self.check_gradients()
         product = {id(p): name for name, p in self.method.student(self.nets).named_parameters()}
         held: dict[float, dict[str, Tensor]] = {}
         updates = 0
@@ -350,22 +257,13 @@ class Run:
         return self.method.student(plain).requires_grad_(False).eval(), self.method.hands_on(plain)
 
 
-def mean_logs(updates: list[Update]) -> dict[str, Tensor | float]:
-    """The loss and logged scalars of one update, averaged over micro-batches; nothing is read from the device."""
-    group = updates[0].group
-    logs: dict[str, Tensor | float] = {f"{group}/loss": sum(u.loss.detach() for u in updates) / len(updates)}
-    for name in updates[0].logs:
-        logs[f"{group}/{name}"] = sum(u.logs[name] for u in updates) / len(updates)
-    return logs
-
-
 def train(method: Method, start: Start, settings: Settings, folder: Path | None = None, *, show: bool = True) -> Result:
-    """Run ``method`` from ``start`` until the budget is used.
+    """Run ``method`` from ``start``, whose models it freezes, until the budget is used.
 
     With a ``folder`` the run is recorded (``log.jsonl``), saved every ``save_seconds`` and resumed when the folder
-    already holds a checkpoint.  Raises :class:`Interrupted` after SIGTERM or Ctrl-C (saved), :class:`NonFiniteError`
-    when a gradient stops being finite, ValueError for settings that cannot work, a damaged checkpoint, and a folder
-    that another run holds or has left.
+    already holds a checkpoint.  Raises :class:`Interrupted` after SIGTERM or Ctrl-C (saved),
+    :class:`~fewstep.training.nonfinite.NonFiniteError` when a gradient stops being finite, ValueError for settings that
+    cannot work, a damaged checkpoint, and a folder that another run holds or has left.
     """
     main = Parallel.from_environment(torch.device(settings.device)).main
     with only_run_in(folder) if folder is not None and main else nullcontext():

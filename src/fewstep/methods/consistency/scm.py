@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.teacher_steps import edm_like, guided
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
 from fewstep.networks.parts import PositionalEmbedding, zeroed
 from fewstep.randomness import repeated_draws
+from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import TrigFlow, align
 from fewstep.tangents import tangent
@@ -54,7 +55,7 @@ def consistency_tangent(
     return f_minus, g
 
 
-def normalise(g: Tensor, c: float) -> Tensor:
+def normalize(g: Tensor, c: float) -> Tensor:
     """``G / (||G|| + c)``, the norm over the whole sample."""
     norm = torch.linalg.vector_norm(g.flatten(1), dim=1)
     return g / align(norm + c, g)
@@ -90,13 +91,13 @@ class _ContinuousConsistency(Method):
 
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    lr: float = 1e-4
-    sigma_data: float = 0.5
-    c: float = 0.1
-    tangent_warmup: float = 0.5
-    noise_mean: float = -1.0
-    noise_std: float = 1.6
-    steps: tuple[int, ...] = (1, 2, 4)
+    lr: Annotated[NonNegative, "learning rate"] = 1e-4
+    sigma_data: Annotated[Positive, "TrigFlow's scale, the teacher's own"] = 0.5
+    c: Annotated[Positive, "constant of the tangent normalization G / (|G| + c)"] = 0.1
+    tangent_warmup: Annotated[Share, "share of the budget over which the tangent's unstable part rises to 1"] = 0.5
+    noise_mean: Annotated[float, "mean of log(sigma / alpha) at the times that training looks at"] = -1.0
+    noise_std: Annotated[NonNegative, "standard deviation of log(sigma / alpha) at those times"] = 1.6
+    steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4)
 
     def networks(self, start: Start) -> Networks:
         reach = edm_like(start.teacher.schedule)
@@ -107,7 +108,7 @@ class _ContinuousConsistency(Method):
         return Networks(
             {"student": model, "weight": TimeWeight(), "teacher": start.teacher.on(schedule)},
             {
-                "student": Optimiser(
+                "student": Optimizer(
                     ("student", "weight"), self.lr, betas=(0.9, 0.99), eps=1e-11, warmup=10, decay="cosine"
                 )
             },
@@ -130,7 +131,7 @@ class _ContinuousConsistency(Method):
             f_minus, g = consistency_tangent(denoiser, x_t, t, v, batch.cond, r)
         f = denoiser.velocity(x_t, t, batch.cond) / self.sigma_data
         w = nets.weight(t)
-        error = (f - f_minus - normalise(g, self.c)).square().flatten(1)
+        error = (f - f_minus - normalize(g, self.c)).square().flatten(1)
         loss = (w.exp() * error.mean(1) - w).mean()
         norm = torch.linalg.vector_norm(g.flatten(1), dim=1).mean()
         yield Update("student", loss, {"tangent_norm": norm, "warmup": r})
@@ -155,8 +156,12 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
          "the tangent warm-up is half of the budget (the paper's counts 10k iterations, 2.5 to 10 %)",
          "time weight on its own small embedding"),
     )  # fmt: skip
+    system: ClassVar[System] = System(
+        "sCM", 2024, "consistency", "teacher or data", "1, 2, 4",
+        "continuous-time consistency made stable: TrigFlow, normalised tangents, warm-up",
+    )  # fmt: skip
 
-    guidance: float = 1.0
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
 
     def trajectory_velocity(self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return guided(nets.teacher, self.guidance).velocity(x_t, t, batch.cond)

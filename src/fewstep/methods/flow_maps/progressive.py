@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ from fewstep import grids
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump, ddim_move
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Stage, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
 from fewstep.methods.parts.teacher_steps import ddim_step, guided
 from fewstep.methods.start import Start
+from fewstep.ranges import Count, NonNegative
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule, align
 
@@ -72,16 +73,16 @@ class ProgressiveDistillation(Method):
 
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    steps: int = 1
-    lr: float = 3e-4
-    weighting: Weighting = "snr-trunc"
-    guidance: float = 1.0
+    steps: Annotated[Count, "DDIM steps of the student, half of the teacher's"] = 1
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
+    weighting: Annotated[Weighting, "weight of the squared error over noise levels"] = "snr-trunc"
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
 
     def networks(self, start: Start) -> Networks:
         teacher = start.model("teacher")
         student = Jump(start.network("student", on=teacher.schedule))
-        optimiser = Optimiser(("student",), self.lr, clip=1.0, decay="linear")
-        return Networks({"student": student, "teacher": teacher}, {"student": optimiser})
+        optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
+        return Networks({"student": student, "teacher": teacher}, {"student": optimizer})
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         schedule, rng = nets.teacher.schedule, batch.rng
@@ -108,13 +109,17 @@ class ProgressiveLadder(Recipe):
 
     name: ClassVar[str] = "pd"
     paper: ClassVar[Paper] = ProgressiveDistillation.paper
+    system: ClassVar[System] = System(
+        "Progressive Distillation", 2022, "flow maps", "teacher, data", "1, 2, 4, ...",
+        "halves the number of DDIM steps, again and again", page="progressive-distillation",
+    )  # fmt: skip
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    start: int = 16
-    end: int = 1
-    lr: float = 3e-4
-    weighting: Weighting = "snr-trunc"
-    guidance: float = 1.0
+    start: Annotated[Count, "DDIM steps of the teacher: end, doubled once or more"] = 16
+    end: Annotated[Count, "DDIM steps of the last student"] = 1
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
+    weighting: Annotated[Weighting, "weight of the squared error over noise levels"] = "snr-trunc"
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from fewstep.data.dataset import Samples
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Recipe, Stage, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
 from fewstep.methods.parts.distances import DISTANCES
 from fewstep.methods.parts.stores import teacher_pairs
 from fewstep.methods.start import Start
+from fewstep.ranges import Count, Least, NonNegative
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import FlowMatching, align
 
@@ -53,25 +54,29 @@ class Reflow(Method):
         "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow", "2209.03003", "verified",
         ("pairs by Heun steps on a Karras grid instead of adaptive RK45",),
     )  # fmt: skip
+    system: ClassVar[System] = System(
+        "Rectified Flow", 2022, "flow maps", "data or teacher", "1 and more",
+        "straightens a flow by training it on its own noise-data pairs", page="rectified-flow",
+    )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "model/loss": "falls below the first flow's: the pairs leave less to average over",
     }
 
-    pairs: int = 4096
-    ode_steps: int = 16
-    guidance: float = 1.0
-    lr: float = 3e-4
+    pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
+    ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
 
     def sources(self, start: Start) -> Mapping[str, Samples]:
         return teacher_pairs(start, self.pairs, self.ode_steps, self.guidance)
 
     def networks(self, start: Start) -> Networks:
-        optimiser = Optimiser(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
-        return Networks({"model": start.network("teacher", on=STRAIGHT)}, {"model": optimiser}, ema=("model",))
+        optimizer = Optimizer(("model",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        return Networks({"model": start.network("teacher", on=STRAIGHT)}, {"model": optimizer}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         x, z = batch.x, batch.column("noise")
-        t = batch.rng.uniform(len(x), STRAIGHT.t_min, 1.0)
+        t = batch.rng.uniform(len(x), low=STRAIGHT.t_min, high=1.0)
         velocity = nets.model.velocity(straight_pair(x, z, t), t, batch.cond)
         yield Update("model", torch.nn.functional.mse_loss(velocity, z - x))
 
@@ -102,20 +107,20 @@ class ReflowDistillation(Method):
 
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    steps: int = 1
-    pairs: int = 4096
-    ode_steps: int = 16
-    guidance: float = 1.0
-    distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
-    lr: float = 3e-4
+    steps: Annotated[Count, "network calls that the student is made for"] = 1
+    pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
+    ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    distance: Annotated[Literal["l2", "l1", "pseudo-huber"], "how two predictions are compared"] = "l2"
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
 
     def sources(self, start: Start) -> Mapping[str, Samples]:
         return teacher_pairs(start, self.pairs, self.ode_steps, self.guidance)
 
     def networks(self, start: Start) -> Networks:
         student = Jump(start.network("student", on=STRAIGHT))
-        optimiser = Optimiser(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
-        return Networks({"student": student}, {"student": optimiser}, ema=("student",))
+        optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
+        return Networks({"student": student}, {"student": optimizer}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         t = 1 - batch.rng.integers(len(batch.x), 0, self.steps).double() / self.steps
@@ -135,15 +140,19 @@ class InstaFlow(Recipe):
 
     name: ClassVar[str] = "instaflow"
     paper: ClassVar[Paper] = ReflowDistillation.paper
+    system: ClassVar[System] = System(
+        "InstaFlow", 2023, "flow maps", "conditional teacher", "1",
+        "conditional reflow, then distillation on the reflowed model's pairs", page="rectified-flow",
+    )  # fmt: skip
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    reflows: int = 1
-    steps: int = 1
-    pairs: int = 4096
-    ode_steps: int = 16
-    guidance: float = 1.0
-    distance: Literal["l2", "l1", "pseudo-huber"] = "l2"
-    lr: float = 3e-4
+    reflows: Annotated[int, Least(0), "reflow stages before the distillation"] = 1
+    steps: Annotated[Count, "network calls that the student is made for"] = 1
+    pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
+    ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    distance: Annotated[Literal["l2", "l1", "pseudo-huber"], "how two predictions are compared"] = "l2"
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
 
     def stages(self) -> list[Stage]:
         first: list[Method] = [

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from fewstep import grids
 from fewstep.conditions import join
 from fewstep.denoisers import gradients
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.adversary import (
     FeatureHead,
     accuracy,
@@ -37,6 +37,7 @@ from fewstep.methods.parts.score_matching import denoising_loss, matching_vector
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.parts.times import Own
 from fewstep.methods.start import Start
+from fewstep.ranges import Count, Least, NonNegative, Positive
 from fewstep.sampling.rollout import Plan, Student, rollout
 
 
@@ -57,6 +58,10 @@ class DMD2(Method):
          "the discriminator head is sized for small bottlenecks",
          "the critic loss is the teacher's own training loss, equal to the official EDM weight on the data prediction"),
     )  # fmt: skip
+    system: ClassVar[System] = System(
+        "DMD2", 2024, "matching", "teacher, data", "1, 4",
+        "distribution matching without pairs: two time scales, a GAN, simulated inputs",
+    )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "critic/denoising": "stays level: its target moves with the student, a fall is not the goal",
         "student/matching_norm": "starts near 0 (the critic is a copy of the teacher), rises as the critic turns to "
@@ -67,15 +72,17 @@ class DMD2(Method):
 
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    steps: int = 1
-    critic_steps: int = 5
-    gan_weight: float = 3e-3
-    discriminator_weight: float = 1e-2
-    guidance: float = 1.0
-    lr: float = 3e-4
-    critic_lr: float = 1e-3
-    clip: float = 10.0
-    warmup: int = 20
+    steps: Annotated[Count, "network calls that the student is made for"] = 1
+    critic_steps: Annotated[
+        Count, "critic updates for each of the student's; the paper has 5 on ImageNet, 10 on SD 1.5"
+    ] = 5
+    gan_weight: Annotated[NonNegative, "weight of the adversarial term; 0 leaves the GAN out altogether"] = 3e-3
+    discriminator_weight: Annotated[NonNegative, "weight of the discriminator's loss beside the critic's own"] = 1e-2
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    lr: Annotated[NonNegative, "learning rate of the student"] = 3e-4
+    critic_lr: Annotated[NonNegative, "learning rate of the critic and the discriminator"] = 1e-3
+    clip: Annotated[Positive, "bound on the gradient norm"] = 10.0
+    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 20
 
     def networks(self, start: Start) -> Networks:
         teacher = start.teacher.native()
@@ -87,7 +94,7 @@ class DMD2(Method):
         if self.gan_weight:
             modules["head"] = FeatureHead(teacher.feature_shape)
         critic = ("critic", "head") if self.gan_weight else ("critic",)
-        student = Optimiser(
+        student = Optimizer(
             ("student",), self.lr, "adamw", weight_decay=0.01, clip=self.clip, warmup=self.warmup, decay="linear"
         )
         follower = dataclasses.replace(student, modules=critic, lr=self.critic_lr, decay="constant")

@@ -40,7 +40,7 @@ class Uniform(TimeLaw):
 
     def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
         span = schedule.t_max - schedule.t_min
-        return schedule.t_min + span * rng.uniform(n, self.low, self.high)
+        return schedule.t_min + span * rng.uniform(n, low=self.low, high=self.high)
 
 
 @dataclass(frozen=True)
@@ -55,4 +55,4 @@ class Own(TimeLaw):
     high: float = 0.98
 
     def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
-        return schedule.own_time(rng.uniform(n, self.low, self.high))
+        return schedule.own_time(rng.uniform(n, low=self.low, high=self.high))

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,10 @@ from fewstep.discrete.chains import Chain, Masked, choose, gumbels, uniforms
 from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import STEPPERS, Plan, Stepper, device_of, finished, row
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
+from fewstep.ranges import Count, NonNegative, Share
 
 TargetName = Literal["interval", "accumulated", "literal"]
 
@@ -274,18 +275,29 @@ class LSD(Method):
             "optimiser, learning rate and number of iterations are ours: the text read gives none",
         ),
     )  # fmt: skip
+    system: ClassVar[System] = System(
+        "LSD and LSD+", 2025, "solvers", "discrete teacher", "8-64",
+        "learns the sampler's coefficients and times for discrete diffusion", real="discrete_real",
+    )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "coefficients/loss": "small from the start; what is left is the difference of the two states, not of Phi",
         "coefficients/excess": "loss above that of the closed-form optimum on the same samples: falls towards 0",
     }
 
-    lr: float = 0.02
-    steps: int = 8
-    teacher_steps: int = 64
-    stepper: Literal["euler", "tweedie"] = "euler"
-    target: Literal["interval", "accumulated"] = "interval"
-    teacher_start: Literal["own", "student"] = "own"
-    share: float = 0.05
+    lr: Annotated[NonNegative, "learning rate"] = 0.02
+    steps: Annotated[Count, "network calls that the student is made for"] = 8
+    teacher_steps: Annotated[Count, "steps of the teacher's sampler, a multiple of the student's"] = 64
+    stepper: Annotated[Literal["euler", "tweedie"], "kind of the steps of teacher and student"] = "euler"
+    target: Annotated[
+        Literal["interval", "accumulated"], "jumps of the teacher that the coefficients are fitted to"
+    ] = "interval"
+    teacher_start: Annotated[
+        Literal["own", "student"],
+        "state in which the teacher starts every interval; chains without a mask need student",
+    ] = "own"
+    share: Annotated[
+        Share, "share of positions in which the relaxed start differs from the student's state, the paper's zeta"
+    ] = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -300,7 +312,7 @@ class LSD(Method):
             )
         return Networks(
             {"denoiser": teacher, **self.learned(teacher.chain)},
-            {name: Optimiser((name,), self.lr, betas=(0.9, 0.99), decay="cosine") for name in self.moving},
+            {name: Optimizer((name,), self.lr, betas=(0.9, 0.99), decay="cosine") for name in self.moving},
             ema=self.moving,
         )
 
@@ -374,7 +386,9 @@ class LSDPlus(LSD):
     }
     moving: ClassVar[tuple[str, ...]] = ("coefficients", "sizes")
 
-    step_target: TargetName = "accumulated"
+    step_target: Annotated[
+        TargetName, "jumps of the teacher that the steps are fitted to; literal is as the paper prints it"
+    ] = "accumulated"
 
     def learned(self, chain: Chain) -> dict[str, nn.Module]:
         return {**super().learned(chain), "sizes": StepSizes(chain, self.steps)}

@@ -15,19 +15,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import rows
-from fewstep.denoisers import X0, Cond, Denoiser, NetworkDenoiser
+from fewstep.denoisers import X0, Cond, NetworkDenoiser
 from fewstep.discrete.heads import Head, SigmoidHead, SoftmaxHead
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.ranges import Least, NonNegative, Positive, Share
+from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
 
 H = TypeVar("H", bound=Head)
 
@@ -102,17 +104,21 @@ class AnalogBits(Method):
          "warm-up of 100 steps (the paper's counts 10k of 1.5M)",
          "the U-Net and MLP of the library, not TransUNet"),
     )  # fmt: skip
+    system: ClassVar[System] = System(
+        "Analog Bits", 2022, "solvers", "data", "10-100",
+        "discrete data as real-valued bits, with self-conditioning", real="analog_bits_real",
+    )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "model/loss": "falls quickly, then slowly; it does not reach 0",
         "model/estimate_loss": "the squared error of the first pass, which has no estimate to go by: above that of the "
         "second pass once the network uses what it is given",
     }
 
-    lr: float = 1e-4
-    self_conditioning: float = 0.5
-    bound: float = 1.0
-    label_dropout: float = 0.0
-    warmup: int = 100
+    lr: Annotated[NonNegative, "learning rate"] = 1e-4
+    self_conditioning: Annotated[Share, "share of a batch that is given its own estimate, 0 for plain denoising"] = 0.5
+    bound: Annotated[Positive, "bound that the estimate is clipped to, the size of a bit"] = 1.0
+    label_dropout: Annotated[Share, "share of samples that are trained without their label"] = 0.0
+    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 100
 
     def loss(self, model: NetworkDenoiser, x_t: Tensor, x0: Tensor, t: Tensor, cond: Cond, **extras: Tensor) -> Tensor:
         """The loss of a prediction."""
@@ -123,8 +129,8 @@ class AnalogBits(Method):
         if not isinstance(teacher, NetworkDenoiser):
             raise ValueError(f"{self.name} trains a network, got a {type(teacher).__name__}")
         model = with_second_input(teacher) if self.self_conditioning else start.network("teacher")
-        optimiser = Optimiser(("model",), self.lr, clip=1.0, warmup=self.warmup)
-        return Networks({"model": model}, {"model": optimiser}, ema=("model",))
+        optimizer = Optimizer(("model",), self.lr, clip=1.0, warmup=self.warmup)
+        return Networks({"model": model}, {"model": optimizer}, ema=("model",))
 
     def estimate(self, model: NetworkDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor | None:
         """What every sample is given beside its state, without a graph: its own clipped prediction for the first share,
@@ -149,8 +155,10 @@ class AnalogBits(Method):
         first = (estimate[:count] - batch.x[:count]).square().mean()
         yield Update("model", self.loss(nets.model, x_t, batch.x, t, cond, beside=estimate), {"estimate_loss": first})
 
-    def student(self, nets: Networks) -> Denoiser:
-        return nets.model
+    def student(self, nets: Networks) -> Any:
+        if not self.self_conditioning:
+            return nets.model
+        return SelfConditioned(nets.model, SelfConditioning(self.bound))
 
     def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
         return {"teacher": nets.model}

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 
 from fewstep.denoisers import Denoiser
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import denoising_loss, drop_condition
 from fewstep.methods.parts.times import LogNormal, TimeLaw, Uniform
 from fewstep.methods.start import Start
+from fewstep.ranges import Least, NonNegative, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,22 @@ class Denoising(Method):
     )
     healthy: ClassVar[dict[str, str]] = {"model/loss": "falls quickly, then slowly; it does not reach 0"}
 
-    lr: float = 1e-3
-    noise_mean: float = -1.0
-    noise_std: float = 1.4
-    label_dropout: float = 0.1
-    clip: float = 1.0
-    warmup: int = 100
+    lr: Annotated[NonNegative, "learning rate"] = 1e-3
+    noise_mean: Annotated[float, "mean of log(sigma / alpha) at the times that training looks at"] = -1.0
+    noise_std: Annotated[NonNegative, "standard deviation of log(sigma / alpha) at those times"] = 1.4
+    label_dropout: Annotated[Share, "share of samples that are trained without their label"] = 0.1
+    clip: Annotated[Positive, "bound on the gradient norm"] = 1.0
+    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 100
 
     def times(self) -> TimeLaw:
         return LogNormal(self.noise_mean, self.noise_std)
 
     def networks(self, start: Start) -> Networks:
-        optimiser = Optimiser(
+        optimizer = Optimizer(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
         model = start.network("teacher").native()
-        return Networks({"model": model}, {"model": optimiser}, ema=("model",))
+        return Networks({"model": model}, {"model": optimizer}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         t = self.times().draw(nets.model.schedule, len(batch.x), batch.rng)
@@ -67,6 +68,9 @@ class FlowMatchingTraining(Denoising):
 
     name: ClassVar[str] = "flow-matching"
     paper: ClassVar[Paper] = Paper("Flow Matching for Generative Modeling", "2210.02747", "verified")
+
+    noise_mean: Annotated[float, "without effect: the times of flow matching are uniform"] = -1.0
+    noise_std: Annotated[NonNegative, "without effect: the times of flow matching are uniform"] = 1.4
 
     def times(self) -> TimeLaw:
         return Uniform()

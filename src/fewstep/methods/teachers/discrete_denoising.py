@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
-from fewstep.methods.method import Batch, Method, Networks, Optimiser, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.start import Start
+from fewstep.ranges import Least, NonNegative, Positive, Share
 
 if TYPE_CHECKING:
     from fewstep.denoisers import Cond
@@ -64,19 +65,19 @@ class DiscreteDenoising(Method):
         "model/loss": "starts at log(tokens), falls quickly to the entropy of single tokens, then slowly below it"
     }
 
-    lr: float = 2e-3
-    label_dropout: float = 0.1
-    clip: float = 1.0
-    warmup: int = 50
+    lr: Annotated[NonNegative, "learning rate"] = 2e-3
+    label_dropout: Annotated[Share, "share of samples that are trained without their label"] = 0.1
+    clip: Annotated[Positive, "bound on the gradient norm"] = 1.0
+    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 50
 
     def networks(self, start: Start) -> Networks:
         teacher: Any = start.model("teacher")
         if not isinstance(teacher, NetworkDiscreteDenoiser):
             raise ValueError(f"{self.name} trains a network on a discrete chain, not a {type(teacher).__name__}")
-        optimiser = Optimiser(
+        optimizer = Optimizer(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
-        return Networks({"model": start.network("teacher")}, {"model": optimiser}, ema=("model",))
+        return Networks({"model": start.network("teacher")}, {"model": optimizer}, ema=("model",))
 
     def loss(self, model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return cross_entropy(model, x0, x, t, cond)
@@ -85,7 +86,7 @@ class DiscreteDenoising(Method):
         chain = nets.model.chain
         if batch.x.is_floating_point() or int(batch.x.max()) >= chain.tokens or int(batch.x.min()) < 0:
             raise ValueError(f"{self.name}: data must be whole numbers below {chain.tokens}, the tokens of the chain")
-        t = batch.rng.uniform(len(batch.x), chain.t_min, chain.t_max)
+        t = batch.rng.uniform(len(batch.x), low=chain.t_min, high=chain.t_max)
         cond = drop_condition(batch.cond, nets.model.null, self.label_dropout, batch.rng)
         yield Update("model", self.loss(nets.model, batch.x, chain.corrupt(batch.x, t, batch.rng), t, cond))
 

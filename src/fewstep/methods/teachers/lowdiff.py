@@ -19,20 +19,21 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.denoisers import Cond, NetworkDenoiser
-from fewstep.methods.method import Batch, Networks, Paper, Progress, Update
+from fewstep.methods.method import Batch, Networks, Paper, Progress, System, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import CascadeUNet, UNet
 from fewstep.randomness import Rng
-from fewstep.sampling.cascade import downsample, upsample
+from fewstep.ranges import Count, NonNegative, Positive, Share
+from fewstep.sampling.cascade import CascadeModel, downsample, upsample
 
 
 def stage_loss(
@@ -57,7 +58,7 @@ def stage_loss(
 def condition(low: Tensor, size: tuple[int, ...], greatest: float, dropout: float, rng: Rng) -> tuple[Tensor, Tensor]:
     """``Up(low + s n)`` with ``s ~ U(0, greatest)`` for each sample, and ``s`` ``[B]``: infinite, "no condition", for a
     share ``dropout`` of them."""
-    s = rng.uniform(len(low), 0.0, greatest)
+    s = rng.uniform(len(low), high=greatest)
     noisy = low + s.to(low)[:, None, None, None] * rng.normal_like(low)
     return upsample(noisy, size), torch.where(rng.uniform(len(low)) < dropout, math.inf, s).to(low)
 
@@ -81,16 +82,24 @@ class LowDiff(Denoising):
          "the way into the U-Net (own layer, level and head for each resolution) is our choice",
          "latents are averaged over areas like pictures; no transformer"),
     )  # fmt: skip
+    system: ClassVar[System] = System(
+        "LowDiff", 2025, "solvers", "data", "any",
+        "one network over growing resolutions, each conditioned on the one below", real="lowdiff_real",
+    )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "model/loss": "a mixture over resolutions, so it jumps from batch to batch; look at loss_R of each",
     }
 
-    resolutions: tuple[int, ...] | None = None
-    shares: tuple[float, ...] | None = None
-    weights: tuple[float, ...] | None = None
-    shift: float = 1.0
-    augmentation_max: float = 0.3
-    picture_dropout: float = 0.1
+    resolutions: Annotated[
+        tuple[Count, ...] | None, "heights that a plain U-Net is made to work at, lowest first (none: half and whole)"
+    ] = None
+    shares: Annotated[tuple[Positive, ...] | None, "probability of training on each resolution (none: equal)"] = None
+    weights: Annotated[
+        tuple[NonNegative, ...] | None, "factor on the loss of each resolution (none: one over K times its share)"
+    ] = None
+    shift: Annotated[float, "how many times log(R / R_k) the noise law moves down at resolution R_k"] = 1.0
+    augmentation_max: Annotated[NonNegative, "greatest noise on the picture that conditions the next resolution"] = 0.3
+    picture_dropout: Annotated[Share, "share of samples that are trained without that picture"] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,10 +125,7 @@ class LowDiff(Denoising):
         """The stage of this batch, the same on every process."""
         if stages == 1:
             return 0
-        ceiling = 2**53
-        u = rng.shared_integer(0, ceiling) / ceiling
-        shares = torch.tensor(self.shares or (1 / stages,) * stages, dtype=torch.float64)
-        return min(int((u >= shares.cumsum(0)).sum()), stages - 1)
+        return rng.shared_choice(self.shares or (1 / stages,) * stages)
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         model, resolutions, rng = nets.model, nets.model.net.resolutions, batch.rng
@@ -139,3 +145,6 @@ class LowDiff(Denoising):
         share = self.shares[k] if self.shares else 1 / len(resolutions)
         weight = self.weights[k] if self.weights else 1 / (len(resolutions) * share)
         yield Update("model", weight * loss, {f"loss_{resolutions[k]}": loss.detach()})
+
+    def student(self, nets: Networks) -> Any:
+        return CascadeModel(nets.model, nets.model.net.resolutions)

@@ -1,0 +1,83 @@
+"""How a group of modules is optimized, as a method declares it; :mod:`fewstep.training.optimizers` does it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from fewstep.ranges import Least, NonNegative, Positive, Share
+from fewstep.values import check_ranges, read
+
+
+def constant(step: int, fraction: float, number: float) -> float:
+    """1."""
+    return 1.0
+
+
+def linear(step: int, fraction: float, floor: float) -> float:
+    """From 1 to ``floor`` over the budget."""
+    return floor + (1 - floor) * (1 - fraction)
+
+
+def cosine(step: int, fraction: float, floor: float) -> float:
+    """Half a period of a cosine from 1 to ``floor`` over the budget."""
+    return floor + (1 - floor) * ((1 + math.cos(math.pi * fraction)) / 2)
+
+
+def inverse_sqrt(step: int, fraction: float, start: float) -> float:
+    """1 for ``start`` steps, then falling as ``sqrt(start / step)`` (Karras et al. 2024, EDM2)."""
+    return 1 / math.sqrt(max(step / start, 1.0))
+
+
+#: The courses of a learning rate; the number behind a name is its floor, or where it starts to fall.
+DECAYS: dict[str, Callable[[int, float, float], float]] = {
+    "constant": constant, "linear": linear, "cosine": cosine, "inverse-sqrt": inverse_sqrt,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How a group of modules is optimized; ValueError for what cannot work.
+
+    ``modules`` are names in :class:`~fewstep.methods.method.Networks`; ``rates`` are factors on ``lr`` for some of
+    them.  ``decay`` is the learning rate's course: "constant", "linear" or "cosine" to 0 over the budget, or to a floor
+    ("cosine:0.5"), or "inverse-sqrt:35000", which begins to fall at that step.  ``nonfinite`` says what happens when
+    the gradient is no number: the run stops; or the step of the group is left out; or the entries that are none are
+    put to 0.  Steps that were skipped or mended are counted in the log, and too many of them stop the run too.
+    """
+
+    modules: tuple[str, ...]
+    lr: Annotated[NonNegative, "learning rate"]
+    kind: Literal["adam", "adamw", "radam", "sgd"] = "adam"
+    betas: Annotated[tuple[Share, Share], "decay of the moments; unused by sgd"] = (0.9, 0.999)
+    eps: Annotated[NonNegative, "added to the root of the second moment; unused by sgd"] = 1e-8
+    weight_decay: Annotated[NonNegative, "weight decay, decoupled in adamw"] = 0.0
+    clip: Annotated[Positive | None, "bound on the gradient norm"] = None
+    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 0
+    decay: Annotated[str, "course of the learning rate"] = "constant"
+    momentum: Annotated[Share, "momentum of sgd"] = 0.0
+    nesterov: Annotated[bool, "Nesterov's momentum, for sgd"] = False
+    rates: Annotated[Mapping[str, float], "factors on lr by module"] = field(default_factory=dict)
+    nonfinite: Annotated[Literal["stop", "skip", "zero"], "what a gradient that is no number does"] = "stop"
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if unknown := set(self.rates) - set(self.modules):
+            raise ValueError(f"Optimizer: rates name modules that are not in the group: {sorted(unknown)}")
+        self.course()
+
+    def course(self) -> Callable[[int, float], float]:
+        """``decay`` as a function of the steps done and the part of the budget used, [0, 1]."""
+        name, colon, word = self.decay.partition(":")
+        if name not in DECAYS or (colon and name == "constant") or (not colon and name == "inverse-sqrt"):
+            raise ValueError(
+                f"Optimizer: decay='{self.decay}' is not one of constant, linear, cosine (with a floor: cosine:0.5) "
+                "and inverse-sqrt:START"
+            )
+        number = read(float, word) if colon else 0.0
+        if number < 0 or (name != "inverse-sqrt" and number > 1) or (name == "inverse-sqrt" and number == 0):
+            right = "a positive number of steps" if name == "inverse-sqrt" else "a floor in [0, 1]"
+            raise ValueError(f"Optimizer: decay='{self.decay}' must have {right}")
+        return lambda step, fraction: DECAYS[name](step, fraction, number)

@@ -1,0 +1,118 @@
+"""What is loaded, sampled, saved and compared: one set of questions for everything that makes samples."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fewstep.denoisers import Cond, Denoiser
+from fewstep.randomness import Rng
+from fewstep.sampling.rollout import Student
+
+#: Plain data, as config.json holds it.
+Config = dict[str, Any]
+
+
+class Model(ABC):
+    """A module that makes samples, as commands, reports and files see it.
+
+    A kind of model is a subclass: it knows the modules of the class ``wraps`` and stands in the table of
+    :mod:`fewstep.models.kinds`.  ``kind`` is its name in config.json, and ``holds`` the schema of what else stands
+    there ("" and nothing for what cannot be saved).  ``called`` is what messages call it.  ``options`` are the
+    arguments of :meth:`sample` that this kind takes beside conditions, steps and seed.
+    """
+
+    kind: ClassVar[str] = ""
+    wraps: ClassVar[type[nn.Module]]
+    holds: ClassVar[dict[str, Any]] = {}
+    called: ClassVar[str]
+    options: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return tuple(self.module.shape)
+
+    @property
+    def classes(self) -> int | None:
+        """The number of class labels, None for an unconditional model."""
+        classes: int | None = self.module.classes
+        return classes
+
+    @property
+    def tokens(self) -> int | None:
+        """Of a model whose samples are whole numbers from 0 on: how many there are; None for real numbers."""
+        return None
+
+    @property
+    def noun(self) -> str:
+        """What it is called, without the article."""
+        return self.called.partition(" ")[2]
+
+    @property
+    def plans(self) -> tuple[int, ...] | None:
+        """The numbers of steps that it has plans for, rising; None for a model that takes any number."""
+        return None
+
+    @property
+    def usual_steps(self) -> int:
+        """The steps that it samples in where nobody says how many."""
+        return 10 if self.plans is None else self.plans[0]
+
+    def check_steps(self, steps: int | None) -> None:
+        """ValueError for a number of steps that there is no plan for."""
+        if steps is not None and self.plans is not None and steps not in self.plans:
+            raise ValueError(f"{steps}: this {self.noun} has plans for {', '.join(map(str, self.plans))} steps")
+
+    @abstractmethod
+    def sample(
+        self,
+        n: int,
+        cond: Cond = None,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """``n`` samples ``[n, *shape]``; labels are cycled where there are classes and ``cond`` is None."""
+
+    @abstractmethod
+    def sample_from(self, noise: Tensor, cond: Cond, *, steps: int | None, rng: Rng, **options: Any) -> Tensor:
+        """Samples from standard normal ``noise`` ``[n, *shape]``, further noise from ``rng``; a model that starts from
+        something else draws that from ``rng`` too."""
+
+    @abstractmethod
+    def calls(self, steps: int | None = None, **options: Any) -> int:
+        """The network calls that a sample takes in so many steps (None: as :meth:`sample` does by default)."""
+
+    def denoiser(self) -> Denoiser:
+        """The denoiser that a solver can follow with the same samples in sight; ValueError saying why there is none."""
+        raise ValueError(f"{self.called}, which samples in its own way")
+
+    def teacher(self) -> Any:
+        """What the next training starts from; ValueError or TypeError saying why there is nothing."""
+        return self.denoiser()
+
+    def student(self) -> Student:
+        """The model as a flow map with plans; ValueError saying why it is none."""
+        raise ValueError(f"{self.called}, which is no flow map along fixed times")
+
+    def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
+        """Plain data from which :meth:`build` makes it again with fresh weights; the two functions describe the models
+        and networks inside.  TypeError for what cannot be saved."""
+        raise TypeError(
+            f"cannot describe a {type(self.module).__name__}: only models whose networks are fewstep's or diffusers'"
+        )
+
+    @classmethod
+    def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
+        """The module that :meth:`describe` described; the two functions build the models and networks inside.
+        ValueError for values that contradict each other."""
+        raise TypeError(f"{cls.called} cannot be built from a description")

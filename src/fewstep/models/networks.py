@@ -1,0 +1,66 @@
+"""Networks, schedules and predictions as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from fewstep import schedules
+from fewstep.denoisers import PREDICTIONS, Prediction
+from fewstep.networks import NETWORKS
+from fewstep.networks.transformer import Transformer
+from fewstep.schedules import Schedule
+from fewstep.schemas import Choice, Size, arguments_of, fields_of
+
+#: The name of networks that are diffusers' own.
+DIFFUSERS = "diffusers"
+SCHEDULES: dict[str, type[Schedule]] = {
+    cls.__name__: cls
+    for cls in (
+        schedules.VPLinear, schedules.VPCosine, schedules.EDM, schedules.FlowMatching,
+        schedules.ShiftedFlow, schedules.TrigFlow, schedules.DiscreteVP,
+    )
+}  # fmt: skip
+TOKEN_NETWORKS: dict[str, type[nn.Module]] = {"transformer": Transformer}
+_PREDICTION_NAMES = {cls: name for name, cls in PREDICTIONS.items()}
+
+# What config.json may hold.
+SCHEDULE = Choice("name", {name: fields_of(cls) for name, cls in SCHEDULES.items()})
+PREDICTION = Choice("name", {name: fields_of(cls) for name, cls in PREDICTIONS.items()})
+TOKEN_NETWORK = Choice("name", {name: arguments_of(cls) for name, cls in TOKEN_NETWORKS.items()})
+NETWORK = Choice(
+    "name",
+    {name: arguments_of(cls) for name, cls in NETWORKS.items()}
+    | {DIFFUSERS: {"class": str, "config": dict, "size": tuple[Size, Size], "pipeline": str | None, "latent": bool}},
+)
+
+
+def describe_network(net: Any) -> dict[str, Any]:
+    """One of the reference networks as plain data; TypeError for another."""
+    known = {**NETWORKS, **TOKEN_NETWORKS}
+    name = {cls: name for name, cls in known.items()}.get(type(net))
+    if name is None:
+        raise TypeError(
+            f"a {type(net).__name__} is not one of fewstep's reference networks ({', '.join(known)}) nor a diffusers "
+            "model; save it with its own library"
+        )
+    return {"name": name, **net.config}
+
+
+def build_network(config: dict[str, Any]) -> nn.Module:
+    """A reference network from its description, with fresh weights."""
+    arguments = dict(config)
+    name = arguments.pop("name")
+    known: dict[str, type[nn.Module]] = {**NETWORKS, **TOKEN_NETWORKS}
+    return known[name](**arguments)
+
+
+def describe_prediction(prediction: Prediction) -> dict[str, Any]:
+    return {"name": _PREDICTION_NAMES[type(prediction)], **asdict(prediction)}
+
+
+def build_named(known: dict[str, Any], config: dict[str, Any]) -> Any:
+    """An object of the class that ``config["name"]`` says, with the other fields."""
+    return known[config["name"]](**{key: value for key, value in config.items() if key != "name"})

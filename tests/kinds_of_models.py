@@ -1,0 +1,102 @@
+"""A tiny model of every kind in the table, for the tests that go over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.denoisers import EDMPrediction, NetworkDenoiser, OnSchedule, TrigPrediction
+from fewstep.discrete.chains import Masked
+from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
+from fewstep.discrete.exact import FactorizedLaw
+from fewstep.discrete.learned import LearnedSampler
+from fewstep.discrete.samplers import Plan as DiscretePlan
+from fewstep.exact import Gaussian
+from fewstep.exact.world import ExactFlowMap
+from fewstep.flow_maps import EDMConsistency, Jump
+from fewstep.models.denoisers import AnyDenoiser, NetworkModel, SelfConditionedModel, ViewedModel
+from fewstep.models.discrete import AnyDiscreteDenoiser, LearnedSamplerModel, NetworkDiscreteModel
+from fewstep.models.model import Model
+from fewstep.models.staged import CascadedModel, DPMOTModel
+from fewstep.models.students import AnyFlowMap, EDMConsistencyModel, JumpModel, StudentModel
+from fewstep.networks import MLP, CascadeUNet
+from fewstep.networks.transformer import Transformer
+from fewstep.randomness import Rng
+from fewstep.sampling.cascade import CascadeModel, StagePlan
+from fewstep.sampling.dpm_ot.expressway import Expressway
+from fewstep.sampling.dpm_ot.model import TransportedModel
+from fewstep.sampling.dpm_ot.optimal_transport import transport
+from fewstep.sampling.rollout import Plan, Student
+from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
+from fewstep.schedules import EDM, TrigFlow
+
+SHAPE = (1, 8, 8)
+LENGTH, TOKENS = 6, 5
+
+
+def moved(module: nn.Module) -> nn.Module:
+    """Every weight moved away from its start, so that none is without effect."""
+    generator = torch.Generator().manual_seed(7)
+    for p in module.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    return module.requires_grad_(False).eval()
+
+
+def network(second: int = 0) -> NetworkDenoiser:
+    torch.manual_seed(0)
+    net = moved(MLP(SHAPE, 16, 1, classes=10, beside=second))
+    return NetworkDenoiser(net, TrigFlow(t_max=1.5, sigma_data=0.75), TrigPrediction(sigma_data=0.75), SHAPE, 10)
+
+
+def on_edm() -> NetworkDenoiser:
+    torch.manual_seed(0)
+    return NetworkDenoiser(moved(MLP(SHAPE, 16, 1, classes=10)), EDM(), EDMPrediction(), SHAPE, 10)
+
+
+def student() -> Student:
+    made = network()
+    return Student(Jump(made), {1: Plan((1.5,)), 2: Plan((1.5, 0.7))})
+
+
+def cascade() -> CascadeModel:
+    torch.manual_seed(0)
+    net = moved(CascadeUNet(SHAPE, (4, 8), channels=(8, 8), blocks=1, width=16, classes=10))
+    made = NetworkDenoiser(net, EDM(), EDMPrediction(), SHAPE, 10)
+    return CascadeModel(made, (4, 8), [StagePlan(2), StagePlan(2, "ddim", "karras", augmentation=0.1)])
+
+
+def discrete() -> NetworkDiscreteDenoiser:
+    torch.manual_seed(0)
+    return NetworkDiscreteDenoiser(moved(Transformer(LENGTH, TOKENS, TOKENS + 1, 16, 1, 2)), Masked(TOKENS), LENGTH)
+
+
+def transported() -> TransportedModel:
+    made, rng = network(), Rng(0, "targets")
+    time = 0.9
+    targets = 0.5 * rng.normal(12, *SHAPE)
+    labels = torch.arange(12) % 10
+    return TransportedModel.of(made, Expressway(transport(targets, rng)[0], made.schedule, time, labels))
+
+
+def exact() -> Gaussian:
+    return Gaussian(TrigFlow(), torch.zeros(SHAPE), 0.5)
+
+
+MAKERS: dict[type[Model], Callable[[], Any]] = {
+    StudentModel: student,
+    JumpModel: lambda: Jump(network()),
+    EDMConsistencyModel: lambda: EDMConsistency(on_edm()),
+    AnyFlowMap: lambda: ExactFlowMap(exact()),
+    NetworkModel: network,
+    ViewedModel: lambda: OnSchedule(network(), EDM()),
+    SelfConditionedModel: lambda: SelfConditioned(network(second=1), SelfConditioning(1.0, 0.2)),
+    AnyDenoiser: exact,
+    NetworkDiscreteModel: discrete,
+    AnyDiscreteDenoiser: lambda: FactorizedLaw(Masked(TOKENS), torch.ones(LENGTH, TOKENS)),
+    LearnedSamplerModel: lambda: LearnedSampler(discrete(), {2: DiscretePlan((1.0, 0.4, 0.1), (0.5, 1.0))}, "tweedie"),
+    CascadedModel: cascade,
+    DPMOTModel: transported,
+}
