@@ -174,7 +174,7 @@ class Prior(Samples):
 
 def as_floats(x: Tensor) -> Tensor:
     """Samples as training reads them: uint8 pictures as floats in [-1, 1], others as they are."""
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+    return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
 
 
 def digest_of(tensors: Iterable[Tensor], named: Mapping[str, Tensor], start: str = "") -> str:
