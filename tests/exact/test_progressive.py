@@ -162,7 +162,7 @@ def test_on_edm_the_steps_are_equal_in_the_angle() -> None:
         levels = schedule.ratio(torch.tensor(method.student(nets).plans[4].times, dtype=torch.float64))
         plans[schedule] = levels
         seen: list[torch.Tensor] = []
-        nets.student.denoiser.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+        nets.student.denoiser.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[1]))
         (update,) = method.updates(nets, Batch(torch.zeros(64, 2), None, Rng(0)), Progress())
         trained = schedule.ratio(torch.cat(seen)).unique()
         torch.testing.assert_close(trained.flip(0), levels, rtol=1e-9, atol=0)
