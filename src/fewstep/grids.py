@@ -83,6 +83,17 @@ def uniform(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
     return power(schedule, steps, 1.0, end)
 
 
+def even(schedule: Schedule, steps: int) -> Tensor:
+    """Equal steps for students: of the schedule's own time where those are sensible (:attr:`Schedule.even`), else of
+    TrigFlow's angle ``atan(2 sigma / alpha)``, which is EDM's grid seen on a circle."""
+    if schedule.even:
+        return uniform(schedule, steps)
+    first, last = torch.atan(2 * reach(schedule, None))
+    return _with_ends(
+        schedule.time_at(-torch.log(torch.tan(first + _unit(steps) * (last - first)) / 2)), schedule, None
+    )
+
+
 def power(schedule: Schedule, steps: int, kappa: float = 2.0, end: float | None = None) -> Tensor:
     """Equally spaced in ``t ** (1 / kappa)``; kappa = 2 is DDIM's and DEIS's quadratic grid."""
     check_spacing(kappa=kappa)

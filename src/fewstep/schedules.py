@@ -75,6 +75,9 @@ class Schedule(ABC):
     (forward and backward).
     """
 
+    #: Whether equal steps of its time are a sensible grid; not where the time is the noise level.
+    even: ClassVar[bool] = True
+
     t_min: Earliest
     t_max: Latest
 
@@ -250,6 +253,8 @@ class VPCosine(Schedule):
 @dataclass(frozen=True)
 class EDM(Schedule):
     """Variance-exploding with time = noise level: ``alpha = 1``, ``sigma = t`` (Karras et al. 2022)."""
+
+    even: ClassVar[bool] = False
 
     t_min: Earliest = 0.002
     t_max: Latest = 80.0

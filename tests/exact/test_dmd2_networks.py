@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.denoisers import Denoiser, NetworkDenoiser, OnSchedule, TrigPrediction, V
+from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser, OnSchedule, TrigPrediction, V
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Method, Networks, Progress, Update
 from fewstep.methods.parts.adversary import FeatureHead, logits
@@ -138,3 +138,10 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
         assert one.keys() == other.keys()
         for name, gradient in one.items():
             assert torch.equal(gradient, other[name]), name
+
+
+def test_several_steps_on_edm_are_equal_in_the_angle() -> None:
+    """80, 1.2, 0.5, 0.2 and not the 80, 60, 40, 20 of a time that is the noise level."""
+    method = DMD2(steps=4, gan_weight=0.0)
+    nets = method.networks(Start(NetworkDenoiser(UNet(SHAPE, (8,), 1, 8, 3), EDM(), EDMPrediction(), SHAPE, 3)))
+    assert method.plan(nets).times == pytest.approx((80.0, 1.2, 0.5, 0.2), rel=0.05)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep import grids
-from fewstep.denoisers import Denoiser
+from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser
 from fewstep.exact import Gaussian, three_modes
 from fewstep.flow_maps import Jump, ddim_move
 from fewstep.methods.flow_maps.progressive import (
@@ -19,8 +19,10 @@ from fewstep.methods.flow_maps.progressive import (
 )
 from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.parts.teacher_steps import ddim_step
+from fewstep.methods.start import Start
+from fewstep.networks import MLP
 from fewstep.randomness import Rng
-from fewstep.schedules import FlowMatching, TrigFlow, VPCosine
+from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPCosine
 
 SCHEDULES = [VPCosine(), FlowMatching(), TrigFlow(sigma_data=0.7)]
 
@@ -143,6 +145,46 @@ def test_ladder_stages() -> None:
     assert [s.steps for s in stages] == [8, 4, 2, 1]
     assert [s.guidance for s in stages] == [3.0, 1.0, 1.0, 1.0]
     assert [s.method.steps for s in ProgressiveLadder(12, 3).stages()] == [6, 3]
-    for start, end in ((12, 1), (4, 4), (8, 3), (8, 0)):
+    for start, end in ((12, 1), (4, 4), (8, 3)):
         with pytest.raises(ValueError, match="doubled"):
             ProgressiveLadder(start, end)
+    with pytest.raises(ValueError, match="end=0 must be at least 1"):
+        ProgressiveLadder(8, 0)
+
+
+def test_on_edm_the_steps_are_equal_in_the_angle() -> None:
+    """EDM's own time is the noise level: equal steps of it (80, 60, 40, 20) would leave all of the picture to the last.
+    The student is called at the noise levels that it has on TrigFlow, and trained between those."""
+    plans = {}
+    for schedule in (EDM(), TrigFlow()):
+        method = ProgressiveDistillation(steps=4)
+        nets = method.networks(Start(network_on(schedule)))
+        levels = schedule.ratio(torch.tensor(method.student(nets).plans[4].times, dtype=torch.float64))
+        plans[schedule] = levels
+        seen: list[torch.Tensor] = []
+        nets.student.denoiser.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[1]))
+        (update,) = method.updates(nets, Batch(torch.zeros(64, 2), None, Rng(0)), Progress())
+        trained = schedule.ratio(torch.cat(seen)).unique()
+        torch.testing.assert_close(trained.flip(0), levels, rtol=1e-9, atol=0)
+        assert bool(update.loss.isfinite())
+    here, there = plans.values()
+    torch.testing.assert_close(here, there, rtol=0.02, atol=0)
+    assert here.tolist() == pytest.approx([80.0, 1.2, 0.5, 0.2], rel=0.05)
+
+
+def test_a_ladder_on_edm_is_as_good_as_on_trigflow() -> None:
+    """16 DDIM steps between the times of the ladder, against the exact map of a Gaussian."""
+    world = Gaussian(EDM(), torch.full((1,), 0.3, dtype=torch.float64), 0.25)
+    x = 80 * torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    nets = Networks({"student": Jump(world), "teacher": world}, {})
+    (plan,) = ProgressiveDistillation(steps=16).student(nets).plans.values()
+    z = x
+    for t, s in pairwise((*plan.times, world.schedule.t_min)):
+        time, target = (torch.full((9,), v, dtype=torch.float64) for v in (t, s))
+        z = ddim_step(world, z, time, target)
+    assert float((z - world.flow(x, 80.0, 0.002)).abs().max()) < 0.1
+
+
+def network_on(schedule: Schedule) -> NetworkDenoiser:
+    torch.manual_seed(0)
+    return NetworkDenoiser(MLP((2,), 16, 1), schedule, EDMPrediction(), (2,))

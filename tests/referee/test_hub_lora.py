@@ -16,10 +16,13 @@ pytest.importorskip("peft")
 
 from tiny_pipelines import autoencoder, ddim, dit, flux, kandinsky, sana, sd3, unet2d  # noqa: E402
 
+import fewstep as fs  # noqa: E402
+from fewstep.data.dataset import Dataset  # noqa: E402
 from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser  # noqa: E402
 from fewstep.flow_maps import Jump  # noqa: E402
-from fewstep.hub import lora  # noqa: E402
+from fewstep.hub import lora, native  # noqa: E402
 from fewstep.hub.diffusers import export, from_pipeline, load_pipeline  # noqa: E402
+from fewstep.methods.flow_maps.progressive import ProgressiveDistillation  # noqa: E402
 from fewstep.methods.method import Networks, Optimizer  # noqa: E402
 from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP  # noqa: E402
@@ -216,3 +219,65 @@ def test_bad_requests_get_one_line(pipe: Any, tmp_path: Path) -> None:
     save_file({key.replace(".to_q.", ".to_x."): value for key, value in tensors.items()}, path)
     with pytest.raises(ValueError, match="no layer"):
         lora.load(teacher, tmp_path)
+
+
+def lora_run(teacher: Denoiser, folder: Path) -> Any:
+    """A halving in a run folder, of a student that is low-rank factors on its teacher."""
+    latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    return fs.distill(
+        teacher, ProgressiveDistillation(steps=2, lr=1e-2), Dataset("latents", latents, PROMPT[:1].expand(8, 7, 6)),
+        "4steps", folder=folder, batch=4, show=False, precision="fp32", save_seconds=0.0,
+        student=lora.attach(teacher, 2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["a folder", "memory"])
+def test_low_rank_students_train_in_a_run_folder(
+    pipe: Any, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved as the factors over the base, which is opened where it lies; whole where it lies nowhere.  A run that goes
+    on has the bits of one that was not stopped."""
+    teacher: Denoiser = from_pipeline(pipe).denoiser
+    if place == "a folder":
+        pipe.save_pretrained(tmp_path / "pipe")
+        teacher = load_pipeline(tmp_path / "pipe").denoiser
+    made = lora_run(teacher, tmp_path / "run")
+    again = native.load(tmp_path / "run" / "model")
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(again(noise, PROMPT), made(noise, PROMPT))
+    assert float((again(noise, PROMPT) - Student(Jump(teacher), again.plans)(noise, PROMPT)).abs().max()) > 1e-3
+    torch.testing.assert_close(lora.merged(again)(noise, PROMPT), again(noise, PROMPT), rtol=1e-3, atol=1e-4)
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    kept = [n for n in load_file(tmp_path / "run" / "checkpoint.safetensors") if n.startswith("module/student/")]
+    assert saved and kept
+    for names in (saved, kept):
+        assert all("lora_" in name for name in names) is (place == "a folder")
+
+    updates = ProgressiveDistillation.updates
+
+    def cut(self: Any, nets: Networks, batch: Any, progress: Any) -> Any:
+        if progress.step == 2:
+            raise KeyboardInterrupt
+        return updates(self, nets, batch, progress)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ProgressiveDistillation, "updates", cut)
+        lora_run(teacher, tmp_path / "parts")
+    parts = lora_run(teacher, tmp_path / "parts")
+    assert torch.equal(parts(noise, PROMPT), made(noise, PROMPT))
+
+
+def test_a_base_that_is_another_is_named(pipe: Any, tmp_path: Path) -> None:
+    """Factors mean nothing over other weights: a changed base, or none, is one line."""
+    pipe.save_pretrained(tmp_path / "pipe")
+    student = trained(load_pipeline(tmp_path / "pipe").denoiser)
+    native.save(student, tmp_path / "student")
+    assert torch.equal(native.load(tmp_path / "student")(X, 500.0, PROMPT), student(X, 500.0, PROMPT))
+    weights = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
+    held = load_file(weights)
+    save_file({name: value + 0.1 for name, value in held.items()}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="has other weights than when"):
+        native.load(tmp_path / "student")
+    (tmp_path / "pipe").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="pipe is not there any more"):
+        native.load(tmp_path / "student")

@@ -91,6 +91,8 @@ class Adapter(nn.Module):
     classes: int | None = None
     #: Names of the weights that LoRA froze (they are buffers then), see :mod:`fewstep.hub.lora`.
     frozen: tuple[str, ...] = ()
+    #: SHA-256 of those, where they are the ones in the pipeline's folder and need not be kept a second time.
+    base: str | None = None
 
     def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
         super().__init__()
@@ -682,20 +684,21 @@ def adapt(model: Any, origin: Origin | None = None, size: tuple[int, int] | None
 
 def described(net: Adapter) -> dict[str, Any]:
     """A diffusers model as plain data for fewstep's own folders: its class and config, and the folder of the pipeline
-    it came from, where its text encoders and autoencoder are.
-
-    TypeError for a model with LoRA layers, whose weights are kept by :mod:`fewstep.hub.lora`.
-    """
-    if net.frozen:
-        raise TypeError("a network with LoRA layers is not saved whole: merge them with lora.merged, or use lora.save")
-    folder = None if net.origin is None else Path(net.origin.pipe.name_or_path or "").resolve()
+    it came from, where its text encoders and autoencoder are."""
+    folder = pipeline_folder(net)
     return {
         "class": type(net.model).__name__,
         "config": json.loads(net.model.to_json_string()),
         "size": list(net.size),
-        "pipeline": str(folder) if folder is not None and (folder / "model_index.json").is_file() else None,
+        "pipeline": None if folder is None else str(folder),
         "latent": net.latent,
     }
+
+
+def pipeline_folder(net: Adapter) -> Path | None:
+    """The folder of the pipeline that a model came from; None for one that lies in no folder."""
+    folder = None if net.origin is None else Path(net.origin.pipe.name_or_path or "").resolve()
+    return folder if folder is not None and (folder / "model_index.json").is_file() else None
 
 
 def fresh(description: dict[str, Any]) -> Adapter:

@@ -5,6 +5,9 @@ buffers that share the memory of the original's, so any method can train the cop
 teacher and its LoRA student (and critic) cost one network.  The second factor starts at zero: the copy starts as the
 original, exactly.
 
+In a run such a student is saved as its factors, where the frozen weights are those of a pipeline that lies in a folder
+(``fewstep.load`` opens it there), and whole where they are not.
+
 Hu et al. 2021 (arXiv 2106.09685); the layers are peft's.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Denoiser
+from fewstep.digests import tensors_sha256
 from fewstep.files import load_tensors, save_tensors
-from fewstep.hub.adapters import Adapter, as_adapter
+from fewstep.hub.adapters import Adapter, as_adapter, pipeline_folder
 from fewstep.hub.requires import require
 from fewstep.hub.tables import network_of
 from fewstep.randomness import derive_seed
@@ -40,7 +45,7 @@ def attach(
     ``alpha`` defaults to ``rank``.  Raises ValueError when the rank is not positive, no layer has such a name, or
     there are LoRA layers already.
     """
-    peft = require("peft", "LoRA students")
+    require("peft", "LoRA students")
     if rank < 1:
         raise ValueError(f"rank={rank}: LoRA needs a rank of at least 1")
     if _layers(_adapter(denoiser)):
@@ -52,26 +57,86 @@ def attach(
     names = [n for n, m in net.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets) and _plain(m)]
     if not names:
         raise ValueError(f"targets={targets}: no linear or convolution layer of this network has such a name")
+    inject(adapter, rank, float(rank if alpha is None else alpha), names, kept_in_folder(adapter), seed)
+    return student
+
+
+def inject(adapter: Adapter, rank: int, alpha: float, names: Sequence[str], base: str | None, seed: int = 0) -> None:
+    """Put low-rank weights on the layers of these names, in place, and freeze all others.
+
+    With a ``base``, the digest of weights that lie in a folder, those are no part of the model's state: checkpoints and
+    model folders hold the factors only.
+    """
+    net = adapter.model
     adapter.frozen = tuple(name for name, _ in net.named_parameters(remove_duplicate=False))
+    adapter.base = base
     for path in adapter.frozen:
         # parameters of its own on the same memory: peft is going to freeze them
         module, name = _owner(net, path)
         setattr(module, name, nn.Parameter(module.get_parameter(name).detach(), requires_grad=False))
-    config = peft.LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)
+    peft = require("peft", "LoRA students")
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names))
     with torch.random.fork_rng(devices=[]):
         peft.inject_adapter_in_model(config, net)
     for path, parameter in list(net.named_parameters(remove_duplicate=False)):
         if not parameter.requires_grad:
             module, name = _owner(net, path)
             delattr(module, name)
-            module.register_buffer(name, parameter.detach())
+            module.register_buffer(name, parameter.detach(), persistent=base is None)
     for name, layer in _layers(net).items():
         generator = torch.Generator().manual_seed(derive_seed("lora", seed, name))
         first = layer.lora_A["default"].weight
         drawn = torch.empty(first.shape)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         first.data.copy_(drawn)
-    return student
+
+
+def kept_in_folder(adapter: Adapter) -> str | None:
+    """The digest of a network's weights when they are those in its pipeline's folder; None when they lie nowhere."""
+    folder = pipeline_folder(adapter)
+    if folder is None:
+        return None
+    own = dict(adapter.model.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = {}
+    for file in sorted((folder / adapter.component).glob("*.safetensors")):
+        found |= load_tensors(file)
+    same = all(n in found and torch.equal(found[n].float(), p.detach().float().cpu()) for n, p in own.items())
+    return _digest(adapter) if same else None
+
+
+def _digest(adapter: Adapter) -> str:
+    return tensors_sha256((n, p.float()) for n, p in sorted(adapter.model.named_parameters(remove_duplicate=False)))
+
+
+def described(adapter: Adapter) -> dict[str, Any]:
+    """Low-rank weights as plain data, see :data:`fewstep.models.networks.LOW_RANK`."""
+    layers = _layers(adapter.model)
+    layer = next(iter(layers.values()))
+    return {
+        "rank": layer.r["default"], "alpha": float(layer.lora_alpha["default"]), "targets": list(layers),
+        "base": adapter.base,
+    }  # fmt: skip
+
+
+def factored(adapter: Any, low_rank: dict[str, Any]) -> Any:
+    """A network with the low-rank weights that were :func:`described`, untrained, in place; ValueError for layers that
+    it has not."""
+    inject(adapter, low_rank["rank"], low_rank["alpha"], low_rank["targets"], low_rank["base"])
+    if missing := sorted(set(low_rank["targets"]) ^ set(_layers(adapter.model))):
+        raise ValueError(f"low_rank.targets: '{missing[0]}' is not a layer that takes low-rank weights")
+    return adapter
+
+
+def with_low_rank(adapter: Adapter, network: dict[str, Any]) -> Adapter:
+    """:func:`factored` on the base that a network's description names; ValueError when that is not what it was."""
+    low_rank, folder = network["low_rank"], network["pipeline"]
+    if low_rank["base"] is not None:
+        if pipeline_folder(adapter) is None:
+            raise ValueError(f"the pipeline {folder} is not there any more, on whose weights these are low-rank ones")
+        if _digest(adapter) != low_rank["base"]:
+            raise ValueError(f"the pipeline {folder} has other weights than when these low-rank ones were trained")
+    made: Adapter = factored(adapter, low_rank)
+    return made
 
 
 def _plain(module: nn.Module) -> bool:
@@ -110,7 +175,7 @@ def merged(model: Student | Denoiser) -> Any:
         weight = nn.Parameter(module.get_buffer(name), requires_grad=False)
         delattr(module, name)
         module.register_parameter(name, weight)
-    adapter.frozen = ()
+    adapter.frozen, adapter.base = (), None
     return plain
 
 

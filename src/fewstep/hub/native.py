@@ -17,6 +17,8 @@ from torch import nn
 from fewstep.files import Header, headers, load_tensors, save_tensors, sha256, write_atomically
 from fewstep.hub.adapters import as_adapter, fresh, rebuilt
 from fewstep.hub.adapters import described as described_adapter
+from fewstep.hub.lora import described as low_rank
+from fewstep.hub.lora import factored, with_low_rank
 from fewstep.hub.weights import no_larger_than
 from fewstep.models import kinds
 from fewstep.models.denoisers import DENOISER
@@ -40,7 +42,13 @@ def describe(model: nn.Module) -> Config:
 def describe_network(net: nn.Module) -> Config:
     """A network as plain data: a reference network, or one of diffusers."""
     adapter = as_adapter(net)
-    return describe_own(net) if adapter is None else {"name": DIFFUSERS, **described_adapter(adapter)}
+    if adapter is None:
+        return describe_own(net)
+    return {
+        "name": DIFFUSERS,
+        **described_adapter(adapter),
+        **({"low_rank": low_rank(adapter)} if adapter.frozen else {}),
+    }
 
 
 def build(config: Config) -> Any:
@@ -50,13 +58,17 @@ def build(config: Config) -> Any:
 
 def build_in_pipeline(config: Config) -> nn.Module:
     """A network from its description, with fresh weights; one of diffusers inside its pipeline, where that still is."""
-    return rebuilt(without_name(config)) if config["name"] == DIFFUSERS else build_own(config)
+    if config["name"] != DIFFUSERS:
+        return build_own(config)
+    described = without_name(config)
+    return with_low_rank(rebuilt(described), described) if "low_rank" in described else rebuilt(described)
 
 
 def build_without_memory(config: Config) -> nn.Module:
     """A network with shapes and no values."""
     with torch.device("meta"):
-        return fresh(without_name(config)) if config["name"] == DIFFUSERS else build_own(config)
+        made = fresh(without_name(config)) if config["name"] == DIFFUSERS else build_own(config)
+    return factored(made, config["low_rank"]) if "low_rank" in config else made
 
 
 def without_name(config: Config) -> Config:

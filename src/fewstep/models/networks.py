@@ -12,7 +12,7 @@ from fewstep.denoisers import PREDICTIONS, Prediction
 from fewstep.networks import NETWORKS
 from fewstep.networks.transformer import Transformer
 from fewstep.schedules import Schedule
-from fewstep.schemas import Choice, Size, arguments_of, fields_of
+from fewstep.schemas import Choice, Maybe, Size, arguments_of, fields_of
 
 #: The name of networks that are diffusers' own.
 DIFFUSERS = "diffusers"
@@ -30,10 +30,21 @@ _PREDICTION_NAMES = {cls: name for name, cls in PREDICTIONS.items()}
 SCHEDULE = Choice("name", {name: fields_of(cls) for name, cls in SCHEDULES.items()})
 PREDICTION = Choice("name", {name: fields_of(cls) for name, cls in PREDICTIONS.items()})
 TOKEN_NETWORK = Choice("name", {name: arguments_of(cls) for name, cls in TOKEN_NETWORKS.items()})
+#: Low-rank weights on a frozen network; ``base`` is the SHA-256 of its weights, null where they are kept too.
+LOW_RANK = {"rank": Size, "alpha": float, "targets": tuple[str, ...], "base": str | None}
 NETWORK = Choice(
     "name",
     {name: arguments_of(cls) for name, cls in NETWORKS.items()}
-    | {DIFFUSERS: {"class": str, "config": dict, "size": tuple[Size, Size], "pipeline": str | None, "latent": bool}},
+    | {
+        DIFFUSERS: {
+            "class": str,
+            "config": dict,
+            "size": tuple[Size, Size],
+            "pipeline": str | None,
+            "latent": bool,
+            "low_rank": Maybe(LOW_RANK),
+        }
+    },
 )
 
 

@@ -111,7 +111,7 @@ class DMD2(Method):
 
     def plan(self, nets: Networks) -> Plan:
         """The student's times: equally spaced, noisiest first (999, 749, 499, 249 of 1000 in the paper)."""
-        return Plan(tuple(grids.uniform(nets.student.schedule, self.steps)[:-1].tolist()), gamma=1.0)
+        return Plan(tuple(grids.even(nets.student.schedule, self.steps)[:-1].tolist()), gamma=1.0)
 
     def draw(self, nets: Networks, batch: Batch, trainable: bool) -> Tensor:
         """Student samples: the output of a random call ``j`` of its own rollout, gradient through that call only.
