@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,12 @@ from fewstep.data import Dataset, Prior
 from fewstep.denoisers import Guided, NetworkDenoiser, TrigPrediction
 from fewstep.exact import Gaussian
 from fewstep.flow_maps import FlowMap
+from fewstep.methods.matching import dmd
 from fewstep.methods.matching.dmd import DMD
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Networks, Optimizer, Progress
 from fewstep.methods.parts.distances import Plain, l2
-from fewstep.methods.parts.distribution_matching import matching_loss
+from fewstep.methods.parts.distribution_matching import critic_loss, matching_loss
 from fewstep.methods.parts.score_matching import matching_vector
 from fewstep.methods.parts.stores import Pairs, made_now, solve_heun
 from fewstep.methods.start import Start
@@ -25,7 +29,7 @@ from fewstep.randomness import Rng
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPLinear, align
 from fewstep.training.budget import Budget
-from fewstep.training.trainer import Settings
+from fewstep.training.trainer import Interrupted, Settings
 
 F64 = torch.float64
 SHAPE = (1, 8, 8)
@@ -192,9 +196,9 @@ def test_the_regression_picks_the_teachers_own_map() -> None:
     """Both terms vanish at the exact map, so that its fit is exact.  Matching alone fits the law as well, by another
     map: it knows no noise from any other."""
     a, off, covariance, root = fitted(0.25)
-    assert float(off.norm()) < 1e-6 and float((a - root).norm()) < 1e-6
+    assert float(off.norm()) < 1e-5 and float((a - root).norm()) < 1e-5
     a, off, covariance, root = fitted(0.0)
-    assert float(off.norm()) < 1e-6 and float((a @ a.T - covariance).norm()) < 1e-6
+    assert float(off.norm()) < 1e-5 and float((a @ a.T - covariance).norm()) < 1e-5
     assert float((a - root).norm()) > 0.3
 
 
@@ -243,8 +247,8 @@ def test_the_pairs_have_noise_and_conditions_of_their_own() -> None:
 
 
 def test_the_loss_is_the_sum_of_its_terms() -> None:
-    """Matching on the fresh samples, or with ``match_pairs`` on both kinds, plus the weighted distance of what the
-    student makes of the pairs' noise from the teacher's output."""
+    """Matching on the fresh samples, or with ``match_pairs`` the mean over both kinds, plus the weighted distance of
+    what the student makes of the pairs' noise from the teacher's output."""
     teacher = teacher_network()
     for match_pairs in (False, True):
         method = DMD(regression_weight=0.7, match_pairs=match_pairs, distance="l1")
@@ -260,9 +264,9 @@ def test_the_loss_is_the_sum_of_its_terms() -> None:
                 nets.student.to_data(teacher.schedule.prior(z), teacher.schedule.t_max, c)
                 for z, c in ((batch.normal(), batch.cond), (pairs.column("noise"), pairs.cond))
             )
-            both = torch.cat([x, made]) if match_pairs else x
-            cond = torch.cat([batch.cond, pairs.cond]) if match_pairs else batch.cond
-            matching, _ = matching_loss(both, teacher, nets.critic, cond, batch.rng)
+            matching, _ = matching_loss(x, teacher, nets.critic, batch.cond, batch.rng)
+            if match_pairs:
+                matching = (matching + matching_loss(made, teacher, nets.critic, pairs.cond, batch.rng)[0]) / 2
             regression = (made - pairs.x).abs().mean()
         torch.testing.assert_close(update.logs["regression"], regression)
         torch.testing.assert_close(update.loss.detach(), matching + 0.7 * regression)
@@ -284,9 +288,7 @@ def test_the_pairs_are_the_teachers_own() -> None:
 
 
 def test_guidance_is_the_teachers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The matching loss is given the guided teacher and the plain critic; a teacher without classes cannot be guided."""
-    from fewstep.methods.matching import dmd
-
+    """Matching is given the guided teacher and the plain critic; a teacher without classes cannot be guided."""
     given: list[object] = []
 
     def spy(x, teacher, critic, cond, rng):
@@ -316,18 +318,41 @@ def test_no_data_are_needed() -> None:
     assert not torch.equal(made[0], weights(teacher_network()))
 
 
-def test_accumulation_changes_nothing_and_repeats_are_exact() -> None:
+def test_accumulation_changes_nothing() -> None:
     """In two or four parts, each with its rows of both sources, the weights agree but for rounding."""
     data = Dataset("any", torch.zeros(10, *SHAPE), torch.arange(10) % 3)
 
     def run(accumulate: int) -> Tensor:
         settings = Settings(Budget(4), batch=8, precision="fp32", accumulate=accumulate)
-        return weights(run_recipe(DMD(pairs=12, ode_steps=2), teacher_network(), data, settings, show=False).model)
+        method = DMD(pairs=12, ode_steps=2, match_pairs=True)
+        return weights(run_recipe(method, teacher_network(), data, settings, show=False).model)
 
     whole = run(1)
-    assert torch.equal(whole, run(1))
     for parts in (2, 4):
         torch.testing.assert_close(run(parts), whole, atol=2e-5, rtol=0)
+
+
+def test_a_killed_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after three of six steps and started again, its pairs on disk: the weights, bit for bit."""
+    data = Dataset("any", torch.zeros(10, *SHAPE), torch.arange(10) % 3)
+    method = DMD(pairs=12, ode_steps=2, warmup=0)
+    settings = Settings(Budget(6), batch=4, precision="fp32")
+
+    def run(folder: Path | None) -> Tensor:
+        return weights(run_recipe(method, teacher_network(), data, settings, folder, show=False).model)
+
+    losses: list[Tensor] = []
+
+    def killing(*given):
+        losses.append(critic_loss(*given))
+        if len(losses) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses[-1]
+
+    monkeypatch.setattr(dmd, "critic_loss", killing)
+    with pytest.raises(Interrupted, match="stopped after 3 steps"):
+        run(tmp_path)
+    assert torch.equal(run(tmp_path), run(None)) and len(losses) == 3 + 3 + 6
 
 
 def test_one_call_at_the_noisiest_time_is_the_student() -> None:

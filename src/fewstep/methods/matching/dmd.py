@@ -17,10 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from torch import Tensor
 
-from fewstep.conditions import join
 from fewstep.data.dataset import Samples
 from fewstep.methods.method import Batch, Method, Networks, Paper, Progress, Update
 from fewstep.methods.parts.distances import L2, Distance
@@ -106,13 +104,14 @@ class DMD(Method):
     def student_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Distribution matching of ``x``, plus the regression on the batch's pairs."""
         teacher = guided(nets.teacher, self.guidance)
+        matching, logs = matching_loss(x, teacher, nets.critic, batch.cond, batch.rng)
         if not self.regression_weight:
-            return matching_loss(x, teacher, nets.critic, batch.cond, batch.rng)
-        pairs, cond = batch.of["pairs"], batch.cond
+            return matching, logs
+        pairs = batch.of["pairs"]
         made = rollout(nets.student, pairs.column("noise"), self.plan(nets.student.schedule), pairs.cond)
         if self.match_pairs:
-            x, cond = torch.cat([x, made]), join([cond, pairs.cond])
-        matching, logs = matching_loss(x, teacher, nets.critic, cond, batch.rng)
+            other, _ = matching_loss(made, teacher, nets.critic, pairs.cond, batch.rng)
+            matching = (matching + other) / 2
         regression = nets.distance(made, pairs.x).mean()
         return matching + self.regression_weight * regression, {**logs, "regression": regression.detach()}
 
