@@ -185,6 +185,7 @@ def test_names_round_trip_through_a_recipe(method: str) -> None:
         recipe = build(method, {"distance": name})
         plain = hyper_parameters(recipe)
         assert plain["distance"] == name and build(method, plain) == recipe
+    assert "distance='lpips:some/file.safetensors'," in repr(recipe)  # as in checkpoints since the first version
     assert recipe.distance == Distance("lpips:some/file.safetensors") and str(recipe.distance) == recipe.distance.by
 
 
