@@ -45,6 +45,10 @@ _SOURCE = {"name": str | None, "sha256": Maybe(str), "digest": Maybe(str)}
 _STARTS: dict[int, Any] = {1: {"model": str, "sha256": str}, 2: {"teacher": _SOURCE, ...: _SOURCE}}
 
 
+#: Hyper-parameters that earlier versions wrote and that had no effect, by method.
+_IDLE = {"flow-matching": ("noise_mean", "noise_std")}
+
+
 @dataclass(frozen=True)
 class Record:
     """A run as plain data.
@@ -142,6 +146,8 @@ def read(path: Path) -> Record:
         start = check(written["start"], _STARTS[version], Place(path, "start"))
         if version == 1:
             written["start"] = {"teacher": {"name": start["model"], "sha256": start["sha256"]}}
+    for name in _IDLE.get(written["method"], ()):
+        written["hyper_parameters"].pop(name, None)
     if version == 1:
         written["stage_seeds"] = "counted"
     return Record(**written | {"settings": settings_data(Settings()) | written["settings"]})
