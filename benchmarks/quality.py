@@ -28,10 +28,14 @@ from fewstep.files import write_atomically
 from fewstep.hub import native
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.consistency.cm import ConsistencyDistillation
+from fewstep.methods.consistency.ict import ImprovedConsistencyTraining
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveLadder
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow
+from fewstep.methods.matching.diff_instruct import DiffInstruct
 from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.matching.sid import SiD
+from fewstep.methods.matching.sim import SIM
 from fewstep.methods.method import Recipe
 from fewstep.metrics import Evaluator, load_features
 from fewstep.report import machine
@@ -47,7 +51,11 @@ SETUPS: dict[str, dict[str, tuple[Recipe, int]]] = {
     "digits": {
         "cm": (ConsistencyDistillation(sigma_data=0.75, lr=1e-3), 128),
         "scm": (ContinuousConsistencyDistillation(sigma_data=0.75), 128),
+        "ict": (ImprovedConsistencyTraining(sigma_data=0.75, beta2=0.98), 128),
         "dmd2": (DMD2(), 128),
+        "diff-instruct": (DiffInstruct(), 128),
+        "sid": (SiD(), 128),
+        "sim": (SIM(), 128),
         "instaflow": (InstaFlow(pairs=4096, ode_steps=16), 128),
         "pd": (ProgressiveLadder(start=16), 128),
     },

@@ -11,7 +11,7 @@ from torch import nn
 from fewstep.denoisers import EDMPrediction, NetworkDenoiser, OnSchedule, TrigPrediction
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
-from fewstep.discrete.exact import FactorisedLaw
+from fewstep.discrete.exact import FactorizedLaw
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan as DiscretePlan
 from fewstep.exact import Gaussian
@@ -95,7 +95,7 @@ MAKERS: dict[type[Model], Callable[[], Any]] = {
     SelfConditionedModel: lambda: SelfConditioned(network(second=1), SelfConditioning(1.0, 0.2)),
     AnyDenoiser: exact,
     NetworkDiscreteModel: discrete,
-    AnyDiscreteDenoiser: lambda: FactorisedLaw(Masked(TOKENS), torch.ones(LENGTH, TOKENS)),
+    AnyDiscreteDenoiser: lambda: FactorizedLaw(Masked(TOKENS), torch.ones(LENGTH, TOKENS)),
     LearnedSamplerModel: lambda: LearnedSampler(discrete(), {2: DiscretePlan((1.0, 0.4, 0.1), (0.5, 1.0))}, "tweedie"),
     CascadedModel: cascade,
     DPMOTModel: transported,

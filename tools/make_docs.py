@@ -1,4 +1,5 @@
-"""Write the generated pages of the documentation: the catalogue, and the reference with a page a room.
+"""Write what is generated of the documentation: the catalogue, the sections that method classes write, and the
+reference with a page a room.
 
 python tools/make_docs.py
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import griffe
 from docstrings import source
+from page_sections import fill
 
 from fewstep.catalogue import markdown
 
@@ -79,6 +81,8 @@ def page(module: griffe.Module, inner: list[griffe.Module]) -> str:
 
 def main() -> None:
     (DOCS / "catalogue.md").write_text(markdown())
+    for page in [ROOT / "README.md", *DOCS.glob("systems/*.md")]:
+        page.write_text(fill(page.read_text()))
     folder = DOCS / "reference"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fewstep.data import Samples, Streamed
-from fewstep.data import load as load_data
+from fewstep.data import Captioned, Samples, Streamed, load_samples
 from fewstep.data.dataset import Unlabelled
 from fewstep.data.items import Items
 from fewstep.denoisers import Denoiser
@@ -20,6 +19,7 @@ from fewstep.hub.models import locate as locate
 from fewstep.hub.models import pictures as pictures
 from fewstep.methods.method import Recipe
 from fewstep.methods.start import teacher_in
+from fewstep.runs.conditions import embed_of
 from fewstep.runs.course import run_recipe
 from fewstep.runs.record import Record, data_source, model_source, record_of
 from fewstep.sampling.rollout import Student
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 
 def _data(data: str | Path | Samples | Items, teacher: Denoiser) -> Samples:
     if isinstance(data, str | Path):
-        return load_data(data)
+        return load_samples(data, captions=embed_of(teacher) is not None)
     if isinstance(data, Samples):
         return data
+    if isinstance(data, list | tuple) and all(isinstance(prompt, str) for prompt in data):
+        return Captioned(data)
     items = Streamed(data, type(data).__name__, classes=teacher.classes)
     return Unlabelled(items) if items.labelled and teacher.classes is None and teacher.null is None else items
 

@@ -1,25 +1,29 @@
 """The catalogue: every system that fewstep is for, with what it needs, what it gives and whether it works here.
 
-A row that says ``works`` names its class, its test against a known answer, its test on real data and its page; a test
-holds it to that.  ``evidence`` says how well our reading is backed: ``verified`` against the authors' code, ``from
-paper text``, or ``reconstructed`` where the paper leaves a choice.  Planned rows have none yet.
+The rows of methods that work come from their classes; the others are listed here, the planned ones and those that
+train nothing.  A row that says ``works`` names its class, its test against a known answer, its test on real data and
+its page; a test holds it to that.  ``evidence`` says how well our reading is backed: ``verified`` against the authors'
+code, ``from paper text``, or ``reconstructed`` where the paper leaves a choice.  Planned rows have none yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
-from fewstep.methods.method import Evidence
+from fewstep.methods import RECIPES, recipe_class
+from fewstep.methods.paper import Evidence
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 @dataclass(frozen=True)
-class System:
-    """One published system.  ``title`` is the paper's; ``needs`` and ``steps`` (network calls a sample) are a few words
-    for people; the paths are relative to the repository."""
+class Row:
+    """One published system.  ``title`` is the paper's; ``needs`` and ``calls`` (of the network, a sample) are a few
+    words for people; the paths are relative to the repository."""
 
     key: str
     name: str
@@ -27,7 +31,7 @@ class System:
     arxiv: str
     family: str
     needs: str
-    steps: str
+    calls: str
     title: str
     about: str
     state: Literal["planned", "works"] = "planned"
@@ -38,10 +42,7 @@ class System:
     docs_page: str | None = None
 
 
-REAL = "students"
-
-
-def works(row: System, cls: str, evidence: Evidence, test: str, page: str, real: str = REAL) -> System:
+def works(row: Row, cls: str, evidence: Evidence, test: str, page: str, real: str) -> Row:
     """The row of a system that works: its class inside the package, and the names of its tests and its page."""
     return replace(
         row,
@@ -54,8 +55,34 @@ def works(row: System, cls: str, evidence: Evidence, test: str, page: str, real:
     )
 
 
-S = System
-SYSTEMS: tuple[System, ...] = (
+def of_methods() -> Iterator[Row]:
+    """The rows of the methods that stand for a paper; their tests are named after their files."""
+    for name, place in RECIPES.items():
+        cls = recipe_class(name)
+        paper, system = cls.paper, vars(cls).get("system")
+        if system is None:
+            continue
+        row = Row(
+            name, system.name, system.year, paper.arxiv, system.family, system.needs, system.calls, paper.title,
+            system.about,
+        )  # fmt: skip
+        file = place.partition(":")[0].rpartition(".")[2]
+        place = place.removeprefix("fewstep.")
+        yield works(row, place, paper.evidence, file, system.page or name, system.real)
+
+
+@cache
+def systems() -> tuple[Row, ...]:
+    """All rows, family by family; a planned system is left out once a method stands for its paper."""
+    made = list(of_methods())
+    done = {row.arxiv for row in made}
+    rows = [*made, *(row for row in LISTED if row.arxiv not in done)]
+    families = list(dict.fromkeys(row.family for row in LISTED))
+    return tuple(sorted(rows, key=lambda row: (families.index(row.family), row.state != "works", row.year)))
+
+
+S = Row
+LISTED: tuple[Row, ...] = (
     # few steps now: no training
     works(S("deis", "DEIS", 2022, "2204.13902", "solvers", "teacher", "5-20",
             "Fast Sampling of Diffusion Models with Exponential Integrator",
@@ -78,34 +105,11 @@ SYSTEMS: tuple[System, ...] = (
             "DPM-OT: A New Diffusion Probabilistic Model Based on Optimal Transport",
             "jumps from noise to an intermediate latent by semi-discrete optimal transport"),
           "sampling.dpm_ot.expressway:Expressway", "verified", "dpm_ot", "dpm-ot", "dpm_ot_real"),
-    works(S("lsd", "LSD and LSD+", 2025, "2509.19962", "solvers", "discrete teacher", "8-64",
-            "Learnable Sampler Distillation for Discrete Diffusion Models",
-            "learns the sampler's coefficients and times for discrete diffusion"),
-          "methods.samplers.lsd:LSD", "from paper text", "lsd", "lsd", "discrete_real"),
-    works(S("analog-bits", "Analog Bits", 2022, "2208.04202", "solvers", "data", "10-100",
-            "Analog Bits: Generating Discrete Data using Diffusion Models with Self-Conditioning",
-            "discrete data as real-valued bits, with self-conditioning"),
-          "methods.teachers.analog_bits:AnalogBits", "verified", "analog_bits", "analog-bits", "analog_bits_real"),
     works(S("autoguidance", "Autoguidance", 2024, "2406.02507", "solvers", "teacher and a worse one", "any",
             "Guiding a Diffusion Model with a Bad Version of Itself",
             "guides a model away from a smaller, less trained version of itself"),
           "denoisers:Autoguided", "verified", "autoguidance", "autoguidance", "autoguidance_real"),
-    works(S("lowdiff", "LowDiff", 2025, "2509.15342", "solvers", "data", "any",
-            "LowDiff: Efficient Diffusion Sampling with Low-Resolution Condition",
-            "one network over growing resolutions, each conditioned on the one below"),
-          "methods.teachers.lowdiff:LowDiff", "reconstructed", "lowdiff", "lowdiff", "lowdiff_real"),
     # consistency
-    works(S("cm", "Consistency Models", 2023, "2303.01469", "consistency", "teacher or data", "1, 2, 4",
-            "Consistency Models",
-            "maps every point of a trajectory to its end, distilled or from data alone"),
-          "methods.consistency.cm:ConsistencyDistillation", "verified", "cm", "consistency-models"),
-    S("ict", "iCT", 2023, "2310.14189", "consistency", "data", "1, 2",
-      "Improved Techniques for Training Consistency Models",
-      "consistency training without a teacher, with better weights, distances and grids"),
-    works(S("scm", "sCM", 2024, "2410.11081", "consistency", "teacher or data", "1, 2, 4",
-            "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
-            "continuous-time consistency made stable: TrigFlow, normalised tangents, warm-up"),
-          "methods.consistency.scm:ContinuousConsistencyDistillation", "from paper text", "scm", "scm"),
     S("ctm", "CTM", 2023, "2310.02279", "consistency", "teacher, data", "1 and more",
       "Consistency Trajectory Models: Learning Probability Flow ODE Trajectory of Diffusion",
       "one network for every jump along a trajectory, with a GAN"),
@@ -131,19 +135,12 @@ SYSTEMS: tuple[System, ...] = (
     S("dmd", "DMD", 2023, "2311.18828", "matching", "teacher, pairs", "1",
       "One-step Diffusion with Distribution Matching Distillation",
       "a one-step generator along the difference of two scores, with a regression on pairs"),
-    works(S("dmd2", "DMD2", 2024, "2405.14867", "matching", "teacher, data", "1, 4",
-            "Improved Distribution Matching Distillation for Fast Image Synthesis",
-            "distribution matching without pairs: two time scales, a GAN, simulated inputs"),
-          "methods.matching.dmd2:DMD2", "verified", "dmd2", "dmd2"),
     S("msd", "MSD", 2024, "2410.23274", "matching", "teacher, data", "1",
       "Multi-student Diffusion Distillation for Better One-step Generators",
       "several students, each for a part of the conditions, possibly smaller than the teacher"),
     S("f-distill", "f-distill", 2025, "2502.15681", "matching", "teacher, data", "1",
       "One-step Diffusion Models with f-Divergence Distribution Matching",
       "distribution matching for any f-divergence, by a weight on each sample"),
-    S("sim", "SIM", 2024, "2410.16794", "matching", "teacher", "1",
-      "One-Step Diffusion Distillation through Score Implicit Matching",
-      "score-implicit matching: distances between scores with a tractable gradient"),
     S("swiftbrush", "SwiftBrush", 2023, "2312.05239", "matching", "text teacher", "1",
       "SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
       "variational score distillation for one-step text-to-image, without images"),
@@ -180,24 +177,12 @@ SYSTEMS: tuple[System, ...] = (
     S("caf", "Constant Acceleration Flow", 2024, "2411.00322", "flow maps", "pairs", "2 and more",
       "Constant Acceleration Flow",
       "paths with a learned constant acceleration instead of straight lines"),
-    works(S("rectified-flow", "Rectified Flow", 2022, "2209.03003", "flow maps", "data or teacher", "1 and more",
-            "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
-            "straightens a flow by training it on its own noise-data pairs"),
-          "methods.flow_maps.rectified_flow:Reflow", "verified", "rectified_flow", "rectified-flow"),
-    works(S("instaflow", "InstaFlow", 2023, "2309.06380", "flow maps", "conditional teacher", "1",
-            "InstaFlow: One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation",
-            "conditional reflow, then distillation on the reflowed model's pairs"),
-          "methods.flow_maps.rectified_flow:InstaFlow", "from paper text", "rectified_flow", "rectified-flow"),
     S("slimflow", "SlimFlow", 2024, "2407.12718", "flow maps", "pairs", "1",
       "SlimFlow: Training Smaller One-Step Diffusion Models with Rectified Flow",
       "reflow into a smaller network, annealed from random to teacher pairs"),
     S("boot", "BOOT", 2023, "2306.05544", "flow maps", "teacher", "1",
       "BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping",
       "bootstraps the map from noise to every time, without data"),
-    works(S("pd", "Progressive Distillation", 2022, "2202.00512", "flow maps", "teacher, data", "1, 2, 4, ...",
-            "Progressive Distillation for Fast Sampling of Diffusion Models",
-            "halves the number of DDIM steps, again and again"),
-          "methods.flow_maps.progressive:ProgressiveLadder", "verified", "progressive", "progressive-distillation"),
     S("guided-distillation", "Guided distillation", 2022, "2210.03142", "flow maps", "teacher, data", "1-16",
       "On Distillation of Guided Diffusion Models",
       "guidance as an input of one network, then progressive distillation"),
@@ -266,30 +251,30 @@ def systems_table() -> Table:
     from rich.table import Table
 
     table = Table("key", "state", "calls", "system, what it needs and what it does", box=SIMPLE_HEAD)
-    table.title, table.padding = f"{len(SYSTEMS)} systems", (0, 0, 0, 1)
-    for row in sorted(SYSTEMS, key=lambda row: row.state != "works"):
+    table.title, table.padding = f"{len(systems())} systems", (0, 0, 0, 1)
+    for row in sorted(systems(), key=lambda row: row.state != "works"):
         state = "[green]works[/]" if row.state == "works" else "planned"
         about = f"[bold]{row.name}[/] ({row.year}), from {row.needs}: {row.about}"
-        table.add_row(row.key, state, row.steps, about)
+        table.add_row(row.key, state, row.calls, about)
     return table
 
 
 def markdown() -> str:
     """The catalogue as a page of the documentation."""
-    working = sum(row.state == "works" for row in SYSTEMS)
+    working = sum(row.state == "works" for row in systems())
     lines = [
         "# Catalogue",
         "",
         "This page is made from `fewstep.catalogue` by `tools/make_docs.py`.",
         "",
-        f"{len(SYSTEMS)} systems; {working} work, the others are planned.  *Evidence* says how our reading is backed: "
-        "`verified` against the authors' code, `from paper text`, or `reconstructed`.",
+        f"{len(systems())} systems; {working} work, the others are planned.  *Evidence* says how our reading is "
+        "backed: `verified` against the authors' code, `from paper text`, or `reconstructed`.",
     ]
-    for family in dict.fromkeys(row.family for row in SYSTEMS):
+    for family in dict.fromkeys(row.family for row in systems()):
         lines += ["", f"## {family.capitalize()}", "", "| system | needs | calls | state | evidence | what it does |"]
         lines += ["|---|---|---|---|---|---|"]
-        for row in (row for row in SYSTEMS if row.family == family):
+        for row in (row for row in systems() if row.family == family):
             page = f"[{row.name}]({row.docs_page.removeprefix('docs/')})" if row.docs_page else row.name
             paper = f"{page}: *{row.title}* ({row.year}, arXiv {row.arxiv})"
-            lines.append(f"| {paper} | {row.needs} | {row.steps} | {row.state} | {row.evidence or '-'} | {row.about} |")
+            lines.append(f"| {paper} | {row.needs} | {row.calls} | {row.state} | {row.evidence or '-'} | {row.about} |")
     return "\n".join(lines) + "\n"

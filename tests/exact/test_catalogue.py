@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.catalogue import SYSTEMS, System, markdown, systems_table
+from fewstep.catalogue import Row, markdown, systems, systems_table
+from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
 
 ROOT = Path(__file__).parents[2]
 
 
-def lacking(row: System) -> list[str]:
+def lacking(row: Row) -> list[str]:
     """What a row that says ``works`` does not have."""
     missing = [
         field
@@ -35,26 +36,26 @@ def lacking(row: System) -> list[str]:
     return missing if told == (paper.title, paper.arxiv, paper.evidence) else [*missing, "cls"]
 
 
-@pytest.mark.parametrize("row", [r for r in SYSTEMS if r.state == "works"], ids=lambda r: r.key)
-def test_a_system_that_works_has_all_it_claims(row: System) -> None:
+@pytest.mark.parametrize("row", [r for r in systems() if r.state == "works"], ids=lambda r: r.key)
+def test_a_system_that_works_has_all_it_claims(row: Row) -> None:
     """Class, exact test, real-data test, page and evidence exist."""
     assert lacking(row) == []
 
 
 def test_the_check_can_fail() -> None:
     """A row without anything lacks everything."""
-    row = System("x", "X", 2024, "0", "f", "n", "1", "t", "a", "works")
+    row = Row("x", "X", 2024, "0", "f", "n", "1", "t", "a", "works")
     assert set(lacking(row)) == {"exact_test", "real_test", "docs_page", "evidence", "cls"}
 
 
 def test_keys_are_unique_and_the_page_is_up_to_date() -> None:
     """No two rows share a key or a paper, planned rows claim nothing, and docs/catalogue.md is what the table says."""
-    assert len({r.key for r in SYSTEMS}) == len({r.arxiv for r in SYSTEMS}) == len(SYSTEMS) >= 55
-    for row in SYSTEMS:
+    assert len({r.key for r in systems()}) == len({r.arxiv for r in systems()}) == len(systems()) >= 55
+    for row in systems():
         if row.state == "planned":
             assert (row.cls, row.evidence, row.exact_test, row.real_test, row.docs_page) == (None,) * 5
     assert (ROOT / "docs" / "catalogue.md").read_text() == markdown()
-    assert systems_table().row_count == len(SYSTEMS)
+    assert systems_table().row_count == len(systems())
 
 
 def test_the_import_check_finds_a_wrong_direction(tmp_path: Path) -> None:
@@ -68,3 +69,18 @@ def test_the_import_check_finds_a_wrong_direction(tmp_path: Path) -> None:
     assert [line.split(": ", 1)[1] for line in check(tmp_path)] == [
         "grids must not import fewstep.cli", "sampling must not import fewstep.training",
     ]  # fmt: skip
+
+
+def test_pages_say_what_the_classes_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deviations, healthy runs and the table of methods are written by tools/make_docs.py, and every page of a method
+    that works has its sections."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    fill = import_module("page_sections").fill
+    for page in [ROOT / "README.md", *(ROOT / "docs" / "systems").glob("*.md")]:
+        assert fill(page.read_text()) == page.read_text(), f"{page}: run tools/make_docs.py"
+    for name, place in RECIPES.items():
+        cls = recipe_class(name)
+        rows = [row for row in systems() if row.cls == place.removeprefix("fewstep.") or row.cls == place]
+        if rows and cls.paper.deviations:
+            page = (ROOT / str(rows[0].docs_page)).read_text()
+            assert f"<!-- deviations: {name} -->" in page and "<!-- healthy: " in page, (name, rows[0].docs_page)

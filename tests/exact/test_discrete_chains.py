@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewstep.discrete.chains import Chain, Masked, Ordinal, Uniform
-from fewstep.discrete.exact import FactorisedLaw, JointLaw, MarkovLaw, index_of, sequences
+from fewstep.discrete.exact import FactorizedLaw, JointLaw, MarkovLaw, index_of, sequences
 from fewstep.discrete.noise import Cosine, Geometric, LogLinear, TotalNoise
 from fewstep.randomness import Rng
 
@@ -196,7 +196,7 @@ def test_long_markov_sequences_do_not_underflow() -> None:
 def test_factorised_law_is_a_joint_law(chain: Chain) -> None:
     """Independent positions: the posterior of the product table is the product of posteriors."""
     marginals = torch.rand(2, chain.tokens, generator=torch.Generator().manual_seed(4), dtype=F64)
-    apart = FactorisedLaw(chain, marginals)
+    apart = FactorizedLaw(chain, marginals)
     together = JointLaw(chain, apart.law[0][:, None] * apart.law[1])
     every = sequences(chain.states, 2)
     assert torch.allclose(apart(every, 0.4), together(every, 0.4), atol=1e-14)
@@ -208,7 +208,7 @@ def test_laws_draw_what_they_say() -> None:
     """Frequencies of 20000 draws of every kind of law, within five standard errors."""
     chain, n = Masked(2), 20000
     markov = MarkovLaw(chain, torch.tensor([0.3, 0.7]), torch.tensor([[0.9, 0.1], [0.4, 0.6]]), 2)
-    for law in (joint(chain), FactorisedLaw(chain, torch.tensor([[0.2, 0.8], [0.6, 0.4]])), markov):
+    for law in (joint(chain), FactorizedLaw(chain, torch.tensor([[0.2, 0.8], [0.6, 0.4]])), markov):
         expected = law.log_probability(sequences(2, 2)).exp()
         found = torch.bincount(index_of(law.draw(n, Rng(7)), 2), minlength=4).double() / n
         assert float(((found - expected).abs() - 5 * (expected * (1 - expected) / n).sqrt()).max()) <= 0
@@ -216,7 +216,7 @@ def test_laws_draw_what_they_say() -> None:
 
 def test_shown_tokens_are_certain() -> None:
     """On a masked chain the posterior of a shown token is that token, whatever the model says."""
-    law = FactorisedLaw(Masked(3), torch.rand(2, 3, dtype=F64, generator=torch.Generator().manual_seed(0)))
+    law = FactorizedLaw(Masked(3), torch.rand(2, 3, dtype=F64, generator=torch.Generator().manual_seed(0)))
     found = law(torch.tensor([[2, 3]]), 0.5)
     assert found[0, 0].tolist() == [0, 0, 1] and torch.allclose(found[0, 1], law.law[1])
     assert float(law.rates(torch.tensor([[2, 3]]), 0.5)[0, 0].abs().sum()) == 0

@@ -12,7 +12,7 @@ from fewstep.data import Dataset
 from fewstep.data.text import LETTERS, Alphabet, load_text, read_text
 from fewstep.discrete.chains import Chain, Masked, Ordinal, Uniform
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
-from fewstep.discrete.exact import FactorisedLaw, JointLaw, MarkovLaw
+from fewstep.discrete.exact import FactorizedLaw, JointLaw, MarkovLaw
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.noise import Cosine, Geometric
 from fewstep.discrete.samplers import Plan, sample
@@ -107,14 +107,14 @@ def test_perplexity_is_that_of_the_reference() -> None:
     assert found.perplexity.value == pytest.approx(float(rate.exp()), rel=0.03)
     assert 0 < found.perplexity.error < 0.01
     uniform = torch.arange(4).repeat(10, 2)
-    flat = token_quality(uniform, FactorisedLaw(chain, torch.ones(8, 4)).log_probability, 4)
+    flat = token_quality(uniform, FactorizedLaw(chain, torch.ones(8, 4)).log_probability, 4)
     assert flat.perplexity.value == pytest.approx(4) and flat.entropy == pytest.approx(math.log(4))
     assert flat.sequence_entropy == pytest.approx(math.log(4))
 
 
 def test_entropy_shows_what_perplexity_hides() -> None:
     """One likely token for ever has a lower perplexity than the data, and no entropy."""
-    law = FactorisedLaw(Masked(3), torch.tensor([[0.6, 0.3, 0.1]]).expand(16, 3))
+    law = FactorizedLaw(Masked(3), torch.tensor([[0.6, 0.3, 0.1]]).expand(16, 3))
     data = token_quality(law.draw(500, Rng(0)), law.log_probability, 3)
     collapsed = token_quality(torch.zeros(500, 16, dtype=torch.long), law.log_probability, 3)
     assert collapsed.perplexity.value < 0.8 * data.perplexity.value
@@ -184,7 +184,7 @@ def test_losses_are_least_at_the_posterior(chain: Chain, loss) -> None:
 def test_training_finds_the_frequencies(method: DiscreteDenoising) -> None:
     """Independent tokens on a masked chain: the trained table is the data's frequencies."""
     chain = Masked(4)
-    law = FactorisedLaw(chain, torch.rand(3, 4, generator=torch.Generator().manual_seed(0)))
+    law = FactorizedLaw(chain, torch.rand(3, 4, generator=torch.Generator().manual_seed(0)))
     data = Dataset("made", law.draw(4096, Rng(0)))
     model = NetworkDiscreteDenoiser(Table(3, 4), chain, 3)
     made = train(method, Start(model, data), Settings(Budget(150), batch=256, precision="fp32"), show=False).model
@@ -201,8 +201,8 @@ def test_training_refuses_what_it_cannot_use() -> None:
     for x in (torch.zeros(2, 3), torch.full((2, 3), 4), torch.full((2, 3), -1)):
         with pytest.raises(ValueError, match="whole numbers below 4"):
             next(method.updates(nets, Batch(x, None, Rng(0)), Progress()))
-    with pytest.raises(ValueError, match="not a FactorisedLaw"):
-        method.networks(Start(FactorisedLaw(chain, torch.ones(3, 4))))
+    with pytest.raises(ValueError, match="not a FactorizedLaw"):
+        method.networks(Start(FactorizedLaw(chain, torch.ones(3, 4))))
 
 
 @pytest.mark.parametrize("chain", [Masked(5, Cosine(0.01)), Uniform(5, Geometric()), Ordinal(5, width=1.5)], ids=repr)
@@ -219,8 +219,8 @@ def test_models_as_plain_data(chain: Chain) -> None:
     assert torch.equal(sample(again.denoiser, 2, 3), sample(model, 2, 3))
     with pytest.raises(TypeError, match="a Table is not one of fewstep"):
         kinds.describe(NetworkDiscreteDenoiser(Table(3, 5), chain, 3))
-    with pytest.raises(TypeError, match="cannot describe a FactorisedLaw"):
-        kinds.describe(LearnedSampler(FactorisedLaw(Masked(2), torch.ones(2, 2)), {1: Plan((1.0, 0.1))}))
+    with pytest.raises(TypeError, match="cannot describe a FactorizedLaw"):
+        kinds.describe(LearnedSampler(FactorizedLaw(Masked(2), torch.ones(2, 2)), {1: Plan((1.0, 0.1))}))
     broken = kinds.describe(model)
     with pytest.raises(ValueError, match=r'chain\.name = "Other" must be one of Masked'):
         kinds.build(broken | {"chain": broken["chain"] | {"name": "Other"}})

@@ -10,7 +10,7 @@ import torch
 from fewstep.discrete.chains import Chain, Masked, Ordinal, Uniform, gumbels
 from fewstep.discrete.denoisers import DiscreteDenoiser, NetworkDiscreteDenoiser
 from fewstep.discrete.exact import (
-    FactorisedLaw,
+    FactorizedLaw,
     JointLaw,
     countdown,
     countdown_errors,
@@ -52,7 +52,7 @@ def pair(chain: Chain) -> JointLaw:
     return JointLaw(chain, torch.eye(2))
 
 
-def error(law: JointLaw | FactorisedLaw, plan: Plan, stepper: Stepper) -> float:
+def error(law: JointLaw | FactorizedLaw, plan: Plan, stepper: Stepper) -> float:
     """The total variation between what a sampler makes and the data, over sequences of states."""
     chain, length = law.chain, law.shape[0]
     target = torch.zeros(chain.states**length, dtype=F64)
@@ -117,7 +117,7 @@ def test_no_coefficient_repairs_one_step(phi: float) -> None:
 def test_independent_tokens_are_exact_in_any_steps(noise, steps: int) -> None:
     """Masked chain, exact denoiser, independent tokens: Tweedie's law is the data's in one step as in three."""
     chain = Masked(3) if noise is None else Masked(3, noise)
-    law = FactorisedLaw(chain, torch.rand(2, 3, generator=torch.Generator().manual_seed(0), dtype=F64))
+    law = FactorizedLaw(chain, torch.rand(2, 3, generator=torch.Generator().manual_seed(0), dtype=F64))
     assert error(law, Plan.uniform(chain, steps), Tweedie()) < 1e-14
 
 
@@ -163,7 +163,7 @@ def test_no_mask_is_left(phi: float) -> None:
 def test_a_coefficient_above_one_sharpens_only_when_it_is_a_power() -> None:
     """Scaling the score shows tokens sooner and keeps their law; raising it to a power makes likely tokens likelier."""
     chain = Masked(3)
-    law = FactorisedLaw(chain, torch.tensor([[0.5, 0.3, 0.2]]))
+    law = FactorizedLaw(chain, torch.tensor([[0.5, 0.3, 0.2]]))
     scaled = sampler_law(law, Plan((1.0, 0.5, chain.t_min), (1.5, 1.0)), Euler())
     assert torch.allclose(scaled[:3], law.law[0], atol=1e-14)
     powered = sampler_law(law, Plan.uniform(chain, 2), Tempered(Euler(), 1.5))
@@ -182,7 +182,7 @@ def test_noise_is_float64() -> None:
 def test_poisson_leaping_approaches_the_data() -> None:
     """Ordinal levels with a bump: many small leaps come near to the law, two do not."""
     chain = Ordinal(5)
-    law = FactorisedLaw(chain, torch.tensor([[0.05, 0.1, 0.6, 0.2, 0.05]]))
+    law = FactorizedLaw(chain, torch.tensor([[0.05, 0.1, 0.6, 0.2, 0.05]]))
     n = 4000
 
     def distance(steps: int) -> float:

@@ -9,7 +9,7 @@ from fewstep.exact import ExactFlowMap, Gaussian
 from fewstep.flow_maps import Jump
 from fewstep.randomness import Rng
 from fewstep.sampling import (
-    Colourisation,
+    Colorization,
     DPMSolverPP2M,
     Edited,
     Inpainting,
@@ -43,7 +43,7 @@ HALF = torch.zeros(4, 4)
 HALF[:, :2] = 1
 MEASUREMENTS = {
     "inpainting": Inpainting(HALF),
-    "colourisation": Colourisation(),
+    "colourisation": Colorization(),
     "super-resolution": SuperResolution(2),
 }
 
@@ -53,7 +53,7 @@ def measurement(request):
     return MEASUREMENTS[request.param]
 
 
-@pytest.mark.parametrize("matrix", [Colourisation().matrix, SuperResolution(2).matrix, SuperResolution(4).matrix])
+@pytest.mark.parametrize("matrix", [Colorization().matrix, SuperResolution(2).matrix, SuperResolution(4).matrix])
 def test_bases_are_orthonormal(matrix):
     """A A^T = I, and the first column has positive entries: a weighted mean."""
     assert float((matrix @ matrix.T - torch.eye(len(matrix))).abs().max()) < 1e-15 * len(matrix)
@@ -73,8 +73,8 @@ def test_the_known_coordinates_are_what_they_are_called():
     x = pictures()
     weights = torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float64)
     grey = torch.einsum("bchw,c->bhw", x, weights) / weights.norm()
-    assert float((Colourisation().measure(x)[:, 0] - grey).abs().max()) < 1e-15
-    assert float(Colourisation().measure(x)[:, 1:].abs().max()) == 0
+    assert float((Colorization().measure(x)[:, 0] - grey).abs().max()) < 1e-15
+    assert float(Colorization().measure(x)[:, 1:].abs().max()) == 0
     means = torch.nn.functional.avg_pool2d(x, 2)
     known = SuperResolution(2).measure(x)
     assert float((known[..., 0] - 2 * means).abs().max()) < 1e-15 and float(known[..., 1:].abs().max()) == 0
@@ -222,7 +222,7 @@ def test_measured_hook_for_any_solver(measurement):
 def test_refusals():
     """Channels, sides and factors that do not fit."""
     with pytest.raises(ValueError, match="3 channels"):
-        Colourisation().transform(torch.zeros(2, 1, 4, 4))
+        Colorization().transform(torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match="multiples of it"):
         SuperResolution(3).transform(torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match="factor=1"):

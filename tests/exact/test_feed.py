@@ -3,7 +3,11 @@ training process, by two others, and by a run that was killed."""
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -249,3 +253,57 @@ def test_identities() -> None:
     assert Streamed(Noisy(), classes=3).sha256() == Streamed(Noisy(), classes=3, workers=2).sha256()
     # what recipe.json of runs made before says of this set
     assert load("digits").sha256() == "719244476d957c3819e4b5e3d19cede14d81b7be4a6fed221708c3c8af2022b8"
+
+
+#: Read item by item from a file that is larger than memory, so that pages of it are not counted as the process's own.
+LARGE = """
+    import os, resource, sys
+    import torch
+    from fewstep.data import Streamed
+    from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+    from fewstep.methods.start import Start
+    from fewstep.methods.teachers.denoising import Denoising
+    from fewstep.schedules import EDM
+    from fewstep.training.budget import Budget
+    from fewstep.training.trainer import Settings, train
+
+    path, workers, steps, shape = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), (3, 128, 128)
+    size = 3 * 128 * 128
+
+    class Sparse:
+        def __init__(self): self.file = os.open(path, os.O_RDONLY)
+        def __len__(self): return os.fstat(self.file).st_size // size
+        def __getitem__(self, index):
+            return torch.frombuffer(bytearray(os.pread(self.file, size, index * size)), dtype=torch.uint8).view(shape)
+
+    class Scale(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+        def forward(self, x, t, cond=None): return self.scale * x
+
+    teacher = NetworkDenoiser(Scale(), EDM(), EDMPrediction(), shape)
+    data = Streamed(Sparse(), workers=workers)
+    def peak(who): return resource.getrusage(who).ru_maxrss
+    def run(steps): train(Denoising(), Start(teacher, data), Settings(Budget(steps), 32, precision="fp32"), show=False)
+    run(10)
+    before, children = peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN)
+    run(steps)
+    print(len(data), peak(resource.RUSAGE_SELF) - before, peak(resource.RUSAGE_CHILDREN) - children)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_does_not_grow_with_what_is_read(workers: int, tmp_path: Path) -> None:
+    """Of 20 GB of pictures 250 MB are read: no process grows by more than the order of an epoch, drawn twice, and 32 MB
+    for the rest.  The C library is told to give large blocks back at once, else what it keeps is measured."""
+    path, steps = tmp_path / "sparse", 160
+    with path.open("wb") as file:
+        file.truncate(20 * 10**9)
+    words = [sys.executable, "-c", textwrap.dedent(LARGE), str(path), str(workers), str(steps)]
+    given = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=given)
+    count, grown, children = map(int, done.stdout.split())
+    bound = 2 * 8 * count + (32 << 20)
+    assert count == 20 * 10**9 // 49152 and steps * 32 * 49152 > 5 * bound
+    assert max(grown, children) << 10 < bound, (grown, children)

@@ -15,7 +15,7 @@ from fewstep.denoisers import Denoiser
 from fewstep.discrete.chains import Chain, Masked, Uniform
 from fewstep.discrete.exact import (
     DataLaw,
-    FactorisedLaw,
+    FactorizedLaw,
     JointLaw,
     index_of,
     sampler_law,
@@ -58,8 +58,8 @@ def correlated(chain: Chain) -> JointLaw:
     return JointLaw(chain, table)
 
 
-def independent(chain: Chain) -> FactorisedLaw:
-    return FactorisedLaw(chain, torch.rand(4, chain.tokens, generator=torch.Generator().manual_seed(0), dtype=F64))
+def independent(chain: Chain) -> FactorizedLaw:
+    return FactorizedLaw(chain, torch.rand(4, chain.tokens, generator=torch.Generator().manual_seed(0), dtype=F64))
 
 
 def batch(law: DataLaw, n: int, seed: int = 0) -> Batch:

@@ -460,17 +460,8 @@ def with_frechet(compared: Comparison, *found: tuple[str, int, float, float]) ->
     for model, calls, value, error in found:
         quality = dataclasses.replace(compared.rows[0].quality, frechet=Estimate(value, error))
         role = "teacher" if model == "teacher" else "student"
-        rows.append(
-            dataclasses.replace(
-                compared.rows[0],
-                model=model,
-                role=role,
-                steps=calls,
-                calls=calls,
-                quality=quality,
-                seconds=float(calls),
-            )
-        )
+        changed = {"model": model, "role": role, "steps": calls, "calls": calls, "seconds": float(calls)}
+        rows.append(dataclasses.replace(compared.rows[0], quality=quality, **changed))
     return dataclasses.replace(compared, rows=tuple(rows))
 
 

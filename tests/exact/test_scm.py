@@ -11,7 +11,7 @@ from fewstep.methods.consistency.scm import (
     ContinuousConsistencyDistillation,
     ContinuousConsistencyTraining,
     consistency_tangent,
-    normalise,
+    normalize,
 )
 from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.start import Start
@@ -129,7 +129,7 @@ def test_normalised_tangent_makes_the_loss_constant() -> None:
     """The squared error is ``(||G|| / (||G|| + c))^2`` whatever the network: only its gradient says something."""
     _, g = consistency_tangent(random_student(), *states(), torch.zeros(64, 3, dtype=torch.float64))
     norm = torch.linalg.vector_norm(g, dim=1)
-    torch.testing.assert_close(torch.linalg.vector_norm(normalise(g, 0.1), dim=1), norm / (norm + 0.1))
+    torch.testing.assert_close(torch.linalg.vector_norm(normalize(g, 0.1), dim=1), norm / (norm + 0.1))
 
     method = ContinuousConsistencyDistillation(sigma_data=SD, tangent_warmup=0.0)
     teacher = random_student()

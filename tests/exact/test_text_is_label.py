@@ -125,8 +125,8 @@ def test_a_method_that_reads_samples_says_so(name: str) -> None:
 def test_conditions_of_the_wrong_kind_are_refused() -> None:
     """Labels for a text teacher, none for one of classes; nothing is dropped in silence."""
     cm = short("cm")
-    with pytest.raises(ValueError, match="class labels, the teacher takes prompt_embeds, mask"):
+    with pytest.raises(ValueError, match="class labels, the model takes prompt_embeds, mask"):
         run_recipe(cm, of_text(), Dataset("points", X, LABELS), SETTINGS, show=False)
-    with pytest.raises(ValueError, match="no labels, the teacher knows 3 classes"):
+    with pytest.raises(ValueError, match="no labels, the model knows 3 classes"):
         run_recipe(cm, of_labels(), Dataset("points", X), SETTINGS, show=False)
     run_recipe(cm, of_labels(), Dataset("points", X, torch.full((12,), -1)), SETTINGS, show=False)

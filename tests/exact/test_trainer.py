@@ -32,10 +32,12 @@ from fewstep.training import precision
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import OneFile
 from fewstep.training.interruptions import only_run_in
+from fewstep.training.nonfinite import NonFiniteError
 from fewstep.training.profiles import HalfLife, Power
 from fewstep.training.progress import Records
+from fewstep.training.settings import Settings
 from fewstep.training.snapshots import reconstruct_model
-from fewstep.training.trainer import Interrupted, NonFiniteError, Result, Settings, train
+from fewstep.training.trainer import Interrupted, Result, train
 
 METHODS: dict[str, Method] = {
     "denoising": Denoising(lr=1e-2),
@@ -645,3 +647,9 @@ def test_progress_is_counted_in_samples() -> None:
         METHODS["cm"], begin(teacher(), points()), replace(SETTINGS, budget=Budget.parse("100 images")), show=False
     )
     assert result.steps == 7 and result.images == 112
+
+
+def test_equal_calls_train_in_the_same_precision() -> None:
+    """A stopwatch tells another tale each time: it is asked once a process."""
+    cpu = torch.device("cpu")
+    assert precision.probe(cpu) == precision.probe(torch.device("cpu"))

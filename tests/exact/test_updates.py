@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.data.dataset import Dataset
-from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import EDMPrediction, NetworkDenoiser
 from fewstep.files import load_tensors, save_tensors
-from fewstep.methods.method import Batch, Mean, Networks, Optimizer, Progress, Update, alone, copy_of
+from fewstep.methods.method import Batch, Mean, Networks, Optimizer, Progress, Update, alone
 from fewstep.methods.parts.balance import balance
+from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP
 from fewstep.schedules import EDM
-from fewstep.training import nonfinite, trainer
+from fewstep.training import groups, nonfinite
 from fewstep.training.budget import Budget
 from fewstep.training.checkpoint import OneFile
 from fewstep.training.nonfinite import NonFiniteError
@@ -69,8 +70,10 @@ class Plain(Denoising):
 
     name: ClassVar[str] = "plain"
 
-    def networks(self, teacher: Denoiser) -> Networks:
-        return Networks({"model": copy_of(teacher)}, {"model": Optimizer(("model",), 0.05, kind="sgd", momentum=0.5)})
+    def networks(self, start: Start) -> Networks:
+        return Networks(
+            {"model": start.network("teacher")}, {"model": Optimizer(("model",), 0.05, kind="sgd", momentum=0.5)}
+        )
 
     def errors(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         """The model's output and the squared error of every sample."""
@@ -134,7 +137,7 @@ def process(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     for name, method in METHODS.items():
         for accumulate in (1, 2):
-            result = train(method, teacher(), points(), replace(SETTINGS, accumulate=accumulate), show=False)
+            result = train(method, Start(teacher(), points()), replace(SETTINGS, accumulate=accumulate), show=False)
             if rank == 0:
                 save_tensors(folder / f"{name}-{accumulate}.safetensors", {"weights": weights(result)})
 
@@ -159,10 +162,10 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_mean_does_not_depend_on_how_the_batch_is_split(name: str, two_processes: Path) -> None:
     """One part, two, four, two processes, two processes of two parts each: the same weights to 1e-12."""
-    whole = weights(train(METHODS[name], teacher(), points(), SETTINGS, show=False))
+    whole = weights(train(METHODS[name], Start(teacher(), points()), SETTINGS, show=False))
     assert largest(whole, torch.cat([p.flatten() for p in teacher().parameters()])) > 1e-3
     for parts in (2, 4):
-        split = train(METHODS[name], teacher(), points(), replace(SETTINGS, accumulate=parts), show=False)
+        split = train(METHODS[name], Start(teacher(), points()), replace(SETTINGS, accumulate=parts), show=False)
         assert largest(whole, weights(split)) < 1e-12
     for parts in (1, 2):
         there = load_tensors(two_processes / f"{name}-{parts}.safetensors")["weights"]
@@ -171,15 +174,15 @@ def test_a_mean_does_not_depend_on_how_the_batch_is_split(name: str, two_process
 
 def test_a_statistic_of_the_part_does_depend_on_it() -> None:
     """What the test above would show without the question."""
-    whole = train(OfItsPart(), teacher(), points(), SETTINGS, show=False)
-    split = train(OfItsPart(), teacher(), points(), replace(SETTINGS, accumulate=4), show=False)
+    whole = train(OfItsPart(), Start(teacher(), points()), SETTINGS, show=False)
+    split = train(OfItsPart(), Start(teacher(), points()), replace(SETTINGS, accumulate=4), show=False)
     assert largest(weights(whole), weights(split)) > 1e-4
 
 
 def test_the_mean_of_one_part_is_the_value_itself() -> None:
     """Bit for bit what the plain code makes, and no gradient flows through it."""
-    asked = train(Statistic(), teacher(), points(), SETTINGS, show=False)
-    plain = train(OfItsPart(), teacher(), points(), SETTINGS, show=False)
+    asked = train(Statistic(), Start(teacher(), points()), SETTINGS, show=False)
+    plain = train(OfItsPart(), Start(teacher(), points()), SETTINGS, show=False)
     assert torch.equal(weights(asked), weights(plain))
     value = torch.ones((), requires_grad=True)
 
@@ -203,7 +206,7 @@ def test_parts_that_do_not_ask_in_lock_step_are_named() -> None:
             yield Update("model", h.mean())
 
     with pytest.raises(RuntimeError, match="micro-batches yielded different numbers"):
-        train(Uneven(), teacher(), points(), replace(SETTINGS, accumulate=2), show=False)
+        train(Uneven(), Start(teacher(), points()), replace(SETTINGS, accumulate=2), show=False)
 
 
 def test_balance_of_known_gradients() -> None:
@@ -235,13 +238,13 @@ class Two(Plain):
     name: ClassVar[str] = "two"
     together: bool = True
 
-    def networks(self, teacher: Denoiser) -> Networks:
+    def networks(self, start: Start) -> Networks:
         scale = nn.Linear(1, 1, bias=False).double()
         nn.init.ones_(scale.weight)
         groups = {
             "model": Optimizer(("model",), 0.05, kind="sgd", clip=0.1), "scale": Optimizer(("scale",), 1e-2),
         }  # fmt: skip
-        return Networks({"model": copy_of(teacher), "scale": scale}, groups, ema=("scale",))
+        return Networks({"model": start.network("teacher"), "scale": scale}, groups, ema=("scale",))
 
     def loss(self, nets: Networks, batch: Batch) -> Tensor:
         out, _ = self.errors(nets, batch)
@@ -253,15 +256,15 @@ class Two(Plain):
 
 def test_one_loss_moves_several_groups(tmp_path: Path) -> None:
     """Each with its own optimizer, clip and record; alone, one of them does not move; resumed, nothing changes."""
-    both = train(Two(), teacher(), points(), SETTINGS, show=False)
-    one = train(Two(together=False), teacher(), points(), SETTINGS, show=False)
+    both = train(Two(), Start(teacher(), points()), SETTINGS, show=False)
+    one = train(Two(together=False), Start(teacher(), points()), SETTINGS, show=False)
     assert {"model+scale/loss", "model/grad_norm", "scale/grad_norm", "scale/lr"} <= set(both.records[0])
     assert both.records[0]["model+scale/loss"] == one.records[0]["model/loss"]
     assert both.records[0]["model/grad_norm"] == one.records[0]["model/grad_norm"]
     assert both.records[-1]["model+scale/loss"] != one.records[-1]["model/loss"], "the scale has not moved"
-    train(Two(), teacher(), points(), replace(SETTINGS, budget=Budget(2)), tmp_path, show=False)
-    assert torch.equal(weights(train(Two(), teacher(), points(), SETTINGS, tmp_path, show=False)), weights(both))
-    split = train(Two(), teacher(), points(), replace(SETTINGS, accumulate=4), show=False)
+    train(Two(), Start(teacher(), points()), replace(SETTINGS, budget=Budget(2)), tmp_path, show=False)
+    assert torch.equal(weights(train(Two(), Start(teacher(), points()), SETTINGS, tmp_path, show=False)), weights(both))
+    split = train(Two(), Start(teacher(), points()), replace(SETTINGS, accumulate=4), show=False)
     assert largest(weights(split), weights(both)) < 1e-12
 
 
@@ -292,15 +295,15 @@ def test_rates_are_factors_of_a_module() -> None:
 
     @dataclass(frozen=True)
     class Twins(Plain):
-        def networks(self, teacher: Denoiser) -> Networks:
+        def networks(self, start: Start) -> Networks:
             spec = Optimizer(("fast", "slow"), 0.1, kind="sgd", rates={"slow": 0.1}, decay="linear")
-            return Networks({"model": teacher, "fast": twin, "slow": other}, {"both": spec})
+            return Networks({"model": start.teacher, "fast": twin, "slow": other}, {"both": spec})
 
         def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
             yield Update("both", nets.fast(batch.x).mean() + nets.slow(batch.x).mean())
 
     start = twin.weight.detach().clone()
-    train(Twins(), teacher(), points(), SETTINGS, show=False)
+    train(Twins(), Start(teacher(), points()), SETTINGS, show=False)
     fast, slow = twin.weight.detach() - start, other.weight.detach() - start
     assert float(fast.abs().min()) > 1e-3 and largest(slow, 0.1 * fast) < 1e-15
 
@@ -380,9 +383,9 @@ class Ill(Plain):
     at: tuple[int, ...] = (2,)
     way: str = "stop"
 
-    def networks(self, teacher: Denoiser) -> Networks:
+    def networks(self, start: Start) -> Networks:
         spec = Optimizer(("model",), 0.05, kind="sgd", clip=0.1, nonfinite=self.way)  # type: ignore[arg-type]
-        return Networks({"model": copy_of(teacher)}, {"model": spec})
+        return Networks({"model": start.network("teacher")}, {"model": spec})
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         _, h = self.errors(nets, batch)
@@ -394,8 +397,8 @@ class Ill(Plain):
 def test_a_step_without_numbers_is_skipped(tmp_path: Path) -> None:
     """Nothing moves at that step, it is counted in the log and in the checkpoint, and the rest goes on."""
     long = replace(SETTINGS, budget=Budget(3))
-    skipped = train(Ill(way="skip"), teacher(), points(), long, tmp_path, show=False)
-    before = train(Ill(way="skip", at=()), teacher(), points(), replace(SETTINGS, budget=Budget(2)), show=False)
+    skipped = train(Ill(way="skip"), Start(teacher(), points()), long, tmp_path, show=False)
+    before = train(Ill(way="skip", at=()), Start(teacher(), points()), replace(SETTINGS, budget=Budget(2)), show=False)
     assert torch.equal(weights(skipped), weights(before))
     assert [r["model/nonfinite"] for r in skipped.records] == [0, 0, 1]
     assert "model/loss" not in skipped.records[2]
@@ -405,7 +408,7 @@ def test_a_step_without_numbers_is_skipped(tmp_path: Path) -> None:
 def test_entries_without_numbers_are_put_to_zero() -> None:
     """The entry keeps its value, but for momentum that it has not; all others move."""
     runs = [replace(SETTINGS, budget=Budget(steps)) for steps in (2, 3)]
-    made = [train(Ill(way="zero"), teacher(), points(), settings, show=False).model for settings in runs]
+    made = [train(Ill(way="zero"), Start(teacher(), points()), settings, show=False).model for settings in runs]
     before, after = (dict(model.named_parameters()) for model in made)
     change = (after["net.leave.bias"] - before["net.leave.bias"]).abs()
     assert float(change[0]) == 0 and float(change[1]) > 0
@@ -416,18 +419,18 @@ def test_too_many_steps_without_numbers_stop_the_run() -> None:
     """Eleven of eleven: the run stops and says so."""
     always = Ill(at=tuple(range(40)), way="skip")
     with pytest.raises(NonFiniteError, match=r"step 10: the gradient of .*; it was so at 11 of 11 updates of 'model'"):
-        train(always, teacher(), points(), replace(SETTINGS, budget=Budget(40)), show=False)
+        train(always, Start(teacher(), points()), replace(SETTINGS, budget=Budget(40)), show=False)
 
 
 @pytest.mark.parametrize("log_steps", [1, 1000])
 def test_where_looking_waits_it_is_put_off(log_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the norm is not looked at in the update, and the run stops at the next record, or after 20 steps,
     names step and tensor, and leaves the checkpoint from before."""
-    for module in (nonfinite, trainer):
+    for module in (groups, nonfinite):
         monkeypatch.setattr(module, "waits", lambda device: True)
     settings = replace(SETTINGS, budget=Budget(60), log_steps=log_steps, save_seconds=1e9)
     begun = replace(settings, budget=Budget(3))
-    train(Ill(at=(30,)), teacher(), points(), begun, tmp_path, show=False)
+    train(Ill(at=(30,)), Start(teacher(), points()), begun, tmp_path, show=False)
     before = OneFile(tmp_path).tensors({})
     steps: list[int] = []
 
@@ -440,7 +443,7 @@ def test_where_looking_waits_it_is_put_off(log_steps: int, tmp_path: Path, monke
         __repr__ = lambda self: Ill(at=self.at).__repr__()  # noqa: E731
 
     with pytest.raises(NonFiniteError, match=r"step 30: the gradient of model\.net\.leave\.bias \(1 in all\) is not"):
-        train(Counting(at=(30,)), teacher(), points(), settings, tmp_path, show=False)
+        train(Counting(at=(30,)), Start(teacher(), points()), settings, tmp_path, show=False)
     assert max(steps) == 30 if log_steps == 1 else 30 < max(steps) < 50
     saved = OneFile(tmp_path)
     assert saved.counters()["steps"] == 3
@@ -461,9 +464,9 @@ class Reads(TorchDispatchMode):
 def test_an_update_reads_no_number(method: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where looking waits, nothing is read between the method's own steps; where it does not, the norm is."""
     for waiting, most in ((True, 0), (False, math.inf)):
-        for module in (nonfinite, trainer):
+        for module in (groups, nonfinite):
             monkeypatch.setattr(module, "waits", lambda device, waiting=waiting: waiting)
-        run = Run(method, method.networks(teacher()), replace(SETTINGS, accumulate=2), Parallel())
+        run = Run(method, method.networks(Start(teacher())), replace(SETTINGS, accumulate=2), Parallel())
         run.step(points())
         pending = [method.updates(run.nets, batch, run.progress()) for batch in run.batches(points())]
         with Reads() as reads:
@@ -474,9 +477,22 @@ def test_an_update_reads_no_number(method: Plain, monkeypatch: pytest.MonkeyPatc
 
 def test_clipping_without_looking_is_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of a run that clips by tensors are those of one that looks at the norm."""
-    looked = train(Ill(at=()), teacher(), points(), SETTINGS, show=False)
+    looked = train(Ill(at=()), Start(teacher(), points()), SETTINGS, show=False)
     assert any(r["model/grad_norm"] > 0.1 for r in looked.records), "nothing was clipped"
-    for module in (nonfinite, trainer):
+    for module in (groups, nonfinite):
         monkeypatch.setattr(module, "waits", lambda device: True)
-    blind = train(Ill(at=()), teacher(), points(), SETTINGS, show=False)
+    blind = train(Ill(at=()), Start(teacher(), points()), SETTINGS, show=False)
     assert largest(weights(looked), weights(blind)) < 1e-14
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_gradients_below_the_bound_are_left_alone(waiting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm 5: bounded to 1 it is a fifth, bounded to 10 it is the same bit for bit; of mixed types too."""
+    monkeypatch.setattr(nonfinite, "waits", lambda device: waiting)
+    for bound, factor in ((1.0, 0.2), (10.0, 1.0)):
+        gradients = [torch.tensor([3.0]), torch.tensor([0.0, 4.0], dtype=torch.float64)]
+        nonfinite.clip_norm(gradients, torch.tensor(5.0), bound)
+        assert gradients[0].tolist() == pytest.approx([3 * factor], rel=1e-6)
+        assert gradients[1].tolist() == pytest.approx([0.0, 4 * factor], rel=1e-6)
+        if factor == 1:
+            assert gradients[0].tolist() == [3.0] and gradients[1].tolist() == [0.0, 4.0]

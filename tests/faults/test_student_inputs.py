@@ -13,7 +13,7 @@ from fewstep.flow_maps import EDMConsistency, Jump
 from fewstep.networks import UNet
 from fewstep.randomness import PerSample, Rng
 from fewstep.sampling import (
-    Colourisation,
+    Colorization,
     Inpainting,
     Plan,
     Student,
@@ -116,8 +116,8 @@ def test_labels(name, cond, said):
         (lambda: Inpainting("x"), "known must be"),
         (lambda: SuperResolution(2.5), r"factor=2\.5 must be a whole number"),
         (lambda: SuperResolution(2).transform(torch.zeros(4, 4)), "multiples of it"),
-        (lambda: Colourisation((0, 0, 0)), "not all 0"),
-        (lambda: Colourisation((1.0, math.nan, 1.0)), "weights=nan"),
+        (lambda: Colorization((0, 0, 0)), "not all 0"),
+        (lambda: Colorization((1.0, math.nan, 1.0)), "weights=nan"),
         (lambda: edit(student(), PICTURES, KNOWN, PLAN, Rng(0)), r"flow_map is a Student"),
         (lambda: sample_student(PICTURES, PICTURES, "lcm", 2), "student is a Tensor"),
         (lambda: by_name(steps=2.5), r"steps=2\.5 must be a whole number"),

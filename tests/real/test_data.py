@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -327,6 +328,15 @@ def test_a_folder_named_train_can_be_a_class(tmp_path: Path):
     assert load(vehicles).class_names == ("plane", "train")
     assert load(tmp_path / "parts").class_names == ("a", "b")
     assert load(tmp_path / "parts", "test").labels.tolist() == [1]
+
+
+def test_the_page_on_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The Python of docs/data.md, from top to bottom, says what it should."""
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {"__name__": "page"})
+    said = capsys.readouterr().out
+    assert "Streamed 8 (1, 8, 8)" in said and "[10.,  1.]" in said
 
 
 # --- quality ------------------------------------------------------------------------------------------------------

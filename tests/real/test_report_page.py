@@ -15,10 +15,11 @@ from PIL import Image
 
 from fewstep import api, demo
 from fewstep.cli import main as command_line
-from fewstep.cli import methods, records
+from fewstep.cli import methods
 from fewstep.data import load as load_data
 from fewstep.report import compare_models, read_run, report_runs
 from fewstep.report.runs import read_note
+from fewstep.runs import record as records
 
 
 @pytest.fixture(scope="module")

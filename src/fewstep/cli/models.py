@@ -9,13 +9,14 @@ from typing import Any
 
 from fewstep import api
 from fewstep.cli.errors import UserError, suggestion
-from fewstep.data import Dataset, Samples
+from fewstep.data import Dataset, Samples, load_samples
 from fewstep.data import load as load_data
 from fewstep.data.bundled import BUNDLED
 from fewstep.denoisers import Denoiser
 from fewstep.hub import native
 from fewstep.hub.models import adapter_of
 from fewstep.models import Model, model_of
+from fewstep.runs.conditions import embed_of
 from fewstep.runs.record import model_source, weights_sha256
 
 
@@ -90,7 +91,15 @@ def named_data(name: str | None, model: Named) -> tuple[str, Samples]:
     source = name or model.data
     if source is None:
         raise UserError(f"--data is missing, and model '{model.name}' does not say what it was made from")
-    return source, training_data(source)
+    return source, training_samples(source, captions=embed_of(model.model) is not None)
+
+
+def training_samples(source: str, captions: bool = False) -> Samples:
+    """The training part of a data set, with its captions where they are asked for, in memory where it fits."""
+    try:
+        return load_samples(source, captions=captions)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{suggestion(source, BUNDLED)}") from None
 
 
 def training_data(source: str) -> Dataset:

@@ -22,5 +22,5 @@ def output_file(flag: str, path: Path, **endings: str) -> Path:
     try:
         check_writable(path)
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written there ({str(error.strerror).lower()})") from None
+        raise UserError(f"{flag} {path}: {str(error.strerror).lower()}") from None
     return path

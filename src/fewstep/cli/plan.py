@@ -19,6 +19,7 @@ from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Method, Networks, Recipe
 from fewstep.methods.parts.stores import Store
 from fewstep.methods.start import Start
+from fewstep.runs.conditions import as_read_by, check_readable
 from fewstep.runs.stages import borrowed, stages_of
 from fewstep.training.feed import fitted
 from fewstep.training.parallel import Parallel
@@ -56,6 +57,7 @@ def show(
     given: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Print the plan; runs two iterations of the first stage on copies of the networks."""
+    check_readable(teacher, data)
     terminal = console()
     stages = [stage.method for stage in stages_of(recipe)]
     terminal.print(f"[bold]{recipe.name}[/]: {recipe.paper.title} (arXiv {recipe.paper.arxiv})", highlight=False)
@@ -67,7 +69,7 @@ def show(
     stage, device = stages[0], torch.device(settings.device)
     start = Start(
         borrowed(teacher, device),
-        fitted(data, teacher),
+        fitted(as_read_by(teacher, data, most=settings.batch), teacher),
         settings.seed,
         given={k: borrowed(m, device) for k, m in (given or {}).items()},
     )
@@ -129,8 +131,8 @@ def memory(run: Run) -> str:
     gradients = sum(tensor_bytes(p) for p in run.nets.parameters() if p.requires_grad)
     moments = sum(
         tensor_bytes(value)
-        for optimiser in run.optimizers.values()
-        for state in optimiser.state.values()
+        for optimizer in run.optimizers.values()
+        for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )

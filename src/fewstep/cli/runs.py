@@ -24,8 +24,9 @@ from fewstep.runs import record as records
 from fewstep.runs.course import run_recipe
 from fewstep.runs.record import NAME, Record
 from fewstep.runs.resume import OtherRun, begun
+from fewstep.training.nonfinite import NonFiniteError
 from fewstep.training.settings import FREE, Settings
-from fewstep.training.trainer import Interrupted, NonFiniteError, Result
+from fewstep.training.trainer import Interrupted, Result
 
 
 def main_process() -> bool:

@@ -135,7 +135,7 @@ def run(chosen: argparse.Namespace) -> None:
         refuse_beside_recipe(chosen, [*shape, *methods.parameters(chosen.method)])
         record = runs.reopened(chosen.recipe, "train", chosen)
         recipe = methods.build(choose("method", record.method, METHODS), record.hyper_parameters)
-        data = models.training_data(record.data["source"])
+        data = models.training_samples(record.data["source"])
         runs.check_source("data set", record.data["source"], record.data, data_source(record.data["source"], data))
     else:
         if chosen.name is None:
@@ -145,7 +145,7 @@ def run(chosen: argparse.Namespace) -> None:
         if chosen.data is None:
             raise UserError("--data is missing: digits, fashion, or the path of a data set")
         recipe = methods.build(chosen.method, given(methods.parameters(chosen.method), chosen))
-        data = models.training_data(chosen.data)
+        data = models.training_samples(chosen.data)
         start, source = fresh_model(chosen, data), data_source(chosen.data, data)
         record = runs.begin("train", recipe, start, source, settings_given(chosen))
     settings = runs.settings_of(record.settings, "settings")

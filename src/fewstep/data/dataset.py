@@ -174,7 +174,7 @@ class Prior(Samples):
 
 def as_floats(x: Tensor) -> Tensor:
     """Samples as training reads them: uint8 pictures as floats in [-1, 1], others as they are."""
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+    return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
 
 
 def digest_of(tensors: Iterable[Tensor], named: Mapping[str, Tensor], start: str = "") -> str:
@@ -243,6 +243,37 @@ class Unlabelled(Samples):
 
     def sha256(self) -> str:
         return hashlib.sha256(f"unlabelled {self.inner.sha256()}".encode()).hexdigest()
+
+
+class First(Samples):
+    """The first ``count`` samples of a data set."""
+
+    def __init__(self, inner: Samples, count: int) -> None:
+        self.inner, self.count = inner, min(count, len(inner))
+        self.name, self.class_names = inner.name, inner.class_names
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def classes(self) -> int | None:
+        return self.inner.classes
+
+    def rows(self, indices: Tensor | slice) -> Rows:
+        return self.inner.rows(torch.arange(self.count)[indices])
+
+    def conditions(self, indices: Tensor | slice) -> Cond:
+        return self.inner.conditions(torch.arange(self.count)[indices])
+
+    def feed(self, draws: Iterable[Draw]) -> Iterator[Rows]:
+        return self.inner.feed(draws)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(f"{self.count} of {self.inner.sha256()}".encode()).hexdigest()
 
 
 def epoch_indices(n: int, start: int, count: int, seed: int) -> Tensor:

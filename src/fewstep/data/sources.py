@@ -12,12 +12,12 @@ from typing import Literal, get_args
 
 from fewstep.data.arrays import read_arrays
 from fewstep.data.bundled import BUNDLED, read_bundled
-from fewstep.data.dataset import Dataset
+from fewstep.data.captions import Captioned, read_prompts
+from fewstep.data.dataset import Dataset, Samples
 from fewstep.data.idx import is_idx, read_idx_file, read_idx_folder
 from fewstep.data.parquet import list_parquet_file, list_parquet_folder
 from fewstep.data.pictures import list_picture_folder
 from fewstep.data.stored import Stored
-from fewstep.data.streamed import Streamed
 from fewstep.data.tables import read_arrow_folder
 from fewstep.data.text import load_text
 from fewstep.randomness import Rng
@@ -54,15 +54,30 @@ def load(source: str | Path, split: Split = "train") -> Dataset:
 
 
 def load_samples(
-    source: str | Path, split: Split = "train", *, memory: int = MEMORY, workers: int = WORKERS
-) -> Dataset | Streamed:
+    source: str | Path,
+    split: Split = "train",
+    *,
+    captions: bool = False,
+    memory: int = MEMORY,
+    workers: int = WORKERS,
+) -> Samples:
     """What :func:`load` reads, where it fits in ``memory`` bytes; of more pictures than that (a folder of them, or
     parquet files) only the listing is read, and ``workers`` processes read the pictures as training goes.
 
     The size is that of the decoded pictures, one byte a number.  Training makes the same weights either way.
+
+    With ``captions`` a ``.txt`` file is a list of prompts, one a line, and pictures come with their captions in the
+    place of labels (:class:`~fewstep.data.captions.Captioned`), where they have some: a column ``text``, ``caption`` or
+    ``prompt`` of parquet files; of a folder ``metadata.jsonl`` or a text file beside each picture.
     """
+    if captions and Path(source).suffix == ".txt" and Path(source).is_file():
+        return Captioned(read_prompts(Path(source)), name=Path(source).stem)
     found = listed(source, split)
-    return found.samples(memory, workers) if isinstance(found, Stored) else found
+    if not isinstance(found, Stored):
+        return found
+    pictures = found.samples(memory, workers)
+    words = found.captions() if captions else None
+    return pictures if words is None else Captioned(words, pictures)
 
 
 def listed(source: str | Path, split: Split) -> Dataset | Stored:

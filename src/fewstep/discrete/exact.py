@@ -79,15 +79,15 @@ class JointLaw(DataLaw):
         return self.all[choose(self.law.expand(n, -1), gumbels(rng, (n, len(self.law))))]
 
 
-class FactorisedLaw(DataLaw):
+class FactorizedLaw(DataLaw):
     """Independent positions with their own laws ``[L, tokens]``: what samplers that move positions independently can
     do perfectly."""
 
     def __init__(self, chain: Chain, marginals: Tensor) -> None:
         if marginals.ndim != 2 or marginals.shape[1] != chain.tokens:
-            raise ValueError(f"FactorisedLaw: marginals of shape {list(marginals.shape)} are not [L, {chain.tokens}]")
+            raise ValueError(f"FactorizedLaw: marginals of shape {list(marginals.shape)} are not [L, {chain.tokens}]")
         super().__init__(chain, len(marginals))
-        self.register_buffer("law", _law("FactorisedLaw", marginals))
+        self.register_buffer("law", _law("FactorizedLaw", marginals))
 
     law: Tensor
 

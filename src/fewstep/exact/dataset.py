@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond
 from fewstep.exact.ode import probability_flow
-from fewstep.exact.world import Labelled, normalised
+from fewstep.exact.world import Labelled, normalized
 from fewstep.randomness import Rng
 from fewstep.schedules import Schedule
 
@@ -53,7 +53,7 @@ class FiniteData(Labelled):
 
     def moments(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         joint, variance = self._joint(x, alpha, sigma, cond)
-        centre = normalised(joint) @ self.points.to(x)
+        centre = normalized(joint) @ self.points.to(x)
         score = (alpha * centre - x) / variance
         return centre - alpha * self.width**2 * score, score
 

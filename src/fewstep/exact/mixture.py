@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond
 from fewstep.exact.ode import probability_flow
-from fewstep.exact.world import Labelled, normalised
+from fewstep.exact.world import Labelled, normalized
 from fewstep.randomness import Rng
 from fewstep.schedules import Schedule, VPLinear
 
@@ -70,14 +70,14 @@ class GaussianMixture(Labelled):
 
     def moments(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         joint, white = self._components(x, alpha, sigma, cond)
-        posterior = normalised(joint)
+        posterior = normalized(joint)
         basis, weighted = self.basis.to(x), posterior[..., None] * white
         shift = torch.einsum("bkj,kij->bi", self.variances.to(x) * weighted, basis)
         return posterior @ self.means.to(x) + alpha * shift, -torch.einsum("bkj,kij->bi", weighted, basis)
 
     def posterior(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The probability of each component given the state, ``[B, K]``."""
-        return normalised(self._components(*self.columns(x, t), cond)[0])
+        return normalized(self._components(*self.columns(x, t), cond)[0])
 
     def log_density(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         return torch.logsumexp(self._components(*self.columns(x, t), cond)[0], 1)

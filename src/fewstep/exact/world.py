@@ -141,7 +141,7 @@ class Labelled(World):
         return _choose(self.log_prior(cond, self.log_weights).exp(), n, rng)
 
 
-def normalised(log_joint: Tensor) -> Tensor:
+def normalized(log_joint: Tensor) -> Tensor:
     """Probabilities ``[B, K]`` from log joint densities.  Not torch.softmax: its forward-mode rule is a hundred times
     slower than its value."""
     return torch.exp(log_joint - torch.logsumexp(log_joint, 1, keepdim=True))

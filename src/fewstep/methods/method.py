@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -21,22 +21,12 @@ from fewstep.conditions import Cond
 from fewstep.data.dataset import Samples
 from fewstep.denoisers import Denoiser, gradients
 from fewstep.methods.optimizer import Optimizer
+from fewstep.methods.paper import Paper as Paper
+from fewstep.methods.paper import System as System
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
 from fewstep.values import check_fields
-
-Evidence = Literal["verified", "from paper text", "reconstructed"]
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Where a method comes from, and what here differs from it."""
-
-    title: str
-    arxiv: str
-    evidence: Evidence
-    deviations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,6 +180,8 @@ class Recipe(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[Paper]
+    #: The row of the catalogue, for the class that stands for its paper.
+    system: ClassVar[System | None] = None
     #: What a user may bring besides the teacher, by the part it plays: "student" (where the student's weights start),
     #: "guide", "reward".
     roles: ClassVar[tuple[str, ...]] = ()

@@ -27,7 +27,7 @@ def cosine(step: int, fraction: float, floor: float) -> float:
 
 
 def inverse_sqrt(step: int, fraction: float, start: float) -> float:
-    """1 for ``start`` steps, then falling as ``sqrt(start / step)`` (Karras et al. 2024, EDM2, equation 67)."""
+    """1 for ``start`` steps, then falling as ``sqrt(start / step)`` (Karras et al. 2024, EDM2)."""
     return 1 / math.sqrt(max(step / start, 1.0))
 
 

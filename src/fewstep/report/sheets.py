@@ -17,7 +17,7 @@ def sheets(comparison: Comparison) -> str:
     if not is_picture(tuple(comparison.real.shape[1:])):
         return ""
     columns = len(comparison.columns) or 10
-    full = comparison.teacher[-1]
+    full = comparison.full
     parts = [
         "<section>\n<h2>The same noise, every model</h2>\n<p>Each column starts from the same noise"
         + (" and asks for the same class" if comparison.columns else "")

@@ -18,12 +18,12 @@ from fewstep.hub import native
 from fewstep.methods.method import Recipe
 from fewstep.methods.start import Start, teacher_in
 from fewstep.models import model_of
+from fewstep.runs.conditions import as_read_by, check_readable
 from fewstep.runs.record import Record, data_source, model_source, record_of
 from fewstep.runs.resume import begun, enter, held, stage_seeds
 from fewstep.runs.stages import borrowed, cost, run_stages, stages_of
 from fewstep.sampling.search import half_level
 from fewstep.schemas import read_records
-from fewstep.training.feed import fitted
 from fewstep.training.parallel import Parallel
 from fewstep.training.progress import LOGGED
 from fewstep.training.settings import Settings
@@ -51,17 +51,21 @@ def run_recipe(
     """
     teacher, given = teacher_in(teacher), given or {}
     check_roles(recipe, given)
-    fitted(data, teacher)
+    check_readable(teacher, data)
     device = torch.device(settings.device)
-    start = Start(
-        borrowed(teacher, device), data, settings.seed, given={k: borrowed(m, device) for k, m in given.items()}
-    )
+
+    def start(stores: Path | None, show: bool) -> Start:
+        models = {role: borrowed(model, device) for role, model in (given or {}).items()}
+        read = as_read_by(teacher, data, stores, show)
+        return Start(borrowed(teacher, device), read, settings.seed, given=models)
+
     if folder is None:
-        return run_stages(recipe, start, settings, show=show)
+        return run_stages(recipe, start(None, show), settings, show=show)
     parallel = Parallel.from_environment(device)
     if not parallel.main:
         parallel.barrier()  # the main process has made the folder, or found there what it is to go on with
-        return run_stages(recipe, start, settings, folder, seeds=stage_seeds(folder), show=False)
+        seeds = stage_seeds(folder)
+        return run_stages(recipe, start(folder / "stores", False), settings, folder, seeds=seeds, show=False)
     if record is None:
         sources = {role: model_source(None, model) for role, model in {"teacher": teacher, **given}.items()}
         record = record_of(recipe, sources, data_source(data.name, data), settings)
@@ -72,7 +76,8 @@ def run_recipe(
         if show and resumed:
             print(f"{folder}: going on where this run stopped")
         settings = dataclasses.replace(settings, precision=record.settings["precision"])
-        result = run_stages(recipe, start, settings, folder, seeds=record.stage_seeds, show=show)
+        begin = start(folder / "stores", show)
+        result = run_stages(recipe, begin, settings, folder, seeds=record.stage_seeds, show=show)
         if record.command == "train":
             trained: NetworkDenoiser = model_of(result.model).teacher()
             trained.half_level = measured_half_level(trained)

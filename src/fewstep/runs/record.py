@@ -24,6 +24,7 @@ from fewstep import values
 from fewstep.data import Samples
 from fewstep.digests import model_sha256
 from fewstep.hub import native
+from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
 from fewstep.schemas import Choice, Maybe, Place, check, read_json
 from fewstep.training.budget import Budget
@@ -148,6 +149,8 @@ def read(path: Path) -> Record:
             written["start"] = {"teacher": {"name": start["model"], "sha256": start["sha256"]}}
     for name in _IDLE.get(written["method"], ()):
         written["hyper_parameters"].pop(name, None)
+    if written["method"] in RECIPES:  # what came after it was written
+        written["hyper_parameters"] = hyper_parameters(recipe_class(written["method"])()) | written["hyper_parameters"]
     if version == 1:
         written["stage_seeds"] = "counted"
     return Record(**written | {"settings": settings_data(Settings()) | written["settings"]})

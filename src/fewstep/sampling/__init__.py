@@ -4,7 +4,7 @@ from fewstep.grids import balanced
 from fewstep.sampling.brownian import BrownianPath
 from fewstep.sampling.coefficients import DATA, NOISE, Levels
 from fewstep.sampling.editing import (
-    Colourisation,
+    Colorization,
     Edited,
     Inpainting,
     LinearMeasurement,
@@ -56,7 +56,7 @@ __all__ = [
     "Ancestral",
     "BrownianPath",
     "Churn",
-    "Colourisation",
+    "Colorization",
     "DDPMLarge",
     "DPMSolver1",
     "DPMSolverPP2M",

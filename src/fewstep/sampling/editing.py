@@ -84,15 +84,15 @@ class Inpainting(LinearMeasurement):
 
 
 @dataclass(frozen=True)
-class Colourisation(LinearMeasurement):
+class Colorization(LinearMeasurement):
     """The weighted grey value of three channels (dimension 1) is known; two orthogonal colour axes are free."""
 
     weights: tuple[float, float, float] = (0.2989, 0.587, 0.114)
 
     def __post_init__(self) -> None:
-        weights = [real("Colourisation: weights", weight, -1e6, 1e6) for weight in self.weights]
+        weights = [real("Colorization: weights", weight, -1e6, 1e6) for weight in self.weights]
         if len(weights) != 3 or not any(weights):
-            raise ValueError(f"Colourisation: weights={self.weights} must be three numbers, not all 0")
+            raise ValueError(f"Colorization: weights={self.weights} must be three numbers, not all 0")
 
     @cached_property
     def matrix(self) -> Tensor:

@@ -1,6 +1,6 @@
 """A run's whole state in one file that is replaced atomically.
 
-Weights, averages and optimiser moments are tensors of one safetensors file; the counters and a checksum are its
+Weights, averages and optimizer moments are tensors of one safetensors file; the counters and a checksum are its
 metadata.  There is no random state to save: draws and data order are functions of the seed and the position.
 """
 
@@ -26,9 +26,9 @@ COUNTERS = {
 }  # fmt: skip
 
 
-def optimizer_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments of an optimiser as flat named tensors."""
-    state = optimiser.state_dict()["state"]
+def optimizer_tensors(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments of an optimizer as flat named tensors (under "optimiser", as files that exist say)."""
+    state = optimizer.state_dict()["state"]
     return {
         f"optimiser/{name}/{index}/{key}": torch.as_tensor(value)
         for index, moments in state.items()
@@ -37,9 +37,9 @@ def optimizer_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, 
     }
 
 
-def load_optimizer(name: str, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put saved moments back; an optimiser that had not moved when the state was saved starts anew."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+def load_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put saved moments back; an optimizer that had not moved when the state was saved starts anew."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     prefix = f"optimiser/{name}/"
     for key, tensor in tensors.items():
@@ -50,7 +50,7 @@ def load_optimizer(name: str, optimiser: torch.optim.Optimizer, tensors: dict[st
                 # fused kernels walk memory flat: a moment must have the layout (channels last) of its weight
                 tensor = torch.empty_like(parameter).copy_(tensor)
             state.setdefault(int(index), {})[moment] = tensor
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor]) -> None:
-        """Take in the weights after an optimiser step."""
+        """Take in the weights after an optimizer step."""
         self.updates += 1
         torch._foreach_lerp_(self.weights, list(weights), 1 - self.profile.decay(self.updates))
 

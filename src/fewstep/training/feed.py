@@ -63,19 +63,19 @@ def fitted(data: Samples, model: Denoiser) -> Samples:
     ValueError when the samples are of another shape, or their conditions not of the model's kind.
     """
     if tuple(data.shape) != tuple(model.shape):
-        raise ValueError(f"data '{data.name}' has samples {list(data.shape)}, the teacher makes {list(model.shape)}")
+        raise ValueError(f"data '{data.name}' has samples {list(data.shape)}, the model makes {list(model.shape)}")
     if model.classes:
         if data.classes is None:
             raise ValueError(
-                f"data '{data.name}' has no labels, the teacher knows {model.classes} classes: give every sample one "
+                f"data '{data.name}' has no labels, the model knows {model.classes} classes: give every sample one "
                 "(-1 trains its unconditional branch)"
             )
         if data.classes > model.classes:
-            raise ValueError(f"data '{data.name}' has {data.classes} classes, the teacher knows {model.classes}")
+            raise ValueError(f"data '{data.name}' has {data.classes} classes, the model knows {model.classes}")
         return data
     if data.classes is None:
         return data
     if model.null is not None:
         takes = ", ".join(leaves(model.null))
-        raise ValueError(f"data '{data.name}' has class labels, the teacher takes {takes}")
+        raise ValueError(f"data '{data.name}' has class labels, the model takes {takes}")
     return Unlabelled(data)

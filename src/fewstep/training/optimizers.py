@@ -11,7 +11,7 @@ import torch
 from fewstep.methods.method import Networks, Progress
 from fewstep.methods.optimizer import Optimizer
 
-#: Up to so many numbers, waking other threads of the CPU costs a step more than they save (10 to 14 % of a whole
+#: Up to so many numbers, waking other threads of the CPU costs a step more than they save (9 and 14 % of a whole
 #: training step of the bundled models, where two threads wait passively).
 FEW_NUMBERS = 2**22
 

@@ -55,7 +55,7 @@ class Parallel:
         nets.to(device)
 
     def settle(self, nets: Networks) -> None:
-        """Called between backward passes and the optimiser's step."""
+        """Called between backward passes and the optimizer's step."""
 
     def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The parts of tensors that this process holds."""

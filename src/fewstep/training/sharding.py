@@ -1,7 +1,7 @@
 """Networks that do not fit in one process: every process holds a part of every tensor (PyTorch's FSDP2).
 
 :class:`Sharded` cuts each network of a method into groups (the members of its module lists, then the rest) that are
-gathered when they are used and freed afterwards.  Gradients, optimiser moments and averages stay cut; sums over the
+gathered when they are used and freed afterwards.  Gradients, optimizer moments and averages stay cut; sums over the
 processes are the only new arithmetic.  Checkpoints go through ``torch.distributed.checkpoint`` in its safetensors
 form, every process writing its own part, and can be read by another number of processes.
 

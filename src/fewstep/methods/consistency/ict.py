@@ -26,7 +26,7 @@ from torch import Tensor
 from fewstep import grids
 from fewstep.flow_maps import EDMConsistency
 from fewstep.methods.consistency.cm import consistency_loss
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.teacher_steps import edm_like
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, NonNegative, Positive, Within
@@ -59,10 +59,15 @@ class ImprovedConsistencyTraining(Method):
          "phases are equal shares of the budget, whatever its unit",
          "sampling uses a power-function average (the paper's decays by 0.99993)"),
     )  # fmt: skip
+    system: ClassVar[System] = System(
+        "iCT", 2023, "consistency", "data", "1, 2",
+        "consistency training without a teacher, with better weights, distances and grids", real="witnesses",
+    )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "student/loss": "changes in steps, because the grid is doubled; it measures agreement between neighbours over "
         "their distance, not quality",
         "student/scales": "11, 21, 41, .., doubled in equal phases",
+        "student/grad_norm": "doubles with the grid; where it does so faster than the optimiser forgets, lower beta2",
     }
 
     roles: ClassVar[tuple[str, ...]] = ("student",)

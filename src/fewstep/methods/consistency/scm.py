@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.teacher_steps import edm_like, guided
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
@@ -33,7 +33,7 @@ from fewstep.networks.parts import PositionalEmbedding, zeroed
 from fewstep.randomness import repeated_draws
 from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.schedules import TrigFlow, align
+from fewstep.schedules import Schedule, TrigFlow, align
 from fewstep.tangents import tangent
 
 
@@ -55,7 +55,7 @@ def consistency_tangent(
     return f_minus, g
 
 
-def normalise(g: Tensor, c: float) -> Tensor:
+def normalize(g: Tensor, c: float) -> Tensor:
     """``G / (||G|| + c)``, the norm over the whole sample."""
     norm = torch.linalg.vector_norm(g.flatten(1), dim=1)
     return g / align(norm + c, g)
@@ -106,7 +106,7 @@ class _ContinuousConsistency(Method):
         schedule = TrigFlow(t_max=float(top), sigma_data=self.sigma_data)
         model = Jump(start.network("student", on=schedule))
         return Networks(
-            {"student": model, "weight": TimeWeight(), "teacher": start.teacher.on(schedule)},
+            {"student": model, "weight": TimeWeight(), **self.asked(start, schedule)},
             {
                 "student": Optimizer(
                     ("student", "weight"), self.lr, betas=(0.9, 0.99), eps=1e-11, warmup=10, decay="cosine"
@@ -114,6 +114,10 @@ class _ContinuousConsistency(Method):
             },
             ema=("student",),
         )
+
+    def asked(self, start: Start, schedule: Schedule) -> dict[str, nn.Module]:
+        """What the loss asks besides the student, by name; nothing where it is made from data."""
+        return {}
 
     @abstractmethod
     def trajectory_velocity(self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor) -> Tensor:
@@ -131,7 +135,7 @@ class _ContinuousConsistency(Method):
             f_minus, g = consistency_tangent(denoiser, x_t, t, v, batch.cond, r)
         f = denoiser.velocity(x_t, t, batch.cond) / self.sigma_data
         w = nets.weight(t)
-        error = (f - f_minus - normalise(g, self.c)).square().flatten(1)
+        error = (f - f_minus - normalize(g, self.c)).square().flatten(1)
         loss = (w.exp() * error.mean(1) - w).mean()
         norm = torch.linalg.vector_norm(g.flatten(1), dim=1).mean()
         yield Update("student", loss, {"tangent_norm": norm, "warmup": r})
@@ -154,10 +158,22 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
         ("no official code: equations and tables from the paper's text",
          "learning rate follows a cosine over the budget (the paper's decays as an inverse square root)",
          "the tangent warm-up is half of the budget (the paper's counts 10k iterations, 2.5 to 10 %)",
-         "time weight on its own small embedding"),
+         "time weight on its own small embedding",
+         "a teacher keeps its own time input, which is the angle itself for TrigPrediction only; that of EDM, a "
+         "logarithm, has larger derivatives at the ends",
+         "in a bf16 run the tangent is taken under autocast, norms and times in float32 (the paper's in float32)",
+         "the teacher's guidance is baked in, not an input of the network",
+         "no adaptive variational score distillation; normalized tangents, not clipped ones"),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "sCM", 2024, "consistency", "teacher or data", "1, 2, 4",
+        "continuous-time consistency made stable: TrigFlow, normalised tangents, warm-up",
     )  # fmt: skip
 
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+
+    def asked(self, start: Start, schedule: Schedule) -> dict[str, nn.Module]:
+        return {"teacher": start.teacher.on(schedule)}
 
     def trajectory_velocity(self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return guided(nets.teacher, self.guidance).velocity(x_t, t, batch.cond)

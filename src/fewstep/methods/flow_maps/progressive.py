@@ -21,7 +21,7 @@ from fewstep import grids
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump, ddim_move
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
 from fewstep.methods.parts.teacher_steps import ddim_step, guided
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, NonNegative
@@ -86,8 +86,8 @@ class ProgressiveDistillation(Method):
     def networks(self, start: Start) -> Networks:
         teacher = start.model("teacher")
         student = Jump(start.network("student", on=teacher.schedule))
-        optimiser = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
-        return Networks({"student": student, "teacher": teacher}, {"student": optimiser})
+        optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
+        return Networks({"student": student, "teacher": teacher}, {"student": optimizer})
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         schedule, rng = nets.teacher.schedule, batch.rng
@@ -114,6 +114,10 @@ class ProgressiveLadder(Recipe):
 
     name: ClassVar[str] = "pd"
     paper: ClassVar[Paper] = ProgressiveDistillation.paper
+    system: ClassVar[System] = System(
+        "Progressive Distillation", 2022, "flow maps", "teacher, data", "1, 2, 4, ...",
+        "halves the number of DDIM steps, again and again", page="progressive-distillation",
+    )  # fmt: skip
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     start: Annotated[Count, "DDIM steps of the teacher: end, doubled once or more"] = 16

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.methods.method import Batch, Networks, Paper
+from fewstep.methods.method import Batch, Networks, Paper, System
 from fewstep.methods.parts.one_step import OneStep, two_scores
 from fewstep.methods.parts.score_matching import surrogate
 from fewstep.methods.parts.times import LogNormal
@@ -38,6 +38,10 @@ class DiffInstruct(OneStep):
          "dropout is off in both scores (there it is on, with one mask for both)",
          "a gradient that is no number stops the run (there it is set to 0)",
          "the data, where there are any, give their conditions only"),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "Diff-Instruct", 2023, "matching", "teacher", "1",
+        "the integral KL divergence between the noised laws, by the difference of two scores", real="witnesses",
     )  # fmt: skip
 
     init_sigma: Annotated[Positive, "noise level sigma / alpha at which the student is called"] = 1.0

@@ -25,7 +25,7 @@ from fewstep import grids
 from fewstep.conditions import join
 from fewstep.denoisers import gradients
 from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.adversary import (
     FeatureHead,
     accuracy,
@@ -56,7 +56,13 @@ class DMD2(Method):
          "there), and the critic's is higher than the student's",
          "sampling uses a power-function average of the student (the official code has none)",
          "the discriminator head is sized for small bottlenecks",
-         "the critic loss is the teacher's own training loss, equal to the official EDM weight on the data prediction"),
+         "the critic loss is the teacher's own training loss, equal to the official EDM weight on the data prediction",
+         "a sample is the student's jump to the least noise of its schedule (0.002 on EDM), not its data prediction",
+         "times of a student of several steps are equally spaced, on EDM in TrigFlow's angle"),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "DMD2", 2024, "matching", "teacher, data", "1, 4",
+        "distribution matching without pairs: two time scales, a GAN, simulated inputs",
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "critic/denoising": "stays level: its target moves with the student, a fall is not the goal",

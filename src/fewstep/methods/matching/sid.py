@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from fewstep.methods.method import Batch, Networks, Paper
+from fewstep.methods.method import Batch, Networks, Paper, System
 from fewstep.methods.parts.one_step import OneStep, two_scores
 from fewstep.methods.parts.times import Own
 from fewstep.ranges import Within
@@ -54,6 +54,10 @@ class SiD(OneStep):
          "a gradient that is no number stops the run (there it is set to 0)",
          "critic and student see the same labels in one iteration (there, fresh ones)",
          "the data, where there are any, give their conditions only"),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "SiD", 2024, "matching", "teacher", "1",
+        "two ways to write the Fisher divergence of the noised laws, weighed against each other", real="witnesses",
     )  # fmt: skip
 
     alpha: Annotated[float, "weight of the squared gap of the scores against the projected one"] = 1.2

@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.methods.method import Batch, Networks, Paper
+from fewstep.methods.method import Batch, Networks, Paper, System
 from fewstep.methods.parts.one_step import OneStep, two_scores
 from fewstep.methods.parts.times import Own
 from fewstep.ranges import Positive, Within
@@ -77,6 +77,10 @@ class SIM(OneStep):
          "learning rates suit networks of a million parameters and runs of minutes (1e-5 for both in SiD)",
          "sampling uses a power-function average (SiD's has a half-life of 500k samples)",
          "the data, where there are any, give their conditions only"),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "SIM", 2024, "matching", "teacher", "1",
+        "score-implicit matching: distances between scores with a tractable gradient", real="witnesses",
     )  # fmt: skip
 
     distance: Annotated[Literal["pseudo-huber", "l2", "l4"], "distance between the two scores"] = "pseudo-huber"

@@ -1,4 +1,4 @@
-"""The weight that gives two losses gradients of one size (Esser et al. 2021, VQGAN, equation 7; CTM, section 4)."""
+"""The weight that gives two losses gradients of one size (as in VQGAN, Esser et al. 2021, and CTM)."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from fewstep.discrete.chains import Chain, Masked, choose, gumbels, uniforms
 from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import STEPPERS, Plan, Stepper, device_of, finished, row
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 from fewstep.ranges import Count, NonNegative, Share
@@ -274,6 +274,10 @@ class LSD(Method):
             "the relaxed start replaces masks by random tokens: the paper does not say what it puts there",
             "optimiser, learning rate and number of iterations are ours: the text read gives none",
         ),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "LSD and LSD+", 2025, "solvers", "discrete teacher", "8-64",
+        "learns the sampler's coefficients and times for discrete diffusion", real="discrete_real",
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "coefficients/loss": "small from the start; what is left is the difference of the two states, not of Phi",

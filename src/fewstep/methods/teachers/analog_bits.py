@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewstep.conditions import rows
 from fewstep.denoisers import X0, Cond, NetworkDenoiser
 from fewstep.discrete.heads import Head, SigmoidHead, SoftmaxHead
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
@@ -104,6 +104,10 @@ class AnalogBits(Method):
          "warm-up of 100 steps (the paper's counts 10k of 1.5M)",
          "the U-Net and MLP of the library, not TransUNet"),
     )  # fmt: skip
+    system: ClassVar[System] = System(
+        "Analog Bits", 2022, "solvers", "data", "10-100",
+        "discrete data as real-valued bits, with self-conditioning", real="analog_bits_real",
+    )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "model/loss": "falls quickly, then slowly; it does not reach 0",
         "model/estimate_loss": "the squared error of the first pass, which has no estimate to go by: above that of the "
@@ -125,8 +129,8 @@ class AnalogBits(Method):
         if not isinstance(teacher, NetworkDenoiser):
             raise ValueError(f"{self.name} trains a network, got a {type(teacher).__name__}")
         model = with_second_input(teacher) if self.self_conditioning else start.network("teacher")
-        optimiser = Optimizer(("model",), self.lr, clip=1.0, warmup=self.warmup)
-        return Networks({"model": model}, {"model": optimiser}, ema=("model",))
+        optimizer = Optimizer(("model",), self.lr, clip=1.0, warmup=self.warmup)
+        return Networks({"model": model}, {"model": optimizer}, ema=("model",))
 
     def estimate(self, model: NetworkDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor | None:
         """What every sample is given beside its state, without a graph: its own clipped prediction for the first share,

@@ -40,11 +40,11 @@ class Regression(Method):
         """At which times the loss looks."""
 
     def networks(self, start: Start) -> Networks:
-        optimiser = Optimizer(
+        optimizer = Optimizer(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
         model = start.network("teacher").native()
-        return Networks({"model": model}, {"model": optimiser}, ema=("model",))
+        return Networks({"model": model}, {"model": optimizer}, ema=("model",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         t = self.times().draw(nets.model.schedule, len(batch.x), batch.rng)

@@ -74,10 +74,10 @@ class DiscreteDenoising(Method):
         teacher: Any = start.model("teacher")
         if not isinstance(teacher, NetworkDiscreteDenoiser):
             raise ValueError(f"{self.name} trains a network on a discrete chain, not a {type(teacher).__name__}")
-        optimiser = Optimizer(
+        optimizer = Optimizer(
             ("model",), self.lr, betas=(0.9, 0.99), clip=self.clip, warmup=self.warmup, decay="cosine"
         )
-        return Networks({"model": start.network("teacher")}, {"model": optimiser}, ema=("model",))
+        return Networks({"model": start.network("teacher")}, {"model": optimizer}, ema=("model",))
 
     def loss(self, model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return cross_entropy(model, x0, x, t, cond)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoisers import Cond, NetworkDenoiser
-from fewstep.methods.method import Batch, Networks, Paper, Progress, Update
+from fewstep.methods.method import Batch, Networks, Paper, Progress, System, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
@@ -81,6 +81,10 @@ class LowDiff(Denoising):
          "noise law, loss weights, noise on the condition and its dropout are our choices",
          "the way into the U-Net (own layer, level and head for each resolution) is our choice",
          "latents are averaged over areas like pictures; no transformer"),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "LowDiff", 2025, "solvers", "data", "any",
+        "one network over growing resolutions, each conditioned on the one below", real="lowdiff_real",
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "model/loss": "a mixture over resolutions, so it jumps from batch to batch; look at loss_R of each",

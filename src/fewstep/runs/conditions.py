@@ -1,0 +1,93 @@
+"""Data as a teacher reads them: captions as conditions by its text encoders, pictures as latents by its autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.data.captions import Captioned
+from fewstep.data.dataset import First, Samples
+from fewstep.data.encoded import Embed, Latents, Tell
+from fewstep.denoisers import Denoiser
+from fewstep.hub.adapters import TextAdapter
+from fewstep.hub.autoencoders import autoencoder_name, encode, picture_channels, pixels_per_latent
+from fewstep.hub.models import adapter_of
+from fewstep.training.feed import fitted
+from fewstep.training.progress import Bar
+
+
+def embed_of(model: nn.Module) -> Embed | None:
+    """The text encoders that a model came with, as a function of prompts; None where it has none."""
+    net = adapter_of(model)
+    return net.embed if isinstance(net, TextAdapter) and net.reads_prompts else None
+
+
+def pictures_of(teacher: Denoiser) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]] | None:
+    """How the autoencoder that a teacher came with makes latents of pictures in [-1, 1], and the shape of one picture;
+    None where there is none."""
+    net = adapter_of(teacher)
+    if net is None or net.origin is None or not net.latent:
+        return None
+    pipe = net.origin.pipe
+    weights = next(pipe.components[autoencoder_name(pipe)].parameters())
+    scale = pixels_per_latent(pipe)
+    shape = (picture_channels(pipe) or 0, *(side * scale for side in teacher.shape[1:]))
+    return lambda x: encode(pipe, x.to(weights)).to(torch.get_default_dtype()), shape
+
+
+def check_readable(teacher: Denoiser, data: Samples) -> None:
+    """ValueError for data that the teacher cannot be trained on, before any of them is read."""
+    samples = data.inner if isinstance(data, Captioned) else data
+    if isinstance(data, Captioned) and embed_of(teacher) is None:
+        raise ValueError(f"data '{data.name}' has captions, and the teacher came with no text encoder to read them")
+    if (isinstance(data, Captioned) and data.bare) or needs_latents(teacher, samples):
+        return
+    latents = pictures_of(teacher)
+    if latents is not None and len(samples.shape) == 3 and samples.shape != tuple(teacher.shape):
+        raise ValueError(
+            f"data '{data.name}' has samples {list(samples.shape)}, the teacher's autoencoder reads pictures "
+            f"{list(latents[1])}, and its latents are {list(teacher.shape)}"
+        )
+    fitted(samples, teacher)
+
+
+def needs_latents(teacher: Denoiser, samples: Samples) -> bool:
+    """Whether samples are the pictures of which the teacher knows the latents."""
+    latents = pictures_of(teacher)
+    return latents is not None and tuple(samples.shape) == latents[1] != tuple(teacher.shape)
+
+
+def as_read_by(
+    teacher: Denoiser, data: Samples, folder: Path | None = None, show: bool = False, most: int | None = None
+) -> Samples:
+    """The data with what the teacher's pipeline makes of them, once: latents of pictures, conditions of captions.
+
+    What is large is kept in ``folder``, for this teacher; with ``most`` only the first samples are taken.
+    """
+    samples = data.inner if isinstance(data, Captioned) else data
+    latents = pictures_of(teacher)
+    if most is not None and most < len(samples):
+        samples = First(samples, most)
+    if latents is not None and needs_latents(teacher, samples):
+        place = None if folder is None else folder / f"latents-{samples.sha256()[:16]}"
+        samples = Latents.of(samples, latents[0], place, shown("latents", show))
+    embed = embed_of(teacher)
+    if not isinstance(data, Captioned) or embed is None:
+        return samples
+    words = Captioned(data.captions[:most], None if data.bare else samples, data.name)
+    return words.encoded(embed, tuple(teacher.shape), folder=folder, tell=shown("captions", show))
+
+
+def shown(title: str, show: bool) -> Tell:
+    """A progress bar for what is encoded."""
+    bar = Bar(title, show)
+
+    def tell(done: int, of: int) -> None:
+        bar.update(done / of)
+        if done == of:
+            bar.close()
+
+    return tell
