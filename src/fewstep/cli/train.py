@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("name", metavar="NAME", nargs="?", help="what to call the model; its folder is runs/NAME")
     parser.add_argument("--unconditional", action="store_true", help="leave the labels of the data out")
     choices = {"method": METHODS, "network": NETWORKS, "schedule": SCHEDULES, "prediction": PREDICTIONS}
-    picked = {}
+    picked: dict[str, str] = {}
     for what, known in choices.items():
         default = (DEFAULTS | OWN_DEFAULTS.get(picked.get("method", ""), {}))[what]
         text = f"{', '.join(known)} (default {default})"
