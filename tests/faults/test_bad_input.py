@@ -209,7 +209,7 @@ WORDS = {
     "report run --out no/page.html": "the folder no does not exist",
     "demo --minutes 0": "--minutes 0 must be positive",
     # models that do not go together with data
-    "distill cm --teacher digits --data fashion": "data 'fashion' has samples [1, 28, 28], the teacher makes [1, 8, 8]",
+    "distill cm --teacher digits --data fashion": "data 'fashion' has samples [1, 28, 28], the model makes [1, 8, 8]",
     # places
     f"{DISTILL} --out good.npz": "good.npz: a file is in the way",
     f"{DISTILL} --out good.npz/run": "a file is in the way",
@@ -322,12 +322,12 @@ FILES: dict[str, tuple[Callable[[], object], str, str]] = {
     "pictures 0..255 in floats": (lambda: arrays(images=FLOATS + 200), LEARN, "store such pictures as uint8"),
     "pictures in two dimensions": (lambda: arrays(images=PICTURES[0]), LEARN, "uint8 pictures have shape"),
     "no pictures at all": (lambda: arrays(images=PICTURES[:0]), LEARN, "need samples [N, ...]"),
-    "pictures of another size": (lambda: arrays(images=PICTURES[:, :4]), LEARN, "the teacher makes [1, 8, 8]"),
+    "pictures of another size": (lambda: arrays(images=PICTURES[:, :4]), LEARN, "the model makes [1, 8, 8]"),
     "too few labels": (lambda: arrays(images=PICTURES, labels=np.zeros(3, int)), LEARN, "20"),
     "labels below zero": (lambda: arrays(images=PICTURES, labels=np.full(20, -2)), LEARN, "labels start at 0"),
     "labels that are fractions": (lambda: arrays(images=PICTURES, labels=np.full(20, 0.5)), LEARN, "label"),
     "more classes than the teacher knows": (
-        lambda: arrays(images=PICTURES, labels=np.arange(20)), LEARN, "has 20 classes, the teacher knows 10",
+        lambda: arrays(images=PICTURES, labels=np.arange(20)), LEARN, "has 20 classes, the model knows 10",
     ),
     "a table of text": (
         lambda: Path("data.csv").write_text("1,2\n"), LEARN.replace("data.npz", "data.csv"), "cannot read 'data.csv'",

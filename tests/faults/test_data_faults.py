@@ -6,6 +6,7 @@ import gzip
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -79,6 +80,22 @@ def test_float_pictures_of_bytes_are_refused(shape: tuple[int, ...], tmp_path: P
     for fine in (x / 255, x / 127.5 - 1, x - 100):
         np.savez(tmp_path / "x.npz", images=fine)
         assert load(tmp_path / "x.npz").x.dtype == torch.float32
+
+
+def test_gz_files_are_read_as_far_as_their_header_goes(tmp_path: Path) -> None:
+    """What would unpack to gigabytes behind a small header, or a header that promises them, takes no memory."""
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    with gzip.open(path, "wb", 1) as file:
+        file.write(IMAGES)
+        for _ in range(16):
+            file.write(bytes(1 << 24))
+    tracemalloc.start()
+    fails(path, "but more follow")
+    path.write_bytes(gzip.compress(struct.pack(">4I", 0x0803, 1 << 30, 28, 28)))
+    fails(path, "the header promises", "but fewer follow")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 # --- the source itself --------------------------------------------------------------------------------------------
