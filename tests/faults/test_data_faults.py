@@ -145,7 +145,7 @@ def test_held_out_counts(count: int):
         (LABELS, LABELS, ("train-images", "magic number 2049, expected 2051")),
         (IMAGES, IMAGES, ("train-labels", "magic number 2051, expected 2049")),
         (IMAGES[:50], LABELS, ("train-images", "[5, 4, 4] = 80 bytes, but 34 follow")),
-        (IMAGES + b"x", LABELS, ("train-images", "but 81 follow")),
+        (IMAGES + b"x", LABELS, ("train-images", "but more follow")),
         (IMAGES[:9], LABELS, ("train-images", "ends inside its header")),
         (b"", LABELS, ("train-images", "magic number 0")),
         (IMAGES[:4] + b"\xff" * 12 + IMAGES[16:], LABELS, ("train-images", "but 80 follow")),
