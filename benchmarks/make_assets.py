@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.data import Dataset, load
-from fewstep.metrics.classifier import Classifier
+from fewstep.networks.classifier import Classifier
 from fewstep.randomness import Rng
 
 ASSETS = Path(__file__).parent.parent / "src" / "fewstep" / "assets"

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "networks": IDEAS,
     "data": IDEAS,
     "discrete": IDEAS | {"sampling", "networks", "data"},
-    "metrics": IDEAS | {"sampling", "data", "discrete"},
+    "metrics": IDEAS | {"sampling", "networks", "data", "discrete"},
     "methods": BELOW_METHODS | {"models"},
     "models": IDEAS | {"sampling", "networks", "discrete"},
     "hub": IDEAS | {"sampling", "networks", "discrete", "models"},

@@ -14,7 +14,7 @@ from fewstep.flow_maps import EDMConsistency, FlowMap
 from fewstep.methods.consistency import ict
 from fewstep.methods.consistency.ict import ImprovedConsistencyTraining, interval_probabilities
 from fewstep.methods.method import Batch, Networks, Optimizer, Progress
-from fewstep.methods.parts.distances import pseudo_huber
+from fewstep.methods.parts.distances import Compare, l2, pseudo_huber
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
@@ -149,9 +149,9 @@ def test_gaussian_fixed_point_is_that_of_consistency_training() -> None:
     assert bool((there.abs() < 1e-6 * off).all())
 
 
-@pytest.mark.parametrize(("distance", "few", "many"), [("l2", 20, 320), ("pseudo-huber", 6_000, 96_000)])
+@pytest.mark.parametrize(("distance", "few", "many"), [(l2, 20, 320), (pseudo_huber, 6_000, 96_000)])
 def test_an_average_as_target_blows_up_the_gradient(
-    distance: str, few: int, many: int, monkeypatch: pytest.MonkeyPatch
+    distance: Compare, few: int, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the distance is quadratic, a target that lags behind by nine tenths of an update, as an average with
     mu = 0.9 does, adds a gradient that grows in proportion to N, by the weight 1 / (t - s), until nothing else is left;

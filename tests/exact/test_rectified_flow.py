@@ -11,6 +11,7 @@ from fewstep.exact import Gaussian, GaussianMixture
 from fewstep.flow_maps import Jump
 from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, InstaFlow, Reflow, ReflowDistillation, straight_pair
 from fewstep.methods.method import Batch, Networks, Progress
+from fewstep.methods.parts.distances import Plain, l2
 from fewstep.methods.parts.stores import Pairs, made_now, solve_heun
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
@@ -62,7 +63,7 @@ def test_loss_vanishes_at_the_two_rectified_velocity_and_one_step_is_exact() -> 
 
     for steps in (1, 4):
         method = ReflowDistillation(steps=steps)
-        nets = Networks({"student": Jump(Rectified())}, {})
+        nets = Networks({"student": Jump(Rectified()), "distance": Plain(l2)}, {})
         (update,) = method.updates(nets, Batch(batch.x, None, Rng(3), {"noise": z}), Progress())
         assert float(update.loss) < 1e-24
         plan = Plan(tuple(1 - i / steps for i in range(steps)), gamma=0.0)
@@ -127,7 +128,7 @@ def test_swapped_labels_at_distillation_hurt() -> None:
             world = teacher.on(frame)
             return world.flow(80.0 * x, 80.0, frame.t_min, cond)
 
-    nets = Networks({"student": Jump(Exact(STRAIGHT, (2,), 2))}, {})
+    nets = Networks({"student": Jump(Exact(STRAIGHT, (2,), 2)), "distance": Plain(l2)}, {})
     method = ReflowDistillation()
 
     def loss(cond: torch.Tensor) -> float:

@@ -21,6 +21,7 @@ from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow, Reflow, ReflowDistillation
+from fewstep.methods.matching.dmd import DMD
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Progress, Update
 from fewstep.methods.start import Start
@@ -43,6 +44,7 @@ METHODS: dict[str, Method] = {
     "denoising": Denoising(lr=1e-2),
     "cm": ConsistencyDistillation(lr=1e-2, mu=0.5),
     "scm": ContinuousConsistencyDistillation(lr=1e-2, tangent_warmup=0.0),
+    "dmd": DMD(match_pairs=True, lr=1e-2, critic_lr=1e-2),
     "dmd2": DMD2(steps=2, critic_steps=2, gan_weight=0.1, discriminator_weight=0.1, lr=1e-2, critic_lr=1e-2),
     "reflow": Reflow(lr=1e-2),
     "reflow-distil": ReflowDistillation(lr=1e-2, steps=2),
@@ -481,7 +483,16 @@ def test_bfloat16_trains_like_float32(name: str) -> None:
 
 
 #: Eight bits of mantissa are 0.4 % an operation, less in a mean; the small differences of cm and pd lose more.
-BF16 = {"denoising": 0.01, "cm": 0.06, "scm": 0.01, "dmd2": 0.02, "reflow": 0.01, "reflow-distil": 0.01, "pd": 0.1}
+BF16 = {
+    "denoising": 0.01,
+    "cm": 0.06,
+    "scm": 0.01,
+    "dmd": 0.02,
+    "dmd2": 0.02,
+    "reflow": 0.01,
+    "reflow-distil": 0.01,
+    "pd": 0.1,
+}
 
 
 def test_resume_keeps_the_precision_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ def test_held_out_counts(count: int):
         (IMAGES + b"x", LABELS, ("train-images", "but more follow")),
         (IMAGES[:9], LABELS, ("train-images", "ends inside its header")),
         (b"", LABELS, ("train-images", "magic number 0")),
-        (IMAGES[:4] + b"\xff" * 12 + IMAGES[16:], LABELS, ("train-images", "but 80 follow")),
+        (IMAGES[:4] + b"\xff" * 12 + IMAGES[16:], LABELS, ("train-images", "but fewer follow")),
         (IMAGES, idx(np.arange(4, dtype=np.uint8)), ("train-labels", "5 pictures need 5 labels", "[4]")),
     ],
 )

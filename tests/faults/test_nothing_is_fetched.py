@@ -86,6 +86,7 @@ MODULES = {
 }  # fmt: skip
 IMPORTS = {
     ("metrics/features.py", "pickle"),  # the error that torch.load raises
+    ("networks/lpips.py", "pickle"),  # the same
     ("doctor.py", "subprocess"),  # python -c "import torchvision"
 }
 
@@ -113,10 +114,10 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("hub/export_files.py", "json.loads"): (),
     ("hub/export_files.py", ".read_text"): (),
     ("hub/statistics.py", "json.loads"): (),
-    ("metrics/features.py", "json.loads"): (),
-    ("metrics/features.py", ".read_text"): (),
-    ("metrics/features.py", ".read_bytes"): (),
-    ("metrics/features.py", "load_safetensors"): (),
+    ("networks/classifier.py", "json.loads"): (),
+    ("networks/classifier.py", ".read_text"): (),
+    ("networks/classifier.py", ".read_bytes"): (),
+    ("networks/classifier.py", "load_safetensors"): (),
     ("metrics/quality.py", "json.loads"): (),
     ("report/comparison.py", "json.loads"): (),
     ("cli/methods.py", ".read_text"): (),
@@ -134,6 +135,7 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("data/arrays.py", "zipfile.ZipFile"): (),
     ("data/arrays.py", "np.load"): ("allow_pickle=False",),
     ("metrics/features.py", "torch.load"): ("weights_only=True",),
+    ("networks/lpips.py", "torch.load"): ("weights_only=True",),
     ("metrics/features.py", "FeatureExtractorInceptionV3"): ("feature_extractor_weights_path=str(weights)",),
     # data of other kinds
     ("data/idx.py", ".read_bytes"): (),

@@ -15,7 +15,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.flow_maps import EDMConsistency, FlowMap
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
-from fewstep.methods.parts.distances import DISTANCES
+from fewstep.methods.parts.distances import L2, Compare, Distance
 from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
 from fewstep.methods.start import Start
 from fewstep.randomness import repeated_draws
@@ -33,19 +33,19 @@ from fewstep.schedules import Schedule
 
 
 def consistency_loss(
-    model: FlowMap, target: FlowMap, batch: Batch, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, distance: str
+    model: FlowMap, target: FlowMap, batch: Batch, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, distance: Compare
 ) -> Tensor:
     """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, with the same dropout mask in both calls."""
     with torch.no_grad(), repeated_draws(x_t.device):
         aim = target.to_data(x_s, s, batch.cond)
-    return DISTANCES[distance](model.to_data(x_t, t, batch.cond), aim)
+    return distance(model.to_data(x_t, t, batch.cond), aim)
 
 
 @dataclass(frozen=True)
 class _ConsistencyModel(Method):
     """What distillation and training share.
 
-    ``sigma_data`` enters the boundary coefficients, ``distance`` is l2, l1 or pseudo-huber.
+    ``sigma_data`` enters the boundary coefficients.
     """
 
     healthy: ClassVar[dict[str, str]] = {
@@ -56,14 +56,19 @@ class _ConsistencyModel(Method):
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     lr: Annotated[NonNegative, "learning rate"] = 4e-4
-    distance: Annotated[Literal["l2", "l1", "pseudo-huber"], "how two predictions are compared"] = "l2"
+    distance: Annotated[Distance, "how two predictions are compared; LPIPS in the paper"] = L2
     sigma_data: Annotated[Positive, "standard deviation of the data, in the boundary coefficients"] = 0.5
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4)
 
     def networks(self, start: Start) -> Networks:
         model = EDMConsistency(start.network("student", on=edm_like(start.teacher.schedule)), self.sigma_data)
         return Networks(
-            {"student": model, "target": copy.deepcopy(model), **self.asked(start, model.schedule)},
+            {
+                "student": model,
+                "target": copy.deepcopy(model),
+                "distance": self.distance.network(start.teacher.shape),
+                **self.asked(start, model.schedule),
+            },
             {"student": Optimizer(("student",), self.lr, kind="radam", decay="linear")},
             ema=("student",),
             moved=("target",),
@@ -94,7 +99,7 @@ class _ConsistencyModel(Method):
         x_t = schedule.add_noise(batch.x, z, t)
         with torch.no_grad():
             x_s = self.partner(nets, batch, x_t, z, t, s)
-        loss = consistency_loss(nets.student, nets.target, batch, x_t, x_s, t, s, self.distance).mean()
+        loss = consistency_loss(nets.student, nets.target, batch, x_t, x_s, t, s, nets.distance).mean()
         mu = self.target_decay(progress)
         yield Update("student", loss, {"scales": len(grid)}, then=lambda: follow(nets.target, nets.student, mu))
 
@@ -122,7 +127,7 @@ class ConsistencyDistillation(_ConsistencyModel):
     name: ClassVar[str] = "cm"
     paper: ClassVar[Paper] = Paper(
         "Consistency Models", "2303.01469", "verified",
-        ("LPIPS is not bundled: l2 by default, any distance of the registry by name",
+        ("l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)",
          "learning rate falls linearly to 0 over the budget (the paper's is constant)",
          "sampling uses a power-function average (the paper's average has a fixed decay)",
          "the teacher's guidance is baked in, not an input of the network"),

@@ -27,6 +27,7 @@ from fewstep import grids
 from fewstep.flow_maps import EDMConsistency
 from fewstep.methods.consistency.cm import consistency_loss
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
+from fewstep.methods.parts.distances import pseudo_huber
 from fewstep.methods.parts.teacher_steps import edm_like
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, NonNegative, Positive, Within
@@ -106,7 +107,7 @@ class ImprovedConsistencyTraining(Method):
         t, s = grid[n], grid[n + 1]
         z = rng.normal_like(batch.x)
         x_t, x_s = schedule.add_noise(batch.x, z, t), schedule.add_noise(batch.x, z, s)
-        d = consistency_loss(nets.student, nets.student, batch, x_t, x_s, t, s, "pseudo-huber")
+        d = consistency_loss(nets.student, nets.student, batch, x_t, x_s, t, s, pseudo_huber)
         yield Update("student", (d / (t - s).to(d)).mean(), {"scales": len(grid)})
 
     def plans(self, schedule: Schedule) -> dict[int, Plan]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from fewstep.data.dataset import Samples
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
-from fewstep.methods.parts.distances import DISTANCES
+from fewstep.methods.parts.distances import L2, Distance
 from fewstep.methods.parts.stores import teacher_pairs
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative
@@ -101,8 +101,9 @@ class ReflowDistillation(Method):
     paper: ClassVar[Paper] = Paper(
         "InstaFlow: One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation", "2309.06380",
         "from paper text",
-        ("no public training code; LPIPS is not bundled, distances by name",
-         "with several steps the loss compares data: t^2 times the paper's regression of the velocity",
+        ("no public training code",
+         "l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)",
+         "with several steps the loss compares data: with l2, t^2 times the paper's regression of the velocity",
          "each stage starts from averaged weights (the official code's from the raw ones)",
          "one distance in all of a stage, not l2 first and LPIPS after; no stacked U-Nets; no pairs made as it trains"),
     )  # fmt: skip
@@ -116,7 +117,7 @@ class ReflowDistillation(Method):
     pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
     ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
-    distance: Annotated[Literal["l2", "l1", "pseudo-huber"], "how two predictions are compared"] = "l2"
+    distance: Annotated[Distance, "how two predictions are compared; LPIPS in the paper"] = L2
     lr: Annotated[NonNegative, "learning rate"] = 3e-4
 
     def sources(self, start: Start) -> Mapping[str, Samples]:
@@ -125,13 +126,14 @@ class ReflowDistillation(Method):
     def networks(self, start: Start) -> Networks:
         student = Jump(start.network("student", on=STRAIGHT))
         optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
-        return Networks({"student": student}, {"student": optimizer}, ema=("student",))
+        distance = self.distance.network(start.teacher.shape)
+        return Networks({"student": student, "distance": distance}, {"student": optimizer}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         t = 1 - batch.rng.integers(len(batch.x), 0, self.steps).double() / self.steps
         x_t = straight_pair(batch.x, batch.column("noise"), t)
         out = x_t - align(t, x_t) * nets.student.denoiser.velocity(x_t, t, batch.cond)
-        yield Update("student", DISTANCES[self.distance](out, batch.x).mean())
+        yield Update("student", nets.distance(out, batch.x).mean())
 
     def student(self, nets: Networks) -> Student:
         times = tuple(1 - i / self.steps for i in range(self.steps))
@@ -157,7 +159,7 @@ class InstaFlow(Recipe):
     pairs: Annotated[Count, "pairs of noise and the teacher's output for it, made once before training"] = 4096
     ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
-    distance: Annotated[Literal["l2", "l1", "pseudo-huber"], "how two predictions are compared"] = "l2"
+    distance: Annotated[Distance, "how two predictions are compared; LPIPS in the paper"] = L2
     lr: Annotated[NonNegative, "learning rate"] = 3e-4
     reflow_guidance: Annotated[float, "guidance under which a reflowed model makes pairs, 1 for none"] = 1.0
 

@@ -13,7 +13,6 @@ trained on the inputs that its own rollout produces (backward simulation).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -23,9 +22,7 @@ from torch import Tensor
 
 from fewstep import grids
 from fewstep.conditions import join
-from fewstep.denoisers import gradients
-from fewstep.flow_maps import Jump
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
+from fewstep.methods.method import Batch, Method, Networks, Paper, Progress, System, Update
 from fewstep.methods.parts.adversary import (
     FeatureHead,
     accuracy,
@@ -33,12 +30,18 @@ from fewstep.methods.parts.adversary import (
     generator_loss,
     logits,
 )
-from fewstep.methods.parts.score_matching import denoising_loss, matching_vector, surrogate
+from fewstep.methods.parts.distribution_matching import (
+    critic_loss,
+    matching_loss,
+    own_samples,
+    three_networks,
+    two_optimizers,
+)
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.parts.times import Own
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative, Positive
-from fewstep.sampling.rollout import Plan, Student, rollout
+from fewstep.sampling.rollout import Plan, Student
 
 
 @dataclass(frozen=True)
@@ -87,20 +90,13 @@ class DMD2(Method):
     warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 20
 
     def networks(self, start: Start) -> Networks:
-        teacher = start.teacher.native()
-        modules: dict[str, torch.nn.Module] = {
-            "student": Jump(start.network("student", on=teacher.schedule)),
-            "critic": start.network("critic", on=teacher.schedule),
-            "teacher": teacher,
-        }
+        modules = three_networks(start)
+        critic: tuple[str, ...] = ("critic",)
         if self.gan_weight:
-            modules["head"] = FeatureHead(teacher.feature_shape)
-        critic = ("critic", "head") if self.gan_weight else ("critic",)
-        student = Optimizer(
-            ("student",), self.lr, "adamw", weight_decay=0.01, clip=self.clip, warmup=self.warmup, decay="linear"
-        )
-        follower = dataclasses.replace(student, modules=critic, lr=self.critic_lr, decay="constant")
-        return Networks(modules, {"student": student, "critic": follower}, ema=("student",))
+            modules["head"] = FeatureHead(start.teacher.native().feature_shape)
+            critic = ("critic", "head")
+        groups = two_optimizers(self.lr, self.critic_lr, self.clip, self.warmup, critic)
+        return Networks(modules, groups, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         x = self.draw(nets, batch, trainable=progress.step % self.critic_steps == 0)
@@ -116,24 +112,13 @@ class DMD2(Method):
         return Plan(tuple(grids.even(nets.student.schedule, self.steps)[:-1].tolist()), gamma=1.0)
 
     def draw(self, nets: Networks, batch: Batch, trainable: bool) -> Tensor:
-        """Student samples: the output of a random call ``j`` of its own rollout, gradient through that call only.
-
-        The index is shared by the whole batch; the calls before it are made exactly as at inference.
-        """
-        plan, rng = self.plan(nets), batch.rng
-        j = rng.shared_integer(0, self.steps)
-        noise = batch.normal()
-        with gradients(nets.student, "all" if trainable else "none"):
-            return rollout(nets.student, noise, plan, batch.cond, rng, stop=j, grad_at=j if trainable else None)
+        """Student samples as inference makes them: backward simulation."""
+        return own_samples(nets.student, self.plan(nets), batch, trainable)
 
     def student_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Distribution matching plus the adversarial term; the gradient reaches the student through ``x`` only."""
         schedule, rng = nets.teacher.schedule, batch.rng
-        t = Own(0.02, 0.98).draw(schedule, len(x), rng)
-        x_t = schedule.add_noise(x.detach(), rng.normal_like(x), t)
-        g = matching_vector(x.detach(), x_t, t, guided(nets.teacher, self.guidance), nets.critic, batch.cond)
-        loss = surrogate(x, g)
-        logs = {"matching_norm": g.square().mean().sqrt(), "sample_std": x.detach().std()}
+        loss, logs = matching_loss(x, guided(nets.teacher, self.guidance), nets.critic, batch.cond, rng)
         if self.gan_weight:
             tau = Own(0.0, 1.0).draw(schedule, len(x), rng)
             fake = generator_loss(logits(nets.critic, nets.head, x, tau, rng.normal_like(x), batch.cond))
@@ -144,8 +129,7 @@ class DMD2(Method):
     def critic_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic learns the score of the student's samples, and with the head to tell them from data."""
         schedule, rng = nets.critic.schedule, batch.rng
-        t = Own(0.0, 1.0).draw(schedule, len(x), rng)
-        denoising = denoising_loss(nets.critic, x, t, batch.cond, rng)
+        denoising = critic_loss(nets.critic, x, batch.cond, rng)
         logs = {"denoising": denoising.detach()}
         if not self.gan_weight:
             return denoising, logs

@@ -118,8 +118,12 @@ class Pairs(Store):
         return Dataset("pairs", tensors["x"], cond, columns={"noise": tensors["noise"]})
 
 
-def teacher_pairs(start: Start, n: int, steps: int, guidance: float = 1.0) -> Mapping[str, Samples]:
-    """``n`` pairs of the stage's teacher under ``guidance``, with the conditions of the data in turn, as a method's
-    sources."""
+def pairs_of(teacher: Denoiser, start: Start, n: int, steps: int, guidance: float = 1.0) -> Samples:
+    """``n`` pairs of a teacher under ``guidance``, with the conditions of the data in turn."""
     cond = start.data.conditions(torch.arange(n) % len(start.data))
-    return {"data": start.store(Pairs(guided(start.model("teacher"), guidance), n, steps, cond))}
+    return start.store(Pairs(guided(teacher, guidance), n, steps, cond))
+
+
+def teacher_pairs(start: Start, n: int, steps: int, guidance: float = 1.0) -> Mapping[str, Samples]:
+    """``n`` pairs of the stage's teacher under ``guidance`` as a method's sources, in place of the data."""
+    return {"data": pairs_of(start.model("teacher"), start, n, steps, guidance)}

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from importlib import resources
+
+from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
+
+BUNDLED = ("digits", "fashion")
 
 
 class Classifier(nn.Module):
@@ -33,6 +39,15 @@ class Classifier(nn.Module):
         self.penultimate = nn.Linear(channels[-1] * (height // 8) * (width // 8), features)
         self.head = nn.Linear(features, classes)
 
+    def layers(self, x: Tensor) -> list[Tensor]:
+        """The activations ``[B, c, h, w]`` after each of the three ReLUs."""
+        found = []
+        for block in self.convolutions.children():
+            convolution, norm, relu, pool = block.children()
+            found.append(relu(norm(convolution(x))))
+            x = pool(found[-1])
+        return found
+
     def features(self, x: Tensor) -> Tensor:
         """The penultimate activations ``[B, features]``, 0 or more."""
         return self.penultimate(self.convolutions(x).flatten(1)).relu()
@@ -40,3 +55,12 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]``."""
         return self.head(self.features(x))
+
+
+def bundled_classifier(name: str) -> Classifier:
+    """The frozen classifier of a bundled data set, one of :data:`BUNDLED`."""
+    assets = resources.files("fewstep") / "assets"
+    card = json.loads((assets / f"classifier-{name}.json").read_text())
+    net = Classifier(**card["config"])
+    net.load_state_dict(load_safetensors((assets / f"classifier-{name}.safetensors").read_bytes()))
+    return net.requires_grad_(False).eval()
