@@ -39,7 +39,7 @@ def methods(_: str) -> list[str]:
     for name, place in RECIPES.items():
         if row := made.get(place):
             paper = recipe_class(name).paper
-            others = [o for o in RECIPES if RECIPES[o] not in made and recipe_class(o).paper == paper]
+            others = [o for o in RECIPES if RECIPES[o] not in made and recipe_class(o).paper.arxiv == paper.arxiv]
             called = ", ".join(f"`{word}`" for word in (name, *others))
             lines.append(f"| {row.name}: {row.about} | {called} | {row.calls} |")
     return lines

@@ -24,17 +24,14 @@ from fewstep.training.precision import probe
 ASSETS = Path(__file__).parent / "assets"
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
-CORE = ("numpy", "safetensors")
+CORE = ("numpy", "safetensors", "rich", "matplotlib", "pillow")
 #: Distribution -> what needs it.
 OPTIONAL = {
     "diffusers": "diffusers folders, in and out",
     "transformers": "text encoders of pipelines",
     "peft": "LoRA adapters",
-    "Pillow": "folders of pictures, parquet data",
     "pyarrow": "parquet data",
-    "rich": "tables and progress bars",
     "scipy": "nothing but tests and some metrics",
-    "matplotlib": "plots outside the report page",
 }
 
 

@@ -49,6 +49,19 @@ class Least(Range):
 
 
 @dataclass(frozen=True)
+class Most(Range):
+    """At most ``high``."""
+
+    high: float
+
+    def __contains__(self, number: float) -> bool:
+        return number <= self.high
+
+    def __str__(self) -> str:
+        return f"be at most {self.high:g}"
+
+
+@dataclass(frozen=True)
 class Within(Range):
     """From ``low`` to ``high``, both included."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fewstep import doctor
 from fewstep.cli import COMMANDS, parsed
 
 ROOT = Path(__file__).parents[2]
@@ -36,3 +38,14 @@ def test_a_plan_of_the_readme_is_made(line: str, cli: Callable[..., Any]) -> Non
 def test_every_command_is_there() -> None:
     """The table has a row for every command."""
     assert re.findall(r"^\| `([\w-]+)` \|", PAGE, re.MULTILINE) == list(COMMANDS)
+
+
+def test_packages_are_called_what_they_are() -> None:
+    """The doctor's core is what an installation brings, the rest optional, and an extra that a message names exists."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core = {re.split(r"[><=]", need)[0] for need in project["dependencies"]}
+    assert core == {"torch", *doctor.CORE}
+    assert not {name.lower() for name in doctor.OPTIONAL} & core
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        for extra in re.findall(r"fewstep\[(\w+)\]", file.read_text()):
+            assert extra in project["optional-dependencies"], f"{file}: fewstep[{extra}]"

@@ -280,6 +280,21 @@ def test_a_student_does_not_teach(cli: Cli) -> None:
     assert list(api.load("halved").plans) == [1]
 
 
+def test_flow_matching_trains_what_its_paper_does(cli: Cli) -> None:
+    """Straight lines and velocities without a word more; a recipe of an earlier version, which had hyper-parameters
+    without effect, runs again to the same weights."""
+    cli("train", "flow", "--data", "digits", "--method", "flow-matching", "--network", "mlp", "--width", "16", *SHORT)
+    written = json.loads(Path("runs/flow/recipe.json").read_text())
+    assert (
+        written["start"]["schedule"]["name"] == "FlowMatching" and written["start"]["prediction"]["name"] == "velocity"
+    )
+    assert "noise_mean" not in written["hyper_parameters"]
+    written["hyper_parameters"] |= {"noise_mean": -1.0, "noise_std": 1.4}
+    Path("old.json").write_text(json.dumps(written))
+    cli("train", "--recipe", "old.json", "--out", "again", "--quiet")
+    assert weights(Path("again")) == weights(Path("runs/flow"))
+
+
 def test_a_nameless_teacher_must_be_named(cli: Cli) -> None:
     """A run of the library with an object as its teacher is repeated with ``--teacher``."""
     recipe = recipe_class("cm")()

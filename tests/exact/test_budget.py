@@ -28,6 +28,13 @@ def test_what_is_no_amount_is_quoted(text: str) -> None:
         Budget.parse(text)
 
 
+@pytest.mark.parametrize("text", ["0.5steps", "1.5 images", "0.0005k", "2.5"])
+def test_steps_and_images_are_whole(text: str) -> None:
+    """A part of a step is a slip of the hand, or was meant for another unit."""
+    with pytest.raises(ValueError, match=f"^budget '{text}': steps and images are whole numbers$"):
+        Budget.parse(text)
+
+
 @pytest.mark.parametrize("amount", [0, -1, float("inf"), float("nan")])
 def test_amounts_are_positive_and_finite(amount: float) -> None:
     with pytest.raises(ValueError, match="must be positive and finite"):

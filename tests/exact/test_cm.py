@@ -12,6 +12,7 @@ from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser
 from fewstep.exact import ExactFlowMap, Gaussian, three_modes
 from fewstep.flow_maps import FlowMap
 from fewstep.methods.consistency.cm import ConsistencyDistillation, ConsistencyTraining, follow
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, ContinuousConsistencyTraining
 from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.parts.distances import Plain, l2, pseudo_huber
 from fewstep.methods.parts.teacher_steps import ddim_step, edm_like, heun_step
@@ -182,3 +183,13 @@ def test_student_starts_as_the_teacher() -> None:
     nets = ConsistencyDistillation().networks(Start(teacher))
     x = 80 * torch.randn(16, 2)
     torch.testing.assert_close(nets.student.to_data(x, 80.0), teacher(x, 80.0), atol=2e-3, rtol=0)
+
+
+def test_training_from_data_keeps_no_teacher() -> None:
+    """A frozen network that no loss calls would take a third of the memory; distillation has one."""
+    start = Start(NetworkDenoiser(MLP((2,), 8, 1), EDM(), EDMPrediction(), (2,)))
+    for method, held in (
+        (ConsistencyDistillation(), True), (ConsistencyTraining(), False),
+        (ContinuousConsistencyDistillation(), True), (ContinuousConsistencyTraining(), False),
+    ):  # fmt: skip
+        assert ("teacher" in dict(method.networks(start).named_children())) is held

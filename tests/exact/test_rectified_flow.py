@@ -147,6 +147,8 @@ def test_recipe_stages() -> None:
     assert [s.name for s in stages] == ["reflow", "reflow", "reflow-distil"]
     assert [s.guidance for s in stages] == [3.0, 1.0, 1.0]
     assert [s.method.guidance for s in InstaFlow(reflows=0, guidance=3.0).stages()] == [3.0]
+    later = [s.method for s in InstaFlow(reflows=2, guidance=5.0, reflow_guidance=1.5).stages()]
+    assert [s.guidance for s in later] == [5.0, 1.5, 1.5]
     with pytest.raises(ValueError, match="reflows"):
         InstaFlow(reflows=-1)
 

@@ -520,3 +520,20 @@ def test_nothing_imports_what_only_some_systems_have() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             found += [f"{path.name}: {name}" for name in names if name in ("fcntl", "resource", "msvcrt", "pwd")]
     assert found == []
+
+
+def test_a_recipe_from_before_a_hyper_parameter_goes_on(tmp_path: Path) -> None:
+    """What it does not say is the default, which is what it ran with."""
+    recipe = InstaFlow(reflows=0, pairs=16, ode_steps=2)
+    made = fs.distill(teacher(), recipe, points(), "2steps", folder=tmp_path, batch=8, show=False, precision="fp32")
+    path = tmp_path / "recipe.json"
+    written = json.loads(path.read_text())
+    del written["hyper_parameters"]["reflow_guidance"]
+    path.write_text(json.dumps(written))
+    again = fs.distill(teacher(), recipe, points(), "2steps", folder=tmp_path, batch=8, show=False, precision="fp32")
+    assert torch.equal(weights(made), weights(again))
+    with pytest.raises(ValueError, match="reflow_guidance is 1 there and 2 here"):
+        fs.distill(
+            teacher(), replace(recipe, reflow_guidance=2.0), points(), "2steps", folder=tmp_path, batch=8,
+            show=False, precision="fp32",
+        )  # fmt: skip

@@ -658,3 +658,9 @@ def test_progress_is_counted_in_samples() -> None:
         METHODS["cm"], begin(teacher(), points()), replace(SETTINGS, budget=Budget.parse("100 images")), show=False
     )
     assert result.steps == 7 and result.images == 112
+
+
+def test_equal_calls_train_in_the_same_precision() -> None:
+    """A stopwatch tells another tale each time: it is asked once a process."""
+    cpu = torch.device("cpu")
+    assert precision.probe(cpu) == precision.probe(torch.device("cpu"))

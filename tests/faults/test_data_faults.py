@@ -6,6 +6,7 @@ import gzip
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -47,6 +48,54 @@ def idx(array: np.ndarray) -> bytes:
 
 IMAGES = idx(np.arange(5 * 4 * 4, dtype=np.uint8).reshape(5, 4, 4))
 LABELS = idx(np.arange(5, dtype=np.uint8))
+
+
+def test_png_files_are_whole_to_the_last_byte(tmp_path: Path) -> None:
+    """A decoder forgives an end that is missing and checksums that are not the data's; this does not."""
+    whole = encoded()
+    path = tmp_path / "x.png"
+    path.write_bytes(whole)
+    assert load(tmp_path).x.shape == (1, 1, 8, 8)
+    for cut in (8, 12, 20):
+        path.write_bytes(whole[:-cut])
+        fails(tmp_path, "x.png", "not a picture, damaged or cut short")
+    for at in range(8, len(whole) - 12, 3):
+        path.write_bytes(bytes(b ^ (0x10 if i == at else 0) for i, b in enumerate(whole)))
+        fails(tmp_path, "x.png", "damaged or cut short")
+
+
+def test_pictures_that_would_take_all_memory_are_refused(tmp_path: Path) -> None:
+    """By what their headers say, before they are decoded."""
+    Image.new("L", (13000, 13000)).save(tmp_path / "x.png")
+    fails(tmp_path, "x.png", "13000 x 13000 pixels", "8192 x 8192")
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 8, 8)])
+def test_float_pictures_of_bytes_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Numbers from 0 to 255, whole or not, would train a model at 100 times the scale of its noise."""
+    x = np.random.default_rng(0).random(shape).astype(np.float32) * 255
+    for found in (x, x.round()):
+        np.savez(tmp_path / "x.npz", images=found)
+        fails(tmp_path / "x.npz", "x.npz' array 'images' is float32", "as uint8, or scale them to [-1, 1]")
+    for fine in (x / 255, x / 127.5 - 1, x - 100):
+        np.savez(tmp_path / "x.npz", images=fine)
+        assert load(tmp_path / "x.npz").x.dtype == torch.float32
+
+
+def test_gz_files_are_read_as_far_as_their_header_goes(tmp_path: Path) -> None:
+    """What would unpack to gigabytes behind a small header, or a header that promises them, takes no memory."""
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    with gzip.open(path, "wb", 1) as file:
+        file.write(IMAGES)
+        for _ in range(16):
+            file.write(bytes(1 << 24))
+    tracemalloc.start()
+    fails(path, "but more follow")
+    path.write_bytes(gzip.compress(struct.pack(">4I", 0x0803, 1 << 30, 28, 28)))
+    fails(path, "the header promises", "but fewer follow")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 # --- the source itself --------------------------------------------------------------------------------------------
@@ -96,10 +145,10 @@ def test_held_out_counts(count: int):
         (LABELS, LABELS, ("train-images", "magic number 2049, expected 2051")),
         (IMAGES, IMAGES, ("train-labels", "magic number 2051, expected 2049")),
         (IMAGES[:50], LABELS, ("train-images", "[5, 4, 4] = 80 bytes, but 34 follow")),
-        (IMAGES + b"x", LABELS, ("train-images", "but 81 follow")),
+        (IMAGES + b"x", LABELS, ("train-images", "but more follow")),
         (IMAGES[:9], LABELS, ("train-images", "ends inside its header")),
         (b"", LABELS, ("train-images", "magic number 0")),
-        (IMAGES[:4] + b"\xff" * 12 + IMAGES[16:], LABELS, ("train-images", "but 80 follow")),
+        (IMAGES[:4] + b"\xff" * 12 + IMAGES[16:], LABELS, ("train-images", "but fewer follow")),
         (IMAGES, idx(np.arange(4, dtype=np.uint8)), ("train-labels", "5 pictures need 5 labels", "[4]")),
     ],
 )

@@ -48,6 +48,8 @@ def device_of(name: str) -> torch.device:
             raise UserError(f"--device {name}: this machine has {found} CUDA devices that PyTorch can use")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: PyTorch has no Metal device here")
+    elif device.type == "cpu" and device.index:
+        raise UserError(f"--device {name}: there is one CPU; write cpu")
     elif device.type not in ("cpu", "mps"):
         raise UserError(f"--device '{name}' is not supported: write cpu, cuda, cuda:1 or mps")
     return device

@@ -42,7 +42,7 @@ def by_solver(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, int, in
         take_settings(chosen)
     grid = chosen.grid
     if chosen.statistics is None:
-        solver: str | Solver = chosen.solver or "abm"
+        solver: str | Solver = "abm" if chosen.solver is None else chosen.solver
         if isinstance(solver, str):
             choose("solver", solver.partition(":")[0], sorted(ALL_SOLVERS))
     else:

@@ -10,6 +10,7 @@ The same command in the same folder resumes a run that was stopped.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from fewstep.cli.settings import add_run_arguments, refuse_beside_recipe, settin
 
 if TYPE_CHECKING:
     from fewstep.data import Samples
-    from fewstep.denoisers import NetworkDenoiser
+    from fewstep.denoisers import NetworkDenoiser, Prediction
+    from fewstep.schedules import Schedule
 
 METHODS = ("denoising", "flow-matching", "cm-training", "ict", "analog-bits", "lowdiff")
 SCHEDULES = ("TrigFlow", "FlowMatching", "EDM", "VPLinear", "VPCosine")
@@ -29,6 +31,10 @@ FROM_DATA = ("shape", "classes", "extras", "beside")
 #: A network of more tensors of weights is a slip of the hand, and would take hours to build.
 MOST_TENSORS = 2000
 DEFAULTS = {"method": "denoising", "network": "unet", "schedule": "TrigFlow", "prediction": "trig"}
+#: What a method's paper trains where that is something else.
+OWN_DEFAULTS = {"flow-matching": {"schedule": "FlowMatching", "prediction": "velocity"}}
+#: What can be the name of a folder.
+FOLDER = r"[^/\\\x00-\x1f\x7f]+"
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -39,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("name", metavar="NAME", nargs="?", help="what to call the model; its folder is runs/NAME")
     parser.add_argument("--unconditional", action="store_true", help="leave the labels of the data out")
     choices = {"method": METHODS, "network": NETWORKS, "schedule": SCHEDULES, "prediction": PREDICTIONS}
-    picked = {}
+    picked: dict[str, str] = {}
     for what, known in choices.items():
-        default = DEFAULTS[what]
+        default = (DEFAULTS | OWN_DEFAULTS.get(picked.get("method", ""), {}))[what]
         text = f"{', '.join(known)} (default {default})"
         parser.add_argument(f"--{what}", metavar="NAME", default=default, help=text)
         picked[what] = choose(what, word_after(f"--{what}", words, default), known)
@@ -88,17 +94,23 @@ def fresh_model(chosen: argparse.Namespace, data: Samples) -> dict[str, Any]:
 
     network, prediction = NETWORKS[chosen.network], PREDICTIONS[chosen.prediction]
     schedule = native.SCHEDULES[chosen.schedule]
+    made, predicted = build(schedule, of_dataclass(schedule)), build(prediction, of_dataclass(prediction))
+    refuse_pure_noise(chosen, made, predicted)
     with no_larger_than(MOST_TENSORS):
         net = build(network, of_constructor(network, FROM_DATA), shape=data.shape, classes=classes)
-    return native.describe(
-        NetworkDenoiser(
-            net,
-            build(schedule, of_dataclass(schedule)),
-            build(prediction, of_dataclass(prediction)),
-            data.shape,
-            classes,
+    return native.describe(NetworkDenoiser(net, made, predicted, data.shape, classes))
+
+
+def refuse_pure_noise(chosen: argparse.Namespace, schedule: Schedule, prediction: Prediction) -> None:
+    """:class:`UserError` for a prediction from which the data cannot be told where sampling starts."""
+    import torch
+
+    latest = torch.tensor(schedule.t_max, dtype=torch.float64)
+    if not all(bool(c.isfinite()) for c in prediction.coefficients(schedule, latest)):
+        raise UserError(
+            f"--prediction {chosen.prediction}: {chosen.schedule} ends in pure noise at t = {schedule.t_max:g}, where "
+            "it does not tell the data: choose velocity, or an earlier --t-max"
         )
-    )
 
 
 def initialised(description: dict[str, Any], seed: int) -> NetworkDenoiser:
@@ -128,6 +140,8 @@ def run(chosen: argparse.Namespace) -> None:
     else:
         if chosen.name is None:
             raise UserError("NAME is missing: what to call the model, as in 'fewstep train teacher --data digits'")
+        if not re.fullmatch(FOLDER, chosen.name) or not chosen.name.strip(" ."):
+            raise UserError(f"NAME '{chosen.name}' is not the name of a folder in runs/; --out takes a path")
         if chosen.data is None:
             raise UserError("--data is missing: digits, fashion, or the path of a data set")
         recipe = methods.build(chosen.method, given(methods.parameters(chosen.method), chosen))

@@ -16,6 +16,8 @@ from fewstep.data.dataset import Dataset
 from fewstep.data.labels import as_labels
 
 IMAGES = ("images", "image", "x")
+#: Floats from 0 up to more than this were bytes once.
+MOST_FLOAT = 100
 LABELS = ("labels", "label", "y")
 
 
@@ -45,12 +47,20 @@ def find(held: list[str], names: tuple[str, ...], split: str) -> str | None:
     return None
 
 
+def counted(x: np.ndarray) -> bool:
+    """Whether these are whole numbers, as of pictures with few colours."""
+    return x.ndim == 4 and bool(x.max() > 2 and (x == x.round()).all())
+
+
 def as_samples(x: np.ndarray, where: str) -> Tensor:
     """Pictures as uint8 ``[N, C, H, W]``, other samples as float32 ``[N, ...]``."""
     if x.dtype.kind == "f":
         samples = torch.from_numpy(x.astype(np.float32))
-        if x.ndim == 4 and x.size and x.min() >= 0 and x.max() > 2 and bool((x == x.round()).all()):
-            raise ValueError(f"'{where}' is {x.dtype} with whole numbers 0..{x.max():g}: store such pictures as uint8")
+        if x.ndim in (3, 4) and x.size and x.min() >= 0 and (x.max() > MOST_FLOAT or counted(x)):
+            raise ValueError(
+                f"'{where}' is {x.dtype} with numbers in 0..{x.max():g}: store such pictures as uint8, or scale "
+                "them to [-1, 1]"
+            )
         return samples
     if x.dtype != np.uint8:
         raise ValueError(f"'{where}' is {x.dtype}: pictures are uint8 in 0..255, other samples floating point")

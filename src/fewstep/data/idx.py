@@ -19,6 +19,8 @@ import torch
 from fewstep.data.dataset import Dataset
 from fewstep.data.labels import as_labels
 
+#: Bytes that one byte of a .gz file can stand for, at most.
+MOST_RATIO = 1100
 PREFIX = {"train": "train", "test": "t10k"}
 
 
@@ -57,17 +59,26 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     Raises ValueError when the file is not one, is damaged, or is shorter or longer than its header says.
     """
     what = "pictures [N, H, W]" if dimensions == 3 else "labels [N]"
+    start = 4 + 4 * dimensions
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(start)
+            magic = int.from_bytes(header[:4], "big")
+            if magic != 0x0800 + dimensions:
+                raise ValueError(
+                    f"'{path}' does not hold IDX {what}: magic number {magic}, expected {0x0800 + dimensions}"
+                )
+            if len(header) < start:
+                raise ValueError(f"'{path}' ends inside its header; copy it again")
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            size = math.prod(shape)
+            possible = size <= path.stat().st_size * MOST_RATIO
+            held = file.read(size + 1) if possible else b""  # of what is longer no more than shows that it is
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"'{path}' is a damaged or incomplete .gz file of {what}; copy it again") from error
-    magic, start = int.from_bytes(content[:4], "big"), 4 + 4 * dimensions
-    if magic != 0x0800 + dimensions:
-        raise ValueError(f"'{path}' does not hold IDX {what}: magic number {magic}, expected {0x0800 + dimensions}")
-    if len(content) < start:
-        raise ValueError(f"'{path}' ends inside its header; copy it again")
-    shape = struct.unpack(f">{dimensions}I", content[4:start])
-    if len(content) - start != math.prod(shape):
-        promised = f"{list(shape)} = {math.prod(shape)} bytes"
-        raise ValueError(f"'{path}': the header promises {promised}, but {len(content) - start} follow; copy it again")
-    return np.frombuffer(bytearray(content[start:]), dtype=np.uint8).reshape(shape)
+    if len(held) != size:
+        found = "more" if len(held) > size else f"{len(held)}" if possible else "fewer"
+        raise ValueError(
+            f"'{path}': the header promises {list(shape)} = {size} bytes, but {found} follow; copy it again"
+        )
+    return np.frombuffer(bytearray(held), dtype=np.uint8).reshape(shape)

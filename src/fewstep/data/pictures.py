@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +21,8 @@ from fewstep.data.stored import Stored, Strings
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 #: Files of so many bytes in all are known by their contents, not only by their names and sizes.
 SMALL = 256 << 20
+#: The most pixels of one picture; of more the header is not believed.
+MOST_PIXELS = 8192 * 8192
 PARTS = {"train": ("train",), "test": ("test", "validation", "val")}
 
 
@@ -137,17 +140,26 @@ def decode(file: str | BytesIO, name: str) -> np.ndarray:
     except ImportError as error:
         raise ImportError("reading picture files needs Pillow: pip install pillow") from error
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound is ours
+            unread = Image.open(file)
+        with unread as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels, more than 8192 x 8192")
+            opened.verify()  # the checksums, which decoding does not look at
+        if isinstance(file, BytesIO):
+            file.seek(0)
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {picture.mode}")
+                raise ValueError(f"mode {picture.mode}; 8-bit pictures are needed")
             if picture.has_transparency_data:
                 solid = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(solid, picture.convert("RGBA"))
             grey = picture.mode in ("1", "L")
             array = np.array(picture.convert("L" if grey else "RGB"))
     except ValueError as error:
-        raise ValueError(f"cannot read picture '{name}': {error}; 8-bit pictures are needed") from error
+        raise ValueError(f"cannot read picture '{name}': {error}") from error
     except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read picture '{name}': not a picture, damaged or cut short") from error
     return array[None] if grey else array.transpose(2, 0, 1)

@@ -154,10 +154,8 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _style() -> AbstractContextManager[None]:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("a report draws its plots with matplotlib: pip install 'fewstep[report]'") from None
+    import matplotlib
+
     parameters: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "fewstep", "font.size": 8.5, "axes.titlesize": 9.5,
         "axes.titleweight": "bold", "text.color": INK, "axes.labelcolor": FAINT, "axes.titlecolor": INK,

@@ -24,6 +24,7 @@ from fewstep import values
 from fewstep.data import Samples
 from fewstep.digests import model_sha256
 from fewstep.hub import native
+from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
 from fewstep.schemas import Choice, Maybe, Place, check, read_json
 from fewstep.training.budget import Budget
@@ -43,6 +44,10 @@ RECIPE = Choice("command", {"train": _SHARED, "distill": _SHARED})
 _SOURCE = {"name": str | None, "sha256": Maybe(str), "digest": Maybe(str)}
 #: What a distillation starts from, by format.
 _STARTS: dict[int, Any] = {1: {"model": str, "sha256": str}, 2: {"teacher": _SOURCE, ...: _SOURCE}}
+
+
+#: Hyper-parameters that earlier versions wrote and that had no effect, by method.
+_IDLE = {"flow-matching": ("noise_mean", "noise_std")}
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,10 @@ def read(path: Path) -> Record:
         start = check(written["start"], _STARTS[version], Place(path, "start"))
         if version == 1:
             written["start"] = {"teacher": {"name": start["model"], "sha256": start["sha256"]}}
+    for name in _IDLE.get(written["method"], ()):
+        written["hyper_parameters"].pop(name, None)
+    if written["method"] in RECIPES:  # what came after it was written
+        written["hyper_parameters"] = hyper_parameters(recipe_class(written["method"])()) | written["hyper_parameters"]
     if version == 1:
         written["stage_seeds"] = "counted"
     return Record(**written | {"settings": settings_data(Settings()) | written["settings"]})

@@ -40,7 +40,10 @@ class Budget(Written):
                 f"budget '{text}' is not an amount of training; write 500steps, 20k images, 90s, 2min or 1h"
             )
         unit, factor = _UNITS[match[3].lower()]
-        return cls(float(match[1]) * {None: 1, "k": 1e3, "M": 1e6}[match[2]] * factor, unit)
+        amount = float(match[1]) * {None: 1, "k": 1e3, "M": 1e6}[match[2]] * factor
+        if unit != "seconds" and not amount.is_integer():
+            raise ValueError(f"budget '{text}': steps and images are whole numbers")
+        return cls(amount, unit)
 
     def fraction(self, steps: int, images: int, seconds: float) -> float:
         """How much of it is used, 0 to 1."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fewstep.ranges import Count, NonNegative
+from fewstep.ranges import Count, Most, NonNegative
 from fewstep.training.budget import Budget
 from fewstep.training.profiles import Power, Profile
 from fewstep.values import check_fields
 
 TWO_MINUTES = Budget(120, "seconds")
 TENTH = (Power(0.1),)
+
+#: A larger batch is a slip of the hand: already its noise would take all memory.
+MOST_SAMPLES = 1_000_000
 
 Precision = Literal["auto", "fp32", "bf16"]
 #: Settings that change where or how a run works, but not what it computes.
@@ -31,7 +34,9 @@ class Settings:
     """
 
     budget: Annotated[Budget, "how long: 500steps, 20k images, 90s, 2min, 1h; split over the stages"] = TWO_MINUTES
-    batch: Annotated[Count, "samples an iteration, over all processes and micro-batches together"] = 64
+    batch: Annotated[
+        Count, Most(MOST_SAMPLES), "samples an iteration, over all processes and micro-batches together"
+    ] = 64
     accumulate: Annotated[Count, "micro-batches that a batch is split into, to save memory"] = 1
     seed: Annotated[int, "seed of every random draw"] = 0
     precision: Annotated[Precision, "arithmetic; auto measures which is faster here"] = "auto"

@@ -14,11 +14,11 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep import grids
 from fewstep.flow_maps import EDMConsistency, FlowMap
@@ -29,6 +29,7 @@ from fewstep.methods.start import Start
 from fewstep.randomness import repeated_draws
 from fewstep.ranges import Above, Count, Least, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
+from fewstep.schedules import Schedule
 
 
 def consistency_loss(
@@ -60,19 +61,22 @@ class _ConsistencyModel(Method):
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4)
 
     def networks(self, start: Start) -> Networks:
-        teacher = start.teacher
-        model = EDMConsistency(start.network("student", on=edm_like(teacher.schedule)), self.sigma_data)
+        model = EDMConsistency(start.network("student", on=edm_like(start.teacher.schedule)), self.sigma_data)
         return Networks(
             {
                 "student": model,
                 "target": copy.deepcopy(model),
-                "teacher": teacher.on(model.schedule),
-                "distance": self.distance.network(teacher.shape),
+                "distance": self.distance.network(start.teacher.shape),
+                **self.asked(start, model.schedule),
             },
             {"student": Optimizer(("student",), self.lr, kind="radam", decay="linear")},
             ema=("student",),
             moved=("target",),
         )
+
+    def asked(self, start: Start, schedule: Schedule) -> dict[str, nn.Module]:
+        """What the loss asks besides the student, by name; nothing where it is made from data."""
+        return {}
 
     @abstractmethod
     def scales(self, progress: Progress) -> int:
@@ -125,7 +129,8 @@ class ConsistencyDistillation(_ConsistencyModel):
         "Consistency Models", "2303.01469", "verified",
         ("l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)",
          "learning rate falls linearly to 0 over the budget (the paper's is constant)",
-         "sampling uses a power-function average (the paper's average has a fixed decay)"),
+         "sampling uses a power-function average (the paper's average has a fixed decay)",
+         "the teacher's guidance is baked in, not an input of the network"),
     )  # fmt: skip
     system: ClassVar[System] = System(
         "Consistency Models", 2023, "consistency", "teacher or data", "1, 2, 4",
@@ -135,6 +140,9 @@ class ConsistencyDistillation(_ConsistencyModel):
     grid_times: Annotated[int, Least(2), "times of the grid, the paper's N: 18 on CIFAR-10, 40 on ImageNet-64"] = 18
     mu: Annotated[Share, "decay of the target network: 0 on CIFAR-10 in the paper, 0.95 elsewhere"] = 0.0
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+
+    def asked(self, start: Start, schedule: Schedule) -> dict[str, nn.Module]:
+        return {"teacher": start.teacher.on(schedule)}
 
     def scales(self, progress: Progress) -> int:
         return self.grid_times
@@ -156,7 +164,13 @@ class ConsistencyTraining(_ConsistencyModel):
     """
 
     name: ClassVar[str] = "cm-training"
-    paper: ClassVar[Paper] = ConsistencyDistillation.paper
+    paper: ClassVar[Paper] = replace(
+        ConsistencyDistillation.paper,
+        deviations=(
+            *ConsistencyDistillation.paper.deviations[:-1],
+            "starts from the weights that it is given (fewstep train gives fresh ones, as in the paper)",
+        ),
+    )
 
     s0: Annotated[int, Least(2), "times of the grid at the start"] = 2
     s1: Annotated[int, Least(2), "times of the grid at the end, at least s0"] = 150

@@ -33,7 +33,7 @@ from fewstep.networks.parts import PositionalEmbedding, zeroed
 from fewstep.randomness import repeated_draws
 from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.schedules import TrigFlow, align
+from fewstep.schedules import Schedule, TrigFlow, align
 from fewstep.tangents import tangent
 
 
@@ -106,7 +106,7 @@ class _ContinuousConsistency(Method):
         schedule = TrigFlow(t_max=float(top), sigma_data=self.sigma_data)
         model = Jump(start.network("student", on=schedule))
         return Networks(
-            {"student": model, "weight": TimeWeight(), "teacher": start.teacher.on(schedule)},
+            {"student": model, "weight": TimeWeight(), **self.asked(start, schedule)},
             {
                 "student": Optimizer(
                     ("student", "weight"), self.lr, betas=(0.9, 0.99), eps=1e-11, warmup=10, decay="cosine"
@@ -114,6 +114,10 @@ class _ContinuousConsistency(Method):
             },
             ema=("student",),
         )
+
+    def asked(self, start: Start, schedule: Schedule) -> dict[str, nn.Module]:
+        """What the loss asks besides the student, by name; nothing where it is made from data."""
+        return {}
 
     @abstractmethod
     def trajectory_velocity(self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor) -> Tensor:
@@ -154,7 +158,12 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
         ("no official code: equations and tables from the paper's text",
          "learning rate follows a cosine over the budget (the paper's decays as an inverse square root)",
          "the tangent warm-up is half of the budget (the paper's counts 10k iterations, 2.5 to 10 %)",
-         "time weight on its own small embedding"),
+         "time weight on its own small embedding",
+         "a teacher keeps its own time input, which is the angle itself for TrigPrediction only; that of EDM, a "
+         "logarithm, has larger derivatives at the ends",
+         "in a bf16 run the tangent is taken under autocast, norms and times in float32 (the paper's in float32)",
+         "the teacher's guidance is baked in, not an input of the network",
+         "no adaptive variational score distillation; normalized tangents, not clipped ones"),
     )  # fmt: skip
     system: ClassVar[System] = System(
         "sCM", 2024, "consistency", "teacher or data", "1, 2, 4",
@@ -162,6 +171,9 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
     )  # fmt: skip
 
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+
+    def asked(self, start: Start, schedule: Schedule) -> dict[str, nn.Module]:
+        return {"teacher": start.teacher.on(schedule)}
 
     def trajectory_velocity(self, nets: Networks, batch: Batch, x_t: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return guided(nets.teacher, self.guidance).velocity(x_t, t, batch.cond)

@@ -52,7 +52,8 @@ class Reflow(Method):
     name: ClassVar[str] = "reflow"
     paper: ClassVar[Paper] = Paper(
         "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow", "2209.03003", "verified",
-        ("pairs by Heun steps on a Karras grid instead of adaptive RK45",),
+        ("pairs by Heun steps on a Karras grid instead of adaptive RK45",
+         "the next flow starts from averaged weights (the official code's from the raw ones)"),
     )  # fmt: skip
     system: ClassVar[System] = System(
         "Rectified Flow", 2022, "flow maps", "data or teacher", "1 and more",
@@ -92,7 +93,8 @@ class ReflowDistillation(Method):
     """Distil a (reflowed) flow into ``steps`` calls on pairs of its own making.
 
     At ``steps = 1`` the loss is ``d(z - v(z, 1), x)``; with more, the same at the ``steps`` times of a uniform grid on
-    the straight line (the paper's k-step distillation, always squared error there).
+    the straight line.  The paper's k-step distillation regresses the velocity, always with squared error: since
+    ``out - x = t (z - x - v)``, that is this loss with l2 and the weight ``1 / t^2``.
     """
 
     name: ClassVar[str] = "reflow-distil"
@@ -100,7 +102,10 @@ class ReflowDistillation(Method):
         "InstaFlow: One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation", "2309.06380",
         "from paper text",
         ("no public training code",
-         "l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)"),
+         "l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)",
+         "with several steps the loss compares data: with l2, t^2 times the paper's regression of the velocity",
+         "each stage starts from averaged weights (the official code's from the raw ones)",
+         "one distance in all of a stage, not l2 first and LPIPS after; no stacked U-Nets; no pairs made as it trains"),
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "student/loss": "falls steadily; where it stops is the curvature that reflow left",
@@ -138,7 +143,8 @@ class ReflowDistillation(Method):
 @dataclass(frozen=True)
 class InstaFlow(Recipe):
     """The whole recipe: ``reflows`` reflow stages, then distillation, each on pairs of what the last one made;
-    ``guidance`` is baked into the first pairs."""
+    ``guidance`` is baked into the first pairs, ``reflow_guidance`` into those that a reflowed model makes (1.5 in the
+    paper's second stage)."""
 
     name: ClassVar[str] = "instaflow"
     paper: ClassVar[Paper] = ReflowDistillation.paper
@@ -155,11 +161,13 @@ class InstaFlow(Recipe):
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
     distance: Annotated[Distance, "how two predictions are compared; LPIPS in the paper"] = L2
     lr: Annotated[NonNegative, "learning rate"] = 3e-4
+    reflow_guidance: Annotated[float, "guidance under which a reflowed model makes pairs, 1 for none"] = 1.0
 
     def stages(self) -> list[Stage]:
         first: list[Method] = [
-            Reflow(self.pairs, self.ode_steps, self.guidance if i == 0 else 1.0, self.lr) for i in range(self.reflows)
+            Reflow(self.pairs, self.ode_steps, self.reflow_guidance if i else self.guidance, self.lr)
+            for i in range(self.reflows)
         ]
-        guidance = self.guidance if not first else 1.0
+        guidance = self.reflow_guidance if first else self.guidance
         last = ReflowDistillation(self.steps, self.pairs, self.ode_steps, guidance, self.distance, self.lr)
         return [Stage(method) for method in (*first, last)]

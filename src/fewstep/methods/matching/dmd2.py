@@ -59,7 +59,9 @@ class DMD2(Method):
          "there), and the critic's is higher than the student's",
          "sampling uses a power-function average of the student (the official code has none)",
          "the discriminator head is sized for small bottlenecks",
-         "the critic loss is the teacher's own training loss, equal to the official EDM weight on the data prediction"),
+         "the critic loss is the teacher's own training loss, equal to the official EDM weight on the data prediction",
+         "a sample is the student's jump to the least noise of its schedule (0.002 on EDM), not its data prediction",
+         "times of a student of several steps are equally spaced, on EDM in TrigFlow's angle"),
     )  # fmt: skip
     system: ClassVar[System] = System(
         "DMD2", 2024, "matching", "teacher, data", "1, 4",

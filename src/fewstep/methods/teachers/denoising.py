@@ -6,6 +6,7 @@ on flow matching with a velocity prediction and uniform times it is the conditio
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -21,27 +22,22 @@ from fewstep.ranges import Least, NonNegative, Positive, Share
 
 
 @dataclass(frozen=True)
-class Denoising(Method):
-    """Denoising score matching of a :class:`NetworkDenoiser` from its current weights.
+class Regression(Method):
+    """Regression of what a :class:`NetworkDenoiser` predicts, from its current weights, at times of some law.
 
     ``label_dropout`` is the share of unconditional samples.
     """
 
-    name: ClassVar[str] = "denoising"
-    paper: ClassVar[Paper] = Paper(
-        "Elucidating the Design Space of Diffusion-Based Generative Models", "2206.00364", "verified"
-    )
     healthy: ClassVar[dict[str, str]] = {"model/loss": "falls quickly, then slowly; it does not reach 0"}
 
     lr: Annotated[NonNegative, "learning rate"] = 1e-3
-    noise_mean: Annotated[float, "mean of log(sigma / alpha) at the times that training looks at"] = -1.0
-    noise_std: Annotated[NonNegative, "standard deviation of log(sigma / alpha) at those times"] = 1.4
     label_dropout: Annotated[Share, "share of samples that are trained without their label"] = 0.1
     clip: Annotated[Positive, "bound on the gradient norm"] = 1.0
     warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 100
 
+    @abstractmethod
     def times(self) -> TimeLaw:
-        return LogNormal(self.noise_mean, self.noise_std)
+        """At which times the loss looks."""
 
     def networks(self, start: Start) -> Networks:
         optimizer = Optimizer(
@@ -63,14 +59,31 @@ class Denoising(Method):
 
 
 @dataclass(frozen=True)
-class FlowMatchingTraining(Denoising):
-    """Conditional flow matching: uniform times between ``t_min`` and ``t_max``."""
+class Denoising(Regression):
+    """Denoising score matching of a :class:`NetworkDenoiser` from its current weights."""
+
+    name: ClassVar[str] = "denoising"
+    paper: ClassVar[Paper] = Paper(
+        "Elucidating the Design Space of Diffusion-Based Generative Models", "2206.00364", "verified"
+    )
+
+    noise_mean: Annotated[float, "mean of log(sigma / alpha) at the times that training looks at"] = -1.0
+    noise_std: Annotated[NonNegative, "standard deviation of log(sigma / alpha) at those times"] = 1.4
+
+    def times(self) -> TimeLaw:
+        return LogNormal(self.noise_mean, self.noise_std)
+
+
+@dataclass(frozen=True)
+class FlowMatchingTraining(Regression):
+    """Conditional flow matching: uniform times between ``t_min`` and ``t_max``.
+
+    The paper's on :class:`~fewstep.schedules.FlowMatching` with a network that predicts the velocity, which is what
+    ``fewstep train --method flow-matching`` makes; another teacher is trained in its own time and prediction.
+    """
 
     name: ClassVar[str] = "flow-matching"
     paper: ClassVar[Paper] = Paper("Flow Matching for Generative Modeling", "2210.02747", "verified")
-
-    noise_mean: Annotated[float, "without effect: the times of flow matching are uniform"] = -1.0
-    noise_std: Annotated[NonNegative, "without effect: the times of flow matching are uniform"] = 1.4
 
     def times(self) -> TimeLaw:
         return Uniform()
