@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
-from fewstep.denoisers import X0, NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.discrete.bits import COSINE, ENCODINGS, Encoding, Unsigned
 from fewstep.discrete.captions import WORDS, Captioner, Captions, Lookup, sentence
 from fewstep.discrete.heads import SigmoidHead, SoftmaxHead
@@ -38,6 +38,7 @@ from fewstep.methods.teachers.analog_bits import AnalogBits, SigmoidAnalogBits, 
 from fewstep.metrics import Evaluator, load_features
 from fewstep.models import model_of
 from fewstep.networks import UNet
+from fewstep.predictions import X0
 from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling import SOLVERS, Solver, solve
 from fewstep.sampling.self_conditioning import Asymmetric, SelfConditioning, SelfGuided

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
-from fewstep.denoisers import Denoiser, GuidanceInterval, Guided, NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.guidance import GuidanceInterval, Guided
 from fewstep.hub.tables import network_of
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.metrics import Evaluator, Features, frechet_distance, load_features, measure
 from fewstep.networks import MLP
+from fewstep.predictions import TrigPrediction
 from fewstep.randomness import derive_seed
 from fewstep.runs.course import run_recipe
 from fewstep.sampling import sample

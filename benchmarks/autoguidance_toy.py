@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import Autoguided, Cond, Denoiser
+from fewstep.denoisers import Cond, Denoiser
 from fewstep.exact.fractal import Fractal, density_level
 from fewstep.grids import karras
+from fewstep.guidance import Autoguided
 from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling import sample
 from fewstep.schedules import EDM, as_time

@@ -22,7 +22,8 @@ from torch import Tensor
 from fewstep import api
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
-from fewstep.denoisers import Denoiser, Guided
+from fewstep.denoisers import Denoiser
+from fewstep.guidance import Guided
 from fewstep.randomness import Rng
 from fewstep.sampling import DDIM, DPMSolverPP2M, DPMSolverPP3M, Solver, UniPC, sample
 from fewstep.sampling.solvers.dpm_solver_v3 import DPMSolverV3, Statistics, statistics_grid

@@ -22,7 +22,7 @@ from diffusers.utils import logging
 from diffusers_peers import best_of
 from population import Problem, draw_problems
 
-from fewstep.denoisers import Guided
+from fewstep.guidance import Guided
 from fewstep.sampling import sample
 from fewstep.sampling.search import half_level, solver_for
 

@@ -32,13 +32,14 @@ from torch import Tensor
 
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods.method import Method
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.methods.teachers.lowdiff import LowDiff
 from fewstep.metrics import Evaluator, load_features
 from fewstep.models import model_of
 from fewstep.networks import CascadeUNet, UNet
+from fewstep.predictions import EDMPrediction
 from fewstep.randomness import derive_seed
 from fewstep.report.pictures import sheet
 from fewstep.runs.course import run_recipe

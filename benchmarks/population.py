@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Cond, Denoiser, Guided
+from fewstep.denoisers import Cond, Denoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import GaussianMixture
 from fewstep.grids import balanced
+from fewstep.guidance import Guided
 from fewstep.randomness import Rng
 from fewstep.sampling import Levels, run
 from fewstep.sampling.solvers.abm import ABM
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, Schedule, TrigFlow
+from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow
 
 #: The families of schedules on which problems live.
 FAMILIES: dict[str, Schedule] = {

@@ -32,12 +32,13 @@ from torch import Tensor
 
 from fewstep import api
 from fewstep.denoisers import Cond, Denoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import GaussianMixture
 from fewstep.randomness import Rng
 from fewstep.report.pictures import sheet
 from fewstep.sampling import SOLVERS, Levels, sample
 from fewstep.sampling.search import Reference, noise_for, reference, setting_of, solver_for, tried
-from fewstep.schedules import DiscreteVP, VPLinear, as_time
+from fewstep.schedules import VPLinear, as_time
 
 matplotlib.use("agg")
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, softplus
 
 from fewstep.data import Dataset
-from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, TimeWeight
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
@@ -33,6 +33,7 @@ from fewstep.methods.parts.adversary import FeatureHead
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet
+from fewstep.predictions import TrigPrediction
 from fewstep.schedules import TrigFlow
 from fewstep.training.budget import Budget
 from fewstep.training.parallel import Parallel

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser, OnSchedule, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser, OnSchedule
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.exact import FactorizedLaw
@@ -24,6 +24,7 @@ from fewstep.models.staged import CascadedModel, DPMOTModel
 from fewstep.models.students import AnyFlowMap, EDMConsistencyModel, JumpModel, StudentModel
 from fewstep.networks import MLP, CascadeUNet
 from fewstep.networks.transformer import Transformer
+from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.sampling.cascade import CascadeModel, StagePlan
 from fewstep.sampling.dpm_ot.expressway import Expressway

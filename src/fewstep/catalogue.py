@@ -108,7 +108,7 @@ LISTED: tuple[Row, ...] = (
     works(S("autoguidance", "Autoguidance", 2024, "2406.02507", "solvers", "teacher and a worse one", "any",
             "Guiding a Diffusion Model with a Bad Version of Itself",
             "guides a model away from a smaller, less trained version of itself"),
-          "denoisers:Autoguided", "verified", "autoguidance", "autoguidance", "autoguidance_real"),
+          "guidance:Autoguided", "verified", "autoguidance", "autoguidance", "autoguidance_real"),
     # consistency
     S("ctm", "CTM", 2023, "2310.02279", "consistency", "teacher, data", "1 and more",
       "Consistency Trajectory Models: Learning Probability Flow ODE Trajectory of Diffusion",

@@ -1,10 +1,10 @@
 """Denoisers: any network seen as ``D(x, t, cond) = E[x_0 | x_t = x]``.
 
 Whatever a network was trained to predict is one line of algebra, ``D = c_skip x + c_out F(c_in x, time, cond)``: a
-:class:`Prediction`.  The noise, the score and the velocity follow from the same line, with coefficients in float64, so
+:class:`~fewstep.predictions.Prediction`.  The noise, the score and the velocity follow from the same line, with coefficients in float64, so
 that they lose nothing to the difference of ``x`` and ``D`` where there is little noise.  ``.on(schedule)`` views the
 same network on another schedule by matching the signal-to-noise ratio: a flow-matching teacher *is* a TrigFlow teacher.
-Guidance and thresholding are combinators that return a Denoiser.
+Guidance (:mod:`fewstep.guidance`) and thresholding are combinators that return a Denoiser.
 
 Three gradient modes are explicit, see :func:`gradients`: ``"none"``, ``"input"`` (through the state only, parameters
 held) and ``"all"``.
@@ -13,22 +13,18 @@ held) and ``"all"``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditions import Cond, without
-from fewstep.ranges import Positive
+from fewstep.conditions import Cond
+from fewstep.predictions import Eps, Prediction
 from fewstep.schedules import Schedule, align, as_time
-from fewstep.values import check_ranges, real
 
 GradientMode = Literal["none", "input", "all"]
-#: A larger weight is a slip: already this one leaves float16.
-MOST_GUIDANCE = 1e5
 #: Coefficients of the noise and the velocity, which divide by sigma, are those of this time where there is no noise.
 LEAST_TIME = 1e-9
 
@@ -52,125 +48,6 @@ def gradients(module: nn.Module, mode: GradientMode) -> Iterator[None]:
     finally:
         for p in held:
             p.requires_grad_(True)
-
-
-@dataclass(frozen=True)
-class Prediction(ABC):
-    """What a network ``F`` predicts: ``D = c_skip x + c_out F(c_in x, time(t))``.
-
-    ``coefficients`` and ``time`` take a schedule and float64 times and are differentiable in the times.
-    ``time_scale`` multiplies the time that the network is given (1000 for networks that count milli-times).
-    ``portable`` predictions depend on the noise level only, not on how a schedule counts time, so the same network
-    and prediction make the same denoiser on every schedule.
-    """
-
-    portable: ClassVar[bool] = False
-
-    time_scale: Annotated[Positive, "factor on the time that the network sees"] = 1.0
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-    @abstractmethod
-    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(c_skip, c_out, c_in)``, each of the shape of ``t``."""
-
-    def time(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """The time input of the network."""
-        return self.time_scale * t
-
-    def target(self, x: Tensor, x0: Tensor, schedule: Schedule, t: Tensor) -> Tensor:
-        """What ``F`` must return for the denoiser to return ``x0``: the regression target of training."""
-        skip, out, _ = self.coefficients(schedule, t)
-        return (x0 - align(skip, x) * x) / align(out, x)
-
-
-@dataclass(frozen=True)
-class X0(Prediction):
-    """The network predicts the data."""
-
-    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        one = torch.ones_like(t)
-        return torch.zeros_like(t), one, one
-
-
-@dataclass(frozen=True)
-class Eps(Prediction):
-    """The network predicts the noise; singular where alpha is 0."""
-
-    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        alpha = schedule.alpha(t)
-        return 1 / alpha, -schedule.sigma(t) / alpha, torch.ones_like(t)
-
-
-@dataclass(frozen=True)
-class V(Prediction):
-    """The network predicts ``v = alpha eps - sigma x_0`` (Salimans & Ho 2022)."""
-
-    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        power = alpha**2 + sigma**2
-        return alpha / power, -sigma / power, torch.ones_like(t)
-
-
-@dataclass(frozen=True)
-class Velocity(Prediction):
-    """The network predicts ``d x_t / dt = alpha' x_0 + sigma' eps``; for flow matching ``eps - x_0``."""
-
-    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        d_alpha, d_sigma = schedule.d_alpha(t), schedule.d_sigma(t)
-        wronskian = alpha * d_sigma - sigma * d_alpha
-        return d_sigma / wronskian, -sigma / wronskian, torch.ones_like(t)
-
-
-@dataclass(frozen=True)
-class EDMPrediction(Prediction):
-    """EDM's preconditioning (Karras et al. 2022, table 1) with time input ``log(rho) / 4``, on any schedule."""
-
-    portable: ClassVar[bool] = True
-
-    sigma_data: Annotated[Positive, "standard deviation of the data"] = 0.5
-
-    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        power = (alpha * self.sigma_data) ** 2 + sigma**2
-        return alpha * self.sigma_data**2 / power, sigma * self.sigma_data / power.sqrt(), power.rsqrt()
-
-    def time(self, schedule: Schedule, t: Tensor) -> Tensor:
-        return -schedule.log_snr(t) / 4 * self.time_scale
-
-
-@dataclass(frozen=True)
-class TrigPrediction(Prediction):
-    """TrigFlow's preconditioning ``D = cos(a) x - sin(a) sigma_data F(x / sigma_data, a)`` (Lu & Song 2024, eq. 5),
-    on any schedule: ``a = atan(rho / sigma_data)`` and the state is first scaled onto the circle.
-
-    Equal to EDM's coefficients but for the sign of ``F``; the time input is the angle ``a`` itself.
-    """
-
-    portable: ClassVar[bool] = True
-
-    sigma_data: Annotated[Positive, "standard deviation of the data"] = 0.5
-
-    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        radius = torch.sqrt((alpha * self.sigma_data) ** 2 + sigma**2)
-        cos, sin = alpha * self.sigma_data / radius, sigma / radius
-        return cos * self.sigma_data / radius, -sin * self.sigma_data, 1 / radius
-
-    def time(self, schedule: Schedule, t: Tensor) -> Tensor:
-        return torch.atan2(schedule.sigma(t), schedule.alpha(t) * self.sigma_data) * self.time_scale
-
-
-PREDICTIONS: dict[str, type[Prediction]] = {
-    "x0": X0,
-    "eps": Eps,
-    "v": V,
-    "velocity": Velocity,
-    "edm": EDMPrediction,
-    "trig": TrigPrediction,
-}
 
 
 class Denoiser(nn.Module, ABC):
@@ -270,12 +147,6 @@ def half_level_of(denoiser: Denoiser) -> float | None:
 def predicts_noise(denoiser: Denoiser) -> bool:
     """Whether a network in a denoiser was trained to predict noise."""
     return any(isinstance(m, NetworkDenoiser) and isinstance(m.prediction, Eps) for m in denoiser.modules())
-
-
-def guidance_scale(denoiser: Denoiser) -> float:
-    """The largest guidance scale at work in a denoiser; 1 for none."""
-    scales = [module.scale for module in denoiser.modules() if isinstance(module, Guidance)]
-    return max((float(torch.as_tensor(scale).max()) for scale in scales), default=1.0)
 
 
 class View(Denoiser):
@@ -405,135 +276,6 @@ class NetworkDenoiser(Denoiser):
         """The time in float32, whatever the type of the state (float64 for float64)."""
         time = self.prediction.time(self.schedule, t)
         return time.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-class Guidance(View, ABC):
-    """A model steered away from another prediction, ``D = D_away + w (D_plain - D_away)``; w = 1 is no guidance.
-
-    ``scale`` is w, a number or one weight per sample ``[B]`` (ValueError when called with another count, or when a
-    number is out of range).  Costs two calls, unless :class:`GuidanceInterval` leaves one out.
-    """
-
-    def __init__(self, inner: Denoiser, scale: float | Tensor) -> None:
-        super().__init__(inner)
-        if not isinstance(scale, Tensor):
-            real("guidance", scale, -MOST_GUIDANCE, MOST_GUIDANCE)
-        self.scale = scale
-
-    def plain(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        """The model without guidance."""
-        return self.inner(x, t, cond)
-
-    @abstractmethod
-    def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        """What guidance makes of the plain prediction, with the second call."""
-
-    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        return self.steered(self.plain(x, t, cond), x, t, cond)
-
-    def extrapolated(self, plain: Tensor, away: Tensor) -> Tensor:
-        """``away + w (plain - away)`` in float32 at least, rounded once to the type of ``plain``.
-
-        Exactly ``plain`` at w = 1, exactly ``away`` at w = 0 and where the two are equal.
-        """
-        kind = torch.promote_types(plain.dtype, torch.float32)
-        scale: Any = self.scale
-        if isinstance(scale, Tensor):
-            if any(n not in (1, b) for n, b in zip(scale.shape, plain.shape, strict=False)):
-                raise ValueError(
-                    f"guidance scale of shape {list(scale.shape)} for {len(plain)} samples: give a number or one "
-                    f"weight per sample [{len(plain)}]"
-                )
-            scale = align(scale.to(plain.device, kind), plain.to(kind))
-        return torch.lerp(away.to(kind), plain.to(kind), scale).to(plain.dtype)
-
-
-class Guided(Guidance):
-    """Classifier-free guidance, ``D = D_unc + w (D_cond - D_unc)``.
-
-    ``negative`` replaces the unconditional branch (a negative prompt).  What the model has no "no condition" for (a
-    picture beside the prompt) is given to both branches.  Without a condition and without a negative one there is
-    nothing to guide between: the unconditional model, one call.
-    """
-
-    def __init__(self, inner: Denoiser, scale: float | Tensor, negative: Cond = None) -> None:
-        super().__init__(inner, scale)
-        self.negative = negative
-
-    def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        if cond is None and self.negative is None:
-            return plain
-        return self.extrapolated(plain, self.inner(x, t, self.away(cond, len(x))))
-
-    def affine(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, b, plain = self.inner.affine(x, t, cond, **extras)
-        if cond is None and self.negative is None:
-            return a, b, plain
-        return a, b, self.extrapolated(plain, self.inner.affine(x, t, self.away(cond, len(x)), **extras)[2])
-
-    def away(self, cond: Cond, n: int) -> Cond:
-        """The condition that ``n`` samples are led away from."""
-        if self.negative is not None or not isinstance(cond, Mapping) or not isinstance(self.null, Mapping):
-            return self.negative
-        return without(self.null, cond, n)
-
-
-class Autoguided(Guidance):
-    """Guidance away from a worse version of the model, ``D = D_bad + w (D_good - D_bad)`` (Karras et al. 2024, "Guiding
-    a Diffusion Model with a Bad Version of Itself").
-
-    Both see the same state, noise level and condition; ``bad`` may live on another schedule.  ValueError when it
-    makes other samples or knows other classes.
-    """
-
-    def __init__(self, good: Denoiser, bad: Denoiser, scale: float | Tensor) -> None:
-        super().__init__(good, scale)
-        if bad.shape != good.shape:
-            raise ValueError(
-                f"the guide makes samples {list(bad.shape)}, the model {list(good.shape)}: autoguidance needs a worse "
-                "version of the same model"
-            )
-        if bad.classes != good.classes:
-            raise ValueError(
-                f"the guide knows {bad.classes or 'no'} classes, the model {good.classes or 'no'}: autoguidance gives "
-                "both the same condition"
-            )
-        self.bad = bad.on(good.schedule)
-
-    def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        return self.extrapolated(plain, self.bad(x, t, cond))
-
-
-class GuidanceInterval(View):
-    """Guidance at noise levels ``low <= sigma / alpha <= high`` only (Kynkäänniemi et al. 2024, "Applying Guidance in a
-    Limited Interval"); the plain model, with one call, elsewhere.
-
-    The bounds are in the units of the data whatever the schedule; ``high`` may be infinity.  In a batch of several
-    noise levels the second call is made for the whole batch, unless all are outside.  ValueError unless
-    ``0 <= low < high``.
-    """
-
-    inner: Guidance
-
-    def __init__(self, guided: Guidance, low: float, high: float) -> None:
-        super().__init__(guided)
-        if not 0 <= low < high:
-            raise ValueError(f"guidance interval [{low:g}, {high:g}]: need 0 <= low < high, noise levels sigma / alpha")
-        self.low, self.high = low, high
-
-    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        plain = self.inner.plain(x, t, cond)
-        inside = self.inside(as_time(t, x))
-        if not bool(inside.any()):
-            return plain
-        steered = self.inner.steered(plain, x, t, cond)
-        return steered if bool(inside.all()) else torch.where(align(inside, x).bool(), steered, plain)
-
-    def inside(self, t: Tensor) -> Tensor:
-        """Which of the times ``t`` are guided."""
-        # a bound that is a level of the grid counts, although rho comes out of the schedule with a rounding error
-        level = self.schedule.ratio(t)
-        return (level >= self.low * (1 - 1e-9)) & (level <= self.high * (1 + 1e-9))
 
 
 class Clipped(View):

@@ -20,10 +20,10 @@ from fewstep.cli.flags import Parameter, as_words, check, from_json, given, meta
 from fewstep.cli.methods import build, parameters
 from fewstep.cli.settings import SETTINGS
 from fewstep.cli.train import FROM_DATA
-from fewstep.denoisers import PREDICTIONS
 from fewstep.hub.native import SCHEDULES
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.networks import NETWORKS
+from fewstep.predictions import PREDICTIONS
 from fewstep.ranges import Count, Positive, Share
 from fewstep.runs.record import hyper_parameters, plain
 from fewstep.training.profiles import HalfLife, Power

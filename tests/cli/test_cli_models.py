@@ -135,8 +135,9 @@ def test_sample_lists_its_names(cli: Cli) -> None:
 
 def test_samples_that_are_not_pictures_are_kept_as_numbers(cli: Cli) -> None:
     """A model of points writes .npz, and says so when asked for a PNG."""
-    from fewstep.denoisers import NetworkDenoiser, V
+    from fewstep.denoisers import NetworkDenoiser
     from fewstep.networks import MLP
+    from fewstep.predictions import V
     from fewstep.schedules import FlowMatching
 
     native.save(NetworkDenoiser(MLP((2,), 8, 1), FlowMatching(), V(), (2,)), "points")

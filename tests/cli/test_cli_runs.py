@@ -18,7 +18,7 @@ import torch
 
 from fewstep import api
 from fewstep.data import load as load_data
-from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.digests import model_sha256
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
@@ -27,6 +27,7 @@ from fewstep.methods import RECIPES, recipe_class
 from fewstep.models import model_of
 from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
+from fewstep.predictions import TrigPrediction
 from fewstep.report import read_run
 from fewstep.runs import record as records
 from fewstep.sampling.search import half_level

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fewstep import api
-from fewstep.denoisers import Guided
+from fewstep.guidance import Guided
 from fewstep.hub import model_statistics
 from fewstep.hub.statistics import read_fingerprint
 from fewstep.sampling import sample

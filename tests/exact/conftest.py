@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, Schedule, ShiftedFlow, TrigFlow, VPCosine, VPLinear
+from fewstep.discrete_vp import DiscreteVP
+from fewstep.schedules import EDM, FlowMatching, Schedule, ShiftedFlow, TrigFlow, VPCosine, VPLinear
 
 SCHEDULES: dict[str, Schedule] = {
     "vp-linear": VPLinear(),

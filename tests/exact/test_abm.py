@@ -8,16 +8,19 @@ import torch
 
 import fewstep as fs
 from fewstep import grids
-from fewstep.denoisers import Denoiser, Eps, Guided, NetworkDenoiser, guidance_scale, half_level_of
+from fewstep.denoisers import Denoiser, NetworkDenoiser, half_level_of
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import Gaussian, ring, three_modes
+from fewstep.guidance import Guided, guidance_scale
 from fewstep.networks import MLP
+from fewstep.predictions import Eps
 from fewstep.randomness import Rng
 from fewstep.sampling import ABM, DATA, NOISE, Hooks, Levels, RhoAB, balanced, run
 from fewstep.sampling.search import half_level, solver_for
 from fewstep.sampling.solvers.abm import order_for
 from fewstep.sampling.solvers.dpm_solver import DPMSolver1
 from fewstep.sampling.solvers.stochastic import DDIM
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, VPLinear
+from fewstep.schedules import EDM, FlowMatching, VPLinear
 
 
 class Polynomial(Denoiser):

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from fewstep.denoisers import CountCalls, Denoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import three_modes
 from fewstep.grids import karras
 from fewstep.randomness import Rng
 from fewstep.sampling import DATA, AdaptiveDPMSolver, Hooks, Levels, sample, solve
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear
+from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPCosine, VPLinear
 
 NOISE = Rng(0).normal(100, 1, dtype=torch.float64)
 SCHEDULES = [EDM(), VPLinear(), VPCosine(), FlowMatching(), TrigFlow(), DiscreteVP.scaled_linear()]

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from fewstep.data import Dataset
-from fewstep.denoisers import X0, Clipped, Denoiser, Guided, NetworkDenoiser
+from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser
 from fewstep.discrete.bits import COSINE, ENCODINGS, INVALID, Gray, OneHot, Permuted, Unsigned
 from fewstep.discrete.captions import SENTENCES, WORDS, Captioner, Captions, Lookup, facts, sentence, slant, tokens
 from fewstep.discrete.heads import SigmoidHead, SoftmaxHead
 from fewstep.discrete.levels import histogram_distance, invalid_fraction, to_levels, to_pictures
 from fewstep.exact import BernoulliBits, FiniteData, Gaussian, probability_flow
 from fewstep.grids import to_data, uniform
+from fewstep.guidance import Guided
 from fewstep.methods.method import Batch, Progress
 from fewstep.methods.parts.score_matching import denoising_loss
 from fewstep.methods.parts.times import Uniform
@@ -29,6 +30,7 @@ from fewstep.methods.teachers.analog_bits import (
     with_second_input,
 )
 from fewstep.networks import MLP, UNet
+from fewstep.predictions import X0
 from fewstep.randomness import Rng
 from fewstep.sampling import DDIM, SOLVERS, DDPMLarge, Hooks, Levels, run, solve
 from fewstep.sampling.self_conditioning import Asymmetric, SelfConditioning, SelfGuided, told_later

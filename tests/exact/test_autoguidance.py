@@ -10,22 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import (
-    Autoguided,
-    Cond,
-    CountCalls,
-    Denoiser,
-    Guidance,
-    GuidanceInterval,
-    Guided,
-    NetworkDenoiser,
-    TrigPrediction,
-)
+from fewstep.denoisers import Cond, CountCalls, Denoiser, NetworkDenoiser
 from fewstep.exact import Gaussian, GaussianMixture, GuidedGaussian, ring
 from fewstep.exact.fractal import Fractal, density_level
 from fewstep.grids import karras
+from fewstep.guidance import Autoguided, Guidance, GuidanceInterval, Guided
 from fewstep.hub import native
 from fewstep.networks import MLP
+from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.sampling import sample
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPLinear

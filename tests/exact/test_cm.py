@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep import grids
-from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.exact import ExactFlowMap, Gaussian, three_modes
 from fewstep.flow_maps import FlowMap
 from fewstep.methods.consistency.cm import ConsistencyDistillation, ConsistencyTraining, follow
@@ -18,6 +18,7 @@ from fewstep.methods.parts.distances import Plain, l2, pseudo_huber
 from fewstep.methods.parts.teacher_steps import ddim_step, edm_like, heun_step
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.predictions import EDMPrediction
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM, FlowMatching, TrigFlow
 

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from fewstep import conditions
 from fewstep.conditions import Cond
-from fewstep.denoisers import Guided, NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
+from fewstep.guidance import Guided
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.teacher_steps import guided
+from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.schedules import TrigFlow
 

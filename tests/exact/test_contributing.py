@@ -18,10 +18,11 @@ from torch import Tensor
 import fewstep.methods.flow_maps
 from fewstep.cli import main
 from fewstep.data import Dataset
-from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods import RECIPES
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
+from fewstep.predictions import TrigPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.sampling.coefficients import Levels, vandermonde
 from fewstep.sampling.solvers.dpm_solver import DPMSolverPP3M

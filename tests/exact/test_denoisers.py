@@ -6,24 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.denoisers import (
-    PREDICTIONS,
-    Autoguided,
-    Clipped,
-    CountCalls,
-    Denoiser,
-    DynamicThreshold,
-    EDMPrediction,
-    Guided,
-    NetworkDenoiser,
-    OnSchedule,
-    TrigPrediction,
-    V,
-    Velocity,
-    gradients,
-)
+from fewstep.denoisers import Clipped, CountCalls, Denoiser, DynamicThreshold, NetworkDenoiser, OnSchedule, gradients
 from fewstep.exact import Gaussian, GaussianMixture, ring, three_modes
+from fewstep.guidance import Autoguided, Guided
 from fewstep.networks import MLP
+from fewstep.predictions import PREDICTIONS, EDMPrediction, TrigPrediction, V, Velocity
 from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPLinear, align
 
 ATOL = {"rtol": 0, "atol": 1e-10}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.data.dataset import Dataset
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.files import load_tensors, save_tensors
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
@@ -27,6 +27,7 @@ from fewstep.methods.method import Method, Networks, Optimizer
 from fewstep.methods.parts import stores
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.predictions import EDMPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data import Dataset, Prior
-from fewstep.denoisers import Guided, NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.exact import Gaussian
 from fewstep.flow_maps import FlowMap
+from fewstep.guidance import Guided
 from fewstep.methods.matching import dmd
 from fewstep.methods.matching.dmd import DMD
 from fewstep.methods.matching.dmd2 import DMD2
@@ -25,6 +26,7 @@ from fewstep.methods.parts.score_matching import matching_vector
 from fewstep.methods.parts.stores import Pairs, made_now, solve_heun
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPLinear, align

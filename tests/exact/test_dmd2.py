@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.denoisers import NetworkDenoiser, TrigPrediction, gradients
+from fewstep.denoisers import NetworkDenoiser, gradients
 from fewstep.exact import Gaussian
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Progress
@@ -14,6 +14,7 @@ from fewstep.methods.parts.score_matching import matching_vector, surrogate
 from fewstep.methods.parts.times import Own
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan, rollout
 from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPLinear, align

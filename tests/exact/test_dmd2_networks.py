@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser, OnSchedule, TrigPrediction, V
+from fewstep.denoisers import Denoiser, NetworkDenoiser, OnSchedule
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Method, Networks, Progress, Update
 from fewstep.methods.parts.adversary import FeatureHead, logits
@@ -19,6 +19,7 @@ from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import UNet
 from fewstep.networks.parts import Conditioning
+from fewstep.predictions import EDMPrediction, TrigPrediction, V
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM, FlowMatching, TrigFlow
 

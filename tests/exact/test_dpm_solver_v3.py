@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from fewstep import grids
-from fewstep.denoisers import Clipped, Denoiser, Guided, NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import Gaussian, ring, three_modes
+from fewstep.guidance import Guided
 from fewstep.hub import model_statistics
 from fewstep.networks import MLP
+from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.sampling import DDIM, NOISE, DPMSolverPP2MTaylor, DPMSolverPP3M, Levels, UniPC, balanced, run, solve
 from fewstep.sampling.solvers.dpm_solver_v3 import DPMSolverV3, Statistics, half_way, snapped, statistics_grid
@@ -27,7 +30,7 @@ from fewstep.sampling.solvers.model_statistics import (
     moving_average,
     total_derivative,
 )
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, Schedule, TrigFlow, VPCosine, VPLinear
+from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPCosine, VPLinear
 from fewstep.tangents import tangent
 
 WORLD = three_modes()  # VP linear, 1 .. 0.01

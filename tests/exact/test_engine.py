@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.denoisers import CountCalls, Denoiser, Guided, NetworkDenoiser, V
+from fewstep.denoisers import CountCalls, Denoiser, NetworkDenoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import Gaussian, ring, three_modes
 from fewstep.flow_maps import Jump
 from fewstep.grids import GRIDS, karras, log_snr
+from fewstep.guidance import Guided
+from fewstep.predictions import V
 from fewstep.randomness import Rng
 from fewstep.sampling import (
     ABM,
@@ -35,7 +38,7 @@ from fewstep.sampling import (
 )
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.solvers.runge_kutta import HEUN2, Tableau
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, VPLinear
+from fewstep.schedules import EDM, FlowMatching, VPLinear
 
 WORLD = three_modes()
 GRID = log_snr(WORLD.schedule, 8)

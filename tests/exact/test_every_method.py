@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data import Dataset
-from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.files import load_tensors, save_tensors
@@ -31,6 +31,7 @@ from fewstep.models import model_of
 from fewstep.models.kinds import describe
 from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
+from fewstep.predictions import TrigPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import TrigFlow
 from fewstep.training.budget import Budget

@@ -21,10 +21,11 @@ from torch import Tensor
 import fewstep as fs
 from fewstep.data import Dataset, Draw, Prior, Samples, Streamed, load
 from fewstep.data.dataset import Unlabelled
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP
+from fewstep.predictions import EDMPrediction
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
 from fewstep.training.feed import Feed
@@ -260,7 +261,8 @@ LARGE = """
     import os, resource, sys
     import torch
     from fewstep.data import Streamed
-    from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+    from fewstep.predictions import EDMPrediction
+    from fewstep.denoisers import NetworkDenoiser
     from fewstep.methods.start import Start
     from fewstep.methods.teachers.denoising import Denoising
     from fewstep.schedules import EDM

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser, Prediction, TrigPrediction, V, Velocity
+from fewstep.denoisers import NetworkDenoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import Gaussian, GaussianMixture
 from fewstep.flow_maps import EDMConsistency, Jump, ddim_move
 from fewstep.networks import MLP
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, Schedule, TrigFlow, VPCosine, VPLinear, align
+from fewstep.predictions import EDMPrediction, Prediction, TrigPrediction, V, Velocity
+from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPCosine, VPLinear, align
 
 CASES: list[tuple[Schedule, Prediction]] = [
     (EDM(), EDMPrediction()),

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.grids import GRIDS, check_grid, karras, log_snr, power, shifted, to_data, trailing, uniform
 from fewstep.sampling import Levels
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, ShiftedFlow, TrigFlow, VPLinear
+from fewstep.schedules import EDM, FlowMatching, ShiftedFlow, TrigFlow, VPLinear
 
 CONTINUOUS = [name for name in GRIDS if name not in ("trailing", "balanced")]
 

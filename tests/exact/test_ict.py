@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fewstep import grids
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.flow_maps import EDMConsistency, FlowMap
 from fewstep.methods.consistency import ict
 from fewstep.methods.consistency.ict import ImprovedConsistencyTraining, interval_probabilities
@@ -17,6 +17,7 @@ from fewstep.methods.method import Batch, Networks, Optimizer, Progress
 from fewstep.methods.parts.distances import Compare, l2, pseudo_huber
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.predictions import EDMPrediction
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan
 from fewstep.schedules import EDM, FlowMatching, TrigFlow

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fewstep as fs
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import Gaussian, ring, three_modes
 from fewstep.hub.settings import load_settings, save_settings
 from fewstep.randomness import Rng
@@ -18,7 +19,7 @@ from fewstep.sampling.learned import schedule_id
 from fewstep.sampling.learning import Task, learn, learning, moved, normal_equations, sensitivities
 from fewstep.sampling.named import SOLVERS, named_solver, named_times
 from fewstep.sampling.search import Reference, Setting, shortlist, tune
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear
+from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPCosine, VPLinear
 
 FAMILIES = {
     "vp": VPLinear(),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.exact import ConditionalGaussian, Gaussian
 from fewstep.hub import native
 from fewstep.methods.method import Batch, Progress
@@ -19,6 +19,7 @@ from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.methods.teachers.lowdiff import LowDiff, condition, stage_loss
 from fewstep.networks import CascadeUNet, UNet
+from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling import sample
 from fewstep.sampling.cascade import (

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.exact import three_modes
 from fewstep.grids import GRIDS
 from fewstep.networks import MLP
+from fewstep.predictions import TrigPrediction
 from fewstep.sampling import (
     DDIM,
     NATIVE,

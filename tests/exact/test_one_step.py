@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from fewstep.data import Dataset
-from fewstep.denoisers import Guided, NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
+from fewstep.discrete_vp import DiscreteVP
+from fewstep.guidance import Guided
 from fewstep.methods.matching.diff_instruct import DiffInstruct
 from fewstep.methods.matching.sid import SiD
 from fewstep.methods.matching.sim import SIM
@@ -15,9 +17,10 @@ from fewstep.methods.parts.one_step import OneStep, two_scores
 from fewstep.methods.parts.times import Own
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.runs.course import run_recipe
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, Schedule, TrigFlow
+from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow
 from fewstep.training.budget import Budget
 from fewstep.training.trainer import Settings
 

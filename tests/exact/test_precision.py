@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from fewstep.denoisers import Denoiser, NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import three_modes
 from fewstep.grids import karras
 from fewstep.networks import MLP
+from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.sampling import DDIM, SOLVERS, Hooks, Levels, balanced, run, solve
 from fewstep.sampling.self_conditioning import SelfConditioning
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear
+from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPCosine, VPLinear
 
 #: Schedules and grids: to pure data, and close to it.
 CASES = [

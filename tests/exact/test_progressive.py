@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep import grids
-from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.exact import Gaussian, three_modes
 from fewstep.flow_maps import Jump, ddim_move
 from fewstep.methods.flow_maps.progressive import (
@@ -21,6 +21,7 @@ from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.parts.teacher_steps import ddim_step
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
+from fewstep.predictions import EDMPrediction
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPCosine
 

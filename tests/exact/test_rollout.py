@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.denoisers import NetworkDenoiser, Velocity
+from fewstep.denoisers import NetworkDenoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import ExactFlowMap, FiniteData, Gaussian, three_modes
 from fewstep.flow_maps import Jump
 from fewstep.grids import karras
 from fewstep.networks import MLP
+from fewstep.predictions import Velocity
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan, Student, greedy_times, inner_time, rollout
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow
+from fewstep.schedules import EDM, FlowMatching, TrigFlow
 
 N = 20_000
 CRITICAL = 1.63 / N**0.5  # Kolmogorov-Smirnov, 1%

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fewstep as fs
 from fewstep.data import Dataset
-from fewstep.denoisers import EDMPrediction, Eps, NetworkDenoiser, OnSchedule
+from fewstep.denoisers import NetworkDenoiser, OnSchedule
 from fewstep.digests import model_sha256, tensors_sha256
 from fewstep.flow_maps import Jump
 from fewstep.hub import native
@@ -29,6 +29,7 @@ from fewstep.methods.parts.stores import Pairs, made_now
 from fewstep.methods.start import Start, denoiser_in, teacher_in
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP
+from fewstep.predictions import EDMPrediction, Eps
 from fewstep.runs import record as records
 from fewstep.runs.course import run_recipe
 from fewstep.runs.resume import OtherRun, held

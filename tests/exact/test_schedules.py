@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear, align, as_time
+from fewstep.discrete_vp import DiscreteVP
+from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPCosine, VPLinear, align, as_time
 
 
 def inner_times(schedule, gen, n=200):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.denoisers import Denoiser, NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.exact import Gaussian
 from fewstep.methods.consistency.scm import (
     ContinuousConsistencyDistillation,
@@ -17,6 +17,7 @@ from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.networks.parts import Dropout
+from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.schedules import TrigFlow
 from fewstep.tangents import finite_difference, tangent

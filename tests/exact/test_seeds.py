@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.denoisers import Denoiser, NetworkDenoiser, V
+from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.flow_maps import Jump
 from fewstep.networks import MLP
+from fewstep.predictions import V
 from fewstep.randomness import PerSample, Rng
 from fewstep.sampling import Plan, Student, sample
 from fewstep.schedules import EDM, TrigFlow, align, as_time

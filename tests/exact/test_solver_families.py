@@ -15,6 +15,7 @@ from test_solver_order import WORLD, normal_points
 
 from fewstep import grids
 from fewstep.denoisers import Denoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import Gaussian, three_modes
 from fewstep.randomness import Rng
 from fewstep.sampling import (
@@ -45,7 +46,7 @@ from fewstep.sampling import (
 )
 from fewstep.sampling.solvers.dpm_solver import ancestral
 from fewstep.sampling.solvers.runge_kutta import HEUN2
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, VPLinear
+from fewstep.schedules import EDM, FlowMatching, VPLinear
 
 
 @pytest.fixture(params=FAMILIES)

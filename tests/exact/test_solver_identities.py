@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fewstep.denoisers import Denoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import three_modes
 from fewstep.grids import karras, log_snr, to_data
 from fewstep.randomness import Rng
@@ -35,7 +36,7 @@ from fewstep.sampling import (
 from fewstep.sampling.coefficients import DATA, NOISE, chi, psi, vandermonde
 from fewstep.sampling.solvers.runge_kutta import EULER, HEUN2
 from fewstep.sampling.solvers.stochastic import NO_CHURN
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear
+from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPCosine, VPLinear
 
 FAMILIES = {
     "vp": VPLinear(),

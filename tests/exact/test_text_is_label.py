@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.data import Dataset, Prior
-from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
 from fewstep.networks import MLP
+from fewstep.predictions import TrigPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.sampling import Student
 from fewstep.schedules import TrigFlow

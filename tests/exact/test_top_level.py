@@ -10,9 +10,10 @@ import torch
 
 import fewstep as fs
 from fewstep.data import Dataset
-from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.networks import MLP
+from fewstep.predictions import TrigPrediction
 from fewstep.schedules import TrigFlow
 
 

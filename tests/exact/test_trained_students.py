@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data import Dataset
-from fewstep.denoisers import Denoiser, NetworkDenoiser, Prediction, TrigPrediction, Velocity
+from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.exact import GaussianMixture, ring
 from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, Reflow
 from fewstep.methods.matching.dmd2 import DMD2
@@ -17,6 +17,7 @@ from fewstep.methods.parts.stores import solve_heun
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP
+from fewstep.predictions import Prediction, TrigPrediction, Velocity
 from fewstep.randomness import Rng
 from fewstep.schedules import Schedule, TrigFlow
 from fewstep.training.budget import Budget

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.dataset import Dataset
-from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.files import save_tensors
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
@@ -27,6 +27,7 @@ from fewstep.methods.method import Batch, Method, Networks, Optimizer, Progress,
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet
+from fewstep.predictions import EDMPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import EDM
 from fewstep.training import precision

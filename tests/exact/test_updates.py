@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.data.dataset import Dataset
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.files import load_tensors, save_tensors
 from fewstep.methods.method import Batch, Mean, Networks, Optimizer, Progress, Update, alone
 from fewstep.methods.parts.balance import balance
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP
+from fewstep.predictions import EDMPrediction
 from fewstep.schedules import EDM
 from fewstep.training import groups, nonfinite
 from fewstep.training.budget import Budget

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 
-from fewstep.denoisers import EDMPrediction, Eps, NetworkDenoiser, Prediction, TrigPrediction, V, Velocity
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.exact import Gaussian
 from fewstep.flow_maps import Input, Jump, ddim_move
 from fewstep.networks import MLP
+from fewstep.predictions import EDMPrediction, Eps, Prediction, TrigPrediction, V, Velocity
 from fewstep.sampling.rollout import Plan, rollout
 from fewstep.schedules import EDM, FlowMatching, Schedule, ShiftedFlow, TrigFlow, VPCosine, VPLinear
 from fewstep.tangents import tangent

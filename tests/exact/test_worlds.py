@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from fewstep.denoisers import Autoguided, Denoiser
+from fewstep.denoisers import Denoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import (
     ExactFlowMap,
     FiniteData,
@@ -18,8 +19,9 @@ from fewstep.exact import (
     ring,
     three_modes,
 )
+from fewstep.guidance import Autoguided
 from fewstep.randomness import Rng
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, Schedule, TrigFlow, VPCosine, VPLinear
+from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPCosine, VPLinear
 
 COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.5]], dtype=torch.float64)
 MEANS = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.5]], dtype=torch.float64)

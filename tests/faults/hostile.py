@@ -59,10 +59,11 @@ class Outcome:
 
 def student_folder(place: Path) -> None:
     """A fewstep student with two plans, on a tiny MLP."""
-    from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+    from fewstep.denoisers import NetworkDenoiser
     from fewstep.flow_maps import Jump
     from fewstep.hub import native
     from fewstep.networks import MLP
+    from fewstep.predictions import EDMPrediction
     from fewstep.sampling import Plan, Student
     from fewstep.schedules import TrigFlow
 

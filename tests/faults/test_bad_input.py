@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 import fewstep as fs
 from fewstep.cli import main
 from fewstep.data import load as load_data
-from fewstep.denoisers import NetworkDenoiser, V
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.hub import native
 from fewstep.networks import MLP
+from fewstep.predictions import V
 from fewstep.schedules import FlowMatching
 
 QUICK = "--budget 2steps --batch 8 --precision fp32 --quiet"

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 
 import fewstep as fs
 from fewstep.data import load as load_data
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser, TrigPrediction, V
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan as DiscretePlan
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import three_modes
 from fewstep.flow_maps import EDMConsistency, Jump
 from fewstep.hub import native
@@ -37,8 +38,9 @@ from fewstep.hub.schedulers import BETA_TABLE, FLOW, PRECONDITIONED
 from fewstep.hub.statistics import read_fingerprint
 from fewstep.networks import MLP
 from fewstep.networks.transformer import Transformer
+from fewstep.predictions import EDMPrediction, TrigPrediction, V
 from fewstep.sampling import Plan, Student
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow, VPCosine, VPLinear
+from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPCosine, VPLinear
 from fewstep.schemas import Place
 from fewstep.training import snapshots
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from fewstep import files as writer
 from fewstep.data.dataset import Dataset
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.files import save_tensors, write_atomically
 from fewstep.hub import native
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
+from fewstep.predictions import EDMPrediction
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
 from fewstep.training.profiles import Power

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.denoisers import Denoiser, Guided
+from fewstep.denoisers import Denoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import three_modes
 from fewstep.grids import GRIDS, karras
+from fewstep.guidance import Guided
 from fewstep.sampling import DDIM, SOLVERS, Churn, RungeKutta, sample
 from fewstep.sampling.named import CHURN_FIELDS
-from fewstep.schedules import EDM, DiscreteVP
+from fewstep.schedules import EDM
 from fewstep.values import declared
 
 WORLD = three_modes(labels=[0, 1, 2])

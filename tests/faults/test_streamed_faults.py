@@ -165,7 +165,8 @@ RUN = """
     from pathlib import Path
     import torch
     from fewstep.data import Streamed
-    from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+    from fewstep.predictions import EDMPrediction
+    from fewstep.denoisers import NetworkDenoiser
     from fewstep.methods.start import Start
     from fewstep.methods.teachers.denoising import Denoising
     from fewstep.networks import MLP

@@ -8,9 +8,11 @@ import pytest
 import torch
 from test_sample_inputs import WRONG, Wrong, mistake
 
-from fewstep.denoisers import NetworkDenoiser, TrigPrediction
+from fewstep.denoisers import NetworkDenoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.flow_maps import EDMConsistency, Jump
 from fewstep.networks import UNet
+from fewstep.predictions import TrigPrediction
 from fewstep.randomness import PerSample, Rng
 from fewstep.sampling import (
     Colorization,
@@ -24,7 +26,7 @@ from fewstep.sampling import (
     stroke_to_image,
 )
 from fewstep.sampling.student_samplers import sample_student
-from fewstep.schedules import DiscreteVP, TrigFlow
+from fewstep.schedules import TrigFlow
 
 PLAN = Plan((1.5, 0.8))
 KNOWN = Inpainting(torch.eye(8))

@@ -9,7 +9,7 @@ import torch
 
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
-from fewstep.denoisers import X0, NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.discrete.bits import COSINE, Unsigned
 from fewstep.discrete.captions import WORDS, Captioner, Captions, Lookup
 from fewstep.discrete.levels import histogram_distance, invalid_fraction, to_levels, to_pictures
@@ -18,6 +18,7 @@ from fewstep.methods.start import Start
 from fewstep.methods.teachers.analog_bits import AnalogBits
 from fewstep.metrics import accuracy, load_features
 from fewstep.networks import MLP
+from fewstep.predictions import X0
 from fewstep.randomness import Rng
 from fewstep.sampling.self_conditioning import Asymmetric, SelfConditioning
 from fewstep.training.budget import Budget

@@ -6,18 +6,12 @@ import pytest
 import torch
 
 from fewstep.data import load as load_data
-from fewstep.denoisers import (
-    Autoguided,
-    CountCalls,
-    Denoiser,
-    GuidanceInterval,
-    Guided,
-    NetworkDenoiser,
-    TrigPrediction,
-)
+from fewstep.denoisers import CountCalls, Denoiser, NetworkDenoiser
+from fewstep.guidance import Autoguided, GuidanceInterval, Guided
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.metrics import frechet_distance, load_features, precision_recall
 from fewstep.networks import MLP
+from fewstep.predictions import TrigPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.sampling import sample
 from fewstep.schedules import TrigFlow

@@ -6,7 +6,7 @@ import torch
 
 from fewstep import api
 from fewstep.data import load as load_data
-from fewstep.denoisers import Guided
+from fewstep.guidance import Guided
 from fewstep.randomness import Rng
 from fewstep.sampling import DPMSolverPP2M, UniPC, sample
 from fewstep.sampling.solvers.dpm_solver_v3 import DPMSolverV3, statistics_grid

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from fewstep.data import load as load_data
-from fewstep.denoisers import EDMPrediction, NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.methods.teachers.lowdiff import LowDiff
 from fewstep.metrics import Evaluator, load_features
 from fewstep.models import model_of
 from fewstep.networks import CascadeUNet, UNet
+from fewstep.predictions import EDMPrediction
 from fewstep.sampling import sample
 from fewstep.sampling.cascade import Cascade, StagePlan, downsample, effective_calls, flop_costs, sample_cascade
 from fewstep.schedules import EDM

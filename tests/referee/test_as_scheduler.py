@@ -19,8 +19,9 @@ from torch import Tensor
 
 diffusers = pytest.importorskip("diffusers")
 
-from fewstep.denoisers import Denoiser, DynamicThreshold, Guided  # noqa: E402
+from fewstep.denoisers import Denoiser, DynamicThreshold  # noqa: E402
 from fewstep.grids import karras, trailing  # noqa: E402
+from fewstep.guidance import Guided  # noqa: E402
 from fewstep.hub import as_scheduler  # noqa: E402
 from fewstep.hub.diffusers import LoadedPipeline, from_pipeline  # noqa: E402
 from fewstep.hub.solver_scheduler import SolverScheduler  # noqa: E402

@@ -26,8 +26,10 @@ diffusers = pytest.importorskip("diffusers")
 import tiny_pipelines as tiny  # noqa: E402
 from tiny_pipelines import clip_text, kandinsky, latent_diffusion  # noqa: E402
 
-from fewstep.denoisers import Clipped, Denoiser, EDMPrediction, Guided, NetworkDenoiser, TrigPrediction  # noqa: E402
+from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser  # noqa: E402
+from fewstep.discrete_vp import DiscreteVP  # noqa: E402
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump  # noqa: E402
+from fewstep.guidance import Guided  # noqa: E402
 from fewstep.hub.adapters import TextAdapter  # noqa: E402
 from fewstep.hub.diffusers import Exported, export, export_with_code, from_pipeline, load_pipeline, wrap  # noqa: E402
 from fewstep.hub.source import standalone  # noqa: E402
@@ -35,9 +37,10 @@ from fewstep.hub.tables import network_of, plan_table, scheduler_table  # noqa: 
 from fewstep.methods.consistency.cm import ConsistencyDistillation  # noqa: E402
 from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP, UNet  # noqa: E402
+from fewstep.predictions import EDMPrediction, TrigPrediction  # noqa: E402
 from fewstep.randomness import Rng, derive_seed  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
-from fewstep.schedules import EDM, DiscreteVP, TrigFlow  # noqa: E402
+from fewstep.schedules import EDM, TrigFlow  # noqa: E402
 
 CLOSE = 1e-5  # between float32 images of size 1 to 4 (the promise is 1e-4; 1.1e-6 was measured)
 BATCH = 3

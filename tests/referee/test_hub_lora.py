@@ -18,7 +18,7 @@ from tiny_pipelines import autoencoder, ddim, dit, flux, kandinsky, sana, sd3, u
 
 import fewstep as fs  # noqa: E402
 from fewstep.data.dataset import Dataset  # noqa: E402
-from fewstep.denoisers import Denoiser, EDMPrediction, NetworkDenoiser  # noqa: E402
+from fewstep.denoisers import Denoiser, NetworkDenoiser  # noqa: E402
 from fewstep.flow_maps import Jump  # noqa: E402
 from fewstep.hub import lora, native  # noqa: E402
 from fewstep.hub.diffusers import export, from_pipeline, load_pipeline  # noqa: E402
@@ -26,6 +26,7 @@ from fewstep.methods.flow_maps.progressive import ProgressiveDistillation  # noq
 from fewstep.methods.method import Networks, Optimizer  # noqa: E402
 from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP  # noqa: E402
+from fewstep.predictions import EDMPrediction  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
 from fewstep.schedules import EDM  # noqa: E402
 

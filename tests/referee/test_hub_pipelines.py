@@ -34,7 +34,7 @@ from tiny_pipelines import (  # noqa: E402
     vq_model,
 )
 
-from fewstep.denoisers import Guided  # noqa: E402
+from fewstep.guidance import Guided  # noqa: E402
 from fewstep.hub.diffusers import from_pipeline, wrap  # noqa: E402
 
 

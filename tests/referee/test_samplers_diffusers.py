@@ -24,6 +24,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import three_modes
 from fewstep.randomness import Rng
 from fewstep.sampling import (
@@ -47,7 +48,7 @@ from fewstep.sampling import (
     solve,
 )
 from fewstep.sampling.solvers.runge_kutta import EULER, HEUN2
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching, TrigFlow
+from fewstep.schedules import EDM, FlowMatching, TrigFlow
 
 #: Any variance-preserving schedule that reaches sigma = 0: alpha = cos t, sigma = sin t.
 CIRCLE = TrigFlow(t_max=math.pi / 2, sigma_data=1.0)

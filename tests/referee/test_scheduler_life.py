@@ -19,9 +19,9 @@ from torch import Tensor
 
 diffusers = pytest.importorskip("diffusers")
 
-from fewstep.denoisers import V  # noqa: E402
 from fewstep.hub import SolverScheduler, as_scheduler, load_pipeline  # noqa: E402
 from fewstep.hub.schedulers import BETA_TABLE, FLOW, READ, read_scheduler  # noqa: E402
+from fewstep.predictions import V  # noqa: E402
 from fewstep.sampling import DDIM, SOLVERS, balanced  # noqa: E402
 from fewstep.schedules import FlowMatching  # noqa: E402
 

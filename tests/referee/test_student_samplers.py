@@ -11,10 +11,12 @@ from torch import Tensor
 
 diffusers = pytest.importorskip("diffusers")
 
-from fewstep.denoisers import Denoiser, NetworkDenoiser, Velocity  # noqa: E402
+from fewstep.denoisers import Denoiser, NetworkDenoiser  # noqa: E402
+from fewstep.discrete_vp import DiscreteVP  # noqa: E402
 from fewstep.exact import ExactFlowMap, three_modes  # noqa: E402
 from fewstep.flow_maps import EDMConsistency, Jump  # noqa: E402
 from fewstep.networks import MLP  # noqa: E402
+from fewstep.predictions import Velocity  # noqa: E402
 from fewstep.randomness import Rng  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student, rollout  # noqa: E402
 from fewstep.sampling.student_samplers import (  # noqa: E402
@@ -24,7 +26,7 @@ from fewstep.sampling.student_samplers import (  # noqa: E402
     skipping_times,
     student_plan,
 )
-from fewstep.schedules import EDM, DiscreteVP, FlowMatching  # noqa: E402
+from fewstep.schedules import EDM, FlowMatching  # noqa: E402
 
 N = 20_000
 CRITICAL = 1.63 / N**0.5  # Kolmogorov-Smirnov, 1%: 0.0115

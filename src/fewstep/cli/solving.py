@@ -67,7 +67,7 @@ def by_solver(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, int, in
 
 def with_statistics(model: Denoiser, chosen: argparse.Namespace) -> Solver:
     """DPM-Solver-v3 with the statistics of ``--statistics``, which must be those of this model under this guidance."""
-    from fewstep.denoisers import Guided
+    from fewstep.guidance import Guided
     from fewstep.hub import model_statistics
     from fewstep.sampling.solvers.dpm_solver_v3 import DPMSolverV3
 
@@ -84,7 +84,8 @@ def guided(model: Denoiser, negative: Any, chosen: argparse.Namespace) -> tuple[
     calls count too."""
     from fewstep.cli.models import named_model
     from fewstep.cli.runs import device_of
-    from fewstep.denoisers import Autoguided, CountCalls, Guidance, GuidanceInterval, Guided
+    from fewstep.denoisers import CountCalls
+    from fewstep.guidance import Autoguided, Guidance, GuidanceInterval, Guided
 
     if chosen.guidance is None:
         for flag in ("guide", "interval"):

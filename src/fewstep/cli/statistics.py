@@ -57,7 +57,7 @@ def run(chosen: argparse.Namespace) -> None:
     from fewstep.cli.models import named_model
     from fewstep.cli.runs import device_of
     from fewstep.cli.terminal import progress
-    from fewstep.denoisers import Guided
+    from fewstep.guidance import Guided
     from fewstep.hub.model_statistics import save
     from fewstep.randomness import Rng
     from fewstep.sampling.solvers.dpm_solver_v3 import statistics_grid

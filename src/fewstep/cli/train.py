@@ -21,7 +21,8 @@ from fewstep.cli.settings import add_run_arguments, refuse_beside_recipe, settin
 
 if TYPE_CHECKING:
     from fewstep.data import Samples
-    from fewstep.denoisers import NetworkDenoiser, Prediction
+    from fewstep.denoisers import NetworkDenoiser
+    from fewstep.predictions import Prediction
     from fewstep.schedules import Schedule
 
 METHODS = ("denoising", "flow-matching", "cm-training", "ict", "analog-bits", "lowdiff")
@@ -38,8 +39,8 @@ FOLDER = r"[^/\\\x00-\x1f\x7f]+"
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    from fewstep.denoisers import PREDICTIONS
     from fewstep.networks import NETWORKS
+    from fewstep.predictions import PREDICTIONS
 
     parser.usage = "fewstep train NAME --data DATA [flags]"
     parser.add_argument("name", metavar="NAME", nargs="?", help="what to call the model; its folder is runs/NAME")
@@ -66,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
 
 def model_parameters(network: str, schedule: str, prediction: str, **_: str) -> list[Parameter]:
     """What shapes a fresh model; a name that schedule and prediction share (``sigma_data``) sets both."""
-    from fewstep.denoisers import PREDICTIONS
     from fewstep.hub.native import SCHEDULES
     from fewstep.networks import NETWORKS
+    from fewstep.predictions import PREDICTIONS
 
     found = [
         *of_constructor(NETWORKS[network], FROM_DATA),
@@ -80,10 +81,11 @@ def model_parameters(network: str, schedule: str, prediction: str, **_: str) -> 
 
 def fresh_model(chosen: argparse.Namespace, data: Samples) -> dict[str, Any]:
     """The description of an untrained model for the data, as :func:`fewstep.hub.native.build` takes it."""
-    from fewstep.denoisers import PREDICTIONS, NetworkDenoiser
+    from fewstep.denoisers import NetworkDenoiser
     from fewstep.hub import native
     from fewstep.hub.weights import no_larger_than
     from fewstep.networks import NETWORKS
+    from fewstep.predictions import PREDICTIONS
 
     picked = {what: getattr(chosen, what) for what in DEFAULTS}
     values = given(model_parameters(**picked), chosen)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fewstep import grids
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.files import headers
 from fewstep.hub import autoencoders
 from fewstep.hub.adapters import BESIDE, Adapter, Origin, TextAdapter, adapt, adapter_class
@@ -25,7 +26,7 @@ from fewstep.hub.requires import require
 from fewstep.hub.schedulers import Reading, read_scheduler
 from fewstep.hub.weights import no_larger_than
 from fewstep.randomness import Rng
-from fewstep.schedules import DiscreteVP, FlowMatching
+from fewstep.schedules import FlowMatching
 from fewstep.schemas import Place, blaming, check, read_json
 
 __all__ = [

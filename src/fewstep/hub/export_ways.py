@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from fewstep import grids
-from fewstep.denoisers import Denoiser, NetworkDenoiser, Prediction
+from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.flow_maps import Jump
 from fewstep.hub.adapters import Adapter, UNet2D, as_adapter
 from fewstep.hub.autoencoders import autoencoder_name, pixels_per_latent
@@ -24,8 +25,9 @@ from fewstep.hub.schedulers import PREDICTION_TYPES
 from fewstep.hub.tables import Table, network_of, plan_table, scheduler_table
 from fewstep.models import model_of
 from fewstep.networks import NETWORKS
+from fewstep.predictions import Prediction
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.schedules import DiscreteVP, FlowMatching, Schedule, TrigFlow
+from fewstep.schedules import FlowMatching, Schedule, TrigFlow
 
 #: A plain pipeline starts from unit noise whatever the student's start is; up to this gap it is still offered.
 START_SLACK = 0.01

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.denoisers import Denoiser, Guidance, Guided
+from fewstep.denoisers import Denoiser
+from fewstep.guidance import Guidance, Guided
 from fewstep.hub.statistics import digest, load_statistics, save_statistics
 from fewstep.sampling.solvers.dpm_solver_v3 import Statistics
 from fewstep.schedules import described

@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.denoisers import X0, EDMPrediction, Eps, Prediction, V, Velocity
-from fewstep.schedules import EDM, LOG_SNR_BOUND, DiscreteVP, FlowMatching, Schedule
+from fewstep.discrete_vp import DiscreteVP
+from fewstep.predictions import X0, EDMPrediction, Eps, Prediction, V, Velocity
+from fewstep.schedules import EDM, LOG_SNR_BOUND, FlowMatching, Schedule
 
 #: Schedulers on a table of betas; they differ in the solver only, not in the model they belong to.
 BETA_TABLE = (

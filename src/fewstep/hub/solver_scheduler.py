@@ -27,17 +27,18 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fewstep.denoisers import EDMPrediction, Eps
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.hub.drop_in import DEFAULTS, ORIGINAL, OWN, plain_config, plain_grid, read, replaced, written
 from fewstep.hub.schedulers import BETA_TABLE, FLOW, read_scheduler
 from fewstep.hub.trajectory import Trajectory, independent, part, same_times, times_of
+from fewstep.predictions import EDMPrediction, Eps
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.named import named_times
 from fewstep.sampling.solvers.abm import ABM
 from fewstep.sampling.solvers.adaptive import AdaptiveDPMSolver
 from fewstep.sampling.solvers.stochastic import DDIM
-from fewstep.schedules import DiscreteVP, FlowMatching, align
+from fewstep.schedules import FlowMatching, align
 
 #: Schedulers that keep no noise levels, only the steps of the table that they visit.
 TIMESTEPS_ONLY = (

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
-from fewstep.denoisers import PREDICTIONS, Cond, Denoiser, NetworkDenoiser, OnSchedule
+from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser, OnSchedule
 from fewstep.models.model import Config, Model
 from fewstep.models.networks import (
     DIFFUSERS,
@@ -18,6 +18,7 @@ from fewstep.models.networks import (
     build_named,
     describe_prediction,
 )
+from fewstep.predictions import PREDICTIONS
 from fewstep.randomness import Rng
 from fewstep.sampling import sample
 from fewstep.sampling.coefficients import Levels

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from fewstep import schedules
-from fewstep.denoisers import PREDICTIONS, Prediction
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.networks import NETWORKS
 from fewstep.networks.transformer import Transformer
+from fewstep.predictions import PREDICTIONS, Prediction
 from fewstep.schedules import Schedule
 from fewstep.schemas import Choice, Maybe, Size, arguments_of, fields_of
 
@@ -20,7 +21,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     cls.__name__: cls
     for cls in (
         schedules.VPLinear, schedules.VPCosine, schedules.EDM, schedules.FlowMatching,
-        schedules.ShiftedFlow, schedules.TrigFlow, schedules.DiscreteVP,
+        schedules.ShiftedFlow, schedules.TrigFlow, DiscreteVP,
     )
 }  # fmt: skip
 TOKEN_NETWORKS: dict[str, type[nn.Module]] = {"transformer": Transformer}

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.denoisers import Autoguided, Cond, Denoiser, Guided, NetworkDenoiser
+from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
 from fewstep.grids import Grid
+from fewstep.guidance import Autoguided, Guided
 from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver

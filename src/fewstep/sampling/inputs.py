@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond, count, to
-from fewstep.denoisers import MOST_GUIDANCE, Denoiser
+from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import FlowMap
+from fewstep.guidance import MOST_GUIDANCE
 from fewstep.randomness import Noise, PerSample, Rng
 from fewstep.sampling.brownian import BrownianPath
 from fewstep.values import tensor_of, whole

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Clipped, Cond, Denoiser, DynamicThreshold, Guided, NetworkDenoiser
+from fewstep.denoisers import Clipped, Cond, Denoiser, DynamicThreshold, NetworkDenoiser
+from fewstep.guidance import Guided
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.hooks import NO_HOOKS
 from fewstep.sampling.inputs import Generators, Numbers, evaluating, guidance_of, start_of

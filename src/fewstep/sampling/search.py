@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fewstep.denoisers import Cond, Denoiser, Guided, half_level_of, predicts_noise
+from fewstep.denoisers import Cond, Denoiser, half_level_of, predicts_noise
+from fewstep.guidance import Guided
 from fewstep.randomness import Rng
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import run

@@ -29,11 +29,12 @@ from torch import Tensor
 
 from fewstep import grids
 from fewstep.denoisers import Cond
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.randomness import Noise
 from fewstep.sampling.inputs import Numbers, evaluating, given_conditions, states_for
 from fewstep.sampling.rollout import Plan, Student, rollout
-from fewstep.schedules import DiscreteVP, Schedule
+from fewstep.schedules import Schedule
 from fewstep.values import real, whole
 
 

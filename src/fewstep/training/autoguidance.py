@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from fewstep.denoisers import Autoguided, Denoiser
+from fewstep.denoisers import Denoiser
+from fewstep.guidance import Autoguided
 from fewstep.hub.models import load
 from fewstep.training import snapshots
 from fewstep.training.snapshots import reconstruct_model

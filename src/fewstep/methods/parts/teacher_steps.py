@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Cond, Denoiser, Guided
+from fewstep.denoisers import Cond, Denoiser
 from fewstep.flow_maps import ddim_move
+from fewstep.guidance import Guided
 from fewstep.schedules import EDM, Schedule, align
 
 

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import rows
-from fewstep.denoisers import X0, Cond, NetworkDenoiser
+from fewstep.denoisers import Cond, NetworkDenoiser
 from fewstep.discrete.heads import Head, SigmoidHead, SoftmaxHead
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.predictions import X0
 from fewstep.randomness import Rng
 from fewstep.ranges import Least, NonNegative, Positive, Share
 from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from fewstep.denoisers import Denoiser, guidance_scale, half_level_of, predicts_noise
+from fewstep.denoisers import Denoiser, half_level_of, predicts_noise
 from fewstep.grids import balanced
+from fewstep.guidance import guidance_scale
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point, gauss_legendre, vandermonde
 from fewstep.sampling.engine import Row
 from fewstep.sampling.solvers.multistep import PredictorCorrector

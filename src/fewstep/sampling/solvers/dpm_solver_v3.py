@@ -32,10 +32,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fewstep.discrete_vp import DiscreteVP
 from fewstep.sampling.coefficients import DATA, Levels
 from fewstep.sampling.engine import FieldRow, Solver, Stage, Step, Table, corrected
 from fewstep.sampling.solvers.multistep import usable_outputs
-from fewstep.schedules import LOG_SNR_BOUND, DiscreteVP, Schedule
+from fewstep.schedules import LOG_SNR_BOUND, Schedule
 
 Corrector = Literal["off", "on", "half", "first-half"]
 
