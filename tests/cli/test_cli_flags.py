@@ -25,7 +25,7 @@ from fewstep.hub.native import SCHEDULES
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.networks import NETWORKS
 from fewstep.ranges import Count, Positive, Share
-from fewstep.runs.record import plain
+from fewstep.runs.record import hyper_parameters, plain
 from fewstep.training.profiles import HalfLife, Power
 from fewstep.training.settings import Settings
 from fewstep.values import bare
@@ -229,7 +229,7 @@ def test_flags_reach_the_method(method: str) -> None:
 def test_recipes_survive_json(method: str) -> None:
     """The hyper-parameters of every method, written to JSON and read back, make an equal method."""
     recipe = recipe_class(method)()
-    assert build(method, plain(dataclasses.asdict(recipe))) == recipe
+    assert build(method, plain(hyper_parameters(recipe))) == recipe
 
 
 def test_unknown_names_in_a_recipe_are_refused() -> None:

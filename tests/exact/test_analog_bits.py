@@ -563,8 +563,8 @@ def test_no_gradient_flows_through_the_first_pass():
         copied, batch = copy.deepcopy(model), batch_of()
         t = Uniform().draw(COSINE, 12, batch.rng)
         x_t = COSINE.add_noise(batch.x, batch.rng.normal_like(batch.x), t)
-        first = copied(x_t[:9], t[:9]).clamp(-1, 1)
-        estimate = torch.cat([first.detach() if hold else first, torch.zeros_like(x_t[9:])])
+        first = copied(x_t, t).clamp(-1, 1) * method.chosen(12, Rng(0))[:, None]
+        estimate = first.detach() if hold else first
         (copied(x_t, t, beside=estimate) - batch.x).square().mean().backward()
         return {name: p.grad for name, p in copied.named_parameters()}
 
@@ -574,17 +574,23 @@ def test_no_gradient_flows_through_the_first_pass():
     assert any(not torch.allclose(gradients[n], through[n], rtol=1e-3, atol=1e-6) for n in gradients)
 
 
-def test_the_first_share_of_a_batch_gets_its_estimate():
-    """Half of the batch its own clipped prediction with its own labels and times, the rest zeros; one sample none."""
+def test_a_share_of_a_batch_gets_its_estimate():
+    """Every second sample its own clipped prediction with its own label and time, the rest zeros; parts of a batch
+    choose what the whole chooses."""
     model = random_model(classes=2)
     x, t, cond = start_of(5), torch.linspace(0.1, 1.4, 5, dtype=torch.float64), torch.tensor([0, 1, -1, 0, 1])
-    method, predicted = AnalogBits(bound=0.8), model(x, t, cond)[:2]
-    assert bool((predicted.abs() > 0.8).any()) and bool((predicted.abs() < 0.8).any())
-    estimate = method.estimate(model, x, t, cond)
-    torch.testing.assert_close(estimate[:2], predicted.clamp(-0.8, 0.8), rtol=1e-12, atol=1e-12)
-    assert bool((estimate[2:] == 0).all()) and not estimate.requires_grad
-    assert method.estimate(model, x[:1], t[:1], None) is None
-    assert float(AnalogBits(self_conditioning=1.0).estimate(model, x, t, cond)[-1].abs().min()) > 0
+    method, predicted = AnalogBits(bound=0.8), model(x, t, cond)
+    chosen = method.chosen(5, Rng(0))
+    assert chosen.tolist() == [False, True, False, True, False]
+    assert bool((predicted[chosen].abs() > 0.8).any()) and bool((predicted[chosen].abs() < 0.8).any())
+    estimate = method.estimate(model, x, t, cond, chosen)
+    torch.testing.assert_close(estimate[chosen], predicted[chosen].clamp(-0.8, 0.8), rtol=1e-12, atol=1e-12)
+    assert bool((estimate[~chosen] == 0).all()) and not estimate.requires_grad
+    assert bool((method.estimate(model, x, t, cond, torch.zeros(5, dtype=torch.bool)) == 0).all())
+    for share in (0.0, 0.3, 0.5, 1.0):
+        method = AnalogBits(self_conditioning=share)
+        parts = torch.cat([method.chosen(3, Rng(0, part=k, parts=4)) for k in range(4)])
+        assert torch.equal(parts, method.chosen(12, Rng(0))) and int(parts.sum()) == int(12 * share + 1e-9)
 
 
 class Exact(nn.Module):

@@ -18,7 +18,13 @@ from fewstep.discrete.noise import Cosine, Geometric
 from fewstep.discrete.samplers import Plan, sample
 from fewstep.methods.method import Batch, Progress
 from fewstep.methods.start import Start
-from fewstep.methods.teachers.discrete_denoising import DiscreteDenoising, ScoreEntropy, cross_entropy, score_entropy
+from fewstep.methods.teachers.discrete_denoising import (
+    DiscreteDenoising,
+    ScoreEntropy,
+    cross_entropy,
+    hidden_share,
+    score_entropy,
+)
 from fewstep.metrics.tokens import NGram, token_quality
 from fewstep.models import kinds
 from fewstep.networks.transformer import Transformer
@@ -151,7 +157,7 @@ def test_score_entropy_of_masks_is_weighted_cross_entropy(noise) -> None:
     hidden = int((x == 5).sum())
     keep = chain.noise.keep(t)
     weight = float(chain.noise.rate(t) * keep / (1 - keep))
-    expected = weight * hidden * float(cross_entropy(model, x0, x, t, None).detach())
+    expected = weight * hidden * float(cross_entropy(model, x0, x, t, None, hidden_share(model.chain, x)).detach())
     assert 0 < hidden < 6
     assert float(score_entropy(model, x0, x, t, None).detach()) == pytest.approx(expected, rel=1e-5)
 
@@ -170,7 +176,8 @@ def test_losses_are_least_at_the_posterior(chain: Chain, loss) -> None:
     def value(weights: torch.Tensor) -> float:
         model = NetworkDiscreteDenoiser(Exact(JointLaw(chain, weights)), chain, 2)
         with torch.no_grad():
-            return float(loss(model, x0, x, t, None))
+            further = (hidden_share(chain, x),) if loss is cross_entropy else ()
+            return float(loss(model, x0, x, t, None, *further))
 
     exact = value(table)
     for i, j in ((0, 0), (1, 2), (2, 1)):

@@ -105,8 +105,9 @@ def test_features_see_a_digit_where_pixels_see_a_shift() -> None:
     d(flat, x[:1]).sum().backward()
     assert bool(flat.grad.isfinite().all())
     nothing = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    of_unit_length(nothing.relu()).sum().backward()
-    assert torch.equal(nothing.grad, torch.zeros_like(nothing))
+    made = of_unit_length(nothing.relu())
+    made.sum().backward()
+    assert torch.equal(made, torch.zeros_like(nothing)) and torch.equal(nothing.grad, torch.zeros_like(nothing))
 
 
 @pytest.mark.parametrize("naming", ["lpips", "torchvision"])
@@ -184,6 +185,7 @@ def test_names_round_trip_through_a_recipe(method: str) -> None:
         recipe = build(method, {"distance": name})
         plain = hyper_parameters(recipe)
         assert plain["distance"] == name and build(method, plain) == recipe
+    assert "distance='lpips:some/file.safetensors'," in repr(recipe)  # as in checkpoints since the first version
     assert recipe.distance == Distance("lpips:some/file.safetensors") and str(recipe.distance) == recipe.distance.by
 
 

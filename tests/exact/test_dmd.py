@@ -208,7 +208,7 @@ def test_the_regression_picks_the_teachers_own_map() -> None:
 @pytest.mark.parametrize("kind", ["mlp", "unet"])
 @pytest.mark.parametrize("match_pairs", [False, True])
 def test_each_update_reaches_its_own_network_only(kind: str, match_pairs: bool) -> None:
-    """The student first, with the critic held, then the critic, on the same samples; the critic always moves."""
+    """The student first, then the critic, on the same samples; the critic always moves."""
     method = DMD(match_pairs=match_pairs, distance="features:digits")
     nets = method.networks(Start(teacher_network(kind)))
     for step in (0, 1):
@@ -224,7 +224,6 @@ def test_each_update_reaches_its_own_network_only(kind: str, match_pairs: bool) 
         second.loss.backward()
         assert moved(nets.critic) > 0 and moved(nets.student) == moved(nets.teacher) == 0
         assert next(updates, None) is None
-        assert all(p.requires_grad for p in nets.critic.parameters())
 
 
 def test_the_pairs_have_noise_and_conditions_of_their_own() -> None:

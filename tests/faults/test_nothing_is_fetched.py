@@ -86,7 +86,6 @@ MODULES = {
 }  # fmt: skip
 IMPORTS = {
     ("metrics/features.py", "pickle"),  # the error that torch.load raises
-    ("networks/lpips.py", "pickle"),  # the same
     ("doctor.py", "subprocess"),  # python -c "import torchvision"
 }
 

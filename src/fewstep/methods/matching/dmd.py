@@ -99,9 +99,8 @@ class DMD(Method):
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         x = own_samples(nets.student, self.plan(nets.student.schedule), batch, trainable=True)
-        with nets.held("critic"):
-            loss, logs = self.student_loss(nets, batch, x)
-            yield Update("student", loss, logs)
+        loss, logs = self.student_loss(nets, batch, x)
+        yield Update("student", loss, logs)
         denoising = critic_loss(nets.critic, x.detach(), batch.cond, batch.rng)
         yield Update("critic", denoising, {"denoising": denoising.detach()})
 

@@ -52,7 +52,7 @@ LPIPS = "lpips:"
 CHOICES = ", ".join([*DISTANCES, *FEATURES, f"{LPIPS}PATH"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Distance(Written):
     """A hyper-parameter that says how two samples are compared: one of the names above, or a function (or module) that
     takes two ``[B, ...]`` and gives ``[B]``, which no file can record.
@@ -87,6 +87,10 @@ class Distance(Written):
 
     def __str__(self) -> str:
         return self.by if isinstance(self.by, str) else getattr(self.by, "__name__", type(self.by).__name__)
+
+    def __repr__(self) -> str:
+        """The bare name: checkpoints know a method by its repr, and those of earlier versions have a string here."""
+        return repr(self.by) if isinstance(self.by, str) else str(self)
 
     def network(self, shape: tuple[int, ...]) -> nn.Module:
         """``d(a, b)`` of samples of this shape, as a module; ValueError when they are none that it can compare."""

@@ -28,6 +28,7 @@ from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.randomness import Rng
 from fewstep.ranges import Least, NonNegative, Positive, Share
 from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
 
@@ -132,27 +133,34 @@ class AnalogBits(Method):
         optimizer = Optimizer(("model",), self.lr, clip=1.0, warmup=self.warmup)
         return Networks({"model": model}, {"model": optimizer}, ema=("model",))
 
-    def estimate(self, model: NetworkDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor | None:
-        """What every sample is given beside its state, without a graph: its own clipped prediction for the first share,
-        zeros for the others; None where the share is empty."""
-        count = int(self.self_conditioning * len(x_t))
-        if count == 0:
-            return None
-        with torch.no_grad():
-            first = model(x_t[:count], t[:count], rows(cond, slice(count)))
-        return torch.cat([first.clamp(-self.bound, self.bound), torch.zeros_like(x_t[count:])])
+    def estimate(self, model: NetworkDenoiser, x_t: Tensor, t: Tensor, cond: Cond, chosen: Tensor) -> Tensor:
+        """What every sample is given beside its state, without a graph: its own clipped prediction for those ``chosen``
+        ``[B]``, zeros for the others."""
+        estimate = torch.zeros_like(x_t)
+        if bool(chosen.any()):
+            with torch.no_grad():
+                first = model(x_t[chosen], t[chosen], rows(cond, chosen))
+            estimate[chosen] = first.clamp(-self.bound, self.bound)
+        return estimate
+
+    def chosen(self, n: int, rng: Rng) -> Tensor:
+        """Which of a part's ``n`` samples are given an estimate ``[n]``: every second one of the batch for a half, and
+        so on, however the batch is cut."""
+        i = torch.arange(rng.part * n, (rng.part + 1) * n, device=rng.device)
+        share = self.self_conditioning + 1e-12  # a third of three is one
+        return torch.floor((i + 1) * share) > torch.floor(i * share)
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         schedule, rng = nets.model.schedule, batch.rng
         t = Uniform().draw(schedule, len(batch.x), rng)
         x_t = schedule.add_noise(batch.x, rng.normal_like(batch.x), t)
         cond = drop_condition(batch.cond, nets.model.null, self.label_dropout, rng)
-        estimate = self.estimate(nets.model, x_t, t, cond)
-        if estimate is None:
+        if not self.self_conditioning:
             yield Update("model", self.loss(nets.model, x_t, batch.x, t, cond))
             return
-        count = int(self.self_conditioning * len(x_t))
-        first = (estimate[:count] - batch.x[:count]).square().mean()
+        chosen = self.chosen(len(x_t), rng)
+        estimate = self.estimate(nets.model, x_t, t, cond, chosen)
+        first = (estimate - batch.x)[chosen].square().sum() / chosen.sum().clamp_min(1) / batch.x[0].numel()
         yield Update("model", self.loss(nets.model, x_t, batch.x, t, cond, beside=estimate), {"estimate_loss": first})
 
     def student(self, nets: Networks) -> Any:

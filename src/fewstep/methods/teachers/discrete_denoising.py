@@ -6,15 +6,16 @@ posterior, whatever the weights in time.  :class:`ScoreEntropy` is the weighting
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.discrete.chains import Chain
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
+from fewstep.methods.method import Batch, Mean, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.start import Start
 from fewstep.ranges import Least, NonNegative, Positive, Share
@@ -23,12 +24,19 @@ if TYPE_CHECKING:
     from fewstep.denoisers import Cond
 
 
-def cross_entropy(model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """``-log p(x_0 | x_t)``, mean over the positions that ``x`` does not show; ``t`` ``[B]``."""
+def cross_entropy(
+    model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond, hidden: Tensor
+) -> Tensor:
+    """``-log p(x_0 | x_t)``, mean over the positions that ``x`` does not show, which are the share ``hidden`` of all in
+    the batch; ``t`` ``[B]``."""
     logits = model.logits(x, t, cond)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none")
-    guessed = ~model.chain.visible(x).flatten()
-    return (loss * guessed).sum() / guessed.sum().clamp_min(1)
+    return (loss * ~model.chain.visible(x).flatten()).mean() / hidden
+
+
+def hidden_share(chain: Chain, x: Tensor) -> Tensor:
+    """The share of positions that ``x`` does not show; of none at all, one."""
+    return (~chain.visible(x)).double().mean().clamp_min(1 / x.numel())
 
 
 def score_entropy(model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -79,16 +87,20 @@ class DiscreteDenoising(Method):
         )
         return Networks({"model": start.network("teacher")}, {"model": optimizer}, ema=("model",))
 
-    def loss(self, model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return cross_entropy(model, x0, x, t, cond)
+    def loss(
+        self, model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond, hidden: Tensor
+    ) -> Tensor:
+        return cross_entropy(model, x0, x, t, cond, hidden)
 
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Generator[Update | Mean, Tensor, None]:
         chain = nets.model.chain
         if batch.x.is_floating_point() or int(batch.x.max()) >= chain.tokens or int(batch.x.min()) < 0:
             raise ValueError(f"{self.name}: data must be whole numbers below {chain.tokens}, the tokens of the chain")
         t = batch.rng.uniform(len(batch.x), low=chain.t_min, high=chain.t_max)
         cond = drop_condition(batch.cond, nets.model.null, self.label_dropout, batch.rng)
-        yield Update("model", self.loss(nets.model, batch.x, chain.corrupt(batch.x, t, batch.rng), t, cond))
+        x = chain.corrupt(batch.x, t, batch.rng)
+        hidden = yield Mean(hidden_share(chain, x))
+        yield Update("model", self.loss(nets.model, batch.x, x, t, cond, hidden))
 
     def student(self, nets: Networks) -> Any:
         return nets.model
@@ -111,5 +123,7 @@ class ScoreEntropy(DiscreteDenoising):
         "model/loss": "nats per sequence, noisy where tokens are few; falls like the bound on -log p"
     }
 
-    def loss(self, model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def loss(
+        self, model: NetworkDiscreteDenoiser, x0: Tensor, x: Tensor, t: Tensor, cond: Cond, hidden: Tensor
+    ) -> Tensor:
         return score_entropy(model, x0, x, t, cond)
