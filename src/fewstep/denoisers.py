@@ -1,9 +1,10 @@
 """Denoisers: any network seen as ``D(x, t, cond) = E[x_0 | x_t = x]``.
 
 Whatever a network was trained to predict is one line of algebra, ``D = c_skip x + c_out F(c_in x, time, cond)``: a
-:class:`~fewstep.predictions.Prediction`.  The noise, the score and the velocity follow from the same line, with coefficients in float64, so
-that they lose nothing to the difference of ``x`` and ``D`` where there is little noise.  ``.on(schedule)`` views the
-same network on another schedule by matching the signal-to-noise ratio: a flow-matching teacher *is* a TrigFlow teacher.
+:class:`~fewstep.predictions.Prediction`.  The noise, the score and the velocity follow from the same line, with
+coefficients in float64, so that they lose nothing to the difference of ``x`` and ``D`` where there is little noise.
+``.on(schedule)`` views the same network on another schedule by matching the signal-to-noise ratio: a flow-matching
+teacher *is* a TrigFlow teacher.
 Guidance (:mod:`fewstep.guidance`) and thresholding are combinators that return a Denoiser.
 
 Three gradient modes are explicit, see :func:`gradients`: ``"none"``, ``"input"`` (through the state only, parameters
