@@ -109,7 +109,7 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("schemas.py", ".open"): (),
     # plain data that was plain data a moment ago, or ships with the package
     ("runs/record.py", "json.loads"): (),
-    ("hub/adapters.py", "json.loads"): (),
+    ("hub/adapter_kinds.py", "json.loads"): (),
     ("hub/export_files.py", "json.loads"): (),
     ("hub/export_files.py", ".read_text"): (),
     ("hub/statistics.py", "json.loads"): (),
@@ -169,7 +169,7 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("hub/diffusers.py", "diffusers.DiffusionPipeline.download"): (
         "use_safetensors=True", "local_files_only=local_only",
     ),
-    ("hub/adapters.py", "model_class.from_config"): (),
+    ("hub/adapter_kinds.py", "model_class.from_config"): (),
     ("hub/drop_in.py", ".from_config"): (),
     ("hub/diffusers.py", "SolverScheduler.from_config"): (),
 }  # fmt: skip

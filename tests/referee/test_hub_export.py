@@ -30,10 +30,10 @@ from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser  # noqa: E402
 from fewstep.discrete_vp import DiscreteVP  # noqa: E402
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump  # noqa: E402
 from fewstep.guidance import Guided  # noqa: E402
-from fewstep.hub.adapters import TextAdapter  # noqa: E402
 from fewstep.hub.diffusers import Exported, export, export_with_code, from_pipeline, load_pipeline, wrap  # noqa: E402
 from fewstep.hub.source import standalone  # noqa: E402
 from fewstep.hub.tables import network_of, plan_table, scheduler_table  # noqa: E402
+from fewstep.hub.text_adapters import TextAdapter  # noqa: E402
 from fewstep.methods.consistency.cm import ConsistencyDistillation  # noqa: E402
 from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP, UNet  # noqa: E402

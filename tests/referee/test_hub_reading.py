@@ -31,9 +31,9 @@ from tiny_pipelines import (  # noqa: E402
 
 from fewstep.discrete_vp import DiscreteVP  # noqa: E402
 from fewstep.guidance import Guided  # noqa: E402
-from fewstep.hub.adapters import guidance_embedding  # noqa: E402
 from fewstep.hub.diffusers import LoadedPipeline, from_pipeline, load_model, load_pipeline, wrap  # noqa: E402
 from fewstep.hub.schedulers import read_scheduler  # noqa: E402
+from fewstep.hub.text_adapters import guidance_embedding  # noqa: E402
 from fewstep.randomness import Rng  # noqa: E402
 from fewstep.schedules import EDM, FlowMatching  # noqa: E402
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from fewstep.files import Header, headers, load_tensors, save_tensors, sha256, write_atomically
-from fewstep.hub.adapters import as_adapter, fresh, rebuilt
-from fewstep.hub.adapters import described as described_adapter
+from fewstep.hub.adapter_kinds import described as described_adapter
+from fewstep.hub.adapter_kinds import fresh, rebuilt
+from fewstep.hub.adapters import as_adapter
 from fewstep.hub.lora import described as low_rank
 from fewstep.hub.lora import factored, with_low_rank
 from fewstep.hub.weights import no_larger_than

@@ -12,9 +12,9 @@ from fewstep.data.captions import Captioned
 from fewstep.data.dataset import First, Samples
 from fewstep.data.encoded import Embed, Latents, Tell
 from fewstep.denoisers import Denoiser
-from fewstep.hub.adapters import TextAdapter
 from fewstep.hub.autoencoders import autoencoder_name, encode, picture_channels, pixels_per_latent
 from fewstep.hub.models import adapter_of
+from fewstep.hub.text_adapters import TextAdapter
 from fewstep.training.feed import fitted
 from fewstep.training.progress import Bar
 
