@@ -312,7 +312,7 @@ def test_the_demonstration_looks_at_its_page_first(cli: Cli) -> None:
     Path("file").touch()
     for out in ("folder", "file/page.html"):
         done = cli("demo", "--out", out, code=2)
-        assert done.err.startswith(f"fewstep demo: {out}: ") and done.err.count("\n") == 1
+        assert done.err.startswith("fewstep demo: ") and out in done.err and done.err.count("\n") == 1
     assert sorted(path.name for path in Path().rglob("*")) == ["file", "folder"]
 
 

@@ -112,7 +112,7 @@ def test_another_schedule_is_refused():
 @pytest.mark.parametrize(
     ("times", "rows", "said"),
     [
-        ((), (), r"times: '\(\)' is not a list"),
+        ((), (), "times is empty"),
         ((1.0, 0.5), ((1.0, 0.1),), "2 times and 1 rows: need one row a time"),
         ((1.0,), ((1.0, 0.1, 0.2),), r"rows\[0\] has 3 numbers, need 2"),
         ((1.0,), ((1.0, math.nan),), "finite"),

@@ -38,6 +38,7 @@ from fewstep.report.collect import common
 from fewstep.report.comparison import Row, parts, timed_samples
 from fewstep.report.pictures import sheet
 from fewstep.report.runs import Note, StageCourse, method_class, read_note, signs
+from fewstep.runs.record import hyper_parameters
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import TrigFlow
 
@@ -174,7 +175,7 @@ def write_stage(folder: Path, method: str, losses: list[float]) -> None:
 
 def write_recipe(folder: Path, recipe: Recipe, teacher: str = "digits", data: str = "digits") -> None:
     told = {
-        "format": 1, "command": "distill", "method": recipe.name, "hyper_parameters": vars(recipe),
+        "format": 1, "command": "distill", "method": recipe.name, "hyper_parameters": hyper_parameters(recipe),
         "start": {"model": teacher}, "data": {"source": data},
         "settings": {"budget": "2min", "batch": 32, "seed": 7, "log_steps": 10, "averages": [0.1]},
     }  # fmt: skip

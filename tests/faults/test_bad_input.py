@@ -88,7 +88,7 @@ DISTILL = "distill cm --teacher digits"
 WORDS = {
     # unknown names
     "destill dmd2": "command 'destill' is unknown; did you mean 'distill'?",
-    "distill dmd3 --teacher digits": "method 'dmd3' is unknown; did you mean 'dmd2'?",
+    "distill dmmd2 --teacher digits": "method 'dmmd2' is unknown; did you mean 'dmd2'?",
     "sample digit": "model 'digit': neither a bundled model",
     "sample digits --solver unpic": "solver 'unpic' is unknown; did you mean 'unipc'?",
     "sample digits --solver=": "solver '' is unknown",

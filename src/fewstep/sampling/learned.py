@@ -46,6 +46,8 @@ class LearnedSolver(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.times:
+            raise ValueError("LearnedSolver: times is empty: a solver calls the network once at least")
         if len(self.times) != len(self.rows):
             raise ValueError(f"LearnedSolver: {len(self.times)} times and {len(self.rows)} rows: need one row a time")
         for i, row in enumerate(self.rows):
