@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fewstep.methods.flow_maps
+from fewstep import catalogue
 from fewstep.cli import main
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
@@ -129,3 +130,27 @@ def test_method_has_its_command(installed: Any, capsys: pytest.CaptureFixture[st
     assert "--ode-steps" in told and "made once before training" in told and "arXiv 2101.02388" in told
     assert main(["distill", "pair-regression", "--teacher", "digits", "--ode-steps", "few"]) == 2
     assert "--ode-steps" in capsys.readouterr().err
+
+
+def test_its_file_and_its_line_are_enough_for_the_catalogue(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row, the line of the README's table and the sections of its page come from the class."""
+    monkeypatch.syspath_prepend(str(PAGE.parent / "tools"))
+    sections = importlib.import_module("page_sections")
+    rows = {row.key: row for row in catalogue.systems.__wrapped__()}
+    row = rows["pair-regression"]
+    assert (row.state, row.arxiv, row.exact_test) == ("works", "2101.02388", "tests/exact/test_pair_regression.py")
+    assert row.docs_page == "docs/systems/pair-regression.md"
+    page = "<!-- deviations: pair-regression -->\n<!-- end -->\n<!-- healthy: pair-regression -->\n<!-- end -->\n"
+    assert "Heun steps" in sections.fill(page) and "`student/loss`: falls" in sections.fill(page)
+
+
+def test_a_method_touches_four_files() -> None:
+    """Its own, its test, its page and one line: the page shows the first two and the line, and asks for no other."""
+    told = PAGE.read_text()
+    section = told[told.index("## A method in one file") : told.index("## A kind of model")]
+    files = set(re.findall(r"(?:src/fewstep|tests|docs/systems)/[\w/<>-]+\.(?:py|md)", section))
+    shared = {"tests/exact/test_every_method.py", "src/fewstep/methods/__init__.py"}
+    assert files - shared == {
+        "src/fewstep/methods/flow_maps/pair_regression.py", "tests/exact/test_pair_regression.py",
+        "docs/systems/<name>.md",
+    }  # fmt: skip
