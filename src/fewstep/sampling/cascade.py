@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
+from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser, View
 from fewstep.grids import Grid
 from fewstep.guidance import Autoguided, Guided
 from fewstep.randomness import Rng, derive_seed
@@ -69,13 +69,13 @@ def stage_schedule(schedule: Schedule, ratio: float) -> Schedule:
     return dataclasses.replace(schedule, t_max=float(schedule.time_at(schedule.log_snr(top) - math.log(ratio))))
 
 
-class WithPicture(Denoiser):
+class WithPicture(View):
     """A stage with its condition held: ``beside`` ``[B, C, H, W]`` and the noise level ``augmentation`` that lies on
     it."""
 
     def __init__(self, inner: Denoiser, beside: Tensor, augmentation: float) -> None:
-        super().__init__(inner.schedule, inner.shape, inner.classes)
-        self.inner, self.beside, self.augmentation = inner, beside, augmentation
+        super().__init__(inner)
+        self.beside, self.augmentation = beside, augmentation
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         noise = x.new_full((len(x),), self.augmentation)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser
+from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser, View
 from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver, Step, Table, solve
@@ -50,12 +50,11 @@ class Memory:
             self.estimate = momentum * past + (1 - momentum) * x0
 
 
-class Remembering(Denoiser):
+class Remembering(View):
     """A self-conditioned model that is given what a :class:`Memory` holds."""
 
     def __init__(self, inner: NetworkDenoiser, memory: Memory) -> None:
-        super().__init__(inner.schedule, inner.shape, inner.classes)
-        self.inner = inner
+        super().__init__(inner)
         self.memory = memory
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
@@ -147,7 +146,7 @@ class SelfConditioned(nn.Module):
         return sample(self.denoiser, n, cond=cond, self_conditioning=self.feedback, **options)
 
 
-class SelfGuided(Denoiser):
+class SelfGuided(View):
     """Self-guidance (the paper's appendix G): ``unc + w (con - unc)`` with the estimate of the same time.
 
     ``unc = D(x, 0, t)``, clipped to ``[-bound, bound]`` before it is fed back; ``con = D(x, unc, t)``.  ``scale`` is w
@@ -155,10 +154,10 @@ class SelfGuided(Denoiser):
     """
 
     def __init__(self, inner: NetworkDenoiser, scale: float = 3.0, bound: float = 1.0) -> None:
-        super().__init__(inner.schedule, inner.shape, inner.classes)
+        super().__init__(inner)
         if not bound > 0:
             raise ValueError(f"SelfGuided: bound={bound} must be positive")
-        self.inner, self.scale, self.bound = inner, scale, bound
+        self.scale, self.bound = scale, bound
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         unc = self.inner(x, t, cond).clamp(-self.bound, self.bound)
