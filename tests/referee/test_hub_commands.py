@@ -30,6 +30,7 @@ from tiny_pipelines import (  # noqa: E402
 
 import fewstep as fs  # noqa: E402
 from fewstep.cli import main  # noqa: E402
+from fewstep.guidance import Guided  # noqa: E402
 
 Fails = Callable[..., str]
 
@@ -107,7 +108,7 @@ def test_image_embeddings_come_from_a_file(fails: Fails) -> None:
     plain = fs.pictures(model, fs.sample(model, 3, solver="ddim", steps=2, cond=cond))
     assert torch.equal(sampled(name, "--n", 3, "--cond", "one.safetensors"), plain)
     guided = fs.sample(
-        fs.denoisers.Guided(model, 3.0, {"image_embeds": bad.expand(3, 5)}), 3, solver="ddim", steps=2, cond=cond
+        Guided(model, 3.0, {"image_embeds": bad.expand(3, 5)}), 3, solver="ddim", steps=2, cond=cond
     )  # fmt: skip
     found = sampled(name, "--n", 3, "--cond", "both.safetensors", "--guidance", 3)
     assert torch.equal(found, fs.pictures(model, guided))
