@@ -13,6 +13,7 @@ import torch
 from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser
 from fewstep.discrete.chains import Chain, Masked, Uniform
+from fewstep.discrete.coupling import Draws, Moves
 from fewstep.discrete.exact import (
     DataLaw,
     FactorizedLaw,
@@ -30,9 +31,7 @@ from fewstep.hub.sampler_plans import load_plans, save_plans
 from fewstep.methods.method import Batch, Progress
 from fewstep.methods.samplers.lsd import (
     LSD,
-    Draws,
     LSDPlus,
-    Moves,
     SideBySide,
     StepSizes,
     best_phi,

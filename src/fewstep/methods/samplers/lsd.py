@@ -11,7 +11,7 @@ For the Euler step the jumps are ``(t_k - t_{k+1})`` times the reverse rates, wh
 paper's distance of scores, weighted by a constant per step.  LSD+ also learns the steps ``kappa_k = t_k - t_{k+1}``.
 Sampling is discrete, so no gradient goes through it: the states are constants.
 
-Teacher and student share their randomness (:class:`Moves`), so that their states differ for what the sampler does
+Teacher and student share their randomness (:class:`~fewstep.discrete.coupling.Moves`), so that their states differ for what the sampler does
 and not for the dice, and only positions with the same token in both are compared, on masked chains those that both
 still hide: jumps from different tokens go to different places.
 """
@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond
-from fewstep.discrete.chains import Chain, Masked, choose, gumbels, uniforms
+from fewstep.discrete.chains import Chain, Masked, uniforms
+from fewstep.discrete.coupling import Draws, Moves
 from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import STEPPERS, Plan, Stepper, device_of, finished, row
@@ -62,48 +63,6 @@ class StepSizes(nn.Module):
         sizes = self.logits.softmax(0) * (self.t_max - self.t_min)
         inner = self.t_max - sizes[:-1].cumsum(0)
         return torch.cat([inner.new_tensor([self.t_max]), inner, inner.new_tensor([self.t_min])])
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The randomness of one interval: ``level`` in [0, 1) and ``gumbel`` for every position."""
-
-    level: Tensor  # [B, L]
-    gumbel: Tensor  # [B, L, states]
-
-    @classmethod
-    def fresh(cls, rng: Rng, n: int, length: int, states: int) -> Draws:
-        return cls(uniforms(rng, (n, length)), gumbels(rng, (n, length, states)))
-
-
-class Moves:
-    """Moves the positions of a state during one interval, in one step or in many.
-
-    A position moves when the probability of having moved by now passes its ``level``; where to, its ``gumbel`` decides.
-    That is the law of the steps exactly, however many there are, and samplers with the same draws move as alike as
-    their laws let them: with equal steps they are equal.  A position that has moved needs new draws to move again.
-    """
-
-    def __init__(self, draws: Draws) -> None:
-        self.level, self.gumbel = draws.level, draws.gumbel
-        self.stayed = torch.ones_like(draws.level)
-        self.moved = torch.zeros_like(draws.level, dtype=torch.bool)
-
-    def __call__(self, x: Tensor, law: Tensor) -> Tensor:
-        """``x`` after a step with this law ``[B, L, states]``."""
-        here = x[..., None]
-        self.stayed = self.stayed * law.gather(-1, here).squeeze(-1).double()
-        moves = (1 - self.stayed > self.level) & ~self.moved
-        self.moved = self.moved | moves
-        return torch.where(moves, choose(law.scatter(-1, here, 0.0), self.gumbel), x)
-
-    def renew(self, rng: Rng) -> None:
-        """New draws for the positions that have moved."""
-        fresh = Draws.fresh(rng, *self.gumbel.shape)
-        self.level = torch.where(self.moved, fresh.level, self.level)
-        self.gumbel = torch.where(self.moved[..., None], fresh.gumbel, self.gumbel)
-        self.stayed = torch.where(self.moved, 1.0, self.stayed)
-        self.moved = torch.zeros_like(self.moved)
 
 
 @dataclass(frozen=True)
