@@ -11,9 +11,9 @@ For the Euler step the jumps are ``(t_k - t_{k+1})`` times the reverse rates, wh
 paper's distance of scores, weighted by a constant per step.  LSD+ also learns the steps ``kappa_k = t_k - t_{k+1}``.
 Sampling is discrete, so no gradient goes through it: the states are constants.
 
-Teacher and student share their randomness (:class:`~fewstep.discrete.coupling.Moves`), so that their states differ for what the sampler does
-and not for the dice, and only positions with the same token in both are compared, on masked chains those that both
-still hide: jumps from different tokens go to different places.
+Teacher and student share their randomness (:class:`~fewstep.discrete.coupling.Moves`), so that their states differ for
+what the sampler does and not for the dice, and only positions with the same token in both are compared, on masked
+chains those that both still hide: jumps from different tokens go to different places.
 """
 
 from __future__ import annotations
