@@ -81,8 +81,8 @@ def page(module: griffe.Module, inner: list[griffe.Module]) -> str:
 
 def main() -> None:
     (DOCS / "catalogue.md").write_text(markdown())
-    for page in [ROOT / "README.md", *DOCS.glob("systems/*.md")]:
-        page.write_text(fill(page.read_text()))
+    for path in [ROOT / "README.md", *DOCS.glob("systems/*.md")]:
+        path.write_text(fill(path.read_text()))
     folder = DOCS / "reference"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

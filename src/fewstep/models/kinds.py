@@ -19,6 +19,7 @@ from fewstep.models.staged import CascadedModel, DPMOTModel
 from fewstep.models.students import AnyFlowMap, EDMConsistencyModel, JumpModel, StudentModel
 from fewstep.schemas import Choice, Place, check
 
+#: Every kind of model, the nearest class first where one inherits from another.
 KINDS: tuple[type[Model], ...] = (
     StudentModel,
     JumpModel,
