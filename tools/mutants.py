@@ -2,18 +2,16 @@
 
     python tools/mutants.py [--count 200] [--seed 0] [--only FILE] [--resume]
 
-A mutant changes one token: a sign, an arithmetic or comparison operator, a number, ``min`` or ``max``, ``True`` or
-``False``.  It is written into a copy of the repository, never into this one.  Which tests reach which function is
-measured once for each file of tests, and again when that file changes.  A mutant meets the tests that reach its function,
-the cheapest first, until one is red; one that no test of the first ``--seconds`` notices has survived.  What is left over
-is printed as a table.  All of it is kept in ``.mutants/``: ``--resume`` goes on where a run of the same seed was
-interrupted and tries its survivors again.  Survivors that ``tools/equivalent_mutants.txt`` explains are counted apart.
+A mutant (``mutant_tokens.py``) is written into a copy of the repository, never into this one.  Which tests reach which
+function is measured once for each file of tests, and again when that file changes.  A mutant meets the tests that reach
+its function, the cheapest first, until one is red; one that ``--seconds`` of tests do not notice has survived.  What
+survives is printed as a table; what ``tools/equivalent_mutants.txt`` explains is counted apart.  All of it is kept in
+``.mutants/``: ``--resume`` goes on where a run of the same seed was interrupted, and tries its survivors again.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import math
@@ -25,8 +23,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,15 @@ os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # read b
 sys.dont_write_bytecode = True  # a mutant may have the size and the second of the file before it
 
 import pytest  # noqa: E402
+from mutant_tokens import Mutant, mutants_of  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / ".mutants"
 PACKAGE = "src/fewstep/"
-TESTS = ("exact/test_*.py", "referee/test_samplers_*.py", "referee/test_metrics*.py", "referee/test_tangents.py", "faults/test_bad_input.py")
+TESTS = (
+    "exact/test_*.py", "referee/test_samplers_*.py", "referee/test_metrics*.py", "referee/test_tangents.py",
+    "faults/test_bad_input.py",
+)  # fmt: skip
 MATHEMATICS = (
     "methods/**/*.py", "sampling/**/*.py", "exact/*.py", "discrete/*.py", "metrics/*.py", "networks/*.py",
     "schedules.py", "discrete_vp.py", "grids.py", "predictions.py", "denoisers.py", "guidance.py", "flow_maps.py",
@@ -46,130 +49,6 @@ MATHEMATICS = (
     "training/optimizers.py", "training/groups.py", "training/nonfinite.py", "training/budget.py",
 )  # fmt: skip
 SLOW = 3.0  # processor seconds of a test that is not waited for
-SWAPS = {"+": "-", "-": "+", "*": "/", "/": "*", "**": "*", "//": "/"}
-OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**", ast.FloorDiv: "//"}
-COMPARISONS: dict[type[ast.cmpop], tuple[str, tuple[str, ...]]] = {
-    ast.Lt: ("<", ("<=", ">")), ast.LtE: ("<=", ("<", ">=")), ast.Gt: (">", (">=", "<")), ast.GtE: (">=", (">", "<=")),
-    ast.Eq: ("==", ("!=",)), ast.NotEq: ("!=", ("==",)),
-}  # fmt: skip
-EXTREMES = {"min": "max", "minimum": "maximum", "amin": "amax", "clamp_min": "clamp_max", "argmin": "argmax"}
-EXTREMES |= {other: name for name, other in EXTREMES.items()}
-NAMES_ONLY = {"Paper", "System", "TypeVar", "warn", "print"}  # calls without mathematics in them
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One token of one line: ``function`` is the dotted name of what it stands in, empty at the top of a module."""
-
-    file: str
-    line: int
-    column: int
-    before: str
-    after: str
-    function: str
-
-    def of(self, source: str) -> str:
-        """The source with the token replaced."""
-        lines = source.splitlines(keepends=True)
-        text = lines[self.line - 1]
-        lines[self.line - 1] = text[: self.column] + self.after + text[self.column + len(self.before) :]
-        return "".join(lines)
-
-
-class Tokens(ast.NodeVisitor):
-    """All mutants of a file, but for text, annotations, decorators, messages of errors and sheets of papers."""
-
-    def __init__(self, file: str, source: str) -> None:
-        self.file, self.lines, self.path, self.found = file, source.splitlines(), [""], list[Mutant]()
-
-    def add(self, line: int, column: int, before: str, afters: Iterable[str]) -> None:
-        self.found += [Mutant(self.file, line, column, before, after, self.path[-1]) for after in afters]
-
-    def between(self, left: ast.expr, right: ast.expr, before: str, afters: Iterable[str]) -> None:
-        """An operator stands after its left side: alone but for brackets, or on the next line."""
-        line, column = left.end_lineno or 0, self.column(left.end_lineno or 0, left.end_col_offset or 0)
-        while line <= right.lineno:
-            code = self.lines[line - 1].split("  #")[0]
-            if (at := code.find(before, column)) >= 0:
-                return self.add(line, at, before, afters)
-            line, column = line + 1, 0
-
-    def column(self, line: int, offset: int) -> int:
-        return len(self.lines[line - 1].encode()[:offset].decode())
-
-    def within(self, name: str, body: list[Any]) -> None:
-        self.path.append(f"{self.path[-1]}.{name}".lstrip("."))
-        for node in body:
-            self.visit(node)
-        self.path.pop()
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        self.within(node.name, [*node.body])
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        defaults = [value for value in node.args.kw_defaults if value]
-        self.within(node.name, [*node.args.defaults, *defaults, *node.body])
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value:
-            self.visit(node.value)
-
-    def visit_Raise(self, node: ast.Raise) -> None:
-        pass
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        pass
-
-    def visit_Call(self, node: ast.Call) -> None:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if name in NAMES_ONLY:
-            return
-        if name in EXTREMES:
-            line, end = node.func.end_lineno or 0, node.func.end_col_offset or 0
-            self.add(line, self.column(line, end) - len(name), name, [EXTREMES[name]])
-        self.visit(node.func)
-        for value in [*node.args, *(word.value for word in node.keywords if word.arg != "strict")]:
-            self.visit(value)
-
-    def visit_BinOp(self, node: ast.BinOp) -> None:
-        if before := OPERATORS.get(type(node.op)):
-            self.between(node.left, node.right, before, [SWAPS[before]])
-        self.generic_visit(node)
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        if before := OPERATORS.get(type(node.op)):
-            self.between(node.target, node.value, before, [SWAPS[before]])
-        self.visit(node.value)
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
-        if isinstance(node.op, ast.USub):
-            self.add(node.lineno, self.column(node.lineno, node.col_offset), "-", ["+"])
-        self.visit(node.operand)
-
-    def visit_Compare(self, node: ast.Compare) -> None:
-        for left, op, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
-            if type(op) in COMPARISONS:
-                self.between(left, right, *COMPARISONS[type(op)])
-        self.generic_visit(node)
-
-    def visit_Constant(self, node: ast.Constant) -> None:
-        if isinstance(node.value, bool | int | float):
-            column, end = (self.column(node.lineno, at) for at in (node.col_offset, node.end_col_offset or 0))
-            self.add(node.lineno, column, self.lines[node.lineno - 1][column:end], [another(node.value)])
-
-
-def another(value: bool | int | float) -> str:
-    """The other truth value, the next integer, twice the number."""
-    if isinstance(value, bool | int):
-        return repr(not value if isinstance(value, bool) else value + 1)
-    return repr(2 * value or 1.0)
-
-
-def mutants_of(file: str) -> list[Mutant]:
-    source = (ROOT / file).read_text()
-    tokens = Tokens(file, source)
-    tokens.visit(ast.parse(source))
-    return tokens.found
 
 
 class Reach:
@@ -178,7 +57,7 @@ class Reach:
     def __init__(self, package: str, seconds: float) -> None:
         self.package, self.seconds, self.entered, self.shared = package, seconds, set[str](), set[str]()
         self.tests: dict[str, dict[str, Any]] = {}
-        self.end = math.inf
+        self.passed, self.end = True, math.inf
         sys.settrace(self.enter)
 
     def enter(self, frame: Any, event: str, arg: Any) -> None:
@@ -204,19 +83,19 @@ class Reach:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
-        self.entered, start = set(), time.process_time()
+        self.entered, self.passed, start = set(), True, time.process_time()
         self.end = start + SLOW
         sys.settrace(self.enter)
         result = yield
-        self.tests[item.nodeid] = {"seconds": time.process_time() - start, "functions": sorted(self.entered)}
         self.end = math.inf
+        if self.passed:
+            self.tests[item.nodeid] = {"seconds": time.process_time() - start, "functions": sorted(self.entered)}
         if time.process_time() > self.seconds:
             item.session.shouldstop = "the rest of this file is too slow to judge mutants"
         return result
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed or report.skipped:  # no judge of mutants
-            self.tests.pop(report.nodeid, None)
+        self.passed &= report.passed
 
 
 class Cheapest:
@@ -227,7 +106,8 @@ class Cheapest:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = sorted((item for item in items if item.nodeid in self.order), key=lambda item: self.order[item.nodeid])
+        wanted = [item for item in items if item.nodeid in self.order]
+        items[:] = sorted(wanted, key=lambda item: self.order[item.nodeid])
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
@@ -253,11 +133,9 @@ def in_child(work: Callable[[], int], scratch: Path, seconds: float) -> int | No
             os._exit(code)
     deadline = time.monotonic() + 10 * seconds + 60
     while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
-        time.sleep(0.02)
-    try:
+        time.sleep(0.1)
+    with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # and whatever it started
-    except ProcessLookupError:
-        pass
     if not done[0]:
         os.waitpid(child, 0)
     return os.WEXITSTATUS(done[1]) if done[0] and os.WIFEXITED(done[1]) else None
@@ -284,28 +162,32 @@ def measure(scratch: Path) -> dict[str, dict[str, Any]]:
                 kept.write_text(json.dumps({"shared": [], "tests": {}}))
                 print(f"{file}: left out, it takes more than 600 s", flush=True)
         found = json.loads(kept.read_text())
-        for name, test in found["tests"].items():
-            tests[name] = {"seconds": test["seconds"], "functions": {*test["functions"], *found["shared"]}}
+        shared = set(found["shared"])
+        tests |= {
+            name: test | {"functions": set(test["functions"]), "shared": shared}
+            for name, test in found["tests"].items()
+        }
     return tests
 
 
 def reaching(mutant: Mutant, tests: dict[str, dict[str, Any]], seconds: float) -> list[str]:
-    """The tests that enter the mutant's function, or its class or module where it stands in none; cheapest first."""
+    """The tests that enter the mutant's function, or its class or module where it stands in none, the cheapest first;
+    then those for which it was entered while their file was imported."""
     place = f"{mutant.file.removeprefix(PACKAGE)}:"
-    name, found = mutant.function, list[str]()
-    while not found:
-        exact, below = place + name, place + name + ("." if name else "")
-        found = [
-            test for test, facts in tests.items()
-            if any(function == exact or function.startswith(below) for function in facts["functions"])
-        ]  # fmt: skip
-        if not name:
+    name, found = mutant.function, list[tuple[int, float, str]]()
+    while True:
+        whole, below = place + name, f"{place}{name}." if name else place
+        for test, facts in tests.items():
+            for order, known in enumerate((facts["functions"], facts["shared"])):
+                if whole in known or any(function.startswith(below) for function in known):
+                    found.append((order, facts["seconds"], test))
+                    break
+        if found or not name:
             break
         name = name.rpartition(".")[0]
-    spent, chosen = 0.0, []
-    for test in sorted(found, key=lambda test: tests[test]["seconds"]):
-        spent += tests[test]["seconds"]
-        if chosen and spent > seconds:
+    chosen: list[str] = []
+    for _, cost, test in sorted(found):
+        if (seconds := seconds - cost) < 0 and chosen:
             break
         chosen.append(test)
     return chosen
@@ -333,7 +215,13 @@ def judge(mutant: Mutant, scratch: Path, tests: list[str], seconds: float) -> di
         target.write_text(source)
     by = red.read_text() if red.exists() else "no end in time" if code is None else "import" if code else ""
     lines = [text.splitlines()[mutant.line - 1].strip() for text in (source, changed)]
-    facts = {"was": lines[0], "is": lines[1], "by": by, "tests": len(tests), "seconds": round(time.monotonic() - start, 1)}
+    facts = {
+        "was": lines[0],
+        "is": lines[1],
+        "by": by,
+        "tests": len(tests),
+        "seconds": round(time.monotonic() - start, 1),
+    }
     return asdict(mutant) | facts
 
 
@@ -362,10 +250,10 @@ def main() -> int:
     chosen = [file for file in files if not args.only or file == args.only]
     if not chosen:
         parser.error(f"--only {args.only}: no file of the mathematics; one of them is {files[0]}")
-    everything = [mutant for file in chosen for mutant in mutants_of(file)]
+    everything = [mutant for file in chosen for mutant in mutants_of(file, (ROOT / file).read_text())]
     drawn = random.Random(args.seed).sample(everything, min(args.count, len(everything)))
     KEPT.mkdir(exist_ok=True)
-    kept = KEPT / f"results-{args.seed}.jsonl"
+    kept = KEPT / f"results-{args.seed}{'-' + Path(args.only).stem if args.only else ''}.jsonl"
     old = [json.loads(line) for line in kept.read_text().splitlines()] if args.resume and kept.exists() else []
     killed = {(one["file"], one["line"], one["column"], one["after"]): one for one in old if one["by"]}
     with tempfile.TemporaryDirectory() as folder:
@@ -382,7 +270,9 @@ def main() -> int:
                     some = reaching(mutant, tests, args.seconds)
                     limit = 30 + 4 * sum(tests[test]["seconds"] for test in some)
                     one = judge(mutant, scratch, some, limit)
-                    print(f"{one['seconds']:6.1f} s  {one['by'] or 'SURVIVED'}  {mutant.file}:{mutant.line}", flush=True)
+                    print(
+                        f"{one['seconds']:6.1f} s  {one['by'] or 'SURVIVED'}  {mutant.file}:{mutant.line}", flush=True
+                    )
                 results.append(one)
                 record.write(json.dumps(one) + "\n")
                 record.flush()
