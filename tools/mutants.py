@@ -48,7 +48,7 @@ MATHEMATICS = (
     "tangents.py", "generators.py", "codecs.py", "conditions.py", "training/averages.py", "training/ema.py",
     "training/optimizers.py", "training/groups.py", "training/nonfinite.py", "training/budget.py",
 )  # fmt: skip
-SLOW = 3.0  # processor seconds of a test that is not waited for
+SLOW = 2.0  # processor seconds of a test that is not waited for
 
 
 class Reach:
@@ -153,7 +153,7 @@ def measure(scratch: Path) -> dict[str, dict[str, Any]]:
             kept.parent.mkdir(parents=True, exist_ok=True)
 
             def trace(file: str = file, kept: Path = kept) -> int:
-                reach = Reach(f"{scratch / PACKAGE}/", 40)
+                reach = Reach(f"{scratch / PACKAGE}/", 30)
                 pytest.main(["-q", "-p", "no:cacheprovider", file], plugins=[reach])
                 kept.write_text(json.dumps({"shared": sorted(reach.shared), "tests": reach.tests}))
                 return 0
