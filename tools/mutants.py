@@ -212,7 +212,7 @@ def judge(mutant: Mutant, scratch: Path, tests: list[str], seconds: float) -> di
     red.unlink(missing_ok=True)
 
     def work() -> int:
-        for some in (tests[:40], tests[40:]):  # importing many files of tests costs more than most mutants
+        for some in (tests[:8], tests[8:40], tests[40:]):  # importing many files of tests costs more than most mutants
             files = sorted({test.partition("::")[0] for test in some})
             options = ["-x", "-q", "-p", "no:cacheprovider", *files]
             if some and pytest.main(options, plugins=[Cheapest(some, red)]) != 0:
@@ -307,7 +307,7 @@ def main() -> int:
                 one = killed.get(rank(args.seed, name))
                 if one is None:
                     some = reaching(mutant, tests, args.seconds)
-                    limit = 30 + 4 * sum(tests[test]["seconds"] for test in some)
+                    limit = 15 + 3 * sum(tests[test]["seconds"] for test in some)
                     one = name | judge(mutant, scratch, some, limit)
                     what = f"{one['by'] or 'SURVIVED'}  {mutant.file}:{mutant.line}"
                     print(f"{one['seconds']:6.1f} s  {what}", flush=True)
