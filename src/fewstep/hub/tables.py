@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Rng
+from fewstep.routing import Router
 from fewstep.sampling.rollout import Plan, rollout
 
 #: Length of the random vectors: three unknowns are fitted to this many equations.
@@ -97,7 +98,10 @@ class RecordedRng(Rng):
 
 
 def network_of(model: nn.Module) -> NetworkDenoiser:
-    """The one network denoiser inside a student or denoiser; ValueError when there are none or several."""
+    """The one network denoiser inside a student or denoiser; ValueError when there are none or several, and for what
+    calls its networks by turns."""
+    if any(isinstance(module, Router) for module in model.modules()):
+        raise ValueError("a routed model cannot be exported, diffusers' pipelines call one network: export its experts")
     found = [module for module in model.modules() if isinstance(module, NetworkDenoiser)]
     if len(found) != 1:
         raise ValueError(f"a model with {len(found)} networks cannot be exported: exactly one is needed")
