@@ -124,12 +124,12 @@ def plain_way(model: nn.Module, extras: Mapping[str, float]) -> Way | None:
             raise ValueError(f"a {type(model).__name__} is not a network: export the denoiser inside it")
         pipe = adapter.origin.pipe
         return Way(adapter, type(pipe), pipe.scheduler, {}, 1.0)
-    pipeline = _pipeline_class(adapter)
-    check_carried(student, adapter, adapter, TELLING, pipeline.__name__)
     tables = _tables(student, adapter)
     found = _plain_scheduler(adapter, network_of(student), student.plans, tables)
     if found is None:
         return None
+    pipeline = _pipeline_class(adapter)
+    check_carried(student, adapter, adapter, TELLING, pipeline.__name__)
     calls = {
         steps: {**call, **_arguments(adapter, pipeline), **scale_of(student, student.plans[steps], adapter)}
         for steps, call in found[1].items()

@@ -23,9 +23,9 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
     """Plays the plans of a student.
 
     ``plans`` maps a number of steps (as a string, for JSON) to ``{"start": number, "calls": [{"times": [t] or [t, s],
-    "state": a, "network": b, "noise": d, "inputs": {..}}, ...]}``, the last one optional.  ``set_timesteps`` takes a number of steps that has a plan, other
-    numbers raise ValueError; values of ``sigmas``, ``timesteps`` and ``mu`` are not used, only their count, because
-    some pipelines always pass them.
+    "state": a, "network": b, "noise": d, "inputs": {..}}, ...]}``, where ``inputs`` may be absent.  ``set_timesteps``
+    takes a number of steps that has a plan, other numbers raise ValueError; values of ``sigmas``, ``timesteps`` and
+    ``mu`` are not used, only their count, because some pipelines always pass them.
     """
 
     order = 1
