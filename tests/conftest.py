@@ -61,7 +61,9 @@ class ProcessorTime:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         above = [(file, seconds) for file, seconds in self.files.most_common(LISTED) if seconds > BUDGET]
         total = sum(self.files.values())
-        terminalreporter.write_line(f"{total:.0f} s of processor time; files above {BUDGET:g} s: {len(above) or 'none'}")
+        terminalreporter.write_line(
+            f"{total:.0f} s of processor time; files above {BUDGET:g} s: {len(above) or 'none'}"
+        )
         for file, seconds in above:
             terminalreporter.write_line(f"  {seconds:5.1f} s  {file}")
 

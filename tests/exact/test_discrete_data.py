@@ -125,7 +125,9 @@ def test_perplexity_and_its_error_by_hand() -> None:
     perplexity = math.exp(1.5)  # nats per token 0.5, 1 and 3: mean 1.5, variance 1.75
     assert found.perplexity.value == pytest.approx(perplexity, rel=1e-14)
     assert found.perplexity.error == pytest.approx(math.sqrt(1.75 / 3) * perplexity, rel=1e-14)
-    entropies = [-sum(p * math.log(p) for p in law if p) for law in ((0.5, 0.5), (0.25, 0.75), (0.0, 1.0), (0.25, 0.75))]
+    entropies = [
+        -sum(p * math.log(p) for p in law if p) for law in ((0.5, 0.5), (0.25, 0.75), (0.0, 1.0), (0.25, 0.75))
+    ]
     assert found.sequence_entropy == pytest.approx(sum(entropies[:3]) / 3, rel=1e-14)
     assert found.entropy == pytest.approx(entropies[3], rel=1e-14) and found.n == 3
     alone = token_quality(x[:1], lambda x: logs[:1], 2)
