@@ -23,7 +23,7 @@ from fewstep.denoisers import Denoiser, half_level_of, predicts_noise
 from fewstep.grids import balanced
 from fewstep.guidance import guidance_scale
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point, gauss_legendre, vandermonde
-from fewstep.sampling.engine import Row
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.multistep import PredictorCorrector
 from fewstep.sampling.solvers.stochastic import check_eta
 from fewstep.schedules import Schedule
