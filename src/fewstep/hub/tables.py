@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser, networks_in
 from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan, rollout
@@ -98,7 +98,7 @@ class RecordedRng(Rng):
 
 def network_of(model: nn.Module) -> NetworkDenoiser:
     """The one network denoiser inside a student or denoiser; ValueError when there are none or several."""
-    found = [module for module in model.modules() if isinstance(module, NetworkDenoiser)]
+    found = networks_in(model)
     if len(found) != 1:
         raise ValueError(f"a model with {len(found)} networks cannot be exported: exactly one is needed")
     return found[0]

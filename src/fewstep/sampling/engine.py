@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -232,6 +232,8 @@ class Solver(ABC):
     """
 
     centre: ClassVar[float] = 2.0
+    #: Whether it finds its steps as it goes, and so has no table.
+    adaptive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """ValueError for a hyper-parameter of another type than its field's, or not finite."""
@@ -260,6 +262,15 @@ class Solver(ABC):
         """The times ``[steps + 1]`` of the solver's own grid; ``shift`` multiplies its noise levels, as flow pipelines
         ask for."""
         return balanced(schedule, steps, self.centre * shift)
+
+    def fitted_to(self, model: Denoiser) -> Self:
+        """The same solver with what it leaves open filled in for a model."""
+        return self
+
+    def for_noise_prediction(self) -> Self:
+        """The same solver with what it leaves open filled in for a network that predicts noise and of which nothing
+        else is known."""
+        return self
 
     @abstractmethod
     def table(self, levels: Levels) -> Table:

@@ -45,6 +45,7 @@ class AdaptiveDPMSolver(Solver):
     """
 
     usual_steps: ClassVar[int] = 1
+    adaptive: ClassVar[bool] = True
 
     p: int = 3
     form: Form = NOISE
