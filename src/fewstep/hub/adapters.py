@@ -107,6 +107,9 @@ class Adapter(nn.Module):
         ValueError for a network that reads no text."""
         raise ValueError(f"a {type(self.model).__name__} reads no prompts")
 
+    def read_null(self) -> None:
+        """Take what the pipeline's guidance leads away from, where it is a text, for no condition."""
+
     @property
     def takes(self) -> int:
         """The channels of the network's input."""

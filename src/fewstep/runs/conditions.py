@@ -14,7 +14,6 @@ from fewstep.data.encoded import Embed, Latents, Tell
 from fewstep.denoisers import Denoiser
 from fewstep.hub.autoencoders import autoencoder_name, encode, picture_channels, pixels_per_latent
 from fewstep.hub.models import adapter_of
-from fewstep.hub.text_adapters import TextAdapter
 from fewstep.training.feed import fitted
 from fewstep.training.progress import Bar
 
@@ -22,7 +21,7 @@ from fewstep.training.progress import Bar
 def embed_of(model: nn.Module) -> Embed | None:
     """The text encoders that a model came with, as a function of prompts; None where it has none."""
     net = adapter_of(model)
-    return net.embed if isinstance(net, TextAdapter) and net.reads_prompts else None
+    return net.embed if net is not None and net.reads_prompts else None
 
 
 def pictures_of(teacher: Denoiser) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]] | None:
