@@ -184,6 +184,13 @@ class Student(nn.Module):
     def classes(self) -> int | None:
         return self.flow_map.classes
 
+    @property
+    def only_to_data(self) -> bool:
+        """Whether it maps to data only: its flow map knows no other jumps, or was trained for none of its plans'."""
+        if self.flow_map.two_times:
+            return False
+        return self.flow_map.only_to_data or all(plan.gamma == 1 and plan.inner is None for plan in self.plans.values())
+
     def forward(self, noise: Tensor, cond: Cond = None, steps: int | None = None, rng: Noise | None = None) -> Tensor:
         """Data from standard normal ``noise`` in ``steps`` calls (default: the fewest)."""
         steps = next(iter(self.plans)) if steps is None else whole("steps", steps)
