@@ -174,8 +174,8 @@ class Streamed(Samples):
 
 
 class _Batches:
-    """What the reading processes are given: batches by their places, or why there is none (exceptions of somebody's code
-    may not travel)."""
+    """What the reading processes are given: batches by their places, or why there is none, as exceptions of somebody's
+    code may not travel."""
 
     def __init__(self, data: Streamed) -> None:
         self.data = data
