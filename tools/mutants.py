@@ -41,8 +41,9 @@ COPIED = ("src", "tests", "tools", "docs", "benchmarks", "*.md", "*.toml", "*.ym
 PACKAGE = "src/fewstep/"
 TESTS = (
     "exact/test_*.py", "referee/test_samplers_*.py", "referee/test_metrics*.py", "referee/test_tangents.py",
-    "faults/test_bad_input.py",
+    "referee/test_student_samplers.py", "faults/test_bad_input.py",
 )  # fmt: skip
+NO_JUDGE = {"test_distributed.py"}  # starts processes and waits for them: red on a busy machine
 MATHEMATICS = (
     "methods/**/*.py", "sampling/**/*.py", "exact/*.py", "discrete/*.py", "metrics/*.py", "networks/*.py",
     "schedules.py", "discrete_vp.py", "grids.py", "predictions.py", "denoisers.py", "guidance.py", "flow_maps.py",
@@ -157,6 +158,8 @@ def measure(scratch: Path) -> dict[str, dict[str, Any]]:
     """test -> its seconds and the functions that it reaches, of all files of tests."""
     tests: dict[str, dict[str, Any]] = {}
     for path in sorted(path for pattern in TESTS for path in (scratch / "tests").glob(pattern)):
+        if path.name in NO_JUDGE:
+            continue
         file = path.relative_to(scratch).as_posix()
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         kept = KEPT / "reach" / f"{path.parent.name}-{path.stem}-{digest}.json"
