@@ -97,6 +97,7 @@ def test_particles_are_drawn_without_repeats() -> None:
     assert particles.shape == (1,)
     drawn, told = particles.draw(4, Rng(0))
     assert len(set(drawn.flatten().tolist())) == 4
+    assert not torch.equal(drawn, particles.draw(4, Rng(1))[0])
     assert isinstance(told, dict) and torch.equal(told["camera"], drawn.detach().flatten().long() + 10)
     halves = [particles.draw(2, Rng(0, part=part, parts=2))[0] for part in (0, 1)]
     assert torch.equal(torch.cat(halves), drawn)
