@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,6 +250,17 @@ def test_a_scene_is_found_from_its_views() -> None:
         surrogate(x, x.detach() - teacher(x_t, t, camera)).backward()
         optimizer.step()
     assert float((scene.point - MEAN).norm()) < 1e-6
+
+
+def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python of the page on generators, from top to bottom: points reach the law that it says."""
+    page = (Path(__file__).parents[2] / "docs/ideas/generators.md").read_text()
+    names: dict[str, Any] = {"__name__": "page"}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    x = names["particles"].x.detach()
+    torch.testing.assert_close(x.mean(0), names["mean"], atol=1e-2, rtol=0)
+    torch.testing.assert_close(torch.cov(x.T, correction=0), names["covariance"], atol=1e-2, rtol=0)
+    assert "torch.Size([8, 1]) torch.Size([8])" in capsys.readouterr().out
 
 
 def test_a_generator_is_asked_to_draw() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from kinds_of_models import SHAPE, moved, network, on_edm, second_network
 from torch import Tensor, nn
 
 import fewstep as fs
+from fewstep.cli import main
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import CountCalls, Denoiser, NetworkDenoiser, OnSchedule
 from fewstep.exact import Gaussian, three_modes
@@ -483,6 +485,20 @@ def test_diffusers_has_no_place_for_experts(tmp_path: Path) -> None:
         ):
             export(PRODUCTS[name](), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python of the page on several experts, from top to bottom, and its commands on what that leaves."""
+    page = (Path(__file__).parents[2] / "docs/ideas/routing.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    assert capsys.readouterr().out == 2 * "torch.Size([10, 1, 8, 8])\n"
+    for student, own in zip(names["students"], HALVES.labels, strict=True):
+        cond = torch.tensor(own)
+        assert torch.equal(names["both"].sample(5, cond), student.sample(5, cond))
+    for line in re.findall(r"^fewstep (.*)", page, re.MULTILINE):
+        assert main([*line.split(), *(["--n", "20"] if "copy" not in line else [])]) == 0, line
 
 
 def test_denoisers_of_experts_are_denoisers() -> None:
