@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kinds_of_models import SHAPE, network, routed_by_class, routed_by_time, second_network
+from kinds_of_models import SHAPE, moved, network, routed_by_class, routed_by_time, second_network
 
 from fewstep.denoisers import NetworkDenoiser
+from fewstep.extras import Input
+from fewstep.flow_maps import Jump
 from fewstep.hub import native
 from fewstep.models import model_of
 from fewstep.networks import MLP
-from fewstep.routing import ByClass, ByEmbedding, RoutedDenoiser
+from fewstep.routing import ByClass, ByEmbedding, RoutedDenoiser, RoutedFlowMap
 from fewstep.sampling import Plan, Student
 
 Cli = Callable[..., Any]
@@ -93,6 +95,23 @@ def test_samples_of_one_expert(cli: Cli) -> None:
     cli("sample", "product", "--n", 3, "--class", "7", "--seed", 2, "--out", "x.npz")
     alone = Student(PRODUCTS["student"]().flow_map.experts[1], {1: Plan((1.5,))})
     assert np.array_equal(np.load("x.npz")["samples"], alone.sample(3, torch.full((3,), 7), seed=2).numpy())
+
+
+def test_a_further_input_reaches_the_experts(cli: Cli) -> None:
+    """Given by a flag, as to any student; one that no expert has is refused with those there are."""
+    experts = []
+    for width in (8, 16):
+        torch.manual_seed(width)
+        net = moved(MLP(SHAPE, width, 1, 10, extras=("w",)))
+        made = NetworkDenoiser(net, network().schedule, network().prediction, SHAPE, 10)
+        experts.append(Jump(made, extras={"w": Input(1.0, 0.0, 8.0)}))
+    native.save(Student(RoutedFlowMap(experts, ByClass.even(10, 2)), {1: Plan((1.5,))}), "product", CARD)
+    cli("sample", "product", "--n", 10, "--seed", 1, "--extra", "w=3", "--out", "x.npz")
+    found = torch.from_numpy(np.load("x.npz")["samples"])
+    again = native.load("product")
+    assert torch.equal(found, again.sample(10, seed=1, w=3.0)) and not torch.equal(found, again.sample(10, seed=1))
+    err = cli("sample", "product", "--n", 2, "--extra", "v=3", "--out", "x.npz", code=2).err
+    assert err.count("\n") == 1 and "v=3" in err and "w from 0 to 8 (default 1)" in err
 
 
 def test_prompts_are_needed_where_they_choose_the_expert(cli: Cli) -> None:
