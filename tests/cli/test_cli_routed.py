@@ -18,7 +18,7 @@ from fewstep.flow_maps import Jump
 from fewstep.hub import native
 from fewstep.models import model_of
 from fewstep.networks import MLP
-from fewstep.routing import ByClass, ByEmbedding, RoutedDenoiser, RoutedFlowMap
+from fewstep.routing import ByClass, ByEmbedding, RoutedDenoiser, RoutedFlowMap, Router
 from fewstep.sampling import Plan, Student
 
 Cli = Callable[..., Any]
@@ -38,6 +38,7 @@ PRODUCTS: dict[str, Callable[[], Any]] = {
     "student": student, "denoiser-by-class": denoiser_by_class, "denoiser-by-time": routed_by_time
 }  # fmt: skip
 SMALL = ("--calls", 2, "--n", 4, "--reference", 20, "--solvers", "ddim", "--grids", "uniform")
+SHORT = ("--data", "digits", "--budget", "1steps", "--batch", 8, "--gan-weight", 0, "--critic-steps", 1, "--quiet")
 #: Each command on the folder ``product``.
 COMMANDS: dict[str, tuple[object, ...]] = {
     "sample": ("sample", "product", "--n", 4, "--out", "x.npz"),
@@ -47,8 +48,8 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "native": ("export", "product", "copy", "--native"),
     "statistics": ("statistics", "product", "--samples", 4, "--grid", 4),
     "tune-steps": ("tune-steps", "product", *SMALL),
-    "distill": ("distill", "dmd2", "--teacher", "product", "--data", "digits", "--budget", "1steps", "--batch", 8,
-                "--gan-weight", 0, "--critic-steps", 1, "--quiet", "--out", "next"),
+    "distill": ("distill", "dmd2", "--teacher", "product", *SHORT, "--out", "next"),
+    "student": ("distill", "dmd2", "--teacher", "digits", "--student", "product", *SHORT, "--out", "more"),
 }  # fmt: skip
 
 
@@ -87,6 +88,8 @@ def test_a_routed_product_goes_through_every_command(name: str, cli: Cli) -> Non
         err = cli("sample", "product", "--guidance", 2, "--n", 4, code=2).err
         assert err.count("\n") == 1 and "guidance cannot leave them out" in err
     cli(*COMMANDS["distill"], code=refused)
+    cli(*COMMANDS["student"])
+    assert any(isinstance(module, Router) for module in native.load("more/model").modules())
 
 
 def test_samples_of_one_expert(cli: Cli) -> None:
@@ -133,4 +136,6 @@ def test_a_damaged_routed_folder_is_refused_by_name(command: str, cli: Cli) -> N
         path.write_text(json.dumps(config))
     err = cli(*COMMANDS[command], code=2).err
     assert err.count("\n") == 1 and "must hold every label from 0 on once" in err and "product" in err
-    assert not {"out", "copy", "next", "x.npz", "x.json", "report.html"} & {path.name for path in Path().iterdir()}
+    assert not {"out", "copy", "next", "more", "x.npz", "x.json", "report.html"} & {
+        path.name for path in Path().iterdir()
+    }
