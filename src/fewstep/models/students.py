@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -44,16 +44,20 @@ def build_extras(config: Config) -> dict[str, Input]:
             extras[name] = Input(**declared)
         except ValueError as error:
             raise ValueError(f"extras.{name}: {error}") from None
-    inner = config["denoiser"]
-    while "inner" in inner:  # seen on another schedule
-        inner = inner["inner"]
-    network = inner["network"]
-    if network["name"] != DIFFUSERS:  # which say themselves what they take
+    for network in networks_of(config["denoiser"]):
         taken = network.get("extras", ())
         for name in extras:
-            if name not in taken:
+            if network["name"] != DIFFUSERS and name not in taken:  # diffusers' say themselves what they take
                 raise ValueError(f"extras.{name}: the network takes {', '.join(taken) or 'no further inputs'}")
     return extras
+
+
+def networks_of(config: Config) -> Iterator[Config]:
+    """The networks in the description of a denoiser, also behind views and experts."""
+    if "network" in config:
+        yield config["network"]
+    for inner in config["experts"] if "experts" in config else [config["inner"]] if "inner" in config else []:
+        yield from networks_of(inner)
 
 
 class StudentModel(Model):
