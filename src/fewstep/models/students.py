@@ -57,9 +57,7 @@ class StudentModel(Model):
         return self.usual_steps if steps is None else steps
 
     def teacher(self) -> Any:
-        from fewstep.models.kinds import model_of
-
-        return model_of(self.module.flow_map).teacher()
+        return self.module.flow_map.teacher()
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         plans = {
@@ -86,7 +84,7 @@ class AnyFlowMap(StudentModel):
         return Student(self.module, {1: Plan((self.module.schedule.t_max,))})
 
     def teacher(self) -> Any:
-        raise TypeError(f"a {type(self.module).__name__} cannot be the teacher of a next stage")
+        return self.module.teacher()
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         return Model.describe(self, model, network)
@@ -98,11 +96,6 @@ class JumpModel(AnyFlowMap):
     kind = "jump"
     wraps = Jump
     holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "two_times": bool, "extras": Maybe(EXTRAS)}
-
-    def teacher(self) -> Any:
-        if self.module.two_times:
-            raise ValueError("a student of two times, whose network is no denoiser to start from")
-        return self.module.denoiser
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         jump: Jump = self.module
@@ -124,9 +117,6 @@ class EDMConsistencyModel(AnyFlowMap):
     kind = "edm-consistency"
     wraps = EDMConsistency
     holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "sigma_data": float}
-
-    def teacher(self) -> Any:
-        return self.module.denoiser
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         return {"kind": self.kind, "denoiser": model(self.module.denoiser), "sigma_data": self.module.sigma_data}
