@@ -314,8 +314,8 @@ class Clipped(View):
         super().__init__(inner)
         self.low, self.high = low, high
 
-    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        return self.inner(x, t, cond).clamp(self.low, self.high)
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        return self.inner(x, t, cond, **extras).clamp(self.low, self.high)
 
 
 class DynamicThreshold(View):
@@ -326,8 +326,8 @@ class DynamicThreshold(View):
         super().__init__(inner)
         self.quantile, self.ceiling = quantile, ceiling
 
-    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
-        x0 = self.inner(x, t, cond)
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        x0 = self.inner(x, t, cond, **extras)
         bound = torch.quantile(x0.flatten(1).abs(), self.quantile, dim=1).clamp_min(self.ceiling)
         bound = align(bound, x0)
         return x0.clamp(-bound, bound) / bound * self.ceiling

@@ -15,30 +15,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, View, check_prediction
+from fewstep.extras import Input as Input
+from fewstep.extras import check_declared, values_for
 from fewstep.schedules import EDM, Schedule, align, as_time
-from fewstep.values import real
-
-
-@dataclass(frozen=True)
-class Input:
-    """A further input of a student's network that sampling may set (a guidance weight, a number of steps): its default
-    and its range, both ends included."""
-
-    default: float
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not self.low <= self.default <= self.high:
-            raise ValueError(f"an input's default {self.default:g} must lie in [{self.low:g}, {self.high:g}]")
 
 
 class FlowMap(nn.Module, ABC):
@@ -62,6 +49,7 @@ class FlowMap(nn.Module, ABC):
         self.schedule = schedule
         self.shape = shape
         self.classes = classes
+        check_declared(extras)
         self.extras = dict(extras)
 
     @property
@@ -90,22 +78,13 @@ class FlowMap(nn.Module, ABC):
         """The denoiser that a next training starts from; TypeError or ValueError for a map that has none."""
         raise TypeError(f"a {type(self).__name__} cannot be the teacher of a next stage")
 
-    def inputs(self, n: int, device: torch.device, given: Mapping[str, float]) -> dict[str, Tensor]:
-        """The further inputs for ``n`` samples, float32 ``[n]`` each: those ``given``, the defaults for the rest.
+    def inputs(self, x: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The further inputs for the states ``x`` ``[B, ...]``, ``[B]`` each: those ``given``, numbers or one a sample,
+        and the defaults of the rest.
 
-        ValueError for an input that the map does not take, or a value out of its range.
+        ValueError or TypeError for an input that the map does not take, a value out of its range or of another shape.
         """
-        if unknown := sorted(set(given) - set(self.extras)):
-            raise ValueError(f"{unknown[0]}={given[unknown[0]]:g}: this student takes {_listed(self.extras)}")
-        values = {name: given.get(name, declared.default) for name, declared in self.extras.items()}
-        for name, value in values.items():
-            real(name, value, self.extras[name].low, self.extras[name].high)
-        return {name: torch.full((n,), float(value), device=device) for name, value in values.items()}
-
-
-def _listed(extras: Mapping[str, Input]) -> str:
-    known = (f"{name} ({declared.low:g} to {declared.high:g})" for name, declared in extras.items())
-    return ", ".join(known) or "no further inputs"
+        return values_for(x, self.extras, given)
 
 
 def ddim_move(x: Tensor, x0: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
@@ -189,12 +168,14 @@ class EDMConsistency(FlowMap):
 
     only_to_data = True
 
-    def __init__(self, denoiser: Denoiser, sigma_data: float = 0.5) -> None:
+    def __init__(
+        self, denoiser: Denoiser, sigma_data: float = 0.5, extras: Mapping[str, Input] = MappingProxyType({})
+    ) -> None:
         if not isinstance(denoiser.schedule, EDM):
             raise TypeError(f"EDMConsistency is written on EDM, the denoiser is on {type(denoiser.schedule).__name__}")
         if not sigma_data > 0:
             raise ValueError(f"EDMConsistency: sigma_data={sigma_data} must be positive")
-        super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes)
+        super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes, extras)
         self.denoiser = denoiser
         self.sigma_data = sigma_data
 

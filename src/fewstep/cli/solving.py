@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.conditions import conditions, seeds, takes_guidance
 from fewstep.cli.errors import UserError, choose
+from fewstep.cli.inputs import extras_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +39,7 @@ def by_solver(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, int, in
 
     kind: AnyDenoiser = found.kind  # type: ignore[assignment]  # the kinds that take a solver
     model = kind.inner
+    extras_of(kind, chosen.model, chosen.extra)  # a teacher takes none
     if chosen.settings is not None:
         take_settings(chosen)
     grid = chosen.grid

@@ -77,6 +77,8 @@ class Adapter(nn.Module):
     guidance: float = 1.0
     #: Whether the network takes the guidance scale as an input.
     takes_guidance: bool = False
+    #: The pipeline's ``guidance_scale`` less the weight ``w`` that the network is given.
+    guidance_offset: ClassVar[float] = 0.0
     #: Whether its students go back into the pipeline that it came from, which knows its conditions.
     in_own_pipeline: bool = False
     #: Whether that pipeline makes samples of the config's size only.

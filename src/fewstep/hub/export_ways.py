@@ -7,8 +7,9 @@ the plan's own coefficients.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from fewstep.flow_maps import Jump
 from fewstep.grids import GRIDS
 from fewstep.hub.adapters import Adapter, as_adapter
 from fewstep.hub.autoencoders import pixels_per_latent
+from fewstep.hub.export_inputs import check_carried, driven, notes, scale_of, with_constants
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import PREDICTION_TYPES
-from fewstep.hub.tables import Table, network_of, plan_table, scheduler_table
+from fewstep.hub.tables import Call, Table, network_of, plan_table, scheduler_table
 from fewstep.models import model_of
 from fewstep.networks import NETWORKS
 from fewstep.predictions import Prediction
@@ -44,7 +46,8 @@ class Host:
     ``custom`` names the argument of its call that sets the times ("timesteps", "sigmas" or None), ``eta`` and
     ``seeded`` whether it hands ``eta`` and its generator to the scheduler's step, ``scales`` whether it lets the
     scheduler scale the network's input, ``draws`` whether it draws its first noise in ``prepare_latents``, where a
-    subclass can scale it, ``offsets`` the values of ``steps_offset`` that it leaves alone.
+    subclass can scale it, ``offsets`` the values of ``steps_offset`` that it leaves alone, ``tells`` whether it tells a
+    network that has an input for it the guidance scale.
     """
 
     custom: str | None = None
@@ -53,20 +56,23 @@ class Host:
     scales: bool = True
     draws: bool = True
     offsets: tuple[int, ...] = (0, 1)
+    tells: bool = False
 
 
 HOSTS = {
     "DDIMPipeline": Host(),
     "LDMPipeline": Host(eta=True, seeded=False),
     "DiTPipeline": Host(seeded=False),
-    "StableDiffusionPipeline": Host("timesteps", eta=True, offsets=(1,)),
-    "StableDiffusionXLPipeline": Host("timesteps", eta=True),
+    "StableDiffusionPipeline": Host("timesteps", eta=True, offsets=(1,), tells=True),
+    "StableDiffusionXLPipeline": Host("timesteps", eta=True, tells=True),
     "StableDiffusion3Pipeline": Host("sigmas", seeded=False, scales=False),
-    "FluxPipeline": Host("sigmas", seeded=False, scales=False),
+    "FluxPipeline": Host("sigmas", seeded=False, scales=False, tells=True),
     "SanaPipeline": Host("sigmas", scales=False),
     "KandinskyV22Pipeline": Host(scales=False),
     "LDMTextToImagePipeline": Host(eta=True, seeded=False, scales=False, draws=False),
 }
+#: The pipelines that tell their network the guidance scale.
+TELLING = tuple(name for name, host in HOSTS.items() if host.tells)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class Way:
     start: float
     code: bool = False
     scaled: float | None = None
+    #: Sentences for the card.
+    notes: tuple[str, ...] = ()
 
     @property
     def adapter(self) -> Adapter | None:
@@ -97,15 +105,16 @@ class Way:
         return name if self.scaled is None else f"Student{name}"
 
 
-def way_for(model: nn.Module) -> Way:
-    """The plain way where there is one, else the one with code; ValueError when the model has no place in diffusers."""
-    return plain_way(model) or way_with_code(model)
+def way_for(model: nn.Module, extras: Mapping[str, float] = MappingProxyType({})) -> Way:
+    """The plain way where there is one, else the one with code; ``extras`` are further inputs that are to be constant.
+    ValueError when the model has no place in diffusers."""
+    return plain_way(model, extras) or way_with_code(model, extras)
 
 
-def plain_way(model: nn.Module) -> Way | None:
+def plain_way(model: nn.Module, extras: Mapping[str, float]) -> Way | None:
     """Into a pipeline of diffusers with a scheduler of diffusers; None when none has the coefficients."""
     require("diffusers", "exporting to diffusers")
-    student = _student(model)
+    student = with_constants(_student(model), extras)
     adapter = as_adapter(_exportable(model))
     if adapter is None:
         return None
@@ -115,24 +124,29 @@ def plain_way(model: nn.Module) -> Way | None:
             raise ValueError(f"a {type(model).__name__} is not a network: export the denoiser inside it")
         pipe = adapter.origin.pipe
         return Way(adapter, type(pipe), pipe.scheduler, {}, 1.0)
-    tables = _tables(student)
+    tables = _tables(student, adapter)
     found = _plain_scheduler(adapter, network_of(student), student.plans, tables)
     if found is None:
         return None
     pipeline = adapter.pipeline_class()
-    calls = {steps: {**call, **_arguments(adapter, pipeline)} for steps, call in found[1].items()}
-    return Way(adapter, pipeline, found[0], calls, _start(tables))
+    check_carried(student, adapter, adapter, TELLING, pipeline.__name__)
+    calls = {
+        steps: {**call, **_arguments(adapter, pipeline), **scale_of(student, student.plans[steps], adapter)}
+        for steps, call in found[1].items()
+    }
+    said = tuple(notes(student, adapter))
+    return Way(adapter, pipeline, found[0], calls, _start(tables), notes=said)
 
 
-def way_with_code(model: nn.Module) -> Way:
+def way_with_code(model: nn.Module, extras: Mapping[str, float] = MappingProxyType({})) -> Way:
     """Into a pipeline of diffusers, or our own, with the student's table as its scheduler."""
     from fewstep.hub.student_pipeline import StudentPipeline
     from fewstep.hub.student_scheduler import StudentScheduler
 
-    student = _student(model)
+    student = with_constants(_student(model), extras)
     net = _exportable(model)
     adapter = as_adapter(net)
-    tables = _tables(student)
+    tables = _tables(student, adapter)
     pipeline: Any = StudentPipeline
     scaled = None
     usual: Arguments = {}
@@ -143,16 +157,24 @@ def way_with_code(model: nn.Module) -> Way:
         usual = _arguments(adapter, pipeline)
     elif adapter is not None:
         _refuse_pictures_beside(adapter, "StudentPipeline")
+    check_carried(student, net, adapter, TELLING, pipeline.__name__)
     pictures = len(student.shape) == 3 and student.shape[0] in (1, 3)
     latent = adapter is not None and adapter.latent
     if pipeline is StudentPipeline and not pictures and not latent:
         usual = {"output_type": "latent"}  # samples that are not pictures
     plans = {
-        str(n): {"start": t.start if scaled is None else 1.0, "calls": [asdict(call) for call in t.calls]}
+        str(n): {"start": t.start if scaled is None else 1.0, "calls": [_row(call) for call in t.calls]}
         for n, t in tables.items()
     }  # fmt: skip
-    calls = {n: {"num_inference_steps": n, **usual} for n in tables}
-    return Way(net, pipeline, StudentScheduler(plans=plans), calls, 1.0, code=True, scaled=scaled)
+    calls = {n: {"num_inference_steps": n, **usual, **scale_of(student, student.plans[n], adapter)} for n in tables}
+    said = tuple(notes(student, adapter))
+    return Way(net, pipeline, StudentScheduler(plans=plans), calls, 1.0, code=True, scaled=scaled, notes=said)
+
+
+def _row(call: Call) -> Arguments:
+    """A call as the student's scheduler keeps it."""
+    row = asdict(call)
+    return row if row["inputs"] else {name: value for name, value in row.items() if name != "inputs"}
 
 
 def _host(net: Adapter, pipeline: Any) -> Host:
@@ -183,8 +205,10 @@ def _scaled_start(pipeline: str, host: Host, tables: dict[int, Table]) -> float 
     return starts[0]
 
 
-def _tables(student: Student) -> dict[int, Table]:
-    return {steps: plan_table(student.flow_map, plan) for steps, plan in student.plans.items()}
+def _tables(student: Student, adapter: Adapter | None) -> dict[int, Table]:
+    """The plans as tables, without the input that the pipeline's guidance scale drives."""
+    weight = driven(student, adapter)
+    return {steps: plan_table(student.flow_map, plan).without(weight) for steps, plan in student.plans.items()}
 
 
 def _exportable(model: nn.Module) -> Any:

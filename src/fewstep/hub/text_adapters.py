@@ -93,6 +93,8 @@ class UNet2DCondition(UNetAdapter, TextAdapter):
     pipelines' ``guidance_scale - 1`` and takes the place of the condition ``guidance_scale``.
     """
 
+    guidance_offset = 1.0
+
     def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
         super().__init__(model, origin, size)
         config = model.config

@@ -21,7 +21,8 @@ there.  TCD ends on the table's first level, as this library does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -106,7 +107,8 @@ def student_plan(student: Student | FlowMap, sampler: str, steps: int, **setting
 
     Raises ValueError with the choices on an unknown name, and when TCD is asked of a student that maps to data only:
     one whose flow map has no other jumps, or whose own plans all re-noise from data (CM, sCM, DMD2).  A bare flow map
-    is taken at its word.
+    is taken at its word.  Further inputs that belong to a plan (the number of steps) are those of the student's own
+    plan for ``steps``; where it has none, they are left to the caller.
     """
     flow_map = flow_map_of(student)
     if sampler not in STUDENT_SAMPLERS:
@@ -118,7 +120,19 @@ def student_plan(student: Student | FlowMap, sampler: str, steps: int, **setting
             f"sampler={sampler!r} jumps to times between noise and data, this student maps to data only; "
             "take 'consistency' or 'lcm', or eta=1"
         )
-    return plan
+    own = student.plans.get(steps) if isinstance(student, Student) else None
+    return plan if own is None else replace(plan, extras=own.extras)
+
+
+def _check_told(student: Student | FlowMap, plan: Plan, steps: int, given: Mapping[str, Any]) -> None:
+    """ValueError for an input that belongs to the student's own plans and that nothing sets for ``steps``."""
+    told = student.plans if isinstance(student, Student) else {}
+    for name in dict.fromkeys(name for own in told.values() for name in own.extras):
+        if name not in plan.extras and name not in given:
+            raise ValueError(
+                f"steps={steps}: the input {name} belongs to the student's own plans, for {sorted(told)} steps: take "
+                f"one of those, or extras={{'{name}': ...}} {student.extras[name]}"
+            )
 
 
 def flow_map_of(student: Student | FlowMap) -> FlowMap:
@@ -137,17 +151,21 @@ def sample_student(
     steps: int,
     cond: Cond = None,
     rng: Noise | None = None,
+    *,
+    extras: Mapping[str, float | Numbers] | None = None,
     **settings: Any,
 ) -> Tensor:
     """Data from standard normal ``noise`` with a sampler by name, as in ``sample_student(student, noise, "lcm", 4,
-    rng=rng)``; ``settings`` are the sampler's own.
+    rng=rng)``; ``settings`` are the sampler's own.  ``extras`` set further inputs of the student, as in
+    :meth:`Student.sample <fewstep.sampling.Student.sample>`.
 
     The samples have the type of the student's weights; without ``cond`` it is called without a label.  Dropout is off
     meanwhile.  ValueError as in :func:`student_plan`, and for noise and conditions as in
     :func:`~fewstep.sampling.sample`.
     """
     plan = student_plan(student, sampler, steps, **settings)
+    _check_told(student, plan, steps, extras or {})
     flow_map = flow_map_of(student)
     x = states_for(flow_map, "noise", noise)
     with evaluating(flow_map):
-        return rollout(flow_map, x, plan, given_conditions(flow_map, x, cond), rng)
+        return rollout(flow_map, x, plan, given_conditions(flow_map, x, cond), rng, extras=extras)

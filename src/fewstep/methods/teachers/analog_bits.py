@@ -103,7 +103,7 @@ class AnalogBits(Method):
     paper: ClassVar[Paper] = Paper(
         "Analog Bits: Generating Discrete Data using Diffusion Models with Self-Conditioning", "2208.04202", "verified",
         ("the network is told the schedule's time, not the signal power alpha^2",
-         "warm-up of 100 steps (the paper's counts 10k of 1.5M)",
+         "`warmup` of 100 steps (the paper's counts 10k of 1.5M)",
          "the U-Net and MLP of the library, not TransUNet"),
     )  # fmt: skip
     system: ClassVar[System] = System(

@@ -33,7 +33,7 @@ class DPMSolver1(Multistep):
     which shares the noise out differently.
 
     The base of the multistep family: derivatives from past outputs, ``eta`` the share of the reverse SDE (1: all of
-    it).
+    it).  The official code has ``lower_order_final`` True, in runs of fewer than ten steps.
     """
 
     centre: ClassVar[float] = 1.0
