@@ -10,8 +10,13 @@ import torch
 from fewstep import grids
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.exact import ExactFlowMap, Gaussian, three_modes
-from fewstep.flow_maps import FlowMap
-from fewstep.methods.consistency.cm import ConsistencyDistillation, ConsistencyTraining, follow
+from fewstep.flow_maps import EDMConsistency, FlowMap
+from fewstep.methods.consistency.cm import (
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    consistency_loss,
+    follow,
+)
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, ContinuousConsistencyTraining
 from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.parts.distances import Plain, l2, pseudo_huber
@@ -121,9 +126,6 @@ def test_grid_and_target_decay_of_training() -> None:
 
 def test_both_calls_see_the_same_dropout_mask() -> None:
     """With equal states, equal weights and dropout, the loss is exactly zero."""
-    from fewstep.flow_maps import EDMConsistency
-    from fewstep.methods.consistency.cm import consistency_loss
-
     torch.manual_seed(0)
     net = UNet((1, 8, 8), (16,), 1, 32, None, dropout=0.5)
     for p in net.parameters():
@@ -133,6 +135,24 @@ def test_both_calls_see_the_same_dropout_mask() -> None:
     loss = consistency_loss(model, model, Batch(x, None, Rng(0)), x, x, t, t, l2)
     assert float(loss.detach().abs().max()) == 0.0
     assert not torch.equal(model.to_data(x, t), model.to_data(x, t))  # the masks do differ from call to call
+
+
+@pytest.mark.parametrize("method", [ConsistencyDistillation(mu=0.5), ConsistencyTraining()])
+def test_the_target_network_drops_what_the_student_drops(method) -> None:
+    """The target of a method's own networks is in training mode like the student, so that equal states under equal
+    weights have a loss of zero with dropout too; the teacher is not."""
+    torch.manual_seed(0)
+    net = UNet((1, 8, 8), (16,), 1, 32, None, dropout=0.5)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    nets = method.networks(Start(NetworkDenoiser(net, EDM(), EDMPrediction(), (1, 8, 8)).eval()))
+    x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 2.0, dtype=torch.float64)
+    loss = consistency_loss(nets.student, nets.target, Batch(x, None, Rng(0)), x, x, t, t, l2)
+    assert float(loss.detach().abs().max()) == 0.0
+    assert not torch.equal(nets.target.to_data(x, t), nets.target.to_data(x, t))
+    assert not any(p.requires_grad for p in nets.target.parameters())
+    if "teacher" in dict(nets.named_children()):
+        assert torch.equal(nets.teacher(x, t), nets.teacher(x, t))
 
 
 def test_target_follows_with_mu() -> None:

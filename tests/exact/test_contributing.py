@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,12 @@ def test_the_test_of_the_page(installed: Any) -> None:
     assert tests
     for test in tests:
         test()
+
+
+def test_its_test_holds_the_published_values(installed: Any) -> None:
+    """One for every hyper-parameter, and for the optimizer: ``test_defaults`` reads them."""
+    published = defined("tests/exact/test_pair_regression.py")["PUBLISHED"]
+    assert set(published) == {*(field.name for field in fields(installed.PairRegression)), "optimizer"}
 
 
 def test_method_trains(installed: Any, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from fewstep.randomness import Rng
 from fewstep.report import Comparison, compare_models, page, plots, read_run, report_runs, words
 from fewstep.report.collect import common
 from fewstep.report.comparison import Row, parts, timed_samples
+from fewstep.report.courses import with_code
 from fewstep.report.pictures import sheet
 from fewstep.report.runs import Note, StageCourse, method_class, read_note, signs
 from fewstep.runs.record import hyper_parameters
@@ -515,3 +516,7 @@ def test_course_without_records() -> None:
     assert (
         signs(stage) == [] and stage.scalars() == [] and isinstance(Note("distill", "cm", {}, "", "d", {}).call(), str)
     )
+
+
+def test_the_names_in_a_deviation_are_code() -> None:
+    assert with_code("`lr` < 1, `decay`") == "<code>lr</code> &lt; 1, <code>decay</code>"

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser, networks_in
 from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Rng
+from fewstep.routing import Router
 from fewstep.sampling.rollout import Plan, rollout
 
 #: Length of the random vectors: three unknowns are fitted to this many equations.
@@ -107,8 +108,11 @@ class RecordedRng(Rng):
 
 
 def network_of(model: nn.Module) -> NetworkDenoiser:
-    """The one network denoiser inside a student or denoiser; ValueError when there are none or several."""
-    found = [module for module in model.modules() if isinstance(module, NetworkDenoiser)]
+    """The one network denoiser inside a student or denoiser; ValueError when there are none or several, and for what
+    calls its networks by turns."""
+    if any(isinstance(module, Router) for module in model.modules()):
+        raise ValueError("a routed model cannot be exported, diffusers' pipelines call one network: export its experts")
+    found = networks_in(model)
     if len(found) != 1:
         raise ValueError(f"a model with {len(found)} networks cannot be exported: exactly one is needed")
     return found[0]

@@ -127,8 +127,8 @@ def advance(updates: Iterator[Update | Mean], answer: Tensor | None) -> Update |
 class Networks(nn.Module):
     """The named networks of a method (attribute access), the groups that train and the names that get an EMA.
 
-    Modules that no group names are frozen here; ``moved`` names those among them that the method moves itself (a
-    target network), which a checkpoint must hold too.
+    Modules that no group names are frozen here, their dropout off; ``moved`` names those among them that the method
+    moves itself (a target network), which a checkpoint must hold too and whose dropout is on as in what they follow.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Networks(nn.Module):
             raise ValueError(f"groups name networks that do not exist: {sorted(unknown)}")
         for name, module in modules.items():
             module.requires_grad_(name in trained)
-            module.train(name in trained)
+            module.train(name in trained or name in moved)
 
     if TYPE_CHECKING:
 

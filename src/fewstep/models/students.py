@@ -14,7 +14,9 @@ from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.models.denoisers import DENOISER
 from fewstep.models.model import Config, Model
 from fewstep.models.networks import DIFFUSERS
+from fewstep.models.routers import ROUTER, build_router, describe_router
 from fewstep.randomness import Rng
+from fewstep.routing import RoutedDenoiser, RoutedFlowMap
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schemas import Choice, Map, Maybe, arguments_of
 
@@ -178,7 +180,34 @@ class EDMConsistencyModel(AnyFlowMap):
         return EDMConsistency(model(config["denoiser"]), config["sigma_data"], build_extras(config))
 
 
+class RoutedFlowMapModel(AnyFlowMap):
+    """A flow map made of experts."""
+
+    kind = "routed-flow-map"
+    wraps = RoutedFlowMap
+
+    def teacher(self) -> Any:
+        from fewstep.models.kinds import model_of
+
+        made: RoutedFlowMap = self.module
+        return RoutedDenoiser([model_of(expert).teacher() for expert in made.experts], made.router)
+
+    def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
+        made: RoutedFlowMap = self.module
+        return {"kind": self.kind, "experts": list(map(model, made.experts)), "router": describe_router(made.router)}
+
+    @classmethod
+    def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
+        return RoutedFlowMap(list(map(model, config["experts"])), build_router(config["router"]))
+
+
+_FLOW_MAPS: dict[str, dict[str, Any]] = {cls.kind: cls.holds for cls in (JumpModel, EDMConsistencyModel)}
+FLOW_MAP = Choice("kind", _FLOW_MAPS)
+RoutedFlowMapModel.holds = _FLOW_MAPS[RoutedFlowMapModel.kind] = {
+    "experts": list[FLOW_MAP],  # type: ignore[valid-type]
+    "router": ROUTER,
+}
 StudentModel.holds = {
-    "flow_map": Choice("kind", {cls.kind: cls.holds for cls in (JumpModel, EDMConsistencyModel)}),
+    "flow_map": FLOW_MAP,
     "plans": Map(*STEPS, arguments_of(Plan)),
 }

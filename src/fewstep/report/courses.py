@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -61,8 +62,13 @@ def deviations(run: RunCourse) -> str:
     if not methods:
         return ""
     texts = dict.fromkeys(text for method in methods for text in method.paper.deviations)
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts) or "<li>nothing known</li>"
+    items = "".join(f"<li>{with_code(text)}</li>" for text in texts) or "<li>nothing known</li>"
     return f'<div class="course"><b>What differs from the paper</b><ul class="notes">{items}</ul></div>'
+
+
+def with_code(text: str) -> str:
+    """A sentence as HTML, its names in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def courses(stage: StageCourse, tint: str, place: str) -> list[str]:

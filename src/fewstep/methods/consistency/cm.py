@@ -127,8 +127,9 @@ class ConsistencyDistillation(_ConsistencyModel):
     name: ClassVar[str] = "cm"
     paper: ClassVar[Paper] = Paper(
         "Consistency Models", "2303.01469", "verified",
-        ("l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)",
-         "learning rate falls linearly to 0 over the budget (the paper's is constant)",
+        ("`distance` is l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)",
+         "`decay`: the learning rate falls linearly to 0 over the budget (the paper's is constant)",
+         "no `warmup`, as in the authors' code for ImageNet (that for CIFAR-10 has 10 million images)",
          "sampling uses a power-function average (the paper's average has a fixed decay)",
          "the teacher's guidance is baked in, not an input of the network"),
     )  # fmt: skip

@@ -156,8 +156,8 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
     paper: ClassVar[Paper] = Paper(
         "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", "2410.11081", "from paper text",
         ("no official code: equations and tables from the paper's text",
-         "learning rate follows a cosine over the budget (the paper's decays as an inverse square root)",
-         "the tangent warm-up is half of the budget (the paper's counts 10k iterations, 2.5 to 10 %)",
+         "`decay`: the learning rate follows a cosine over the budget (the paper's falls as an inverse square root)",
+         "`tangent_warmup` is half of the budget (the paper's counts 10k iterations, 2.5 to 10 %)",
          "time weight on its own small embedding",
          "a teacher keeps its own time input, which is the angle itself for TrigPrediction only; that of EDM, a "
          "logarithm, has larger derivatives at the ends",

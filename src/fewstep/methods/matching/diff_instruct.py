@@ -32,7 +32,7 @@ class DiffInstruct(OneStep):
     paper: ClassVar[Paper] = Paper(
         "Diff-Instruct: A Universal Approach for Transferring Knowledge From Pre-trained Diffusion Models",
         "2305.18455", "verified",
-        ("learning rates suit networks of a million parameters and runs of minutes (1e-5 for both there)",
+        ("`lr` and `critic_lr` suit networks of a million parameters and runs of minutes (1e-5 for both there)",
          "sampling uses a power-function average (the official one has a half-life of 500k samples)",
          "the critic's samples are not augmented",
          "dropout is off in both scores (there it is on, with one mask for both)",

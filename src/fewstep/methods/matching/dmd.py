@@ -51,10 +51,12 @@ class DMD(Method):
         "One-step Diffusion with Distribution Matching Distillation", "2311.18828", "reconstructed",
         ("no training code of the authors is public: the matching term is that of their DMD2, without the paper's "
          "factor alpha_t, which their code drops; the regression is from the paper and a public re-implementation",
-         "l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)",
-         "learning rates suit networks of a million parameters and runs of minutes (5e-5 on CIFAR-10 there), and the "
-         "critic's is higher than the student's",
-         "fewer pairs, by Heun steps for every teacher (the paper has PNDM and 500k pairs for Stable Diffusion)",
+         "`distance` is l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)",
+         "`lr` and `critic_lr` suit networks of a million parameters and runs of minutes (5e-5 on CIFAR-10 there), and "
+         "the critic's is higher than the student's",
+         "short runs: `warmup` of 20 steps (500 there), `decay` of the student's rate to 0 over the budget (constant "
+         "there)",
+         "fewer `pairs`, by Heun steps for every teacher (the paper has PNDM and 500k pairs for Stable Diffusion)",
          "sampling uses a power-function average of the student (the paper's has none)",
          "the critic loss is the teacher's own training loss, equal to EDM's weight on the data prediction"),
     )  # fmt: skip

@@ -55,8 +55,10 @@ class DMD2(Method):
     name: ClassVar[str] = "dmd2"
     paper: ClassVar[Paper] = Paper(
         "Improved Distribution Matching Distillation for Fast Image Synthesis", "2405.14867", "verified",
-        ("learning rates suit networks of a million parameters and runs of minutes (2e-6 for both on ImageNet-64 "
+        ("`lr` and `critic_lr` suit networks of a million parameters and runs of minutes (2e-6 for both on ImageNet-64 "
          "there), and the critic's is higher than the student's",
+         "short runs: `warmup` of 20 steps (500 there), `decay` of the student's rate to 0 over the budget (constant "
+         "there)",
          "sampling uses a power-function average of the student (the official code has none)",
          "the discriminator head is sized for small bottlenecks",
          "the critic loss is the teacher's own training loss, equal to the official EDM weight on the data prediction",

@@ -47,7 +47,7 @@ class SiD(OneStep):
     paper: ClassVar[Paper] = Paper(
         "Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion Models for One-Step "
         "Generation", "2404.04057", "verified",
-        ("learning rates suit networks of a million parameters and runs of minutes (1e-5 for both there)",
+        ("`lr` and `critic_lr` suit networks of a million parameters and runs of minutes (1e-5 for both there)",
          "sampling uses a power-function average (the official one has a half-life of 500k samples)",
          "the critic's samples are not augmented",
          "the factor 100 on the student's loss is left out: it served half precision, and Adam does not see it",

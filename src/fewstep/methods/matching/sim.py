@@ -74,7 +74,7 @@ class SIM(OneStep):
          "are those of SiD, whose code the authors acknowledge",
          "the paper leaves w(t) and c open: distances are taken in units of the data, which is w(t) = (sigma^2 / "
          "alpha)^p for a distance of degree p, and c is iCT's",
-         "learning rates suit networks of a million parameters and runs of minutes (1e-5 for both in SiD)",
+         "`lr` and `critic_lr` suit networks of a million parameters and runs of minutes (1e-5 for both in SiD)",
          "sampling uses a power-function average (SiD's has a half-life of 500k samples)",
          "the data, where there are any, give their conditions only"),
     )  # fmt: skip

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond
-from fewstep.discrete.chains import Chain, Masked, uniforms
+from fewstep.discrete.chains import Chain, uniforms
 from fewstep.discrete.coupling import Draws, Moves
 from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
@@ -96,7 +96,7 @@ def teacher_interval(
         jumps = stepper.jumps(chain, posterior, x, t, s)
         if j == 0:
             once, summed = stepper.jumps(chain, posterior, x, t, times[-1]), torch.zeros_like(jumps)
-        elif not isinstance(chain, Masked):  # there a position that has moved is done
+        elif not chain.absorbing:  # there a position that has moved is done
             moves.renew(rng)
         summed = summed + jumps
         law = row(jumps, x)
@@ -229,6 +229,7 @@ class LSD(Method):
             "the distance is squared L2, which the paper leaves open, over positions that can jump and hold the same "
             "token in both states",
             "target=accumulated and teacher_start=student are ours; the defaults are the paper's",
+            "`teacher_steps` is 64 (the released code's is 256)",
             "teacher and student share their random draws and their end; the released code ends them at 1e-3 and 1e-5",
             "the relaxed start replaces masks by random tokens: the paper does not say what it puts there",
             "optimiser, learning rate and number of iterations are ours: the text read gives none",
@@ -336,7 +337,7 @@ class LSDPlus(LSD):
         (
             *LSD.paper.deviations,
             "steps are a softmax, so that they are positive and end at t_min; the paper's are free numbers",
-            "steps are pulled to the teacher's transition over the whole interval; step_target=literal is as printed",
+            "`step_target`: steps are pulled to the teacher's transition over the whole interval (literal: as printed)",
             "jumps include the rate sigma(tau), which the printed loss leaves out",
         ),
     )  # fmt: skip

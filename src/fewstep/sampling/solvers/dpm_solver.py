@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point
-from fewstep.sampling.engine import Row, Solver, Stage, Step, Table
+from fewstep.sampling.engine import Solver, Stage, Step, Table
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.multistep import Multistep
 from fewstep.sampling.solvers.stochastic import check_eta
 
@@ -32,7 +33,7 @@ class DPMSolver1(Multistep):
     which shares the noise out differently.
 
     The base of the multistep family: derivatives from past outputs, ``eta`` the share of the reverse SDE (1: all of
-    it).
+    it).  The official code has ``lower_order_final`` True, in runs of fewer than ten steps.
     """
 
     centre: ClassVar[float] = 1.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fewstep.sampling.coefficients import DATA, Form, Levels, vandermonde
-from fewstep.sampling.engine import Row
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.multistep import PredictorCorrector
 
 
@@ -25,7 +25,7 @@ class UniPC(PredictorCorrector):
     weights of the derivatives.  ``variant`` is the paper's B(h): "bh1" is h, "bh2" is exp(h) - 1.  It acts through the
     paper's shortcut only, ``c = B / 2 r`` where there is a single node; "vary" solves there too (the paper's varying
     coefficients, appendix C).  ``corrector=False`` is UniP.  The last step, and a step of infinite length, are not
-    corrected.
+    corrected.  The official code's default of ``variant`` is "bh1".
     """
 
     centre: ClassVar[float] = 1.0
