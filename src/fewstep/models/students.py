@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from fewstep.models.model import Config, Model
 from fewstep.models.networks import DIFFUSERS
 from fewstep.models.routers import ROUTER, build_router, describe_router
 from fewstep.randomness import Rng
-from fewstep.routing import RoutedDenoiser, RoutedFlowMap
+from fewstep.routing import RoutedFlowMap
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schemas import Choice, Map, Maybe, arguments_of
 
@@ -44,16 +44,22 @@ def build_extras(config: Config) -> dict[str, Input]:
             extras[name] = Input(**declared)
         except ValueError as error:
             raise ValueError(f"extras.{name}: {error}") from None
-    inner = config["denoiser"]
-    while "inner" in inner:  # seen on another schedule
-        inner = inner["inner"]
-    network = inner["network"]
-    if network["name"] != DIFFUSERS:  # which say themselves what they take
+    for network in network_configs(config["denoiser"]):
+        if network["name"] == DIFFUSERS:  # which say themselves what they take
+            continue
         taken = network.get("extras", ())
         for name in extras:
             if name not in taken:
                 raise ValueError(f"extras.{name}: the network takes {', '.join(taken) or 'no further inputs'}")
     return extras
+
+
+def network_configs(config: Config) -> Iterator[Config]:
+    """The networks in a denoiser's description: its own, that of the one it is a view of, or those of its experts."""
+    if "network" in config:
+        yield config["network"]
+    for part in (*([config["inner"]] if "inner" in config else []), *config.get("experts", ())):
+        yield from network_configs(part)
 
 
 class StudentModel(Model):
@@ -175,12 +181,6 @@ class RoutedFlowMapModel(AnyFlowMap):
 
     kind = "routed-flow-map"
     wraps = RoutedFlowMap
-
-    def teacher(self) -> Any:
-        from fewstep.models.kinds import model_of
-
-        made: RoutedFlowMap = self.module
-        return RoutedDenoiser([model_of(expert).teacher() for expert in made.experts], made.router)
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         made: RoutedFlowMap = self.module
