@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, View, check_prediction
-from fewstep.extras import Input as Input
-from fewstep.extras import check_declared, values_for
+from fewstep.extras import Input, check_declared, values_for
 from fewstep.schedules import EDM, Schedule, align, as_time
 
 
