@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint docs bench solvers clean
+.PHONY: demo test lint docs bench solvers mutants clean
 
 ## The demonstration: a bundled teacher made fast by several methods, and a page that shows it (about five minutes).
 demo: $(VENV)/core
@@ -35,8 +35,13 @@ bench: $(VENV)/test
 solvers: $(VENV)/test
 	$(BIN)/python benchmarks/solvers.py --n 128 --out site/solvers
 
+## Can the tests fail?  200 random one-token mutants of the mathematics, and those that no test notices (about an hour
+## on one core; again with the same seed it goes on where it was stopped; more in CONTRIBUTING.md).
+mutants: $(VENV)/test
+	$(BIN)/python tools/mutants.py --resume $(MUTANTS)
+
 clean:
-	rm -rf $(VENV) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build .mutants src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/core: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

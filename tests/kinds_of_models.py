@@ -17,16 +17,29 @@ from fewstep.discrete.samplers import Plan as DiscretePlan
 from fewstep.exact import Gaussian
 from fewstep.exact.world import ExactFlowMap
 from fewstep.flow_maps import EDMConsistency, Jump
-from fewstep.models.denoisers import AnyDenoiser, NetworkModel, SelfConditionedModel, ViewedModel
+from fewstep.models.denoisers import (
+    AnyDenoiser,
+    NetworkModel,
+    RoutedDenoiserModel,
+    SelfConditionedModel,
+    ViewedModel,
+)
 from fewstep.models.discrete import AnyDiscreteDenoiser, LearnedSamplerModel, NetworkDiscreteModel
 from fewstep.models.model import Model
-from fewstep.models.staged import CascadedModel, DPMOTModel
-from fewstep.models.students import AnyFlowMap, EDMConsistencyModel, JumpModel, StudentModel
+from fewstep.models.staged import CascadedModel, DPMOTModel, SeparateCascadeModel
+from fewstep.models.students import (
+    AnyFlowMap,
+    EDMConsistencyModel,
+    JumpModel,
+    RoutedFlowMapModel,
+    StudentModel,
+)
 from fewstep.networks import MLP, CascadeUNet
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
-from fewstep.sampling.cascade import CascadeModel, StagePlan
+from fewstep.routing import ByClass, ByTime, RoutedDenoiser, RoutedFlowMap
+from fewstep.sampling.cascade import CascadeModel, SeparateCascade, StagePlan, stage_schedule
 from fewstep.sampling.dpm_ot.expressway import Expressway
 from fewstep.sampling.dpm_ot.model import TransportedModel
 from fewstep.sampling.dpm_ot.optimal_transport import transport
@@ -62,11 +75,39 @@ def student() -> Student:
     return Student(Jump(made), {1: Plan((1.5,)), 2: Plan((1.5, 0.7))})
 
 
+def second_network() -> NetworkDenoiser:
+    """Another network of another size that makes the same samples."""
+    torch.manual_seed(1)
+    net = moved(MLP(SHAPE, 24, 1, classes=10))
+    return NetworkDenoiser(net, TrigFlow(t_max=1.5, sigma_data=0.75), TrigPrediction(sigma_data=0.75), SHAPE, 10)
+
+
+def routed_by_class() -> RoutedFlowMap:
+    return RoutedFlowMap([Jump(network()), Jump(second_network())], ByClass.even(10, 2))
+
+
+def routed_by_time() -> RoutedDenoiser:
+    return RoutedDenoiser([network(), second_network()], ByTime([0.8]))
+
+
 def cascade() -> CascadeModel:
     torch.manual_seed(0)
     net = moved(CascadeUNet(SHAPE, (4, 8), channels=(8, 8), blocks=1, width=16, classes=10))
     made = NetworkDenoiser(net, EDM(), EDMPrediction(), SHAPE, 10)
     return CascadeModel(made, (4, 8), [StagePlan(2), StagePlan(2, "ddim", "karras", augmentation=0.1)])
+
+
+def separate_cascade() -> SeparateCascade:
+    torch.manual_seed(0)
+    low, high = (
+        moved(MLP((1, side, side), 16, 1, 10, extras, beside))
+        for side, extras, beside in ((4, (), 0), (8, ("augmentation",), 1))
+    )
+    stages = [
+        NetworkDenoiser(net, stage_schedule(EDM(), net.shape[1] / 8), EDMPrediction(), net.shape, 10)
+        for net in (low, high)
+    ]
+    return SeparateCascade(stages, [StagePlan(2), StagePlan(3, "ddim", "karras", augmentation=0.1)])
 
 
 def discrete() -> NetworkDiscreteDenoiser:
@@ -90,14 +131,17 @@ MAKERS: dict[type[Model], Callable[[], Any]] = {
     StudentModel: student,
     JumpModel: lambda: Jump(network()),
     EDMConsistencyModel: lambda: EDMConsistency(on_edm()),
+    RoutedFlowMapModel: routed_by_class,
     AnyFlowMap: lambda: ExactFlowMap(exact()),
     NetworkModel: network,
     ViewedModel: lambda: OnSchedule(network(), EDM()),
+    RoutedDenoiserModel: routed_by_time,
     SelfConditionedModel: lambda: SelfConditioned(network(second=1), SelfConditioning(1.0, 0.2)),
     AnyDenoiser: exact,
     NetworkDiscreteModel: discrete,
     AnyDiscreteDenoiser: lambda: FactorizedLaw(Masked(TOKENS), torch.ones(LENGTH, TOKENS)),
     LearnedSamplerModel: lambda: LearnedSampler(discrete(), {2: DiscretePlan((1.0, 0.4, 0.1), (0.5, 1.0))}, "tweedie"),
     CascadedModel: cascade,
+    SeparateCascadeModel: separate_cascade,
     DPMOTModel: transported,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,9 +88,17 @@ def save(model: Student | Denoiser, folder: str | Path, card: dict[str, Any] | N
     return native.save(model, folder, card)
 
 
-def compare(teacher: Denoiser | str, *students: Student | str, data: str, n: int = 500, seed: int = 0) -> Comparison:
-    """Teacher and students on the same seeds and features: quality, cost and pictures; ``.save("report.html")``."""
+def compare(
+    teacher: Denoiser | str,
+    *students: Student | str,
+    data: str,
+    n: int = 500,
+    seed: int = 0,
+    extras: Mapping[str, float] | None = None,
+) -> Comparison:
+    """Teacher and students on the same seeds and features: quality, cost and pictures; ``.save("report.html")``.
+    ``extras`` set further inputs of those students that take them."""
     from fewstep.report import compare_models
 
     models: list[Any] = [load(m) if isinstance(m, str) else m for m in (teacher, *students)]
-    return compare_models(models[0], models[1:], data=data, n=n, seed=seed)
+    return compare_models(models[0], models[1:], data=data, n=n, seed=seed, extras=extras)

@@ -15,37 +15,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, View, check_prediction
+from fewstep.extras import Input as Input
+from fewstep.extras import check_declared, values_for
 from fewstep.schedules import EDM, Schedule, align, as_time
-from fewstep.values import real
-
-
-@dataclass(frozen=True)
-class Input:
-    """A further input of a student's network that sampling may set (a guidance weight, a number of steps): its default
-    and its range, both ends included."""
-
-    default: float
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not self.low <= self.default <= self.high:
-            raise ValueError(f"an input's default {self.default:g} must lie in [{self.low:g}, {self.high:g}]")
 
 
 class FlowMap(nn.Module, ABC):
     """A learned jump between two times of one schedule; ``shape``, ``classes`` and ``null`` as in :class:`Denoiser`.
 
-    ``extras`` are the further inputs that sampling may set, by name; calls are given each as ``[B]``.
+    ``extras`` are the further inputs that sampling may set, by name; calls are given each as ``[B]``.  ``two_times``
+    says whether its network is told the target time too, ``only_to_data`` whether it knows jumps to ``t_min`` only.
     """
+
+    two_times: bool = False
+    only_to_data: bool = False
 
     def __init__(
         self,
@@ -58,6 +49,7 @@ class FlowMap(nn.Module, ABC):
         self.schedule = schedule
         self.shape = shape
         self.classes = classes
+        check_declared(extras)
         self.extras = dict(extras)
 
     @property
@@ -82,22 +74,13 @@ class FlowMap(nn.Module, ABC):
         for a map that has none."""
         raise ValueError(f"a {type(self).__name__} knows where its paths end, not what a state is the mean of")
 
-    def inputs(self, n: int, device: torch.device, given: Mapping[str, float]) -> dict[str, Tensor]:
-        """The further inputs for ``n`` samples, float32 ``[n]`` each: those ``given``, the defaults for the rest.
+    def inputs(self, x: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The further inputs for the states ``x`` ``[B, ...]``, ``[B]`` each: those ``given``, numbers or one a sample,
+        and the defaults of the rest.
 
-        ValueError for an input that the map does not take, or a value out of its range.
+        ValueError or TypeError for an input that the map does not take, a value out of its range or of another shape.
         """
-        if unknown := sorted(set(given) - set(self.extras)):
-            raise ValueError(f"{unknown[0]}={given[unknown[0]]:g}: this student takes {_listed(self.extras)}")
-        values = {name: given.get(name, declared.default) for name, declared in self.extras.items()}
-        for name, value in values.items():
-            real(name, value, self.extras[name].low, self.extras[name].high)
-        return {name: torch.full((n,), float(value), device=device) for name, value in values.items()}
-
-
-def _listed(extras: Mapping[str, Input]) -> str:
-    known = (f"{name} ({declared.low:g} to {declared.high:g})" for name, declared in extras.items())
-    return ", ".join(known) or "no further inputs"
+        return values_for(x, self.extras, given)
 
 
 def ddim_move(x: Tensor, x0: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
@@ -174,12 +157,16 @@ class EDMConsistency(FlowMap):
     the teacher's denoiser where ``t >> eps``.  A jump to another time than ``t_min`` is not defined: ValueError.
     """
 
-    def __init__(self, denoiser: Denoiser, sigma_data: float = 0.5) -> None:
+    only_to_data = True
+
+    def __init__(
+        self, denoiser: Denoiser, sigma_data: float = 0.5, extras: Mapping[str, Input] = MappingProxyType({})
+    ) -> None:
         if not isinstance(denoiser.schedule, EDM):
             raise TypeError(f"EDMConsistency is written on EDM, the denoiser is on {type(denoiser.schedule).__name__}")
         if not sigma_data > 0:
             raise ValueError(f"EDMConsistency: sigma_data={sigma_data} must be positive")
-        super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes)
+        super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes, extras)
         self.denoiser = denoiser
         self.sigma_data = sigma_data
 

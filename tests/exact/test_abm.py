@@ -17,7 +17,7 @@ from fewstep.predictions import Eps
 from fewstep.randomness import Rng
 from fewstep.sampling import ABM, DATA, NOISE, Hooks, Levels, RhoAB, balanced, run
 from fewstep.sampling.search import half_level, solver_for
-from fewstep.sampling.solvers.abm import order_for
+from fewstep.sampling.solvers.abm import order_for, scale_for, too_large
 from fewstep.sampling.solvers.dpm_solver import DPMSolver1
 from fewstep.sampling.solvers.stochastic import DDIM
 from fewstep.schedules import EDM, FlowMatching, VPLinear
@@ -181,6 +181,23 @@ def test_the_half_level_of_a_gaussian_is_its_standard_deviation():
         assert half_level(world.on(FlowMatching())) == pytest.approx(sd, rel=0.05)
 
 
+def test_the_half_level_is_interpolated_in_v():
+    """A prediction whose squared change from the start is linear in ``v = rho / (rho + 1.4)``: its half lies halfway in
+    ``v`` between the first and the last level that was looked at, to rounding in float32."""
+
+    class Straight(Denoiser):
+        def forward(self, x, t, cond=None):
+            v = float(t[0] / (t[0] + 1.4))
+            seen.append(v)
+            return torch.full_like(x, math.sqrt(1 - v / seen[0]))
+
+    for steps in (3, 4, 7, 16):
+        seen: list[float] = []
+        found = half_level(Straight(EDM(), (2,)), steps=steps)
+        v = (seen[0] + seen[-1]) / 2
+        assert found == pytest.approx(1.4 * v / (1 - v), rel=1e-5)
+
+
 def test_a_prediction_that_never_moves_has_no_half_level():
     """One line, not a division by zero."""
 
@@ -233,6 +250,27 @@ def test_the_order_falls_with_the_steps_and_with_guidance():
     assert all(
         a >= b for strong, weak in zip(orders[1:], orders, strict=False) for a, b in zip(weak, strong, strict=True)
     )
+
+
+def test_where_the_order_changes():
+    """Below 3 sqrt(w) steps it is 1, below 12.5 w^0.3 it is 2, then 4; guidance below 1 counts as none."""
+    changes = {1.0: (3, 13), 0.2: (3, 13), 4.0: (6, 19), 16.0: (12, 29)}  # 12.5 * 4^0.3 = 18.9, 12.5 * 16^0.3 = 28.7
+    for w, (two, four) in changes.items():
+        assert [order_for(steps, w) for steps in (two - 1, two, four - 1, four)] == [1, 2, 2, 4]
+
+
+def test_the_scale_is_the_geometric_mean_of_the_half_levels():
+    """Without guidance the half level itself; one that is not known counts as 1.4, under guidance as 1.4 times that."""
+    assert [scale_for(None), scale_for(2.0), scale_for(2.0, 0.5)] == [1.4, 2.0, 2.0]
+    assert scale_for(2.0, 4.0) == pytest.approx(math.sqrt(2.0 * 5.6), rel=1e-15)
+    assert scale_for(2.0, 4.0, 3.0) == pytest.approx(math.sqrt(6.0), rel=1e-15)
+    assert scale_for(None, 4.0) == pytest.approx(2.8, rel=1e-15)
+
+
+def test_seven_times_the_error_is_too_much():
+    """Beside the weights' own sum, whatever its sign and size; exactly 7 is not."""
+    assert [too_large(w) for w in ([4.0, -3.0], [2.0, -1.5], [-4.0, 3.0], [1.0])] == [False] * 4
+    assert [too_large(w) for w in ([4.5, -3.5], [2.25, -1.75], [-0.45, 0.35])] == [True] * 3
 
 
 def test_on_a_grid_that_is_not_its_own_the_open_order_is_lower():

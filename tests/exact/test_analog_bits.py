@@ -791,3 +791,12 @@ def test_one_hot_needs_no_repair():
     """The largest channel decodes whatever the values."""
     x = torch.tensor([[-3.0, -1.0, -2.0], [0.2, 0.1, 0.3]])
     assert OneHot(3).decode(x).tolist() == OneHot(3).nearest(x).tolist() == [1, 2]
+
+
+def test_levels_are_the_nearest_ones() -> None:
+    """``round(16 x / 255)`` of every grey value, and any other number of levels; back, the ends are -1 and 1."""
+    grey = torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1, 1)
+    for values, levels in ((17, to_levels(grey)), (2, to_levels(grey, 2)), (256, to_levels(grey, 256))):
+        expected = (grey.double() * (values - 1) / 255).round().long()  # 255 is odd: there are no ties
+        assert torch.equal(levels, expected[:, 0])
+    assert to_pictures(torch.tensor([[[0, 8, 16]]])).tolist() == [[[[-1.0, 0.0, 1.0]]]]

@@ -20,6 +20,20 @@ def test_amounts_as_people_write_them(text: str, amount: float, unit: str) -> No
     assert Budget.parse(text) == Budget(amount, unit)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("words", "unit", "factor"),
+    [
+        ("|step|steps|it", "steps", 1), ("image|images|img", "images", 1), ("s|sec|second|seconds", "seconds", 1),
+        ("m|min|minute|minutes", "seconds", 60), ("h|hour|hours", "seconds", 3600),
+    ],
+)  # fmt: skip
+def test_every_word_for_a_unit(words: str, unit: str, factor: int) -> None:
+    """Seven of each, and 7000 with a k."""
+    for word in words.split("|"):
+        assert Budget.parse(f"7{word}") == Budget(7 * factor, unit)  # type: ignore[arg-type]
+        assert Budget.parse(f"7k {word}") == Budget(7000 * factor, unit)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("text", ["", "many", "5 apples", "-3", "1e3", "2 min 3", "1,5h", "k", "inf"])
 def test_what_is_no_amount_is_quoted(text: str) -> None:
     """The error repeats what was written and shows what can be."""

@@ -118,6 +118,22 @@ def test_perplexity_is_that_of_the_reference() -> None:
     assert flat.sequence_entropy == pytest.approx(math.log(4))
 
 
+def test_perplexity_and_its_error_by_hand() -> None:
+    """``exp`` of the mean nats per token, and the standard error of that mean times it; one sample has no error."""
+    x, logs = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]), torch.tensor([-2.0, -4.0, -12.0])
+    found = token_quality(x, lambda x: logs[: len(x)], 2)
+    perplexity = math.exp(1.5)  # nats per token 0.5, 1 and 3: mean 1.5, variance 1.75
+    assert found.perplexity.value == pytest.approx(perplexity, rel=1e-14)
+    assert found.perplexity.error == pytest.approx(math.sqrt(1.75 / 3) * perplexity, rel=1e-14)
+    entropies = [
+        -sum(p * math.log(p) for p in law if p) for law in ((0.5, 0.5), (0.25, 0.75), (0.0, 1.0), (0.25, 0.75))
+    ]
+    assert found.sequence_entropy == pytest.approx(sum(entropies[:3]) / 3, rel=1e-14)
+    assert found.entropy == pytest.approx(entropies[3], rel=1e-14) and found.n == 3
+    alone = token_quality(x[:1], lambda x: logs[:1], 2)
+    assert alone.perplexity.value == pytest.approx(math.exp(0.5)) and math.isnan(alone.perplexity.error)
+
+
 def test_entropy_shows_what_perplexity_hides() -> None:
     """One likely token for ever has a lower perplexity than the data, and no entropy."""
     law = FactorizedLaw(Masked(3), torch.tensor([[0.6, 0.3, 0.1]]).expand(16, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +13,8 @@ from fewstep.exact import Gaussian
 from fewstep.flow_maps import Jump
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Networks, Progress
-from fewstep.methods.parts.adversary import discriminator_loss, generator_loss, logits
-from fewstep.methods.parts.distribution_matching import two_optimizers
+from fewstep.methods.parts.adversary import accuracy, discriminator_loss, generator_loss, logits
+from fewstep.methods.parts.distribution_matching import critic_loss, two_optimizers
 from fewstep.methods.parts.score_matching import matching_vector, surrogate
 from fewstep.methods.parts.times import Own
 from fewstep.methods.start import Start
@@ -156,6 +158,56 @@ def test_without_gan_and_ratio_one_the_student_gradient_is_dmds() -> None:
     (0.5 * (x - (x - g).detach()).square().mean()).backward()
     for a, p in zip(got, [p for p in nets.student.parameters() if p.grad is not None], strict=True):
         assert torch.equal(a, p.grad)
+
+
+def test_the_students_loss_at_the_same_draws_with_a_gan() -> None:
+    """The adversarial term is *added*, with its weight: ``gan_weight softplus(-l(x_tau))`` at a time of the whole
+    range, drawn after those of the matching."""
+    method = DMD2(gan_weight=0.5)
+    nets = method.networks(Start(teacher_network()))
+    batch = batch_of(seed=5)
+    loss, logs = method.student_loss(nets, batch, batch.x)
+    again = batch_of(seed=5)
+    plain, _ = DMD2(gan_weight=0.0).student_loss(nets, again, again.x)
+    tau = nets.teacher.schedule.own_time(again.rng.uniform(6, low=0.0, high=1.0))
+    fake = logits(nets.critic, nets.head, again.x, tau, again.rng.normal_like(again.x), again.cond)
+    expected = torch.log1p(torch.exp(-fake)).mean()
+    torch.testing.assert_close(logs["gan"], expected.detach())
+    torch.testing.assert_close(loss.detach(), plain.detach() + 0.5 * expected.detach())
+
+
+def test_the_gan_pulls_samples_towards_what_passes_for_data() -> None:
+    """A head whose logit rises with x: the non-saturating loss moves x upwards, by ``sigmoid(-l) / n`` a sample; at a
+    logit of 0 it is log 2."""
+    x = torch.tensor([-3.0, 0.0, 2.0], dtype=F64, requires_grad=True)
+    generator_loss(x).backward()
+    torch.testing.assert_close(x.grad, -torch.sigmoid(-x.detach()) / 3)
+    assert float(generator_loss(torch.zeros(4, dtype=F64))) == pytest.approx(math.log(2))
+
+
+def test_the_critics_loss_at_the_same_draws() -> None:
+    """Denoising of the student's samples plus the weighted discriminator loss: data and samples at the same times of the
+    whole range, with noises of their own."""
+    method = DMD2(gan_weight=0.5, discriminator_weight=0.25)
+    nets = method.networks(Start(teacher_network()))
+    batch, x = batch_of(seed=6), batch_of(seed=7).x
+    loss, logs = method.critic_loss(nets, batch, x)
+    again = batch_of(seed=6)
+    denoising = critic_loss(nets.critic, x, again.cond, again.rng)
+    tau = nets.critic.schedule.own_time(again.rng.uniform(6, low=0.0, high=1.0))
+    noises = [again.rng.normal_like(x) for _ in range(2)]
+    real, fake = (
+        logits(nets.critic, nets.head, y, tau, n, again.cond) for y, n in zip((again.x, x), noises, strict=True)
+    )
+    expected = denoising + 0.25 * (torch.log1p(torch.exp(-real)) + torch.log1p(torch.exp(fake))).mean()
+    torch.testing.assert_close(loss, expected)
+    assert float(logs["discriminator_accuracy"]) == pytest.approx(float(((real > 0).sum() + (fake <= 0).sum()) / 12))
+
+
+def test_accuracy_counts_both_kinds() -> None:
+    """Real above 0 and fake at most 0 are told right; a logit of exactly 0 is called fake."""
+    real, fake = torch.tensor([1.0, 0.0, -1.0, 2.0]), torch.tensor([-1.0, 0.0, 3.0, 4.0])
+    assert float(accuracy(real, fake)) == 4 / 8
 
 
 def test_two_time_scales() -> None:

@@ -306,6 +306,28 @@ def test_steps_are_differentiated_through_the_times() -> None:
     assert float(found.abs().max()) > 1e-3
 
 
+def test_the_record_of_steps_says_how_long_they_are() -> None:
+    """``least`` and ``most`` are the lengths of the shortest and the longest step, positive, whatever the times."""
+    law = independent(Masked(3))
+    method = LSDPlus(steps=4, teacher_steps=8, share=0.0)
+    nets = method.networks(Start(law))
+    nets.sizes.logits.data = torch.tensor([1.0, 2.0, 4.0, 3.0], dtype=F64).log()  # a partition by tenths
+    _, update = method.updates(nets, batch(law, 8), Progress())
+    span = law.chain.t_max - law.chain.t_min
+    assert float(update.logs["least"]) == pytest.approx(0.1 * span, rel=1e-12)
+    assert float(update.logs["most"]) == pytest.approx(0.4 * span, rel=1e-12)
+
+
+def test_the_record_of_coefficients_has_both_ends() -> None:
+    """``phi_least`` and ``phi_most`` of the coefficients as they are."""
+    law = independent(Masked(3))
+    method = LSD(steps=4, teacher_steps=8, share=0.0)
+    nets = method.networks(Start(law))
+    nets.coefficients.phi.data = torch.tensor([0.7, 1.3, 0.4, 1.1], dtype=F64)
+    (update,) = method.updates(nets, batch(law, 8), Progress())
+    assert (float(update.logs["phi_least"]), float(update.logs["phi_most"])) == (0.4, 1.3)
+
+
 def test_lsd_plus_improves_a_bad_chain_of_steps() -> None:
     """Four Euler steps under geometric noise: learned coefficients and times together beat plain Euler."""
     law = correlated(Masked(3, Geometric()))

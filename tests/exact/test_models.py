@@ -72,25 +72,28 @@ def test_a_subclass_is_not_saved_as_what_it_inherits_from(kind: type[Model]) -> 
 
 @every_kind
 def test_calls_are_what_sampling_takes(kind: type[Model]) -> None:
-    """``calls`` is the number of times that the network is called, for every number of steps; shapes and classes are
-    those of the samples."""
+    """``calls`` is the number of times that a network is called for a sample, for every number of steps; shapes and
+    classes are those of the samples."""
     made = MAKERS[kind]()
     model = model_of(made)
-    called = innermost(made)
     for steps in model.plans or (None, 1, 3):
-        counts: list[int] = []
-        hook = called.register_forward_pre_hook(lambda *_, counts=counts: counts.append(1))
+        rows: list[int] = []
+        hooks = [
+            called.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
+            for called in innermost(made)
+        ]
         x = model.sample(4, steps=steps, seed=1)
-        hook.remove()
-        assert len(counts) == model.calls(steps)
+        for hook in hooks:
+            hook.remove()
+        assert sum(rows) == 4 * model.calls(steps)
         assert x.shape == (4, *model.shape)
         assert x.is_floating_point() == (model.tokens is None)
 
 
-def innermost(made: nn.Module) -> nn.Module:
-    """The module that is called once a network call: the network, or of an exact model the model itself."""
+def innermost(made: nn.Module) -> list[nn.Module]:
+    """The modules that are called once a network call: the networks, or of an exact model the model itself."""
     nets = [module.net for module in made.modules() if isinstance(getattr(module, "net", None), nn.Module)]
-    return nets[0] if nets else made
+    return nets or [made]
 
 
 @every_kind

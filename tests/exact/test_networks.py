@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fewstep.networks import MLP, UNet
+from fewstep.networks.parts import GroupNorm
 
 MAKE = {
     "mlp on pictures": lambda beside: MLP((1, 4, 4), width=16, blocks=1, beside=beside),
@@ -36,3 +37,21 @@ def test_a_second_sample_that_was_not_asked_for_is_refused(name):
         net(torch.zeros(1, *net.shape), torch.ones(1), beside=torch.zeros(1, 1, *net.shape[1:]))
     with pytest.raises(ValueError, match="beside=-1"):
         MLP((3,), beside=-1)
+
+
+def test_group_norm_in_half_precision_is_that_of_float32_rounded():
+    """Under autocast and with weights in bfloat16, channels-last or not."""
+    torch.manual_seed(0)
+    for kind in (torch.bfloat16, torch.float16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            norm = GroupNorm(4, 8)
+            torch.nn.init.normal_(norm.weight)
+            torch.nn.init.normal_(norm.bias)
+            x = (3 + torch.randn(5, 8, 6, 6)).to(kind).to(memory_format=layout)
+            expected = norm(x.float()).to(kind)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(norm(x), expected)
+            norm.weight.data, norm.bias.data = norm.weight.data.to(kind), norm.bias.data.to(kind)
+            rounded = GroupNorm(4, 8)
+            rounded.load_state_dict({name: p.float() for name, p in norm.state_dict().items()})
+            assert torch.equal(norm(x), rounded(x.float()).to(kind))

@@ -45,6 +45,7 @@ from fewstep.sampling import (
     solve,
 )
 from fewstep.sampling.solvers.dpm_solver import ancestral
+from fewstep.sampling.solvers.dualfast import best_weight
 from fewstep.sampling.solvers.runge_kutta import HEUN2
 from fewstep.schedules import EDM, FlowMatching, VPLinear
 
@@ -406,3 +407,25 @@ def test_the_score_exponential_is_worse_than_euler_near_the_data():
         for solver in (ScoreExponential(), SOLVERS["euler"]())
     )
     assert score > euler
+
+
+def test_dualfasts_measured_weight_between_and_beyond_its_table():
+    """0.8, 0.65 and 0.55 at 5, 10 and 20 steps; halfway in log(steps) lies the mean of two neighbours; fewer than 5 have
+    that of 5, and beyond 20 the surplus over 1/2 falls like 1 / steps."""
+    found = {steps: best_weight(steps) for steps in (1, 5, 7, 10, 14, 20, 40, 200)}
+    assert (found[1], found[5], found[10], found[20]) == (0.8, 0.8, 0.65, pytest.approx(0.55))
+    assert found[7] == pytest.approx(0.8 - 0.15 * math.log2(7 / 5), rel=1e-14)
+    assert found[14] == pytest.approx(0.65 - 0.1 * math.log2(14 / 10), rel=1e-14)
+    assert found[40] == pytest.approx(0.525, rel=1e-14) and found[200] == pytest.approx(0.505, rel=1e-14)
+
+
+def test_dualfasts_weights_of_every_step():
+    """Nothing in the first step; constant with the prediction before, from 0 up to 4 / steps with the first."""
+    assert DualFast().weights(10) == [0.0] + [0.65] * 9
+    assert DualFast(anchor="first").weights(5) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8], rel=1e-15)
+    assert DualFast(ramp="linear").weights(5) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8], rel=1e-15)
+    assert DualFast(anchor="first", ramp="constant", weight=0.3).weights(3) == [0.0, 0.3, 0.3]
+    assert DualFast(DPMSolverPP2M()).weights(3) == [0.0, 0.0, 0.0]
+    assert [solver.order for solver in (DualFast(), DualFast(weight=0.3), DualFast(anchor="first", weight=0.3))] == [
+        DDIM().order, 1, 0,
+    ]  # fmt: skip

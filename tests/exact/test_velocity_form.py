@@ -117,7 +117,9 @@ def test_further_inputs_of_a_student() -> None:
     torch.testing.assert_close(rollout(student, noise, plan), told(1.0, 2.0), rtol=0, atol=1e-12)
     torch.testing.assert_close(rollout(student, noise, plan, extras={"w": 3.0}), told(3.0, 2.0), rtol=0, atol=1e-12)
     assert float((told(3.0, 2.0) - told(1.0, 2.0)).abs().max()) > 1e-3
-    with pytest.raises(ValueError, match=r"v=3: this student takes w \(0 to 14\), k \(1 to 8\)"):
+    with pytest.raises(
+        ValueError, match=r"v=3: this student takes w from 0 to 14 \(default 1\), k from 1 to 8 \(default 1\)"
+    ):
         rollout(student, noise, plan, extras={"v": 3.0})
     with pytest.raises(ValueError, match="w=20"):
         rollout(student, noise, plan, extras={"w": 20.0})

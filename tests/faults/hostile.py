@@ -1,4 +1,4 @@
-"""Damaged and hostile model folders, made by rule from two good ones, and what ``fewstep sample`` makes of them.
+"""Damaged and hostile model folders, made by rule from good ones, and what ``fewstep sample`` makes of them.
 
     python tests/faults/hostile.py [PART ...]        the whole set, each case in a process of its own; counts and faults
     python tests/faults/hostile.py text:300          about 300 cases of a part, every n-th
@@ -73,6 +73,26 @@ def student_folder(place: Path) -> None:
     native.save(Student(Jump(denoiser), plans), place, {"data": "digits", "steps": 3})
 
 
+def routed_folder(place: Path) -> None:
+    """A fewstep student of two experts by class, one of which is two by time."""
+    from fewstep.denoisers import NetworkDenoiser
+    from fewstep.flow_maps import Jump
+    from fewstep.hub import native
+    from fewstep.networks import MLP
+    from fewstep.predictions import EDMPrediction
+    from fewstep.routing import ByClass, ByTime, RoutedDenoiser, RoutedFlowMap
+    from fewstep.sampling import Plan, Student
+    from fewstep.schedules import TrigFlow
+
+    torch.manual_seed(0)
+    one, two, three = (
+        NetworkDenoiser(MLP((1, 8, 8), 8, 1, 3), TrigFlow(), EDMPrediction(), (1, 8, 8), 3) for _ in range(3)
+    )
+    phases = Jump(RoutedDenoiser([two, three], ByTime([1.0])))
+    student = Student(RoutedFlowMap([Jump(one), phases], ByClass([[0, 2], [1]])), {2: Plan((1.5, 0.7))})
+    native.save(student, place, {"data": "digits"})
+
+
 def pixel_pipeline(place: Path) -> None:
     """DDPMPipeline with a tiny U-Net."""
     import diffusers
@@ -116,7 +136,7 @@ def text_pipeline(place: Path) -> None:
     ).save_pretrained(place)  # fmt: skip
 
 
-GOOD = {"student": student_folder, "pixels": pixel_pipeline, "text": text_pipeline}
+GOOD = {"student": student_folder, "routed": routed_folder, "pixels": pixel_pipeline, "text": text_pipeline}
 
 # --- damage by rule ------------------------------------------------------------------------------------------------
 
@@ -389,7 +409,7 @@ def cases(kind: str, folder: Path) -> list[Case]:
             made += weight_cases(name)
     if kind == "student":
         made += student_cases()
-    else:
+    elif kind != "routed":
         made += index_cases()
         made += decoy_cases("unet", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     if kind == "text":

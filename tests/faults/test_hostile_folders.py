@@ -47,7 +47,7 @@ from fewstep.training import snapshots
 diffusers = pytest.importorskip("diffusers")
 
 #: How many cases of each kind are tried here.
-SHARE = {"student": 60, "pixels": 60, "text": 24}
+SHARE = {"student": 60, "routed": 40, "pixels": 60, "text": 24}
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from tiny_pipelines import clip_text, kandinsky, latent_diffusion  # noqa: E402
 
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser  # noqa: E402
 from fewstep.discrete_vp import DiscreteVP  # noqa: E402
+from fewstep.extras import Input  # noqa: E402
 from fewstep.flow_maps import EDMConsistency, FlowMap, Jump  # noqa: E402
 from fewstep.guidance import Guided  # noqa: E402
 from fewstep.hub.diffusers import Exported, export, export_with_code, from_pipeline, load_pipeline, wrap  # noqa: E402
@@ -135,6 +136,7 @@ class Case:
     noise: Tensor | None = None  # standard normal; None: drawn first from the generator
     pack: bool = False
     unseeded: bool = False  # the pipeline gives its scheduler no generator: noise comes from torch's global one
+    extras: dict[str, float] = field(default_factory=dict)  # further inputs, as the student is told them
 
     @torch.no_grad()
     def expected(self, steps: int, seed: int) -> Tensor:
@@ -146,7 +148,7 @@ class Case:
             noise = rng.normal(BATCH, *self.student.shape) / self.exported.start
         if self.unseeded:
             rng.generator.manual_seed(seed)
-        data = self.student(noise, self.cond, steps, rng)
+        data = self.student(noise, self.cond, steps, rng, **self.extras)
         return diffusers.FluxPipeline._pack_latents(data, BATCH, *data.shape[1:]) if self.pack else data
 
 
@@ -198,6 +200,7 @@ def plans(flow_map: FlowMap, times: dict[int, list[float]], gamma: float) -> Stu
     return Student(flow_map, {n: Plan(tuple(t), gamma) for n, t in times.items()}).requires_grad_(False)
 
 
+LCM_WEIGHT = Input(6.5, 0.0, 14.0, unguided=0.0)
 TRAILING = {1: [999.0], 2: [999.0, 499.0], 4: [999.0, 749.0, 499.0, 249.0]}
 UNEVEN = {3: [999.0, 610.0, 150.0]}
 
@@ -255,7 +258,28 @@ def make_cases(root: Path) -> dict[str, Case]:
     inputs = {**text, "latents": written.start * noise}
     cases["sd-lcm"] = Case(student, written, inputs, {"output_type": "latent"}, text, noise)
 
+    # as a declared input of the student it is driven by that argument: at its default, as it is exported, as called
+    weighted = Student(Jump(from_pipeline(lcm).denoiser, extras={"w": LCM_WEIGHT}), student.plans).requires_grad_(False)
+    inputs = {**text, "latents": written.start * noise}
+    for name, constant, asked, w in (
+        ("sd-weight", {}, {}, 6.5), ("sd-weight-three", {"w": 3.0}, {}, 3.0), ("sd-weight-asked", {}, 3.0, 2.0),
+    ):  # fmt: skip
+        written = export(weighted, root / name, extras=constant)
+        call = {"output_type": "latent", **({"guidance_scale": asked} if asked else {})}
+        cases[name] = Case(weighted, written, inputs, call, text, noise, extras={"w": w})
+    distilled = Jump(tokens.denoiser, extras={"w": Input(3.5, 1.0, 10.0, unguided=1.0)})
+    student = plans(distilled, {n: tokens.grid(n)[:-1].tolist() for n in (1, 4)}, 0.0)
+    inputs = {**cond, "latents": diffusers.FluxPipeline._pack_latents(noise, BATCH, 4, 8, 8)}
+    for name, asked, w in (("flux-weight", {}, 3.5), ("flux-weight-asked", {"guidance_scale": 2.0}, 2.0)):
+        written = export(student, root / name)
+        cases[name] = Case(student, written, inputs, {**size, **asked}, cond, noise, pack=True, extras={"w": w})
+
     # --- diffusers networks that need the student's own scheduler
+    trig_weight = Jump(weighted.flow_map.denoiser.on(TrigFlow()), extras={"w": LCM_WEIGHT})
+    student = plans(trig_weight, {2: [1.5, 0.8]}, 0.5)
+    written = export(student, root / "sd-trig-weight", extras={"w": 1.0})
+    inputs = {**text, "latents": noise}
+    cases["sd-trig-weight"] = Case(student, written, inputs, {"output_type": "latent"}, text, noise, extras={"w": 1.0})
     wide = from_pipeline(diffusers.DDIMPipeline(unet2d(), gentle()), size=(8, 16)).denoiser  # DDIMPipeline has one size
     student = plans(Jump(wide), {1: [999.0]}, 0.0)
     cases["unet2d-wide"] = own(student, export(student, root / "unet2d-wide"))
@@ -314,6 +338,14 @@ def make_cases(root: Path) -> dict[str, Case]:
     denoiser = NetworkDenoiser(net, trig, TrigPrediction(), (1, 8, 8))
     student = plans(Jump(denoiser, two_times=True), {1: [trig.t_max], 3: [trig.t_max, 1.2, 0.5]}, 0.4)
     cases["own-two-times"] = own(student, export(student, root / "own-two-times"))
+    # with a weight that is constant, and a number of steps that each plan sets
+    net = randomised(UNet((1, 8, 8), (8, 16), 1, 16, classes=4, extras=("k", "s", "w")))
+    denoiser = NetworkDenoiser(net, trig, TrigPrediction(), (1, 8, 8), 4)
+    told = {"w": Input(1.0, 0.0, 14.0, unguided=1.0), "k": Input(1.0, 1.0, 8.0)}
+    planned = {n: Plan(tuple(t), 0.4, extras={"k": n}) for n, t in ((1, [trig.t_max]), (3, [trig.t_max, 1.2, 0.5]))}
+    student = Student(Jump(denoiser, two_times=True, extras=told), planned).requires_grad_(False)
+    cases["own-inputs"] = own(student, export(student, root / "own-inputs", extras={"w": 3.0}))
+    cases["own-inputs"].extras["w"] = 3.0
     edm = EDM(0.01, 20.0)
     denoiser = NetworkDenoiser(randomised(MLP((2,), 16, 2)), edm, EDMPrediction(), (2,))
     student = plans(EDMConsistency(denoiser), {1: [20.0], 2: [20.0, 0.7]}, 1.0)
@@ -367,6 +399,11 @@ PLAIN = {
     "sd-uneven": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-uneven-ddim": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-lcm": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd-weight": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd-weight-three": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd-weight-asked": ("StableDiffusionPipeline", "TCDScheduler"),
+    "flux-weight": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
+    "flux-weight-asked": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
     "sd3-euler": ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"),
     "sd3-noisy": ("StableDiffusion3Pipeline", "FlowMatchLCMScheduler"),
     "flux-euler": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
@@ -381,6 +418,7 @@ WITH_CODE = {
     "unet2d-classes": "StudentPipeline",
     "unet2d-variance": "StudentPipeline",
     "sd-trig": "StableDiffusionPipeline",
+    "sd-trig-weight": "StableDiffusionPipeline",
     "sd-code": "StableDiffusionPipeline",
     "dit-noisy": "DiTPipeline",
     "ldm-classes": "StudentPipeline",
@@ -390,6 +428,7 @@ WITH_CODE = {
     "sana-cm": "StudentSanaPipeline",
     "own-unet": "StudentPipeline",
     "own-two-times": "StudentPipeline",
+    "own-inputs": "StudentPipeline",
     "own-mlp": "StudentPipeline",
 }
 
@@ -487,6 +526,63 @@ def test_readme_names_the_call(made: Any) -> None:
     assert "num_inference_steps=4, eta=1.0, guidance_scale=1.0" in text and "trust_remote_code" not in text
     assert f"{cases['sd-noisy'].exported.start:.6f}" in text
     assert "trust_remote_code=True" in (cases["own-unet"].exported.folder / "README.md").read_text()
+
+
+def test_further_inputs_reach_the_exported_network(made: Any) -> None:
+    """Another value makes other images, by a thousand times the tolerance: none of the inputs is without effect."""
+    cases, _ = made
+    for name, other in (("sd-weight", {"w": 3.0}), ("flux-weight", {"w": 2.0}), ("own-inputs", {"w": 1.0})):
+        case = cases[name]
+        steps = max(case.student.plans)
+        mine = case.expected(steps, SEED)
+        told, case.extras = case.extras, other
+        theirs = case.expected(steps, SEED)
+        case.extras = told
+        assert float((mine - theirs).abs().max()) > 1e3 * CLOSE, name
+    case = cases["own-inputs"]
+    mine = case.expected(3, SEED)
+    case.extras["k"] = 1.0
+    assert float((mine - case.expected(3, SEED)).abs().max()) > 1e3 * CLOSE
+    del case.extras["k"]
+
+
+def test_cards_say_what_becomes_of_further_inputs(made: Any) -> None:
+    """Which guidance scales the student was made for, and what is constant."""
+    cases, _ = made
+    cards = {name: (case.exported.folder / "README.md").read_text() for name, case in cases.items()}
+    assert "made for 1 to 15" in cards["sd-weight"] and "guidance_scale=7.5" in cards["sd-weight"]
+    assert "guidance_scale=4.0" in cards["sd-weight-three"]
+    assert "made for 1 to 10" in cards["flux-weight"] and "guidance_scale=3.5" in cards["flux-weight"]
+    assert "Its input w is 3. Its input k is 1, 3 in 1, 3 steps." in cards["own-inputs"]
+    assert "input" not in cards["own-two-times"].replace("inputs", "")
+
+
+def test_inputs_that_nothing_can_set_are_refused(tmp_path: Path) -> None:
+    """One line with the input, its range and default, and what would work; nothing is written."""
+    told = {"w": Input(1.0, 0.0, 14.0, unguided=1.0)}
+    trig = TrigFlow()
+    net = NetworkDenoiser(randomised(UNet((1, 8, 8), (8, 16), 1, 16, extras=("w",))), trig, TrigPrediction(), (1, 8, 8))
+    own_net = plans(Jump(net, extras=told), {1: [trig.t_max]}, 1.0)
+    text = from_pipeline(stable_diffusion()).denoiser
+    weighted = from_pipeline(stable_diffusion(time_cond_proj_dim=16)).denoiser
+    none = "takes no further inputs"
+    bare = wrap(unet2d(), gentle())
+    both = {**told, "k": Input(1.0, 1.0, 8.0)}
+    refused: list[tuple[Any, dict[str, float], str]] = [
+        (own_net, {}, r"input w from 0 to 14 \(default 1\): .* fix it with --extra w=1"),
+        (own_net, {"w": 15.0}, r"w=15 must lie in \[0, 14\]"),
+        (own_net, {"v": 1.0}, r"v=1: this student takes w from 0 to 14 \(default 1\)"),
+        (plans(Jump(text, extras=told), TRAILING, 1.0), {"w": 3.0}, f"this UNet2DConditionModel {none}"),
+        (plans(Jump(bare, extras=told), TRAILING, 0.0), {"w": 3.0}, f"this UNet2DModel {none}"),
+        (plans(Jump(weighted, extras=both), TRAILING, 1.0), {"k": 3.0}, "input k .* takes only w, its guidance weight"),
+        (plans(Jump(net, extras=both), {1: [trig.t_max]}, 1.0), {"w": 1.0, "k": 1.0}, "input k .* the network takes w"),
+    ]  # fmt: skip
+    for student, extras, reason in refused:
+        for write in (export, export_with_code):
+            with pytest.raises(ValueError, match=reason) as found:
+                write(student, tmp_path / "new", extras=extras)
+            assert "\n" not in str(found.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_denoiser_goes_back_into_its_pipeline(tmp_path: Path) -> None:

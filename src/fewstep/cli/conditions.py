@@ -13,12 +13,20 @@ if TYPE_CHECKING:
     from fewstep.hub.adapters import Adapter
 
 
+def declares_guidance(model: Any) -> bool:
+    """Whether a student has an input that is declared to be the guidance weight."""
+    from fewstep.extras import guidance_weight
+    from fewstep.models import model_of
+
+    return guidance_weight(model_of(model).inputs) is not None
+
+
 def takes_guidance(model: Any) -> bool:
-    """Whether the model's network takes the guidance scale as an input."""
+    """Whether the model's network takes the guidance scale as an input: one that is declared, or as a condition."""
     from fewstep.hub.models import adapter_of
 
     net = adapter_of(model)
-    return net is not None and net.takes_guidance
+    return declares_guidance(model) or (net is not None and net.takes_guidance)
 
 
 def seeds(chosen: argparse.Namespace) -> list[int] | None:
@@ -47,7 +55,8 @@ def conditions(chosen: argparse.Namespace, model: Any) -> tuple[Any, Any]:
     from fewstep.hub.models import adapter_of
 
     net = adapter_of(model)
-    scale = chosen.guidance if takes_guidance(model) and chosen.guide is None else None
+    declared = declares_guidance(model)
+    scale = chosen.guidance if takes_guidance(model) and not declared and chosen.guide is None else None
     if net is None or (chosen.prompt is None and chosen.cond is None and scale is None):
         if chosen.cond is not None:
             raise UserError(f"--cond: '{chosen.model}' is not a pipeline, it takes class numbers at most")
@@ -63,7 +72,7 @@ def conditions(chosen: argparse.Namespace, model: Any) -> tuple[Any, Any]:
     if scale is not None:
         cond["guidance_scale"] = torch.full((chosen.n,), scale)
     away = {**cond, **null, **negative}
-    if chosen.guidance is not None and scale is None and not null and not negative:
+    if chosen.guidance is not None and scale is None and not declared and not null and not negative:
         raise UserError(
             f"--guidance: '{chosen.model}' has no empty prompt; put negative_{next(iter(given))} into --cond"
         )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.errors import UserError, choose
+from fewstep.cli.inputs import add_extra, extras_of, in_words
 from fewstep.cli.outputs import output_file
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--n", metavar="N", type=int, default=500, help="samples of each (default 500)")
     parser.add_argument("--teacher", metavar="MODEL", help="whose figures to show beside it; 'none' for nobody's")
     parser.add_argument("--solver", metavar="NAME", default="abm", help="of teachers (default abm)")
+    add_extra(parser, "MODEL, a student")
     parser.add_argument("--features", metavar="NAME", help="pixels, digits, fashion, ... (default: those of the data)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="default cpu")
@@ -74,13 +76,14 @@ def run(chosen: argparse.Namespace) -> None:
         raise UserError(
             f"'{chosen.model}' is {found.kind.called}: its samples are tokens, and evaluate measures pictures"
         )
+    extras = extras_of(found.kind, chosen.model, chosen.extra)
     teacher = teacher_of(found, chosen.teacher)
     source = chosen.data or found.data or (teacher.data if teacher else None)
     if source is None:
         raise UserError(f"--data is missing, and '{chosen.model}' does not say what it was made from")
     train, reference = parts_of(source)
-    rows = measured(jobs(found, teacher, chosen), train, reference, chosen)
-    console().print(table(rows, f"{train.name}, {chosen.n} samples of each"))
+    rows = measured(jobs(found, teacher, extras, chosen), train, reference, chosen)
+    console().print(table(rows, f"{train.name}, {chosen.n} samples of each{in_words(extras)}"))
     quality = rows[0].quality
     print(
         f"{quality.features} features against {quality.reference}; real samples have a Fréchet distance of "
@@ -88,7 +91,7 @@ def run(chosen: argparse.Namespace) -> None:
     )
     if chosen.json is not None:
         told = {
-            "data": source, "n": chosen.n, "seed": chosen.seed, "rows": [asdict(row) for row in rows],
+            "data": source, "n": chosen.n, "seed": chosen.seed, "extras": extras, "rows": [asdict(row) for row in rows],
             "versions": machine.versions(), "machine": machine.machine(chosen.device),
         }  # fmt: skip
         write_atomically(chosen.json, (json.dumps(told, indent=1) + "\n").encode())
@@ -162,15 +165,17 @@ def parts_of(source: str) -> tuple[Dataset, Dataset]:
         return parts(train)
 
 
-def jobs(found: Named, teacher: Named | None, chosen: argparse.Namespace) -> list[tuple[Named, int]]:
-    """Which models are measured at how many steps, the teacher first."""
+def jobs(
+    found: Named, teacher: Named | None, extras: dict[str, float], chosen: argparse.Namespace
+) -> list[tuple[Named, int, dict[str, float]]]:
+    """Which models are measured at how many steps and with which further inputs, the teacher first."""
     own = asked_steps(chosen.steps) if chosen.steps else list(found.kind.plans or ALONE)
     for k in own:
         check_plan(found, k)
     if teacher is None:
-        return [(found, k) for k in own]
+        return [(found, k, extras) for k in own]
     beside = teacher.kind.plans or sorted({*own, TEACHER_STEPS})
-    return [*((teacher, k) for k in beside), *((found, k) for k in own)]
+    return [*((teacher, k, {}) for k in beside), *((found, k, extras) for k in own)]
 
 
 def check_plan(found: Named, steps: int) -> None:
@@ -182,7 +187,10 @@ def check_plan(found: Named, steps: int) -> None:
 
 
 def measured(
-    work: Sequence[tuple[Named, int]], train: Dataset, reference: Dataset, chosen: argparse.Namespace
+    work: Sequence[tuple[Named, int, dict[str, float]]],
+    train: Dataset,
+    reference: Dataset,
+    chosen: argparse.Namespace,
 ) -> list[Row]:
     """The rows of the table, all from the same noise and labels."""
     from fewstep.cli.runs import device_of
@@ -191,7 +199,7 @@ def measured(
     from fewstep.report.comparison import timed_samples
 
     device = device_of(chosen.device)
-    for named, _ in work:
+    for named, _, _ in work:
         if tuple(named.model.shape) != train.shape:
             raise UserError(
                 f"'{named.name}' makes samples {list(named.model.shape)}, data '{train.name}' has {list(train.shape)}"
@@ -200,10 +208,12 @@ def measured(
     judge = Evaluator(reference, train, load_features(name, device), seed=chosen.seed)
     rows = []
     with progress("evaluate") as show:
-        for i, (named, steps) in enumerate(work):
+        for i, (named, steps, extras) in enumerate(work):
             show(i / len(work), f"{named.stem}, {steps} steps")
             model = named.model.to(device)
-            x, labels, calls, seconds = timed_samples(model, steps, chosen.n, chosen.seed, chosen.solver, BATCH)
+            x, labels, calls, seconds = timed_samples(
+                model, steps, chosen.n, chosen.seed, chosen.solver, BATCH, extras=extras
+            )
             rows.append(Row(named.stem, steps, calls, seconds, judge(x, labels)))
     return rows
 

@@ -2,6 +2,7 @@
 
   fewstep export runs/dmd2-digits my-student
   fewstep export runs/dmd2-digits my-student --native
+  fewstep export runs/guided my-student --extra w=3       an input of the student, the same in every call
 
 The folder must be new, or empty.
 """
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.cli.errors import UserError
+from fewstep.cli.inputs import add_extra, extras_of
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -23,20 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument(
         "--with-code", action="store_true", help="with the student's own scheduler, even if a plain one fits"
     )
+    add_extra(parser, "the student that is to be constant")
 
 
 def run(chosen: argparse.Namespace) -> None:
     from fewstep.cli.models import named_model
 
     found = named_model(chosen.model)
+    extras = extras_of(found.kind, chosen.model, chosen.extra)
     if chosen.native:
         if chosen.with_code:
             raise UserError("--native folders hold no code: leave --with-code out")
+        if extras:
+            raise UserError("--native folders keep the student's inputs: leave --extra out")
         write_native(found, chosen.folder)
         return
     from fewstep.hub import export, export_with_code
 
-    written = (export_with_code if chosen.with_code else export)(found.model, chosen.folder)
+    written = (export_with_code if chosen.with_code else export)(found.model, chosen.folder, extras=extras)
     print(f"{written.folder}: a {written.pipeline} with {written.scheduler}")
     print(f"README.md there says how to call it, in {', '.join(map(str, written.calls)) or 'any number of'} steps")
     if written.code:

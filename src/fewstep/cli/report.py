@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from fewstep.cli.inputs import add_extra, read_extras
 from fewstep.cli.outputs import output_file
 
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--data", metavar="DATA", default="", help="default: the data that the runs name")
     parser.add_argument("--n", metavar="N", type=int, default=500, help="samples of each model (default 500)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
+    add_extra(parser, "the students that take it")
     parser.add_argument("--title", metavar="TEXT", default="", help="of the page")
 
 
@@ -34,9 +36,10 @@ def run(chosen: argparse.Namespace) -> None:
         if not folder.exists():
             raise FileNotFoundError(f"{folder}: no such run folder")
     output_file("--out", chosen.out)
+    extras = read_extras(chosen.extra)
     with progress("report") as show:
         out = report_runs(
             chosen.runs, chosen.out, teacher=chosen.teacher, data=chosen.data, n=chosen.n, seed=chosen.seed,
-            title=chosen.title, show=show,
+            title=chosen.title, extras=extras, show=show,
         )  # fmt: skip
     print(out)

@@ -3,6 +3,7 @@
   fewstep sample digits --solver unipc --steps 5          a teacher, with any solver
   fewstep sample runs/dmd2-digits --n 100                 a student, in the steps it was made for
   fewstep sample digits --class 3,5 --guidance 2
+  fewstep sample runs/guided --extra w=3                  an input of the student ('fewstep systems MODEL' lists them)
   fewstep sample digits --solver dpmpp-2m-sde:eta=0.5 --grid karras:rho=5
   fewstep sample digits --settings digits-8calls.json     what 'fewstep tune-steps' found
   fewstep sample digits --statistics digits.safetensors --steps 6      DPM-Solver-v3
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.conditions import conditions, seeds, takes_guidance
 from fewstep.cli.errors import UserError
+from fewstep.cli.inputs import add_extra, extras_of, with_guidance
 from fewstep.cli.outputs import output_file
 
 if TYPE_CHECKING:
@@ -60,8 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
         "--guidance",
         metavar="X",
         type=float,
-        help="guidance of a teacher, 1 for none; LCM and Flux take it as an input",
+        help="guidance of a teacher, 1 for none; LCM and Flux take it as an input, and so do students with an input "
+        "that is declared to be the guidance weight",
     )
+    add_extra(parser, "a student")
     parser.add_argument("--guide", metavar="MODEL", help="guide away from this worse version of it (autoguidance)")
     parser.add_argument("--interval", metavar="LOW,HIGH", help="guide at these noise levels sigma / alpha only")
     parser.add_argument("--prompt", metavar="TEXT", help="for a pipeline with text encoders")
@@ -166,13 +170,18 @@ def draw(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, str]:
 
 def refuse_options(found: Named, chosen: argparse.Namespace) -> None:
     """:class:`UserError` for a flag that this kind of model has no use for."""
+    from fewstep.extras import listed
+
     for flag in OPTIONS:
         if getattr(chosen, flag) in (None, False) or flag in found.kind.options:
             continue
         if flag == "guidance" and takes_guidance(found.model):
             continue
         word = flag.replace("_", "-")
-        raise UserError(f"--{word} is for teachers: '{chosen.model}' is {found.kind.called} and samples in its own way")
+        inputs = f"; --extra sets its inputs: {listed(found.kind.inputs)}" if found.kind.inputs else ""
+        raise UserError(
+            f"--{word} is for teachers: '{chosen.model}' is {found.kind.called} and samples in its own way{inputs}"
+        )
 
 
 def by_plan(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, int, int]:
@@ -183,8 +192,9 @@ def by_plan(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, int, int]
     except ValueError as error:
         raise UserError(f"--steps {error}") from None
     options = {name: getattr(chosen, name) for name in kind.options if getattr(chosen, name) is not None}
+    extras = with_guidance(kind, extras_of(kind, chosen.model, chosen.extra), chosen.guidance)
     cond = conditions(chosen, found.model)[0]
-    x = kind.sample(chosen.n, cond, steps=chosen.steps, seed=chosen.seed, seeds=seeds(chosen), **options)
+    x = kind.sample(chosen.n, cond, steps=chosen.steps, seed=chosen.seed, seeds=seeds(chosen), **options, **extras)
     steps = kind.usual_steps if chosen.steps is None else chosen.steps
     return x, steps, kind.calls(chosen.steps, **options)
 

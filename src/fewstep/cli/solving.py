@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.conditions import conditions, seeds, takes_guidance
 from fewstep.cli.errors import UserError, choose
+from fewstep.cli.inputs import extras_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +39,7 @@ def by_solver(found: Named, chosen: argparse.Namespace) -> tuple[Tensor, int, in
 
     kind: AnyDenoiser = found.kind  # type: ignore[assignment]  # the kinds that take a solver
     model = kind.inner
+    extras_of(kind, chosen.model, chosen.extra)  # a teacher takes none
     if chosen.settings is not None:
         take_settings(chosen)
     grid = chosen.grid
@@ -124,7 +126,6 @@ def guided(model: Denoiser, negative: Any, chosen: argparse.Namespace) -> tuple[
 def take_settings(chosen: argparse.Namespace) -> None:
     """Fill in what ``fewstep tune-steps`` found; :class:`UserError` beside flags that say the same, or a wrong file."""
     from fewstep.hub.settings import load_settings
-    from fewstep.sampling import LearnedSolver
 
     for flag in ("solver", "grid", "steps", "threshold"):
         if getattr(chosen, flag) is not None:
@@ -134,6 +135,6 @@ def take_settings(chosen: argparse.Namespace) -> None:
         setattr(chosen, flag, found[flag])
     if chosen.guidance is None:
         chosen.guidance = found["guidance"]
-    elif isinstance(chosen.solver, LearnedSolver) and chosen.guidance != found["guidance"]:
+    elif not isinstance(chosen.solver, str) and chosen.guidance != found["guidance"]:
         taught = "no guidance" if found["guidance"] is None else f"guidance {found['guidance']:g}"
         raise UserError(f"--guidance {chosen.guidance:g}: the solver in {chosen.settings} was learned at {taught}")

@@ -3,7 +3,7 @@
 from fewstep.exact.bits import BernoulliBits
 from fewstep.exact.conditional import ConditionalGaussian
 from fewstep.exact.dataset import FiniteData
-from fewstep.exact.gaussian import Gaussian, GuidedGaussian
+from fewstep.exact.gaussian import Gaussian, GuidedFlowMap, GuidedGaussian
 from fewstep.exact.mixture import GaussianMixture, Mixture1D, ring, three_modes
 from fewstep.exact.ode import probability_flow
 from fewstep.exact.world import ExactDenoiser, ExactFlowMap, World
@@ -16,6 +16,7 @@ __all__ = [
     "FiniteData",
     "Gaussian",
     "GaussianMixture",
+    "GuidedFlowMap",
     "GuidedGaussian",
     "Mixture1D",
     "World",

@@ -6,6 +6,7 @@ direction by the ratio of its standard deviations at the two times.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond
 from fewstep.exact.world import ExactDenoiser, World
+from fewstep.flow_maps import FlowMap, Input
 from fewstep.randomness import Rng
 from fewstep.schedules import Schedule
 
@@ -88,14 +90,20 @@ class GuidedGaussian(ExactDenoiser):
 
     The flow map is a power law, ``x (S_n(s) / S_n(t))^w (S_w(s) / S_w(t))^(1 - w)`` with ``S^2 = alpha^2 c^2 +
     sigma^2``: the "conditional" law has variance ``narrow``, the "unconditional" one ``wide``, both numbers or one per
-    coordinate.  Not a data law: guidance leaves the noised laws of no data set.
+    coordinate.  ``scale`` is w, a number or one a sample ``[B]``.  Not a data law: guidance leaves the noised laws of
+    no data set.
     """
 
     narrow: Tensor
     wide: Tensor
 
     def __init__(
-        self, schedule: Schedule, shape: tuple[int, ...], narrow: Tensor | float, wide: Tensor | float, scale: float
+        self,
+        schedule: Schedule,
+        shape: tuple[int, ...],
+        narrow: Tensor | float,
+        wide: Tensor | float,
+        scale: float | Tensor,
     ) -> None:
         super().__init__(schedule, shape)
         self.scale = scale
@@ -108,7 +116,7 @@ class GuidedGaussian(ExactDenoiser):
     def moments(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         narrow, wide = self.narrow.to(x), self.wide.to(x)
         v_narrow, v_wide = alpha**2 * narrow + sigma**2, alpha**2 * wide + sigma**2
-        w = self.scale
+        w = self._weight(x)
         mean = alpha * x * (w * narrow / v_narrow + (1 - w) * wide / v_wide)
         return mean, -x * (w / v_narrow + (1 - w) / v_wide)
 
@@ -119,5 +127,25 @@ class GuidedGaussian(ExactDenoiser):
         def growth(variance: Tensor) -> Tensor:
             return torch.sqrt((alpha_s**2 * variance + sigma_s**2) / (alpha_t**2 * variance + sigma_t**2))
 
-        factor = growth(self.narrow.to(x)) ** self.scale * growth(self.wide.to(x)) ** (1 - self.scale)
+        w = self._weight(x)
+        factor = growth(self.narrow.to(x)) ** w * growth(self.wide.to(x)) ** (1 - w)
         return (flat * factor).reshape(x.shape)
+
+    def _weight(self, x: Tensor) -> float | Tensor:
+        return self.scale.to(x)[:, None] if isinstance(self.scale, Tensor) else self.scale
+
+
+class GuidedFlowMap(FlowMap):
+    """The flow maps of a :class:`GuidedGaussian` at every guidance scale, which is an input ``w``: what a student that
+    takes the guidance weight should learn.  By default ``w`` is the scale of ``world``."""
+
+    def __init__(self, world: GuidedGaussian, low: float = 0.0, high: float = 14.0) -> None:
+        default = float(world.scale)  # of one number: a default is one for all samples
+        weight = Input(default, low, high, unguided=1.0)
+        super().__init__(world.schedule, world.shape, world.classes, {"w": weight})
+        self.world = world
+
+    def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        world = copy.copy(self.world)
+        world.scale = extras["w"]
+        return world.flow(x, t, s, cond)

@@ -107,16 +107,19 @@ def _write_scaled(way: Way, part: Path) -> str:
 NETWORK_CLASS = '''
 
 class StudentNetwork(ModelMixin, ConfigMixin):
-    """The network above behind the call of diffusers' U-Nets; ``timestep`` is ``t``, or ``[t, s]``."""
+    """The network above behind the call of diffusers' U-Nets; ``timestep`` is ``t``, or ``[t, s]``, and ``inputs`` are
+    the network's further ones, a number each."""
 
     @register_to_config
     def __init__(self, arguments: dict) -> None:
         super().__init__()
         self.net = {name}(**{{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}})
 
-    def forward(self, sample, timestep, class_labels=None, return_dict: bool = False):
+    def forward(self, sample, timestep, class_labels=None, return_dict: bool = False, **inputs):
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1, 1).expand(-1, len(sample))
-        extras = {{"s": times[1].to(sample)}} if len(times) == 2 else {{}}
+        extras = {{name: torch.full((len(sample),), value, device=sample.device) for name, value in inputs.items()}}
+        if len(times) == 2:
+            extras["s"] = times[1].to(sample)
         return (self.net(sample, times[0], class_labels, **extras),)
 '''
 
@@ -219,6 +222,8 @@ def _card(way: Way, result: Exported, part: Path) -> str:
         )
         start = f"The pipeline starts from noise of standard deviation 1; the student was made for {result.start:.6f}."
         lines += [f"{start} {same}", ""]
+    if way.notes:
+        lines += [" ".join(way.notes), ""]
     return "\n".join(lines)
 
 

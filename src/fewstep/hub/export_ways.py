@@ -7,27 +7,29 @@ the plan's own coefficients.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fewstep import grids
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.discrete_vp import DiscreteVP
 from fewstep.flow_maps import Jump
-from fewstep.hub.adapters import Adapter, UNet2D, as_adapter
-from fewstep.hub.autoencoders import autoencoder_name, pixels_per_latent
+from fewstep.grids import GRIDS
+from fewstep.hub.adapters import Adapter, as_adapter
+from fewstep.hub.autoencoders import pixels_per_latent
+from fewstep.hub.export_inputs import check_carried, driven, notes, scale_of, with_constants
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import PREDICTION_TYPES
-from fewstep.hub.tables import Table, network_of, plan_table, scheduler_table
+from fewstep.hub.tables import Call, Table, network_of, plan_table, scheduler_table
 from fewstep.models import model_of
 from fewstep.networks import NETWORKS
 from fewstep.predictions import Prediction
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.schedules import FlowMatching, Schedule, TrigFlow
+from fewstep.schedules import FlowMatching, Schedule
 
 #: A plain pipeline starts from unit noise whatever the student's start is; up to this gap it is still offered.
 START_SLACK = 0.01
@@ -44,7 +46,8 @@ class Host:
     ``custom`` names the argument of its call that sets the times ("timesteps", "sigmas" or None), ``eta`` and
     ``seeded`` whether it hands ``eta`` and its generator to the scheduler's step, ``scales`` whether it lets the
     scheduler scale the network's input, ``draws`` whether it draws its first noise in ``prepare_latents``, where a
-    subclass can scale it, ``offsets`` the values of ``steps_offset`` that it leaves alone.
+    subclass can scale it, ``offsets`` the values of ``steps_offset`` that it leaves alone, ``tells`` whether it tells a
+    network that has an input for it the guidance scale.
     """
 
     custom: str | None = None
@@ -53,20 +56,23 @@ class Host:
     scales: bool = True
     draws: bool = True
     offsets: tuple[int, ...] = (0, 1)
+    tells: bool = False
 
 
 HOSTS = {
     "DDIMPipeline": Host(),
     "LDMPipeline": Host(eta=True, seeded=False),
     "DiTPipeline": Host(seeded=False),
-    "StableDiffusionPipeline": Host("timesteps", eta=True, offsets=(1,)),
-    "StableDiffusionXLPipeline": Host("timesteps", eta=True),
+    "StableDiffusionPipeline": Host("timesteps", eta=True, offsets=(1,), tells=True),
+    "StableDiffusionXLPipeline": Host("timesteps", eta=True, tells=True),
     "StableDiffusion3Pipeline": Host("sigmas", seeded=False, scales=False),
-    "FluxPipeline": Host("sigmas", seeded=False, scales=False),
+    "FluxPipeline": Host("sigmas", seeded=False, scales=False, tells=True),
     "SanaPipeline": Host("sigmas", scales=False),
     "KandinskyV22Pipeline": Host(scales=False),
     "LDMTextToImagePipeline": Host(eta=True, seeded=False, scales=False, draws=False),
 }
+#: The pipelines that tell their network the guidance scale.
+TELLING = tuple(name for name, host in HOSTS.items() if host.tells)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class Way:
     start: float
     code: bool = False
     scaled: float | None = None
+    #: Sentences for the card.
+    notes: tuple[str, ...] = ()
 
     @property
     def adapter(self) -> Adapter | None:
@@ -97,15 +105,16 @@ class Way:
         return name if self.scaled is None else f"Student{name}"
 
 
-def way_for(model: nn.Module) -> Way:
-    """The plain way where there is one, else the one with code; ValueError when the model has no place in diffusers."""
-    return plain_way(model) or way_with_code(model)
+def way_for(model: nn.Module, extras: Mapping[str, float] = MappingProxyType({})) -> Way:
+    """The plain way where there is one, else the one with code; ``extras`` are further inputs that are to be constant.
+    ValueError when the model has no place in diffusers."""
+    return plain_way(model, extras) or way_with_code(model, extras)
 
 
-def plain_way(model: nn.Module) -> Way | None:
+def plain_way(model: nn.Module, extras: Mapping[str, float]) -> Way | None:
     """Into a pipeline of diffusers with a scheduler of diffusers; None when none has the coefficients."""
     require("diffusers", "exporting to diffusers")
-    student = _student(model)
+    student = with_constants(_student(model), extras)
     adapter = as_adapter(_exportable(model))
     if adapter is None:
         return None
@@ -115,44 +124,57 @@ def plain_way(model: nn.Module) -> Way | None:
             raise ValueError(f"a {type(model).__name__} is not a network: export the denoiser inside it")
         pipe = adapter.origin.pipe
         return Way(adapter, type(pipe), pipe.scheduler, {}, 1.0)
-    tables = _tables(student)
+    tables = _tables(student, adapter)
     found = _plain_scheduler(adapter, network_of(student), student.plans, tables)
     if found is None:
         return None
-    pipeline = _pipeline_class(adapter)
-    calls = {steps: {**call, **_arguments(adapter, pipeline)} for steps, call in found[1].items()}
-    return Way(adapter, pipeline, found[0], calls, _start(tables))
+    pipeline = adapter.pipeline_class()
+    check_carried(student, adapter, adapter, TELLING, pipeline.__name__)
+    calls = {
+        steps: {**call, **_arguments(adapter, pipeline), **scale_of(student, student.plans[steps], adapter)}
+        for steps, call in found[1].items()
+    }
+    said = tuple(notes(student, adapter))
+    return Way(adapter, pipeline, found[0], calls, _start(tables), notes=said)
 
 
-def way_with_code(model: nn.Module) -> Way:
+def way_with_code(model: nn.Module, extras: Mapping[str, float] = MappingProxyType({})) -> Way:
     """Into a pipeline of diffusers, or our own, with the student's table as its scheduler."""
     from fewstep.hub.student_pipeline import StudentPipeline
     from fewstep.hub.student_scheduler import StudentScheduler
 
-    student = _student(model)
+    student = with_constants(_student(model), extras)
     net = _exportable(model)
     adapter = as_adapter(net)
-    tables = _tables(student)
+    tables = _tables(student, adapter)
     pipeline: Any = StudentPipeline
     scaled = None
     usual: Arguments = {}
     if adapter is not None and adapter.in_own_pipeline:
-        pipeline = _pipeline_class(adapter)
+        pipeline = adapter.pipeline_class()
         host = _host(adapter, pipeline)
         scaled = None if host.scales else _scaled_start(pipeline.__name__, host, tables)
         usual = _arguments(adapter, pipeline)
     elif adapter is not None:
         _refuse_pictures_beside(adapter, "StudentPipeline")
+    check_carried(student, net, adapter, TELLING, pipeline.__name__)
     pictures = len(student.shape) == 3 and student.shape[0] in (1, 3)
     latent = adapter is not None and adapter.latent
     if pipeline is StudentPipeline and not pictures and not latent:
         usual = {"output_type": "latent"}  # samples that are not pictures
     plans = {
-        str(n): {"start": t.start if scaled is None else 1.0, "calls": [asdict(call) for call in t.calls]}
+        str(n): {"start": t.start if scaled is None else 1.0, "calls": [_row(call) for call in t.calls]}
         for n, t in tables.items()
     }  # fmt: skip
-    calls = {n: {"num_inference_steps": n, **usual} for n in tables}
-    return Way(net, pipeline, StudentScheduler(plans=plans), calls, 1.0, code=True, scaled=scaled)
+    calls = {n: {"num_inference_steps": n, **usual, **scale_of(student, student.plans[n], adapter)} for n in tables}
+    said = tuple(notes(student, adapter))
+    return Way(net, pipeline, StudentScheduler(plans=plans), calls, 1.0, code=True, scaled=scaled, notes=said)
+
+
+def _row(call: Call) -> Arguments:
+    """A call as the student's scheduler keeps it."""
+    row = asdict(call)
+    return row if row["inputs"] else {name: value for name, value in row.items() if name != "inputs"}
 
 
 def _host(net: Adapter, pipeline: Any) -> Host:
@@ -183,8 +205,10 @@ def _scaled_start(pipeline: str, host: Host, tables: dict[int, Table]) -> float 
     return starts[0]
 
 
-def _tables(student: Student) -> dict[int, Table]:
-    return {steps: plan_table(student.flow_map, plan) for steps, plan in student.plans.items()}
+def _tables(student: Student, adapter: Adapter | None) -> dict[int, Table]:
+    """The plans as tables, without the input that the pipeline's guidance scale drives."""
+    weight = driven(student, adapter)
+    return {steps: plan_table(student.flow_map, plan).without(weight) for steps, plan in student.plans.items()}
 
 
 def _exportable(model: nn.Module) -> Any:
@@ -215,8 +239,7 @@ def _student(model: nn.Module) -> Student:
 
 def _with_plans(denoiser: Denoiser) -> Student:
     schedule = denoiser.schedule
-    grid = grids.uniform if isinstance(schedule, FlowMatching | TrigFlow) else grids.karras
-    grid = grids.trailing if isinstance(schedule, DiscreteVP) else grid
+    grid = GRIDS[schedule.few_steps]
     plans = {n: Plan(tuple(grid(schedule, n)[:-1].tolist()), gamma=0.0) for n in DENOISER_STEPS}
     return Student(Jump(denoiser), plans)
 
@@ -225,25 +248,15 @@ def _start(tables: dict[int, Table]) -> float:
     return next(iter(tables.values())).start
 
 
-def _pipeline_class(net: Adapter) -> Any:
-    """The pipeline that a plain export goes into; ValueError when the network came without one."""
-    if isinstance(net, UNet2D):
-        diffusers = require("diffusers", "exporting to diffusers")
-        return diffusers.LDMPipeline if net.latent else diffusers.DDIMPipeline
-    if net.origin is None:
-        raise ValueError(f"a bare {type(net.model).__name__} has no pipeline to go back into; use load_pipeline")
-    return type(net.origin.pipe)
-
-
 def _plain_scheduler(
     net: Adapter, denoiser: NetworkDenoiser, plans: dict[int, Plan], tables: dict[int, Table]
 ) -> tuple[Any, dict[int, Arguments]] | None:
     """A diffusers scheduler with the coefficients of every table, and the arguments of each call; None when there is
     none, or when the pipeline starts too far from where the student starts."""
-    pipeline = _pipeline_class(net).__name__
+    pipeline = net.pipeline_class().__name__
     if pipeline not in HOSTS:
         return None
-    if isinstance(net, UNet2D) and not _is_plain(net):
+    if not net.plain:
         return None
     if net.fixed_size and net.size != net.config_size():
         return None
@@ -255,19 +268,6 @@ def _plain_scheduler(
         if all(_serves(scheduler, calls[steps], host, tables[steps]) for steps in plans):
             return scheduler, calls
     return None
-
-
-def _is_plain(net: UNet2D) -> bool:
-    """Whether DDIMPipeline or LDMPipeline can call the network: they know no labels, no learned variances, no pictures
-    beside the noise, no size but the config's, and LDM's autoencoder only."""
-    config = net.model.config
-    return (
-        net.classes is None
-        and net.takes == net.gives == net.channels
-        and config.sample_size is not None
-        and net.size == net.config_size()
-        and (net.origin is None or autoencoder_name(net.origin.pipe) in (None, "vqvae"))
-    )
 
 
 def _serves(scheduler: Any, call: Arguments, host: Host, table: Table) -> bool:

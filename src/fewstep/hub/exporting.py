@@ -15,7 +15,9 @@ A README in the folder says how to call it: the numbers of steps that there are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import nn
 
@@ -25,24 +27,31 @@ from fewstep.hub.export_ways import way_for, way_with_code
 __all__ = ["Exported", "export", "export_with_code", "foretold"]
 
 
-def export(model: nn.Module, folder: str | Path) -> Exported:
+def export(model: nn.Module, folder: str | Path, *, extras: Mapping[str, float] = MappingProxyType({})) -> Exported:
     """Write ``model`` to a new folder that ``diffusers.DiffusionPipeline.from_pretrained`` opens.
 
     A denoiser that came from a pipeline goes back into it with the pipeline's own scheduler; any other denoiser is
     exported with deterministic plans of 10, 20 and 50 steps.  Plain where a scheduler of diffusers has the plans'
     coefficients (and its start is within 1% of the student's), else with code.
 
-    Raises FileExistsError when ``folder`` is not empty, ValueError when the model has no place in diffusers.
+    Further inputs of a student are constant: those that its plans set, and those in ``extras``.  The guidance weight
+    that a network of diffusers takes follows the pipeline's ``guidance_scale``, and ``extras`` say what the card calls
+    it with.
+
+    Raises FileExistsError when ``folder`` is not empty, ValueError when the model has no place in diffusers, and for a
+    further input that nothing sets.
     """
     target = new_folder(folder)
-    return write(way_for(model), model, target)
+    return write(way_for(model, extras), model, target)
 
 
-def export_with_code(model: nn.Module, folder: str | Path) -> Exported:
+def export_with_code(
+    model: nn.Module, folder: str | Path, *, extras: Mapping[str, float] = MappingProxyType({})
+) -> Exported:
     """Like :func:`export`, always with the student's own scheduler: the same pictures from the same noise, the start
     included."""
     target = new_folder(folder)
-    return write(way_with_code(model), model, target)
+    return write(way_with_code(model, extras), model, target)
 
 
 def foretold(model: nn.Module) -> str:

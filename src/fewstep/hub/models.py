@@ -58,9 +58,11 @@ def load(name: str | Path, size: tuple[int, int] | None = None) -> Any:
 
 
 def adapter_of(model: nn.Module) -> Adapter | None:
-    """The diffusers network inside a model; None when its network is another."""
+    """The diffusers network inside a model, of several out of one pipeline (experts) the first; None when there is
+    none, or there are others."""
     found = [net for module in model.modules() if (net := as_adapter(module)) is not None]
-    return found[0] if len(found) == 1 else None
+    pipelines = {(net.size, None if net.origin is None else net.origin.pipe.name_or_path or net) for net in found}
+    return found[0] if len(pipelines) == 1 else None
 
 
 @torch.no_grad()

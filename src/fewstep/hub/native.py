@@ -82,10 +82,21 @@ def save(model: nn.Module, folder: str | Path, card: dict[str, Any] | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     description = describe(model)
     weights = folder / "model.safetensors"
-    save_tensors(weights, model.state_dict())
+    save_tensors(weights, apart(model.state_dict()))
     config = {"format": FORMAT, "model": description, "sha256": sha256(weights), "card": card or {}}
     write_atomically(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     return folder
+
+
+def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with memory of its own for every tensor: one network may be several experts."""
+    held: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in held else tensor
+        held.add(place)
+    return found
 
 
 def load(folder: str | Path) -> Any:

@@ -68,7 +68,8 @@ class StudentPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps or min(self.scheduler.plans), device=device)
         for t in self.progress_bar(self.scheduler.timesteps):
             inputs = self.scheduler.scale_model_input(sample, t)
-            output = self.unet(inputs, t, class_labels=class_labels, return_dict=False)[0][:, : inputs.shape[1]]
+            told = {"class_labels": class_labels, **self.scheduler.inputs}
+            output = self.unet(inputs, t, return_dict=False, **told)[0][:, : inputs.shape[1]]
             sample = self.scheduler.step(output, t, sample, generator=generator, return_dict=False)[0]
         if output_type != "latent":
             if self.vae is not None:

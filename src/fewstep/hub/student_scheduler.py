@@ -6,7 +6,7 @@ without fewstep.  A few-step student is linear in its network's output, whatever
     y'  =  state y  +  network F(y, times)  +  noise n,        n ~ N(0, I)
 
 in the units of the network's input; the last row gives the data.  The first input is ``start`` times the standard
-normal noise of the pipeline.
+normal noise of the pipeline.  A row may hold further ``inputs`` of the network, constants by name.
 """
 
 # mypy: disable-error-code="attr-defined,misc"
@@ -23,9 +23,9 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
     """Plays the plans of a student.
 
     ``plans`` maps a number of steps (as a string, for JSON) to ``{"start": number, "calls": [{"times": [t] or [t, s],
-    "state": a, "network": b, "noise": d}, ...]}``.  ``set_timesteps`` takes a number of steps that has a plan, other
-    numbers raise ValueError; values of ``sigmas``, ``timesteps`` and ``mu`` are not used, only their count, because
-    some pipelines always pass them.
+    "state": a, "network": b, "noise": d, "inputs": {..}}, ...]}``, where ``inputs`` may be absent.  ``set_timesteps``
+    takes a number of steps that has a plan, other numbers raise ValueError; values of ``sigmas``, ``timesteps`` and
+    ``mu`` are not used, only their count, because some pipelines always pass them.
     """
 
     order = 1
@@ -55,6 +55,11 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         return sample * self.start if self.step_index == 0 else sample
+
+    @property
+    def inputs(self) -> dict[str, float]:
+        """Further inputs of the network at the next call."""
+        return self.calls[self.step_index].get("inputs", {})
 
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
         call = self.calls[self.step_index]

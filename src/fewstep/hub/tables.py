@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser, networks_in
 from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Rng
+from fewstep.routing import Router
 from fewstep.sampling.rollout import Plan, rollout
 
 #: Length of the random vectors: three unknowns are fitted to this many equations.
@@ -31,12 +32,14 @@ PROBE = 64
 
 @dataclass(frozen=True)
 class Call:
-    """One network call and what follows it: ``times`` is ``(t,)`` or ``(t, s)``, as the network sees them."""
+    """One network call and what follows it: ``times`` is ``(t,)`` or ``(t, s)``, as the network sees them, ``inputs``
+    are the further ones that it is told, by name."""
 
     times: tuple[float, ...]
     state: float
     network: float
     noise: float
+    inputs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,16 @@ class Table:
             gaps = (mine.state - theirs.state, mine.network - theirs.network, mine.noise - theirs.noise)
             if len(mine.times) != len(theirs.times) or max(map(abs, gaps)) > tolerance * size:
                 return False
+            if mine.inputs != theirs.inputs:
+                return False
             if any(abs(t - s) > 1e-4 for t, s in zip(mine.times, theirs.times, strict=True)):
                 return False
         return True
+
+    def without(self, name: str | None) -> Table:
+        """The same without one of the further inputs, which something else tells the network."""
+        inputs = ({k: v for k, v in call.inputs.items() if k != name} for call in self.calls)
+        return replace(self, calls=tuple(replace(c, inputs=i) for c, i in zip(self.calls, inputs, strict=True)))
 
 
 class Recorder(nn.Module):
@@ -72,13 +82,14 @@ class Recorder(nn.Module):
         self.rng = Rng("recorder")
         self.inputs: list[Tensor] = []
         self.times: list[tuple[float, ...]] = []
+        self.extras: list[dict[str, float]] = []
         self.outputs: list[Tensor] = []
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extras: Tensor) -> Tensor:
-        if set(extras) - {"s"}:
-            raise ValueError(f"the student's network takes the extra inputs {sorted(extras)}; only s can be exported")
+        told = {name: float(value) for name, value in extras.items()}
         self.inputs.append(x)
-        self.times.append((float(t), *(float(s) for s in extras.values())))
+        self.times.append((float(t), *([told.pop("s")] if "s" in told else [])))
+        self.extras.append(told)
         # three times the unit, so that a clip to [-1, 1] somewhere in the sampler cannot hide
         self.outputs.append(3 * self.rng.normal_like(x))
         return self.outputs[-1]
@@ -97,8 +108,11 @@ class RecordedRng(Rng):
 
 
 def network_of(model: nn.Module) -> NetworkDenoiser:
-    """The one network denoiser inside a student or denoiser; ValueError when there are none or several."""
-    found = [module for module in model.modules() if isinstance(module, NetworkDenoiser)]
+    """The one network denoiser inside a student or denoiser; ValueError when there are none or several, and for what
+    calls its networks by turns."""
+    if any(isinstance(module, Router) for module in model.modules()):
+        raise ValueError("a routed model cannot be exported, diffusers' pipelines call one network: export its experts")
+    found = networks_in(model)
     if len(found) != 1:
         raise ValueError(f"a model with {len(found)} networks cannot be exported: exactly one is needed")
     return found[0]
@@ -123,7 +137,8 @@ def plan_table(flow_map: FlowMap, plan: Plan) -> Table:
     calls = []
     for i, after in enumerate([*recorder.inputs[1:], data]):
         drawn = rng.drawn[i] if i < len(rng.drawn) else None
-        calls.append(Call(recorder.times[i], *fit(after, recorder.inputs[i], recorder.outputs[i], drawn)))
+        row = fit(after, recorder.inputs[i], recorder.outputs[i], drawn)
+        calls.append(Call(recorder.times[i], *row, recorder.extras[i]))
     return Table(start, tuple(calls))
 
 

@@ -57,6 +57,11 @@ class TextAdapter(Adapter):
         takes = encode is not None and "prompt" in inspect.signature(encode).parameters
         return takes and pipe.components.get("text_encoder") is not None
 
+    @torch.no_grad()
+    def read_null(self) -> None:
+        if self.reads_prompts:
+            self.set_null(self.embed_null())
+
     def embed_null(self) -> dict[str, Tensor]:
         """What the pipeline's guidance leads away from when it is given no negative prompt, one row."""
         return self.embed([""])
@@ -87,6 +92,8 @@ class UNet2DCondition(UNetAdapter, TextAdapter):
     ``w`` ``[B]`` is the guidance weight of LCM-style students (models with ``time_cond_proj_dim``); it is the
     pipelines' ``guidance_scale - 1`` and takes the place of the condition ``guidance_scale``.
     """
+
+    guidance_offset = 1.0
 
     def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
         super().__init__(model, origin, size)

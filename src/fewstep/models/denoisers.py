@@ -18,8 +18,10 @@ from fewstep.models.networks import (
     build_named,
     describe_prediction,
 )
+from fewstep.models.routers import ROUTER, build_router, describe_router
 from fewstep.predictions import PREDICTIONS
 from fewstep.randomness import Rng
+from fewstep.routing import RoutedDenoiser
 from fewstep.sampling import sample
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
@@ -36,6 +38,7 @@ NETWORK_DENOISER: dict[str, Any] = {
 _DENOISERS: dict[str, dict[str, Any]] = {"denoiser": NETWORK_DENOISER}
 DENOISER = Choice("kind", _DENOISERS)
 _DENOISERS["on-schedule"] = {"inner": DENOISER, "schedule": SCHEDULE}
+_DENOISERS["routed-denoiser"] = {"experts": list[DENOISER], "router": ROUTER}  # type: ignore[valid-type]
 
 
 class AnyDenoiser(Model):
@@ -131,6 +134,22 @@ class ViewedModel(AnyDenoiser):
     @classmethod
     def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
         return OnSchedule(model(config["inner"]), build_named(SCHEDULES, config["schedule"]))
+
+
+class RoutedDenoiserModel(AnyDenoiser):
+    """A denoiser made of experts."""
+
+    kind = "routed-denoiser"
+    wraps = RoutedDenoiser
+    holds: ClassVar[dict[str, Any]] = _DENOISERS["routed-denoiser"]
+
+    def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
+        made: RoutedDenoiser = self.module
+        return {"kind": self.kind, "experts": list(map(model, made.experts)), "router": describe_router(made.router)}
+
+    @classmethod
+    def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
+        return RoutedDenoiser(list(map(model, config["experts"])), build_router(config["router"]))
 
 
 class SelfConditionedModel(AnyDenoiser):

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from fewstep.models.denoisers import AnyDenoiser, NetworkModel, SelfConditionedModel, ViewedModel
+from fewstep.models.denoisers import AnyDenoiser, NetworkModel, RoutedDenoiserModel, SelfConditionedModel, ViewedModel
 from fewstep.models.discrete import AnyDiscreteDenoiser, LearnedSamplerModel, NetworkDiscreteModel
 from fewstep.models.model import Config, Model
 from fewstep.models.networks import build_network, describe_network
-from fewstep.models.staged import CascadedModel, DPMOTModel
-from fewstep.models.students import AnyFlowMap, EDMConsistencyModel, JumpModel, StudentModel
+from fewstep.models.staged import CascadedModel, DPMOTModel, SeparateCascadeModel
+from fewstep.models.students import AnyFlowMap, EDMConsistencyModel, JumpModel, RoutedFlowMapModel, StudentModel
 from fewstep.schemas import Choice, Place, check
 
 #: Every kind of model, the nearest class first where one inherits from another.
@@ -24,15 +24,18 @@ KINDS: tuple[type[Model], ...] = (
     StudentModel,
     JumpModel,
     EDMConsistencyModel,
+    RoutedFlowMapModel,
     AnyFlowMap,
     NetworkModel,
     ViewedModel,
+    RoutedDenoiserModel,
     SelfConditionedModel,
     AnyDenoiser,
     NetworkDiscreteModel,
     AnyDiscreteDenoiser,
     LearnedSamplerModel,
     CascadedModel,
+    SeparateCascadeModel,
     DPMOTModel,
 )
 _BY_CLASS = {cls.wraps: cls for cls in KINDS}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond, Denoiser
+from fewstep.extras import Input
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
 
@@ -54,6 +55,16 @@ class Model(ABC):
     def noun(self) -> str:
         """What it is called, without the article."""
         return self.called.partition(" ")[2]
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """The further inputs that sampling may set, by name; :meth:`sample` takes them beside the options."""
+        return {}
+
+    @property
+    def planned(self) -> tuple[str, ...]:
+        """The names of those that its plans set."""
+        return ()
 
     @property
     def plans(self) -> tuple[int, ...] | None:

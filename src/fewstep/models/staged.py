@@ -12,7 +12,7 @@ from fewstep.denoisers import Cond, Denoiser
 from fewstep.models.denoisers import DENOISER
 from fewstep.models.model import Config, Model
 from fewstep.randomness import Rng
-from fewstep.sampling.cascade import CascadeModel, StagePlan
+from fewstep.sampling.cascade import CascadeModel, SeparateCascade, StagePlan
 from fewstep.sampling.dpm_ot.model import TransportedModel
 from fewstep.sampling.dpm_ot.optimal_transport import SOURCES
 from fewstep.sampling.inputs import conditions
@@ -24,12 +24,9 @@ PLAN = {
 }  # fmt: skip
 
 
-class CascadedModel(Model):
-    """A cascade of resolutions on one network."""
+class AnyCascade(Model):
+    """A cascade of resolutions, of whatever make."""
 
-    kind = "cascade"
-    wraps = CascadeModel
-    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "resolutions": tuple[Size, ...], "plans": list[PLAN]}  # type: ignore[valid-type]
     called = "a cascade of resolutions"
     options = frozenset({"guidance"})
 
@@ -62,26 +59,56 @@ class CascadedModel(Model):
         calls: int = self.module.calls(steps, **options)
         return calls
 
+    def described_plans(self) -> list[Config]:
+        """The plans as plain data; TypeError for solvers and grids without a name."""
+        plans = []
+        for plan in self.module.plans:
+            for field, value in (("solver", plan.solver), ("grid", plan.grid)):
+                if value is not None and not isinstance(value, str):
+                    raise TypeError(f"{self.called} is saved with solvers and grids by name, {field} is {value!r}")
+            plans.append({name: getattr(plan, name) for name in PLAN})
+        return plans
+
+
+class CascadedModel(AnyCascade):
+    """A cascade of resolutions on one network."""
+
+    kind = "cascade"
+    wraps = CascadeModel
+    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "resolutions": tuple[Size, ...], "plans": list[PLAN]}  # type: ignore[valid-type]
+
     def teacher(self) -> Denoiser:
         denoiser: Denoiser = self.module.denoiser
         return denoiser
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         made: CascadeModel = self.module
-        plans = []
-        for plan in made.plans:
-            for field, value in (("solver", plan.solver), ("grid", plan.grid)):
-                if value is not None and not isinstance(value, str):
-                    raise TypeError(f"{self.called} is saved with solvers and grids by name, {field} is {value!r}")
-            plans.append({name: getattr(plan, name) for name in PLAN})
         return {
-            "kind": self.kind, "denoiser": model(made.denoiser), "resolutions": list(made.resolutions), "plans": plans
+            "kind": self.kind, "denoiser": model(made.denoiser), "resolutions": list(made.resolutions),
+            "plans": self.described_plans(),
         }  # fmt: skip
 
     @classmethod
     def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
         plans = [StagePlan(**plan) for plan in config["plans"]]
         return CascadeModel(model(config["denoiser"]), config["resolutions"], plans)
+
+
+class SeparateCascadeModel(AnyCascade):
+    """A cascade of resolutions on networks of their own."""
+
+    kind = "separate-cascade"
+    wraps = SeparateCascade
+    holds: ClassVar[dict[str, Any]] = {"stages": list[DENOISER], "plans": list[PLAN]}  # type: ignore[valid-type]
+    called = "a cascade of separate networks"
+
+    def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
+        return {"kind": self.kind, "stages": list(map(model, self.module.stages)), "plans": self.described_plans()}
+
+    @classmethod
+    def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
+        plans = [StagePlan(**plan) for plan in config["plans"]]
+        return SeparateCascade(list(map(model, config["stages"])), plans)
 
 
 class DPMOTModel(Model):

@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond
-from fewstep.flow_maps import EDMConsistency, FlowMap, Input, Jump
+from fewstep.extras import NAME, Input
+from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.models.denoisers import DENOISER
 from fewstep.models.model import Config, Model
+from fewstep.models.networks import DIFFUSERS
+from fewstep.models.routers import ROUTER, build_router, describe_router
 from fewstep.randomness import Rng
+from fewstep.routing import RoutedDenoiser, RoutedFlowMap
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schemas import Choice, Map, Maybe, arguments_of
 
 #: How the keys of plans must look: a number of steps.
 STEPS = (r"[1-9]\d{0,5}", "a number of steps, such as 4")
 #: What stands for the further inputs of a student.
-EXTRAS = Map(r"[a-z]\w{0,30}", "the name of an input", arguments_of(Input))
+EXTRAS = Map(NAME, "the name of an input", arguments_of(Input))
+
+
+def describe_extras(extras: Mapping[str, Input]) -> Config:
+    """The further inputs of a flow map as a part of its description; nothing where there are none."""
+    plain = {
+        name: {field: value for field, value in asdict(declared).items() if value is not None}
+        for name, declared in extras.items()
+    }
+    return {"extras": plain} if plain else {}
+
+
+def build_extras(config: Config) -> dict[str, Input]:
+    """The further inputs that a flow map's description declares; ValueError naming one whose numbers contradict each
+    other, or that the flow map's network does not take."""
+    extras = {}
+    for name, declared in config.get("extras", {}).items():
+        try:
+            extras[name] = Input(**declared)
+        except ValueError as error:
+            raise ValueError(f"extras.{name}: {error}") from None
+    inner = config["denoiser"]
+    while "inner" in inner:  # seen on another schedule
+        inner = inner["inner"]
+    network = inner["network"]
+    if network["name"] != DIFFUSERS:  # which say themselves what they take
+        taken = network.get("extras", ())
+        for name in extras:
+            if name not in taken:
+                raise ValueError(f"extras.{name}: the network takes {', '.join(taken) or 'no further inputs'}")
+    return extras
 
 
 class StudentModel(Model):
@@ -37,6 +71,14 @@ class StudentModel(Model):
     def plans(self) -> tuple[int, ...]:
         return tuple(self.student().plans)
 
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        return self.student().extras
+
+    @property
+    def planned(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for plan in self.student().plans.values() for name in plan.extras))
+
     def sample(
         self,
         n: int,
@@ -50,7 +92,7 @@ class StudentModel(Model):
         return self.student().sample(n, cond, steps=steps, seed=seed, seeds=seeds, **options)
 
     def sample_from(self, noise: Tensor, cond: Cond, *, steps: int | None, rng: Rng, **options: Any) -> Tensor:
-        made: Tensor = self.student()(noise, cond, steps, rng)
+        made: Tensor = self.student()(noise, cond, steps, rng, **options)
         return made
 
     def calls(self, steps: int | None = None, **options: Any) -> int:
@@ -106,16 +148,14 @@ class JumpModel(AnyFlowMap):
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         jump: Jump = self.module
-        extras = {name: asdict(declared) for name, declared in jump.extras.items()}
         return {
             "kind": self.kind, "denoiser": model(jump.denoiser), "two_times": jump.two_times,
-            **({"extras": extras} if extras else {}),
+            **describe_extras(jump.extras),
         }  # fmt: skip
 
     @classmethod
     def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
-        extras = {name: Input(**declared) for name, declared in config.get("extras", {}).items()}
-        return Jump(model(config["denoiser"]), config["two_times"], extras)
+        return Jump(model(config["denoiser"]), config["two_times"], build_extras(config))
 
 
 class EDMConsistencyModel(AnyFlowMap):
@@ -123,20 +163,51 @@ class EDMConsistencyModel(AnyFlowMap):
 
     kind = "edm-consistency"
     wraps = EDMConsistency
-    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "sigma_data": float}
+    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "sigma_data": float, "extras": Maybe(EXTRAS)}
 
     def teacher(self) -> Any:
         return self.module.denoiser
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
-        return {"kind": self.kind, "denoiser": model(self.module.denoiser), "sigma_data": self.module.sigma_data}
+        made: EDMConsistency = self.module
+        return {
+            "kind": self.kind, "denoiser": model(made.denoiser), "sigma_data": made.sigma_data,
+            **describe_extras(made.extras),
+        }  # fmt: skip
 
     @classmethod
     def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
-        return EDMConsistency(model(config["denoiser"]), config["sigma_data"])
+        return EDMConsistency(model(config["denoiser"]), config["sigma_data"], build_extras(config))
 
 
+class RoutedFlowMapModel(AnyFlowMap):
+    """A flow map made of experts."""
+
+    kind = "routed-flow-map"
+    wraps = RoutedFlowMap
+
+    def teacher(self) -> Any:
+        from fewstep.models.kinds import model_of
+
+        made: RoutedFlowMap = self.module
+        return RoutedDenoiser([model_of(expert).teacher() for expert in made.experts], made.router)
+
+    def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
+        made: RoutedFlowMap = self.module
+        return {"kind": self.kind, "experts": list(map(model, made.experts)), "router": describe_router(made.router)}
+
+    @classmethod
+    def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
+        return RoutedFlowMap(list(map(model, config["experts"])), build_router(config["router"]))
+
+
+_FLOW_MAPS: dict[str, dict[str, Any]] = {cls.kind: cls.holds for cls in (JumpModel, EDMConsistencyModel)}
+FLOW_MAP = Choice("kind", _FLOW_MAPS)
+RoutedFlowMapModel.holds = _FLOW_MAPS[RoutedFlowMapModel.kind] = {
+    "experts": list[FLOW_MAP],  # type: ignore[valid-type]
+    "router": ROUTER,
+}
 StudentModel.holds = {
-    "flow_map": Choice("kind", {cls.kind: cls.holds for cls in (JumpModel, EDMConsistencyModel)}),
+    "flow_map": FLOW_MAP,
     "plans": Map(*STEPS, arguments_of(Plan)),
 }

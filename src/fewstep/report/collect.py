@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ def report_runs(
     seed: int = 0,
     title: str = "",
     commands: str = "",
+    extras: Mapping[str, float] | None = None,
     show: Show = lambda done, what: None,
 ) -> Path:
     """Compare the students of finished runs with their teacher on one page; gives back its path.
@@ -32,6 +33,7 @@ def report_runs(
     ``teacher`` and ``data`` are names or paths; by default those that the runs noted (``recipe.json``), which must
     be the same: of one name, or of one digest.  A run that made the teacher shows its course only (where no run names a
     teacher, the first that trained one is it), and a folder without a finished run is named at the foot of the page.
+    ``extras`` set further inputs of the students that take them.
     Raises FileNotFoundError when no run is finished, ValueError when runs disagree or say too little, OSError when
     ``out`` cannot be written.
     """
@@ -42,9 +44,10 @@ def report_runs(
     data = data or common(runs, "data")[0]
     places = {run.name: Path(run.folder) for run in runs if Path(run.folder).resolve() != Path(teacher).resolve()}
     students = {name: native.load(model_folder(place)) for name, place in places.items()}
-    found = compare_models(load(teacher), students, data, n, seed, show=show)
+    found = compare_models(load(teacher), students, data, n, seed, extras=extras, show=show)
     if not commands:
         commands = f"fewstep report {' '.join(run.folder for run in runs)}"
+        commands += "".join(f" --extra {name}={value:g}" for name, value in found.extras.items())
     return page.write(found, Path(out), runs, title, commands, left_out)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.data import Dataset, held_out
 from fewstep.data import load as load_data
+from fewstep.extras import check_given, listed
 from fewstep.metrics import Estimate, Evaluator, Quality, accuracy, load_features
 from fewstep.metrics.features import Features
 from fewstep.models import Model, model_of
@@ -63,7 +64,8 @@ class Comparison:
 
     ``floor`` is the Fréchet distance and ``real_accuracy`` the share recognised of real pictures.  ``real`` are real
     pictures in the order of the columns of the sheets, ``columns`` the class names over them (empty without classes).
-    ``trained`` names the students that were trained for it (empty: all); others are shown and not crowned.
+    ``trained`` names the students that were trained for it (empty: all); others are shown and not crowned.  ``extras``
+    are the further inputs that the students were sampled with.
     """
 
     data: str
@@ -78,6 +80,7 @@ class Comparison:
     machine: Mapping[str, str] = field(default_factory=dict)
     real_accuracy: float | None = None
     trained: tuple[str, ...] = ()
+    extras: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def teacher(self) -> list[Row]:
@@ -122,6 +125,7 @@ class Comparison:
         ]  # fmt: skip
         told: dict[str, Any] = {
             "data": self.data, "n": self.n, "seed": self.seed, "teacher_solver": self.solver,
+            "extras": dict(self.extras),
             "floor": asdict(self.floor), "real_accuracy": self.real_accuracy, "rows": rows,
             "versions": dict(self.versions), "machine": dict(self.machine),
         }  # fmt: skip
@@ -172,6 +176,7 @@ def compare_models(
     features: str | Features | None = None,
     batch: int = 100,
     rows: int = 2,
+    extras: Mapping[str, float] | None = None,
     show: Show = lambda done, what: None,
 ) -> Comparison:
     """Measure the teacher at ``teacher_steps`` and every student at all its plans.
@@ -182,18 +187,26 @@ def compare_models(
     or path that :func:`fewstep.data.load` knows, with its held-out part as the reference; of a
     :class:`~fewstep.data.Dataset` a fifth, at most 2,000 samples, is put aside as the reference, whether or not
     the models were trained on it.  ``features`` is a name for :func:`fewstep.metrics.load_features`, by default the
-    bundled classifier of the data, else pixels.  ``rows`` pictures of each class are kept for the page.
+    bundled classifier of the data, else pixels.  ``rows`` pictures of each class are kept for the page.  ``extras`` set
+    further inputs of those students that take them.
 
-    Raises ValueError when a model makes tokens, or samples of another shape than the data's.
+    Raises ValueError when a model makes tokens, or samples of another shape than the data's, and for an input that no
+    student takes, or out of its range.
     """
     named = dict(students) if isinstance(students, Mapping) else _numbered(students)
     leader = comparable("the teacher", teacher)
     followers = {name: comparable(name, model) for name, model in named.items()}
+    given = {name: extras_of(model, extras or {}) for name, model in followers.items()}
+    for name, value in (extras or {}).items():
+        if not any(name in taken for taken in given.values()):
+            known = "; ".join(f"{student}: {listed(model.inputs)}" for student, model in followers.items())
+            raise ValueError(f"{name}={value:g}: no student here takes it ({known or 'there is none'})")
     train, reference = parts(data)
     for name, model in {"the teacher": leader, **followers}.items():
         if model.shape != train.shape:
             raise ValueError(f"{name} makes samples {list(model.shape)}, data '{train.name}' has {list(train.shape)}")
-    chosen = features if isinstance(features, Features) else load_features(features or _features(train))
+    features = features or _features(train)
+    chosen = load_features(features) if isinstance(features, str) else features
     judge = Evaluator(reference, train, chosen, seed=seed)
     columns = min(teacher.classes or 10, 10)
     shown = rows * columns
@@ -208,7 +221,8 @@ def compare_models(
     for i, (name, role, model, steps) in enumerate(jobs):
         show(sum(work[:i]) / sum(work), f"{name}, {steps} step{'s' * (steps > 1)}")
         way = solver if role == "teacher" else None
-        x, labels, calls, seconds = timed_samples(model.module, steps, n, seed, way, batch)
+        own = given[name] if role == "student" else None
+        x, labels, calls, seconds = timed_samples(model.module, steps, n, seed, way, batch, extras=own)
         pictures = x[_shown(n, labels, columns, shown)].clamp(-1, 1)
         found.append(Row(name, role, steps, calls, seconds, judge(x, labels), pictures))
     show(1.0, "done")
@@ -216,8 +230,15 @@ def compare_models(
     return Comparison(
         train.name, n, seed, solver, tuple(found), found[0].quality.floor,
         tuple(train.class_names[:columns]) if teacher.classes else (), real_pictures(reference, columns, rows, seed),
-        machine.versions(), machine.machine(device), recognised(judge),
+        machine.versions(), machine.machine(device), recognised(judge), extras=dict(extras or {}),
     )  # fmt: skip
+
+
+def extras_of(model: Model, extras: Mapping[str, float]) -> dict[str, float]:
+    """Those of ``extras`` that a model takes; ValueError for a value out of its range."""
+    own = {name: value for name, value in extras.items() if name in model.inputs}
+    check_given(model.inputs, own)
+    return own
 
 
 def comparable(name: str, model: Any) -> Model:
@@ -233,22 +254,31 @@ def comparable(name: str, model: Any) -> Model:
 
 def parts(data: str | Path | Dataset) -> tuple[Dataset, Dataset]:
     """``(training, reference)`` of what :func:`compare_models` was given."""
-    if isinstance(data, Dataset):
-        return held_out(data, min(max(len(data) // 5, 1), 2000))
-    return load_data(data), load_data(data, "test")
+    if isinstance(data, str | Path):
+        return load_data(data), load_data(data, "test")
+    return held_out(data, min(max(len(data) // 5, 1), 2000))
 
 
 @torch.no_grad()
 def timed_samples(
-    model: Any, steps: int, n: int, seed: int, solver: str | None, batch: int
+    model: Any,
+    steps: int,
+    n: int,
+    seed: int,
+    solver: str | None,
+    batch: int,
+    *,
+    extras: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, Tensor | None, int, float]:
     """``(samples, labels, calls, seconds per sample)`` of ``n`` samples made ``batch`` at a time.
 
-    ``solver`` is for models that take one (None: their default).  Noise and labels depend on ``n``, ``seed`` and the
-    shape only, so all models get the same.
+    ``solver`` is for models that take one (None: their default), ``extras`` are further inputs.  Noise and labels
+    depend on ``n``, ``seed`` and the shape only, so all models get the same.
     """
     found = model_of(model)
-    options = {"solver": solver} if solver is not None and "solver" in found.options else {}
+    options: dict[str, Any] = dict(extras or {})
+    if solver is not None and "solver" in found.options:
+        options["solver"] = solver
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     noise = Rng(seed, "sample", device=device).normal(n, *model.shape)
     labels = torch.arange(n, device=device) % model.classes if model.classes else None

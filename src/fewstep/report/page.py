@@ -87,6 +87,7 @@ def headline(comparison: Comparison) -> str:
 def head(comparison: Comparison, runs: Sequence[RunCourse], title: str) -> str:
     """Title, summary and the headline numbers."""
     kicker = f"fewstep report · data: {comparison.data} · {comparison.n} samples of each model, seed {comparison.seed}"
+    kicker += "".join(f" · {name}={value:g}" for name, value in comparison.extras.items())
     return (
         f'<header>\n<p class="kicker">{escape(kicker)}</p>\n<h1>{escape(title)}</h1>\n'
         f'<p class="lede">{summary(comparison, runs)}</p>\n{tiles(comparison)}</header>'

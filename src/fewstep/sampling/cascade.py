@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -222,35 +223,29 @@ def check_plans(cascade: Cascade, plans: Sequence[StagePlan]) -> None:
         raise ValueError("guidance needs a conditional model: this cascade has no classes")
 
 
-class CascadeModel(nn.Module):
-    """One network that works at several ``resolutions`` (heights, lowest first) with the plan of each: what LowDiff
-    gives back.
+class StackedModel(nn.Module, ABC):
+    """A cascade with the plan of each stage, as one model of the highest resolution.
 
-    ``denoiser`` is the network at the highest resolution; ``plans`` (default: ten steps of UniPC each) are one a
-    resolution.  ValueError when they do not fit.
+    ``plans`` (default: ten steps of UniPC each) are one a stage.  ValueError when they do not fit.
     """
 
-    def __init__(
-        self, denoiser: NetworkDenoiser, resolutions: Sequence[int], plans: Sequence[StagePlan] | None = None
-    ) -> None:
+    def __init__(self, cascade: Cascade, plans: Sequence[StagePlan] | None) -> None:
         super().__init__()
-        self.denoiser = denoiser
-        self.resolutions = tuple(resolutions)
-        self.plans = tuple(plans or [StagePlan()] * len(self.resolutions))
-        check_plans(self.cascade, self.plans)
+        self.plans = tuple(plans or [StagePlan()] * len(cascade.stages))
+        check_plans(cascade, self.plans)
 
     @property
+    @abstractmethod
     def cascade(self) -> Cascade:
-        """The views of the network, one a resolution."""
-        return Cascade.shared(self.denoiser, self.resolutions)
+        """The stages, lowest resolution first."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.denoiser.shape
+        return self.cascade.stages[-1].shape
 
     @property
     def classes(self) -> int | None:
-        return self.denoiser.classes
+        return self.cascade.stages[-1].classes
 
     def planned(self, steps: int | None = None, guidance: float | None = None) -> list[StagePlan]:
         """The plans with other ``steps`` at every resolution, and with guidance by labels."""
@@ -279,6 +274,40 @@ class CascadeModel(nn.Module):
         return sample_cascade(
             self.cascade, n, self.planned(steps, guidance), cond=cond, seed=seed, noise=noise
         )[-1]  # fmt: skip
+
+
+class CascadeModel(StackedModel):
+    """One network that works at several ``resolutions`` (heights, lowest first) with the plan of each: what LowDiff
+    gives back.
+
+    ``denoiser`` is the network at the highest resolution.
+    """
+
+    def __init__(
+        self, denoiser: NetworkDenoiser, resolutions: Sequence[int], plans: Sequence[StagePlan] | None = None
+    ) -> None:
+        super().__init__(Cascade.shared(denoiser, tuple(resolutions)), plans)
+        self.denoiser = denoiser
+        self.resolutions = tuple(resolutions)
+
+    @property
+    def cascade(self) -> Cascade:
+        return Cascade.shared(self.denoiser, self.resolutions)
+
+
+class SeparateCascade(StackedModel):
+    """Networks of their own, one a resolution, lowest first, with the plan of each.
+
+    ``stages`` are those of a :class:`Cascade`.
+    """
+
+    def __init__(self, stages: Sequence[Denoiser], plans: Sequence[StagePlan] | None = None) -> None:
+        super().__init__(Cascade(tuple(stages)), plans)
+        self.stages = nn.ModuleList(stages)
+
+    @property
+    def cascade(self) -> Cascade:
+        return Cascade(tuple(self.stages))  # type: ignore[arg-type]
 
 
 def flop_costs(cascade: Cascade) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ reference's, ``x0 <- A^T [mask * A y + (1 - mask) * A x0]``, and sampling goes o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -193,6 +194,8 @@ def edit(
     rng: Noise,
     cond: Cond = None,
     bound: float | None = None,
+    *,
+    extras: Mapping[str, float | Numbers] | None = None,
 ) -> Tensor:
     """Fill in what ``measurement`` leaves free of ``reference`` ``[B, ...]``.
 
@@ -202,7 +205,8 @@ def edit(
 
     The result has the type of the student's weights, and so has the noise, drawn from ``rng`` (with
     :class:`~fewstep.randomness.PerSample` one source a sample).  Without ``cond`` the student is called without a
-    label.  Dropout is off meanwhile.  What does not fit is refused as by :func:`~fewstep.sampling.sample`.
+    label.  ``extras`` set further inputs of the student.  Dropout is off meanwhile.  What does not fit is refused as by
+    :func:`~fewstep.sampling.sample`.
     """
     check_parts(flow_map, plan)
     if not isinstance(measurement, LinearMeasurement):
@@ -216,18 +220,26 @@ def edit(
     edited = Edited(flow_map, measurement, y, normal_like(rng, y), bound)
     start = noised_start(flow_map, measurement.inverse(measurement.measure(y)), noise, plan)
     with evaluating(edited):
-        return rollout(edited, start, plan, given_conditions(flow_map, y, cond), rng)
+        return rollout(edited, start, plan, given_conditions(flow_map, y, cond), rng, extras=extras)
 
 
-def stroke_to_image(flow_map: FlowMap, stroke: Numbers, plan: Plan, rng: Noise, cond: Cond = None) -> Tensor:
+def stroke_to_image(
+    flow_map: FlowMap,
+    stroke: Numbers,
+    plan: Plan,
+    rng: Noise,
+    cond: Cond = None,
+    *,
+    extras: Mapping[str, float | Numbers] | None = None,
+) -> Tensor:
     """Turn a rough picture ``[B, ...]`` into a sample near it: noise it to ``plan.times[0]``, an intermediate time, and
-    roll out from there (the later the time, the freer the result).  Types, noise and errors are those of
+    roll out from there (the later the time, the freer the result).  Types, noise, ``extras`` and errors are those of
     :func:`edit`."""
     check_parts(flow_map, plan)
     y = states_for(flow_map, "stroke", stroke)
     start = noised_start(flow_map, y, normal_like(rng, y), plan)
     with evaluating(flow_map):
-        return rollout(flow_map, start, plan, given_conditions(flow_map, y, cond), rng)
+        return rollout(flow_map, start, plan, given_conditions(flow_map, y, cond), rng, extras=extras)
 
 
 def check_parts(flow_map: FlowMap, plan: Plan) -> None:

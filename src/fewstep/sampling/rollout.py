@@ -17,16 +17,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond, GradientMode, check_prediction, gradients
+from fewstep.extras import Input, check_given
 from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Noise
-from fewstep.sampling.inputs import Generators, evaluating, start_of
+from fewstep.sampling.inputs import Generators, Numbers, evaluating, start_of
 from fewstep.schedules import Schedule, align
-from fewstep.values import whole
+from fewstep.values import real, whole
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Plan:
             raise ValueError(f"inner={self.inner} must be one time per re-noising, none above {lifted}")
         if self.inner is not None and not all(r >= 0 for r in self.inner):
             raise ValueError(f"inner={self.inner}: times are not negative")
+        kept = {name: real(f"extras: {name}", value) for name, value in self.extras.items()}
+        object.__setattr__(self, "extras", kept)
 
     def inner_at(self, schedule: Schedule, i: int) -> float:
         """The time that call ``i`` jumps to, before noise lifts the state back to the next time."""
@@ -82,13 +86,13 @@ def rollout(
     cond: Cond = None,
     rng: Noise | None = None,
     *,
-    extras: Mapping[str, float] | None = None,
+    extras: Mapping[str, Any] | None = None,
     stop: int | None = None,
     grad_at: int | None = None,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Sample with a student: standard normal ``noise`` in, data out.  ``extras`` set further inputs of the student by
-    name, over those of the plan and the defaults.
+    name, each a number or one a sample ``[B]``, over those of the plan and the defaults.
 
     ``stop`` (an index into ``plan.times``) returns the output of that call instead of the last one: with
     ``stop = j`` the result is the student's clean prediction at its ``j``-th time, reached exactly as inference
@@ -103,7 +107,7 @@ def rollout(
     schedule = flow_map.schedule
     start = torch.tensor(plan.times[0], dtype=torch.float64, device=noise.device)
     x = align(schedule.sigma(start), noise) * noise
-    inputs = flow_map.inputs(len(noise), noise.device, {**plan.extras, **(extras or {})})
+    inputs = flow_map.inputs(x, {**plan.extras, **(extras or {})})
     for i in range(last + 1):
         mode: GradientMode = "all" if grad_at is None or grad_at == i else "none" if i < grad_at else "input"
         with gradients(flow_map, mode):
@@ -173,6 +177,10 @@ class Student(nn.Module):
                 raise ValueError(
                     f"the plan for {steps} steps calls at {plan.times[-1]}, where there is no noise to take"
                 )
+            try:
+                check_given(flow_map.extras, plan.extras)
+            except ValueError as error:
+                raise ValueError(f"the plan for {steps} steps: {error}") from None
         self.flow_map = flow_map
         self.plans = dict(sorted(plans.items()))
 
@@ -184,12 +192,27 @@ class Student(nn.Module):
     def classes(self) -> int | None:
         return self.flow_map.classes
 
-    def forward(self, noise: Tensor, cond: Cond = None, steps: int | None = None, rng: Noise | None = None) -> Tensor:
-        """Data from standard normal ``noise`` in ``steps`` calls (default: the fewest)."""
+    @property
+    def extras(self) -> dict[str, Input]:
+        """The further inputs that sampling may set, by name."""
+        return self.flow_map.extras
+
+    @property
+    def only_to_data(self) -> bool:
+        """Whether it maps to data only: its flow map knows no other jumps, or was trained for none of its plans'."""
+        if self.flow_map.two_times:
+            return False
+        return self.flow_map.only_to_data or all(plan.gamma == 1 and plan.inner is None for plan in self.plans.values())
+
+    def forward(
+        self, noise: Tensor, cond: Cond = None, steps: int | None = None, rng: Noise | None = None, **extras: Any
+    ) -> Tensor:
+        """Data from standard normal ``noise`` in ``steps`` calls (default: the fewest); ``extras`` are those of
+        :meth:`sample`."""
         steps = next(iter(self.plans)) if steps is None else whole("steps", steps)
         if steps not in self.plans:
             raise ValueError(f"steps={steps}: this student has plans for {sorted(self.plans)} steps")
-        return rollout(self.flow_map, noise, self.plans[steps], cond, rng)
+        return rollout(self.flow_map, noise, self.plans[steps], cond, rng, extras=extras)
 
     @torch.no_grad()
     def sample(
@@ -201,12 +224,17 @@ class Student(nn.Module):
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         generator: Generators | None = None,
+        **extras: float | Numbers,
     ) -> Tensor:
         """``n`` samples ``[n, *shape]`` in the type and on the device of the weights.
+
+        ``extras`` set further inputs of the student (:attr:`extras`), as in ``student.sample(8, w=3.0)``: each a number
+        or one a sample ``[n]``.  The others are those of the plan, or the defaults.  An unknown name and a value that
+        cannot be raise ValueError (TypeError for what is no number) listing the inputs that there are.
 
         Class labels are cycled when the student is conditional and ``cond`` is None; ``seed``, ``seeds`` and
         ``generator`` are those of :func:`~fewstep.sampling.sample`, and so are the errors.
         """
         start = start_of(self.flow_map, n, cond, seed=seed, seeds=seeds, generator=generator)
         with evaluating(self):
-            return self(start.noise, start.cond, steps, start.fresh)
+            return self(start.noise, start.cond, steps, start.fresh, **extras)

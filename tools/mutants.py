@@ -1,0 +1,283 @@
+"""Can the tests fail?  Random one-token mutants of the mathematics, each run through the tests that reach it.
+
+    python tools/mutants.py [--count 200] [--seed 0] [--only FILE] [--resume]
+
+A mutant (``mutant_tokens.py``) is written into a copy of the repository, never into this one.  Which tests reach which
+function is measured once for each file of tests, and again when that file changes.  A mutant meets the tests that reach
+its function, the cheapest first, until one is red; one that ``--seconds`` of tests do not notice has survived.  What
+survives is printed as a table; what ``tools/equivalent_mutants.txt`` explains is counted apart.  All of it is kept in
+``.mutants/``: ``--resume`` goes on where a run of the same seed was interrupted, and tries its survivors again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # read by PyTorch and by processes of tests
+sys.dont_write_bytecode = True  # a mutant may have the size and the second of the file before it
+
+import pytest  # noqa: E402
+from mutant_tokens import Mutant, mutants_of  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / ".mutants"
+PACKAGE = "src/fewstep/"
+TESTS = (
+    "exact/test_*.py", "referee/test_samplers_*.py", "referee/test_metrics*.py", "referee/test_tangents.py",
+    "faults/test_bad_input.py",
+)  # fmt: skip
+MATHEMATICS = (
+    "methods/**/*.py", "sampling/**/*.py", "exact/*.py", "discrete/*.py", "metrics/*.py", "networks/*.py",
+    "schedules.py", "discrete_vp.py", "grids.py", "predictions.py", "denoisers.py", "guidance.py", "flow_maps.py",
+    "tangents.py", "generators.py", "codecs.py", "conditions.py", "training/averages.py", "training/ema.py",
+    "training/optimizers.py", "training/groups.py", "training/nonfinite.py", "training/budget.py",
+)  # fmt: skip
+SLOW = 2.0  # processor seconds of a test that is not waited for
+
+
+class Reach:
+    """A pytest plugin: the functions of the package that each test enters, and its processor seconds."""
+
+    def __init__(self, package: str, seconds: float) -> None:
+        self.package, self.seconds, self.entered, self.shared = package, seconds, set[str](), set[str]()
+        self.tests: dict[str, dict[str, Any]] = {}
+        self.passed, self.end = True, math.inf
+        sys.settrace(self.enter)
+
+    def enter(self, frame: Any, event: str, arg: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(self.package):
+            if time.process_time() > self.end:
+                self.end = math.inf
+                raise TimeoutError(f"takes more than {SLOW} s: no judge of mutants")
+            self.entered.add(f"{code.co_filename[len(self.package) :]}:{code.co_qualname.replace('.<locals>', '')}")
+
+    def pytest_runtestloop(self) -> None:
+        self.shared |= self.entered  # while the file was imported
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        before, self.entered = self.entered, set()
+        try:
+            return (yield)
+        finally:
+            if fixturedef.scope != "function":
+                self.shared |= self.entered
+            self.entered |= before
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
+        self.entered, self.passed, start = set(), True, time.process_time()
+        self.end = start + SLOW
+        sys.settrace(self.enter)
+        result = yield
+        self.end = math.inf
+        if self.passed:
+            self.tests[item.nodeid] = {"seconds": time.process_time() - start, "functions": sorted(self.entered)}
+        if time.process_time() > self.seconds:
+            item.session.shouldstop = "the rest of this file is too slow to judge mutants"
+        return result
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.passed &= report.passed
+
+
+class Cheapest:
+    """A pytest plugin: runs the given tests in their order, and says which was red."""
+
+    def __init__(self, tests: list[str], red: Path) -> None:
+        self.order, self.red = {test: at for at, test in enumerate(tests)}, red
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        wanted = [item for item in items if item.nodeid in self.order]
+        items[:] = sorted(wanted, key=lambda item: self.order[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.red.write_text(report.nodeid)
+
+
+def in_child(work: Callable[[], int], scratch: Path, seconds: float) -> int | None:
+    """Exit code of the work in a process of its own that is in the copy; None where it took longer than ``seconds`` of
+    processor time, or ten times that by the clock."""
+    child = os.fork()
+    if not child:
+        os.setsid()
+        os.chdir(scratch)
+        log = os.open(scratch / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
+        os.environ["PYTHONPATH"] = str(scratch / "src")
+        sys.path.insert(0, str(scratch / "src"))
+        code = 70
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 10 * seconds + 60
+    while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # and whatever it started
+    if not done[0]:
+        os.waitpid(child, 0)
+    return os.WEXITSTATUS(done[1]) if done[0] and os.WIFEXITED(done[1]) else None
+
+
+def measure(scratch: Path) -> dict[str, dict[str, Any]]:
+    """test -> its seconds and the functions that it reaches, of all files of tests."""
+    tests: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for pattern in TESTS for path in (ROOT / "tests").glob(pattern)):
+        file = path.relative_to(ROOT).as_posix()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        kept = KEPT / "reach" / f"{path.parent.name}-{path.stem}-{digest}.json"
+        if not kept.exists():
+            print(f"measuring {file}", flush=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+
+            def trace(file: str = file, kept: Path = kept) -> int:
+                reach = Reach(f"{scratch / PACKAGE}/", 30)
+                pytest.main(["-q", "-p", "no:cacheprovider", file], plugins=[reach])
+                kept.write_text(json.dumps({"shared": sorted(reach.shared), "tests": reach.tests}))
+                return 0
+
+            if in_child(trace, scratch, 600) != 0:
+                kept.write_text(json.dumps({"shared": [], "tests": {}}))
+                print(f"{file}: left out, it takes more than 600 s", flush=True)
+        found = json.loads(kept.read_text())
+        shared = set(found["shared"])
+        tests |= {
+            name: test | {"functions": set(test["functions"]), "shared": shared}
+            for name, test in found["tests"].items()
+        }
+    return tests
+
+
+def reaching(mutant: Mutant, tests: dict[str, dict[str, Any]], seconds: float) -> list[str]:
+    """The tests that enter the mutant's function, or its class or module where it stands in none, the cheapest first;
+    then those for which it was entered while their file was imported."""
+    place = f"{mutant.file.removeprefix(PACKAGE)}:"
+    name, found = mutant.function, list[tuple[int, float, str]]()
+    while True:
+        whole, below = place + name, f"{place}{name}." if name else place
+        for test, facts in tests.items():
+            for order, known in enumerate((facts["functions"], facts["shared"])):
+                if whole in known or any(function.startswith(below) for function in known):
+                    found.append((order, facts["seconds"], test))
+                    break
+        if found or not name:
+            break
+        name = name.rpartition(".")[0]
+    chosen: list[str] = []
+    for _, cost, test in sorted(found):
+        if (seconds := seconds - cost) < 0 and chosen:
+            break
+        chosen.append(test)
+    return chosen
+
+
+def judge(mutant: Mutant, scratch: Path, tests: list[str], seconds: float) -> dict[str, Any]:
+    """What became of the mutant: killed (by which test), or survived."""
+    source, target, red = (ROOT / mutant.file).read_text(), scratch / mutant.file, scratch / "red.txt"
+    changed = mutant.of(source)
+    red.unlink(missing_ok=True)
+
+    def work() -> int:
+        for some in (tests[:40], tests[40:]):  # importing many files of tests costs more than most mutants
+            files = sorted({test.partition("::")[0] for test in some})
+            options = ["-x", "-q", "-p", "no:cacheprovider", *files]
+            if some and pytest.main(options, plugins=[Cheapest(some, red)]) != 0:
+                return 1
+        return 0
+
+    start = time.monotonic()
+    try:
+        target.write_text(changed)
+        code = in_child(work, scratch, seconds) if tests else 0
+    finally:
+        target.write_text(source)
+    by = red.read_text() if red.exists() else "no end in time" if code is None else "import" if code else ""
+    lines = [text.splitlines()[mutant.line - 1].strip() for text in (source, changed)]
+    facts = {
+        "was": lines[0],
+        "is": lines[1],
+        "by": by,
+        "tests": len(tests),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    return asdict(mutant) | facts
+
+
+def report(results: list[dict[str, Any]]) -> int:
+    """Prints the survivors and the share of them; 1 where one has no explanation."""
+    explained = {line.split("  #")[0] for line in (ROOT / "tools" / "equivalent_mutants.txt").read_text().splitlines()}
+    alive = [one for one in results if not one["by"]]
+    left = [one for one in alive if f"{one['file'].removeprefix(PACKAGE)}: {one['is']}" not in explained]
+    for one in left:
+        print(f"{one['file']}:{one['line']}  {one['before']} -> {one['after']}  ({one['tests']} tests)")
+        print(f"    {one['was']}\n    {one['is']}")
+    share = f"{len(left)} survived ({100 * len(left) / max(len(results), 1):.1f} %)"
+    print(f"{len(results)} mutants: {len(results) - len(alive)} killed, {len(alive) - len(left)} equivalent, {share}")
+    return 1 if left else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--count", type=int, default=200, help="how many mutants")
+    parser.add_argument("--seed", type=int, default=0, help="which ones")
+    parser.add_argument("--only", metavar="FILE", help="of this file of the package only")
+    parser.add_argument("--seconds", type=float, default=60.0, help="processor seconds of tests that a mutant meets")
+    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has killed")
+    args = parser.parse_args()
+    files = sorted({path.relative_to(ROOT).as_posix() for of in MATHEMATICS for path in (ROOT / PACKAGE).glob(of)})
+    chosen = [file for file in files if not args.only or file == args.only]
+    if not chosen:
+        parser.error(f"--only {args.only}: no file of the mathematics; one of them is {files[0]}")
+    everything = [mutant for file in chosen for mutant in mutants_of(file, (ROOT / file).read_text())]
+    drawn = random.Random(args.seed).sample(everything, min(args.count, len(everything)))
+    KEPT.mkdir(exist_ok=True)
+    kept = KEPT / f"results-{args.seed}{'-' + Path(args.only).stem if args.only else ''}.jsonl"
+    old = [json.loads(line) for line in kept.read_text().splitlines()] if args.resume and kept.exists() else []
+    killed = {(one["file"], one["line"], one["column"], one["after"]): one for one in old if one["by"]}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder) / "copy"
+        skipped = shutil.ignore_patterns(".*", "__pycache__", "site", "build", "runs")
+        shutil.copytree(ROOT, scratch, ignore=skipped, symlinks=True)
+        import hypothesis, scipy.stats, torch  # noqa: E401, F401, I001  (once, for all children)
+
+        tests, results = measure(scratch), []
+        with kept.open("w") as record:
+            for mutant in drawn:
+                one = killed.get((mutant.file, mutant.line, mutant.column, mutant.after))
+                if one is None:
+                    some = reaching(mutant, tests, args.seconds)
+                    limit = 30 + 4 * sum(tests[test]["seconds"] for test in some)
+                    one = judge(mutant, scratch, some, limit)
+                    print(
+                        f"{one['seconds']:6.1f} s  {one['by'] or 'SURVIVED'}  {mutant.file}:{mutant.line}", flush=True
+                    )
+                results.append(one)
+                record.write(json.dumps(one) + "\n")
+                record.flush()
+    return report(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
