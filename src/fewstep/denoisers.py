@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond
-from fewstep.predictions import Eps, Prediction
+from fewstep.predictions import Prediction
 from fewstep.schedules import Schedule, align, as_time
 
 GradientMode = Literal["none", "input", "all"]
@@ -73,6 +73,21 @@ class Denoiser(nn.Module, ABC):
     @property
     def null(self) -> Cond:
         return torch.tensor([-1]) if self.classes else None
+
+    @property
+    def network(self) -> NetworkDenoiser | None:
+        """Itself where it is a network with its prediction, None for what is made of others or known exactly."""
+        return None
+
+    @property
+    def guidance(self) -> float | Tensor | None:
+        """The guidance scale that it puts on the model inside, None where it puts none."""
+        return None
+
+    @property
+    def unguided(self) -> Denoiser:
+        """The model without the classifier-free guidance that it is under."""
+        return self
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
@@ -139,15 +154,24 @@ def check_prediction(x0: Any, x: Tensor, who: str = "denoiser") -> None:
         raise ValueError(f"the {who} gave {x0.dtype} of shape {list(x0.shape)} for states of shape {list(x.shape)}")
 
 
+def denoisers_in(module: nn.Module) -> list[Denoiser]:
+    """The denoisers that a module is and is made of, from the outside in."""
+    return [part for part in module.modules() if isinstance(part, Denoiser)]
+
+
+def networks_in(module: nn.Module) -> list[NetworkDenoiser]:
+    """The networks with their predictions that a module is made of."""
+    return [part.network for part in denoisers_in(module) if part.network is not None]
+
+
 def half_level_of(denoiser: Denoiser) -> float | None:
     """The half level of a denoiser, or of one that it is made of; None where none was measured."""
-    levels = (module.half_level for module in denoiser.modules() if isinstance(module, Denoiser))
-    return next((level for level in levels if level is not None), None)
+    return next((part.half_level for part in denoisers_in(denoiser) if part.half_level is not None), None)
 
 
 def predicts_noise(denoiser: Denoiser) -> bool:
     """Whether a network in a denoiser was trained to predict noise."""
-    return any(isinstance(m, NetworkDenoiser) and isinstance(m.prediction, Eps) for m in denoiser.modules())
+    return any(part.prediction.noise for part in networks_in(denoiser))
 
 
 class View(Denoiser):
@@ -242,6 +266,10 @@ class NetworkDenoiser(Denoiser):
     @property
     def null(self) -> Cond:
         return super().null if self._null is None else self._null
+
+    @property
+    def network(self) -> NetworkDenoiser:
+        return self
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         skip, out, f = self.affine(x, as_time(t, x), cond, **extras)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import Denoiser
+from fewstep.denoisers import denoisers_in
 
 #: Numbers on a denoiser that do not change what it computes.
 OTHER = ("training", "half_level", "calls")
@@ -29,10 +29,9 @@ def model_sha256(model: nn.Module) -> str:
     Two models with the same digest compute the same, but for settings of modules that are not of this package.
     """
     said = [type(model).__name__]
-    for module in model.modules():
-        if isinstance(module, Denoiser):
-            numbers = {k: v for k, v in vars(module).items() if isinstance(v, int | float) and k not in OTHER}
-            said.append(f"{type(module).__name__} {module.schedule} {vars(module).get('prediction')} {numbers}")
+    for part in denoisers_in(model):
+        numbers = {k: v for k, v in vars(part).items() if isinstance(v, int | float) and k not in OTHER}
+        said.append(f"{type(part).__name__} {part.schedule} {vars(part).get('prediction')} {numbers}")
     digest = hashlib.sha256("\n".join(said).encode())
     digest.update(tensors_sha256(model.state_dict().items()).encode())
     return digest.hexdigest()

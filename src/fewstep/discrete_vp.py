@@ -23,6 +23,8 @@ class DiscreteVP(Schedule):
     coefficients are those of the table exactly.  Derivatives are those of the interpolation.
     """
 
+    few_steps: ClassVar[str] = "trailing"
+
     alphas_cumprod: Annotated[tuple[float, ...], "alpha squared at every step"] = ()
     t_min: Earliest = 0.0
     t_max: Latest = 0.0  # filled in from the table
@@ -60,6 +62,10 @@ class DiscreteVP(Schedule):
         u = torch.linspace(0, 1, n + 1, dtype=torch.float64)
         bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp_max(max_beta))
+
+    @property
+    def table_length(self) -> int:
+        return len(self.alphas_cumprod)
 
     @cached_property
     def _log_alphas(self) -> Tensor:

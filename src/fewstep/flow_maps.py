@@ -31,8 +31,12 @@ from fewstep.schedules import EDM, Schedule, align, as_time
 class FlowMap(nn.Module, ABC):
     """A learned jump between two times of one schedule; ``shape``, ``classes`` and ``null`` as in :class:`Denoiser`.
 
-    ``extras`` are the further inputs that sampling may set, by name; calls are given each as ``[B]``.
+    ``extras`` are the further inputs that sampling may set, by name; calls are given each as ``[B]``.  ``two_times``
+    says whether its network is told the target time too, ``only_to_data`` whether it knows jumps to ``t_min`` only.
     """
+
+    two_times: bool = False
+    only_to_data: bool = False
 
     def __init__(
         self,
@@ -152,6 +156,8 @@ class EDMConsistency(FlowMap):
     ``F`` writes it for any denoiser: ``f = c_skip x + (1 - eps / t) (D - sd^2 / (t^2 + sd^2) x)``, so it starts as
     the teacher's denoiser where ``t >> eps``.  A jump to another time than ``t_min`` is not defined: ValueError.
     """
+
+    only_to_data = True
 
     def __init__(
         self, denoiser: Denoiser, sigma_data: float = 0.5, extras: Mapping[str, Input] = MappingProxyType({})

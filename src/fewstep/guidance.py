@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.conditions import Cond, without
-from fewstep.denoisers import Denoiser, View
+from fewstep.denoisers import Denoiser, View, denoisers_in
 from fewstep.schedules import align, as_time
 from fewstep.values import real
 
@@ -20,7 +20,7 @@ MOST_GUIDANCE = 1e5
 
 def guidance_scale(denoiser: Denoiser) -> float:
     """The largest guidance scale at work in a denoiser; 1 for none."""
-    scales = [module.scale for module in denoiser.modules() if isinstance(module, Guidance)]
+    scales = [part.guidance for part in denoisers_in(denoiser) if part.guidance is not None]
     return max((float(torch.as_tensor(scale).max()) for scale in scales), default=1.0)
 
 
@@ -36,6 +36,10 @@ class Guidance(View, ABC):
         if not isinstance(scale, Tensor):
             real("guidance", scale, -MOST_GUIDANCE, MOST_GUIDANCE)
         self.scale = scale
+
+    @property
+    def guidance(self) -> float | Tensor:
+        return self.scale
 
     def plain(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The model without guidance."""
@@ -76,6 +80,10 @@ class Guided(Guidance):
     def __init__(self, inner: Denoiser, scale: float | Tensor, negative: Cond = None) -> None:
         super().__init__(inner, scale)
         self.negative = negative
+
+    @property
+    def unguided(self) -> Denoiser:
+        return self.inner
 
     def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         if cond is None and self.negative is None:

@@ -25,6 +25,9 @@ class Prediction(ABC):
     """
 
     portable: ClassVar[bool] = False
+    #: Whether it is the noise, or the data, that the network predicts.
+    noise: ClassVar[bool] = False
+    data: ClassVar[bool] = False
 
     time_scale: Annotated[Positive, "factor on the time that the network sees"] = 1.0
 
@@ -49,6 +52,8 @@ class Prediction(ABC):
 class X0(Prediction):
     """The network predicts the data."""
 
+    data: ClassVar[bool] = True
+
     def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         one = torch.ones_like(t)
         return torch.zeros_like(t), one, one
@@ -57,6 +62,8 @@ class X0(Prediction):
 @dataclass(frozen=True)
 class Eps(Prediction):
     """The network predicts the noise; singular where alpha is 0."""
+
+    noise: ClassVar[bool] = True
 
     def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha = schedule.alpha(t)

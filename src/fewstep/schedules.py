@@ -75,6 +75,8 @@ class Schedule(ABC):
 
     #: Whether equal steps of its time are a sensible grid; not where the time is the noise level.
     even: ClassVar[bool] = True
+    #: The name of the grid of few-step plans for a denoiser.
+    few_steps: ClassVar[str] = "karras"
 
     t_min: Earliest
     t_max: Latest
@@ -86,6 +88,11 @@ class Schedule(ABC):
                 "0 <= t_min < t_max"
             )
         check_ranges(self)
+
+    @property
+    def table_length(self) -> int | None:
+        """The number of trained noise levels, which are at the times 0, 1, ...; None where all times are trained."""
+        return None
 
     @cached_property
     def data_time(self) -> float:
@@ -280,6 +287,8 @@ class EDM(Schedule):
 class FlowMatching(Schedule):
     """Straight lines: ``alpha = 1 - t``, ``sigma = t``; t = 1 is noise (rectified flow, flow matching)."""
 
+    few_steps: ClassVar[str] = "uniform"
+
     t_min: Earliest = 0.0
     t_max: Latest = 1.0
 
@@ -344,6 +353,8 @@ class TrigFlow(Schedule):
 
     ``t_max`` defaults to ``atan(80 / 0.5)``, the noise level at which EDM starts.
     """
+
+    few_steps: ClassVar[str] = "uniform"
 
     t_min: Earliest = 0.0
     t_max: Latest = TRIG_LATEST

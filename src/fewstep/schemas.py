@@ -2,8 +2,8 @@
 
 A schema is a type (``bool``, ``int``, ``float``, ``str``, ``X | None``, ``Literal``, ``list[X]``, ``tuple[X, ...]``,
 ``Annotated[X, Range(low, high)]``, ``Any``), a dict of schemas by key for an object (with ``...`` among the keys: and
-others), or a :class:`Choice` or :class:`Map`.  Booleans are no numbers, and NaN and infinity are refused unless a range
-allows infinity.
+others), or a :class:`Schema`, such as a :class:`Choice` or a :class:`Map`.  Booleans are no numbers, and NaN and
+infinity are refused unless a range allows infinity.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import re
 import reprlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,28 +35,54 @@ class Range:
     high: float = sys.float_info.max
 
 
+class Schema(ABC):
+    """What is checked by more than a type."""
+
+    @abstractmethod
+    def check(self, value: Any, place: Place) -> Any:
+        """``value`` when it fits; else ValueError."""
+
+
 @dataclass(frozen=True)
-class Maybe:
+class Maybe(Schema):
     """The schema of a key that may be absent."""
 
     schema: Any
 
+    def check(self, value: Any, place: Place) -> Any:
+        return check(value, self.schema, place)
+
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Schema):
     """An object whose ``key`` names one of ``kinds``, which says what else it holds."""
 
     key: str
     kinds: Mapping[str, Mapping[str, Any]]
 
+    def check(self, value: Any, place: Place) -> dict[str, Any]:
+        if self.key not in place.as_object(value):
+            raise place.missing(self.key)
+        kind = value[self.key]
+        if not isinstance(kind, str) or kind not in self.kinds:
+            right = f"one of {', '.join(self.kinds)}{suggestion(str(kind), self.kinds)}"
+            raise place.inside(self.key).wrong(kind, right)
+        return check_object(value, {self.key: str, **self.kinds[kind]}, place)
+
 
 @dataclass(frozen=True)
-class Map:
+class Map(Schema):
     """An object with any keys that match the pattern ``key``; ``said`` is the pattern in words."""
 
     key: str
     said: str
     schema: Any
+
+    def check(self, value: Any, place: Place) -> dict[str, Any]:
+        for key in place.as_object(value):
+            if not re.fullmatch(self.key, key, re.ASCII):
+                raise place.inside("key").wrong(key, self.said)
+        return {key: check(inner, self.schema, place.inside(key)) for key, inner in value.items()}
 
 
 #: A number of things, or the size of one side of an array.
@@ -139,13 +166,22 @@ class Place:
         what = f"{self.field} = {brief(value)}" if self.field else brief(value)
         return ValueError(f"{self.file}: {what} must be {right}")
 
+    def missing(self, key: str) -> ValueError:
+        return ValueError(f"{self.file}: '{self.inside(key).field}' is missing")
+
+    def as_object(self, value: Any) -> dict[str, Any]:
+        """A value that must be an object; ValueError for any other."""
+        if not isinstance(value, dict):
+            raise self.wrong(value, "an object")
+        return value
+
 
 def check(value: Any, schema: Any, place: Place) -> Any:
     """``value`` when it fits ``schema``; else ValueError naming the place, the value and what would be right."""
     origin, members = get_origin(schema), get_args(schema)
-    if isinstance(schema, Choice | Map | Mapping):
-        if not isinstance(value, dict):
-            raise place.wrong(value, "an object")
+    if isinstance(schema, Schema):
+        return schema.check(value, place)
+    if isinstance(schema, Mapping):
         return check_object(value, schema, place)
     if origin in (list, tuple):
         any_length = origin is list or members[-1] is Ellipsis
@@ -169,31 +205,17 @@ def check(value: Any, schema: Any, place: Place) -> Any:
     return float(value) if schema is float else value
 
 
-def check_object(value: dict[str, Any], schema: Any, place: Place) -> dict[str, Any]:
-    """An object that a :class:`Choice`, a :class:`Map` or a dict of schemas describes."""
-    if isinstance(schema, Choice):
-        if schema.key not in value:
-            raise ValueError(f"{place.file}: '{place.inside(schema.key).field}' is missing")
-        kind = value[schema.key]
-        if not isinstance(kind, str) or kind not in schema.kinds:
-            raise place.inside(schema.key).wrong(
-                kind, f"one of {', '.join(schema.kinds)}{suggestion(str(kind), schema.kinds)}"
-            )
-        schema = {schema.key: str, **schema.kinds[kind]}
-    if isinstance(schema, Map):
-        for key in value:
-            if not re.fullmatch(schema.key, key, re.ASCII):
-                raise place.inside("key").wrong(key, schema.said)
-        return {key: check(inner, schema.schema, place.inside(key)) for key, inner in value.items()}
-    plain = {key: inner.schema if isinstance(inner, Maybe) else inner for key, inner in schema.items()}
+def check_object(value: Any, schema: Mapping[Any, Any], place: Place) -> dict[str, Any]:
+    """An object that a dict of schemas describes."""
+    given = place.as_object(value)
     for key, inner in schema.items():
-        if key not in value and key is not ... and not isinstance(inner, Maybe):
-            raise ValueError(f"{place.file}: '{place.inside(key).field}' is missing")
-    for key in value:
+        if key not in given and key is not ... and not isinstance(inner, Maybe):
+            raise place.missing(key)
+    for key in given:
         if key not in schema and ... not in schema:
             known = f"{', '.join(schema)}{suggestion(key, schema)}"
             raise ValueError(f"{place.file}: '{place.inside(brief(key)[1:-1]).field}' is not among {known}")
-    return {key: check(inner, plain.get(key, plain.get(...)), place.inside(key)) for key, inner in value.items()}
+    return {key: check(inner, schema.get(key, schema.get(...)), place.inside(key)) for key, inner in given.items()}
 
 
 def is_number(value: Any, kind: Any) -> bool:
@@ -230,7 +252,7 @@ def in_words(schema: Any) -> str:
         int: "a whole number", float: "a finite number", str: "text", bool: "true or false", NoneType: "null",
         dict: "an object", list: "a list", Any: "anything",
     }  # fmt: skip
-    return "an object" if isinstance(schema, Mapping | Choice | Map) else names[schema]
+    return next((name for kind, name in names.items() if kind is schema), "an object")
 
 
 def brief(value: Any) -> str:
@@ -242,15 +264,15 @@ def brief(value: Any) -> str:
 def arguments_of(cls: type) -> dict[str, Any]:
     """The schema of a constructor's arguments, from its annotations: whole numbers are :data:`Count`, in lists
     :data:`Size`; what has a default may be absent."""
-    hints = get_type_hints(cls.__init__)  # type: ignore[misc]
-    schemas = {name: with_sizes(hints[name], Count) for name in inspect.signature(cls).parameters}
     given = inspect.signature(cls).parameters
-    return {name: s if given[name].default is inspect.Parameter.empty else Maybe(s) for name, s in schemas.items()}
+    absent = {name for name, parameter in given.items() if parameter.default is not inspect.Parameter.empty}
+    return {name: Maybe(schema) if name in absent else schema for name, schema in fields_of(cls).items()}
 
 
 def fields_of(cls: type) -> dict[str, Any]:
     """The schema of a dataclass that was written whole: like :func:`arguments_of`, and nothing may be absent."""
-    return {name: s.schema if isinstance(s, Maybe) else s for name, s in arguments_of(cls).items()}
+    hints = get_type_hints(cls.__init__)  # type: ignore[misc]
+    return {name: with_sizes(hints[name], Count) for name in inspect.signature(cls).parameters}
 
 
 def with_sizes(hint: Any, whole: Any) -> Any:

@@ -161,7 +161,7 @@ def check_fields(made: Any) -> None:
             found = check(kind, value)
         except ValueError as error:
             raise ValueError(f"{cls.__name__}: {name}: {error}") from None
-        if isinstance(found, tuple | Written) and found != value:
+        if found is not value and found != value:
             object.__setattr__(made, name, found)
         check_range(f"{cls.__name__}: {name}", kind, found)
 

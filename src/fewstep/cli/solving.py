@@ -126,7 +126,6 @@ def guided(model: Denoiser, negative: Any, chosen: argparse.Namespace) -> tuple[
 def take_settings(chosen: argparse.Namespace) -> None:
     """Fill in what ``fewstep tune-steps`` found; :class:`UserError` beside flags that say the same, or a wrong file."""
     from fewstep.hub.settings import load_settings
-    from fewstep.sampling import LearnedSolver
 
     for flag in ("solver", "grid", "steps", "threshold"):
         if getattr(chosen, flag) is not None:
@@ -136,6 +135,6 @@ def take_settings(chosen: argparse.Namespace) -> None:
         setattr(chosen, flag, found[flag])
     if chosen.guidance is None:
         chosen.guidance = found["guidance"]
-    elif isinstance(chosen.solver, LearnedSolver) and chosen.guidance != found["guidance"]:
+    elif not isinstance(chosen.solver, str) and chosen.guidance != found["guidance"]:
         taught = "no guidance" if found["guidance"] is None else f"guidance {found['guidance']:g}"
         raise UserError(f"--guidance {chosen.guidance:g}: the solver in {chosen.settings} was learned at {taught}")

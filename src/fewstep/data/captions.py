@@ -33,12 +33,17 @@ class Captioned(Samples):
             raise ValueError(f"data '{name}': no prompts")
         if inner is not None and len(inner) != len(captions):
             raise ValueError(f"data '{inner.name}': {len(inner)} samples but {len(captions)} captions")
-        self.captions, self.class_names, self.bare = captions, (), inner is None
+        self.captions: Sequence[str] = captions
+        self.class_names, self.bare = (), inner is None
         self.inner = Prior((), name=name) if inner is None else Unlabelled(inner)
         self.name = self.inner.name
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def uncaptioned(self) -> Samples:
+        return self.inner
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -38,10 +38,18 @@ class Samples(ABC):
     """A data set of any make: its ``name``, how many samples of which ``shape`` it has, and their rows by index.
 
     ``class_names`` name the classes where there are any; ``classes`` is their number, None without labels.
+    ``captions`` are words for each sample that no encoder has read yet, None without; ``bare`` words have no samples.
     """
 
     name: str
     class_names: tuple[str, ...]
+    captions: Sequence[str] | None = None
+    bare: bool = False
+
+    @property
+    def uncaptioned(self) -> Samples:
+        """The samples without their captions."""
+        return self
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -132,6 +140,13 @@ class Dataset(Samples):
         labels = labels_of(self.cond)
         named = {} if labels is not None else leaves(self.cond)
         return digest_of([self.x, *([] if labels is None else [labels])], {**named, **self.columns})
+
+    def in_memory(self) -> Dataset:
+        """Itself, see :class:`~fewstep.data.stored.Stored`."""
+        return self
+
+    def within(self, memory: int, workers: int) -> Dataset:
+        return self
 
     def subset(self, indices: Tensor | slice, name: str | None = None) -> Dataset:
         """The chosen samples as a data set."""

@@ -131,6 +131,7 @@ class ParquetRows(Stored):
             digest.update(f"{path.name} {path.stat().st_size} {rows}\n".encode())
         return digest.hexdigest()
 
+    @property
     def captions(self) -> Strings | None:
         name = next((name for name in TEXTS if name in self.schema.names), None)
         if name is None:

@@ -58,6 +58,7 @@ class PictureFiles(Stored):
                 digest.update(Path(path).read_bytes())
         return digest.hexdigest()
 
+    @property
     def captions(self) -> Strings | None:
         return captions_beside(self.root, self.files)
 

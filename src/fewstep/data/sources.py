@@ -49,8 +49,7 @@ def load(source: str | Path, split: Split = "train") -> Dataset:
     Raises FileNotFoundError for what does not exist, ImportError when a reader needs a package that is missing, and
     ValueError for everything that is wrong inside the files.
     """
-    found = listed(source, split)
-    return found.in_memory() if isinstance(found, Stored) else found
+    return listed(source, split).in_memory()
 
 
 def load_samples(
@@ -73,10 +72,8 @@ def load_samples(
     if captions and Path(source).suffix == ".txt" and Path(source).is_file():
         return Captioned(read_prompts(Path(source)), name=Path(source).stem)
     found = listed(source, split)
-    if not isinstance(found, Stored):
-        return found
-    pictures = found.samples(memory, workers)
-    words = found.captions() if captions else None
+    pictures = found.within(memory, workers)
+    words = found.captions if captions else None
     return pictures if words is None else Captioned(words, pictures)
 
 

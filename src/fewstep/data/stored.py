@@ -66,6 +66,7 @@ class Stored(ABC):
     def identity(self) -> str:
         """What tells these files from others, without reading them all where they are many."""
 
+    @property
     @abstractmethod
     def captions(self) -> Strings | None:
         """A caption for every picture; None where there are none."""
@@ -89,7 +90,7 @@ class Stored(ABC):
         """All pictures, read; grey ones become RGB when any other is in colour."""
         return Dataset(self.name, stack(self.picture(i) for i in range(len(self))), self.labels, self.class_names)
 
-    def samples(self, memory: int, workers: int) -> Dataset | Streamed:
+    def within(self, memory: int, workers: int) -> Dataset | Streamed:
         """The pictures in memory when they take at most ``memory`` bytes there, else read by ``workers`` processes as
         training goes: the same numbers either way."""
         if len(self) * self.first[1].size <= memory:

@@ -37,12 +37,6 @@ class Place(NamedTuple):
     seed: int
 
 
-class Failure(NamedTuple):
-    """Why a process could not read, sent back in the place of rows: exceptions of somebody's code may not travel."""
-
-    message: str
-
-
 class Streamed(Samples):
     """Samples of a map-style data set (``torch.utils.data.Dataset``, or anything with a length and items), read as
     training goes by ``workers`` processes, or by the training process itself (0).
@@ -154,9 +148,10 @@ class Streamed(Samples):
         reading = iter(loader)
         try:
             for found in reading:
-                if isinstance(found, Failure):
-                    raise ValueError(found.message)
-                yield Rows(*found)
+                message, parts = found
+                if message is not None:
+                    raise ValueError(message)
+                yield Rows(*parts)
         except RuntimeError as error:
             raise ValueError(
                 f"data '{self.name}': a process that reads it ended ({str(error).splitlines()[0]}); fewer workers need "
@@ -179,16 +174,17 @@ class Streamed(Samples):
 
 
 class _Batches:
-    """What the reading processes are given: batches by their places, or why there is none."""
+    """What the reading processes are given: batches by their places, or why there is none, as exceptions of somebody's
+    code may not travel."""
 
     def __init__(self, data: Streamed) -> None:
         self.data = data
 
-    def __getitem__(self, place: Place) -> tuple[Any, ...] | Failure:
+    def __getitem__(self, place: Place) -> tuple[str | None, tuple[Any, ...]]:
         try:
-            return tuple(self.data.read(place))
+            return None, tuple(self.data.read(place))
         except ValueError as error:
-            return Failure(str(error))
+            return str(error), ()
 
 
 def finished(read: Rows) -> Rows:

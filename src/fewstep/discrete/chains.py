@@ -21,6 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,9 @@ class Chain(ABC):
     ``tokens`` is the size of the alphabet.  ``t_min`` is where samplers stop and ``t_max`` where they start; teacher
     and student share them.
     """
+
+    #: Whether a token that was touched stays hidden, under a state of its own.
+    absorbing: ClassVar[bool] = False
 
     tokens: int
     noise: TotalNoise = field(default_factory=LogLinear)
@@ -142,6 +146,8 @@ class Masked(Chain):
     A token that is visible is the data's own: its posterior is certain and the reverse chain never leaves it.  There
     the score that this class gives is that of the chain (towards MASK), with 0 for other tokens.
     """
+
+    absorbing: ClassVar[bool] = True
 
     @property
     def mask(self) -> int:

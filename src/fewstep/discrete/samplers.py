@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoisers import Cond
-from fewstep.discrete.chains import Chain, Masked, as_column, choose, gumbels, uniforms
+from fewstep.discrete.chains import Chain, as_column, choose, gumbels, uniforms
 from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.grids import check_grid
 from fewstep.randomness import Rng
@@ -171,7 +171,7 @@ def poisson(denoiser: DiscreteDenoiser, n: int, plan: Plan | int, *, cond: Cond 
     ValueError on a masked chain, whose states have no order.
     """
     chain = denoiser.chain
-    if isinstance(chain, Masked):
+    if chain.absorbing:
         raise ValueError("Poisson tau-leaping adds up jumps, and MASK is not a level: use Euler or Tweedie")
     plan = Plan.uniform(chain, plan) if isinstance(plan, int) else plan
     rng = Rng(seed, "discrete sample", device=device_of(denoiser))
@@ -194,7 +194,7 @@ def gillespie(denoiser: DiscreteDenoiser, n: int, k: int = 1, *, cond: Cond = No
     samples (Gillespie's algorithm; the first-hitting sampler of Zheng et al. 2024).  ValueError on other chains.
     """
     chain = denoiser.chain
-    if not isinstance(chain, Masked):
+    if not chain.absorbing:
         raise ValueError(f"Gillespie's algorithm here is for masked chains, not for {type(chain).__name__}")
     if k < 1:
         raise ValueError(f"k={k}: at least one token is shown per call")

@@ -7,8 +7,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from fewstep.hub.adapters import Adapter, DiT, Origin, UNet2D, pipeline_folder
+from fewstep.hub.adapters import Adapter, Origin, pipeline_folder
 from fewstep.hub.folders import check_config
+from fewstep.hub.label_adapters import DiT, UNet2D
 from fewstep.hub.requires import require
 from fewstep.hub.text_adapters import SD3, Flux, Sana, UNet2DCondition
 from fewstep.schemas import Place, check

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep import grids
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser
-from fewstep.discrete_vp import DiscreteVP
 from fewstep.files import headers
 from fewstep.hub import autoencoders
 from fewstep.hub.adapter_kinds import adapt, adapter_class
@@ -25,10 +23,8 @@ from fewstep.hub.exporting import Exported, export, export_with_code
 from fewstep.hub.folders import check_component, check_pipeline, offline
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import Reading, read_scheduler
-from fewstep.hub.text_adapters import TextAdapter
 from fewstep.hub.weights import no_larger_than
 from fewstep.randomness import Rng
-from fewstep.schedules import FlowMatching
 from fewstep.schemas import Place, blaming, check, read_json
 
 __all__ = [
@@ -66,12 +62,7 @@ class LoadedPipeline:
     def grid(self, steps: int) -> Tensor:
         """The times that few-step sampling should visit: the pipeline's own shift of a uniform grid for flow matching,
         trailing integer times for a table of betas, Karras' levels else."""
-        schedule = self.denoiser.schedule
-        if isinstance(schedule, DiscreteVP):
-            return grids.trailing(schedule, steps)
-        if isinstance(schedule, FlowMatching):
-            return grids.shifted(schedule, steps, self.reading.shift)
-        return grids.karras(schedule, steps)
+        return self.reading.grid(steps)
 
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         """The condition for a list of prompts, from the pipeline's text encoders; ValueError when it has none."""
@@ -253,9 +244,7 @@ def network_in(pipe: Any, size: tuple[int, int] | None = None) -> Adapter:
             f"{kind}: its {name} takes {net.takes} channels for samples of {net.channels}; fewstep does not know what "
             "this pipeline puts into the others"
         )
-    if isinstance(net, TextAdapter) and net.reads_prompts:
-        with torch.no_grad():
-            net.set_null(net.embed_null())
+    net.read_null()
     return net
 
 

@@ -137,7 +137,7 @@ def written(solver: str | Mapping[str, Any] | Solver) -> str | dict[str, Any] | 
 
 def read(value: str | Mapping[str, Any] | Solver) -> Solver:
     """The solver that :func:`written` wrote."""
-    if isinstance(value, str | Solver):
+    if not isinstance(value, Mapping):
         return named_solver(value)
     solver: Solver = _from_json(dict(value), Solver)
     return solver

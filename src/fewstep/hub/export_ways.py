@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep import grids
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.discrete_vp import DiscreteVP
 from fewstep.flow_maps import Jump
-from fewstep.hub.adapters import Adapter, UNet2D, as_adapter
-from fewstep.hub.autoencoders import autoencoder_name, pixels_per_latent
+from fewstep.grids import GRIDS
+from fewstep.hub.adapters import Adapter, as_adapter
+from fewstep.hub.autoencoders import pixels_per_latent
 from fewstep.hub.export_inputs import check_carried, driven, notes, scale_of, with_constants
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import PREDICTION_TYPES
@@ -29,7 +29,7 @@ from fewstep.models import model_of
 from fewstep.networks import NETWORKS
 from fewstep.predictions import Prediction
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.schedules import FlowMatching, Schedule, TrigFlow
+from fewstep.schedules import FlowMatching, Schedule
 
 #: A plain pipeline starts from unit noise whatever the student's start is; up to this gap it is still offered.
 START_SLACK = 0.01
@@ -128,7 +128,7 @@ def plain_way(model: nn.Module, extras: Mapping[str, float]) -> Way | None:
     found = _plain_scheduler(adapter, network_of(student), student.plans, tables)
     if found is None:
         return None
-    pipeline = _pipeline_class(adapter)
+    pipeline = adapter.pipeline_class()
     check_carried(student, adapter, adapter, TELLING, pipeline.__name__)
     calls = {
         steps: {**call, **_arguments(adapter, pipeline), **scale_of(student, student.plans[steps], adapter)}
@@ -151,7 +151,7 @@ def way_with_code(model: nn.Module, extras: Mapping[str, float] = MappingProxyTy
     scaled = None
     usual: Arguments = {}
     if adapter is not None and adapter.in_own_pipeline:
-        pipeline = _pipeline_class(adapter)
+        pipeline = adapter.pipeline_class()
         host = _host(adapter, pipeline)
         scaled = None if host.scales else _scaled_start(pipeline.__name__, host, tables)
         usual = _arguments(adapter, pipeline)
@@ -239,8 +239,7 @@ def _student(model: nn.Module) -> Student:
 
 def _with_plans(denoiser: Denoiser) -> Student:
     schedule = denoiser.schedule
-    grid = grids.uniform if isinstance(schedule, FlowMatching | TrigFlow) else grids.karras
-    grid = grids.trailing if isinstance(schedule, DiscreteVP) else grid
+    grid = GRIDS[schedule.few_steps]
     plans = {n: Plan(tuple(grid(schedule, n)[:-1].tolist()), gamma=0.0) for n in DENOISER_STEPS}
     return Student(Jump(denoiser), plans)
 
@@ -249,25 +248,15 @@ def _start(tables: dict[int, Table]) -> float:
     return next(iter(tables.values())).start
 
 
-def _pipeline_class(net: Adapter) -> Any:
-    """The pipeline that a plain export goes into; ValueError when the network came without one."""
-    if isinstance(net, UNet2D):
-        diffusers = require("diffusers", "exporting to diffusers")
-        return diffusers.LDMPipeline if net.latent else diffusers.DDIMPipeline
-    if net.origin is None:
-        raise ValueError(f"a bare {type(net.model).__name__} has no pipeline to go back into; use load_pipeline")
-    return type(net.origin.pipe)
-
-
 def _plain_scheduler(
     net: Adapter, denoiser: NetworkDenoiser, plans: dict[int, Plan], tables: dict[int, Table]
 ) -> tuple[Any, dict[int, Arguments]] | None:
     """A diffusers scheduler with the coefficients of every table, and the arguments of each call; None when there is
     none, or when the pipeline starts too far from where the student starts."""
-    pipeline = _pipeline_class(net).__name__
+    pipeline = net.pipeline_class().__name__
     if pipeline not in HOSTS:
         return None
-    if isinstance(net, UNet2D) and not _is_plain(net):
+    if not net.plain:
         return None
     if net.fixed_size and net.size != net.config_size():
         return None
@@ -279,19 +268,6 @@ def _plain_scheduler(
         if all(_serves(scheduler, calls[steps], host, tables[steps]) for steps in plans):
             return scheduler, calls
     return None
-
-
-def _is_plain(net: UNet2D) -> bool:
-    """Whether DDIMPipeline or LDMPipeline can call the network: they know no labels, no learned variances, no pictures
-    beside the noise, no size but the config's, and LDM's autoencoder only."""
-    config = net.model.config
-    return (
-        net.classes is None
-        and net.takes == net.gives == net.channels
-        and config.sample_size is not None
-        and net.size == net.config_size()
-        and (net.origin is None or autoencoder_name(net.origin.pipe) in (None, "vqvae"))
-    )
 
 
 def _serves(scheduler: Any, call: Arguments, host: Host, table: Table) -> bool:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from fewstep.denoisers import Denoiser
-from fewstep.guidance import Guidance, Guided
+from fewstep.denoisers import Denoiser, denoisers_in
 from fewstep.hub.statistics import digest, load_statistics, save_statistics
 from fewstep.sampling.solvers.dpm_solver_v3 import Statistics
 from fewstep.schedules import described
@@ -25,19 +24,15 @@ def fingerprint(denoiser: Denoiser) -> dict[str, Any]:
 
     Raises ValueError for a guidance scale that differs between samples.
     """
-    scale: float | Tensor = 1.0
-    if isinstance(denoiser, Guidance):
-        scale = denoiser.scale
-        if isinstance(scale, Tensor):
-            if scale.numel() != 1:
-                raise ValueError(f"statistics are of one guidance scale, this model has {scale.numel()}")
-            scale = float(scale)
-    plain = denoiser.inner if isinstance(denoiser, Guided) else denoiser
+    scale = torch.as_tensor(1.0 if denoiser.guidance is None else denoiser.guidance, dtype=torch.float64)
+    if scale.numel() != 1:
+        raise ValueError(f"statistics are of one guidance scale, this model has {scale.numel()}")
+    plain = denoiser.unguided
     return {
         "statistics": "dpm-solver-v3",
         "version": VERSION,
         "model": digest(plain.state_dict().values()),
-        "kind": [type(part).__name__ for part in plain.modules() if isinstance(part, Denoiser)],
+        "kind": [type(part).__name__ for part in denoisers_in(plain)],
         "schedule": described(plain.schedule),
         "shape": list(plain.shape),
         "guidance": float(scale),

@@ -14,7 +14,6 @@ replaces and a config that this class reads, with the solver beside it; ``isinst
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,24 +26,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fewstep.discrete_vp import DiscreteVP
-from fewstep.hub.drop_in import DEFAULTS, ORIGINAL, OWN, plain_config, plain_grid, read, replaced, written
-from fewstep.hub.schedulers import BETA_TABLE, FLOW, read_scheduler
+from fewstep.hub.drop_in import DEFAULTS, OWN, plain_config, plain_grid, read, replaced, written
+from fewstep.hub.scheduler_grids import Layout
+from fewstep.hub.schedulers import BETA_TABLE, read_scheduler
 from fewstep.hub.trajectory import Trajectory, independent, part, same_times, times_of
-from fewstep.predictions import EDMPrediction, Eps
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
-from fewstep.sampling.named import named_times
-from fewstep.sampling.solvers.abm import ABM
-from fewstep.sampling.solvers.adaptive import AdaptiveDPMSolver
 from fewstep.sampling.solvers.stochastic import DDIM
-from fewstep.schedules import FlowMatching, align
-
-#: Schedulers that keep no noise levels, only the steps of the table that they visit.
-TIMESTEPS_ONLY = (
-    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler",
-    "DDPMParallelScheduler", "LCMScheduler", "PNDMScheduler", "TCDScheduler",
-)  # fmt: skip
+from fewstep.schedules import align
 
 #: The tensors of the replaced scheduler that pipelines look into.
 TABLES = ("betas", "alphas", "alphas_cumprod", "final_alpha_cumprod")
@@ -93,15 +82,16 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 "noise"
             )
         self.solver = read(solver)
-        if isinstance(self.solver, AdaptiveDPMSolver):
+        if self.solver.adaptive:
             raise ValueError(
                 f"solver={solver!r} finds its steps as it goes, a scheduler needs them before: take another, such as "
                 "'abm' or 'dpm3'"
             )
-        if isinstance(self.solver, ABM) and isinstance(self.reading.prediction, Eps):
+        if self.reading.prediction.noise:
             self.solver = self.solver.for_noise_prediction()
         self.order = self.solver.calls(1)
         self.grid, self.clean = grid, clean
+        self.layout = Layout(original, self.reading, self.solver, grid, clean)
         config = plain_config(original.config, type(original).__name__)
         self.register_to_config(**config, solver=solver, grid=grid, clean=clean)
         vars(self).update({name: value for name, value in vars(original).items() if name in TABLES})
@@ -128,7 +118,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def to_json_string(self) -> str:
         """The config as it is saved; ValueError when the solver holds tensors."""
-        if isinstance(self.config["solver"], Solver):
+        if not isinstance(self.config["solver"], str | dict):
             raise ValueError(
                 f"{type(self.solver).__name__} holds tensors, which a scheduler's config cannot: save the pipeline "
                 "with the scheduler that was replaced, and call as_scheduler again"
@@ -155,7 +145,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     def __len__(self) -> int:
-        return int(self.original.config.num_train_timesteps)
+        return self.layout.training_steps
 
     def set_timesteps(
         self,
@@ -176,14 +166,14 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         both = timesteps is not None and sigmas is not None
         if given is not None:
             steps = len(given)
-            if num_inference_steps not in (None, steps) or (both and not self._unshifted(timesteps, sigmas)):
+            if num_inference_steps not in (None, steps) or (both and not self.layout.unshifted(timesteps, sigmas)):
                 raise ValueError(
                     f"num_inference_steps={num_inference_steps}, timesteps={timesteps}, sigmas={sigmas}: give one of "
                     "them, as many times as steps, or (flow matching) timesteps that are the sigmas before the shift"
                 )
         if steps is None:
             raise ValueError("set_timesteps: give num_inference_steps, timesteps or sigmas")
-        self.levels = self._levels(int(steps), None if both else timesteps, sigmas, mu)
+        self.levels = self.layout.levels(int(steps), None if both else timesteps, sigmas, mu)
         if self.levels.steps < self.solver.least_steps:
             raise ValueError(
                 f"num_inference_steps={self.levels.steps} are too few for {type(self.solver).__name__}, which needs "
@@ -193,16 +183,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self.table = self.solver.table(self.levels)
         self._places = [(i, j) for i, step in enumerate(self.table.steps) for j in range(len(step.stages))]
         self._times = times_of(self.table)
-        self._lay_out(device, self._shift(mu) if both else 1.0)
+        self._lay_out(device, self.layout.shift(mu) if both else 1.0)
         self._begin_index = self._step_index = None
         self._runs: deque[Trajectory | None] = deque()
         self._before: tuple[int, tuple[Trajectory | None, ...], int] = (-1, (), 0)
-
-    def _unshifted(self, timesteps: Any, sigmas: Any) -> bool:
-        """Whether ``timesteps`` are flow matching's ``sigmas`` as the network sees them."""
-        if type(self.original).__name__ not in FLOW or len(timesteps) != len(sigmas):
-            return False
-        return bool(torch.allclose(self._time(timesteps), torch.as_tensor(sigmas).double().cpu(), atol=1e-6))
 
     def _lay_out(self, device: str | torch.device | None, shift: float) -> None:
         """What the pipeline and the network see of the calls; ``shift`` is what the network is not told of."""
@@ -211,89 +195,14 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         skip, out, c_in = prediction.coefficients(schedule, times)
         self._skip, self._out, self._in = skip.tolist(), out.tolist(), c_in.tolist()
         seen = prediction.time(schedule, times / (shift - (shift - 1) * times))
-        whole = isinstance(schedule, DiscreteVP) and bool((seen == seen.round()).all())
-        labels = seen.to(torch.int64 if whole else torch.float32)
+        labels = self.reading.labels(seen)
         self._labels = labels.tolist()
         self.timesteps = labels.to(device)
         alpha, sigma = schedule.alpha(times), schedule.sigma(times)
         self.init_noise_sigma = float((alpha[0] ** 2 + sigma[0] ** 2).sqrt())
         end = self.levels.point(-1)
-        if isinstance(schedule, FlowMatching):
-            levels = [*self._times, end.sigma]
-        else:
-            levels = [*(sigma / alpha).tolist(), end.sigma / end.alpha]
+        levels = [*self.reading.sigma(alpha, sigma).tolist(), self.reading.sigma(end.alpha, end.sigma)]
         self.sigmas = torch.tensor(levels, dtype=torch.float32)
-
-    def _levels(
-        self, steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, mu: float | None
-    ) -> Levels:
-        if timesteps is not None:
-            return self._through(self._time(timesteps))
-        flow = type(self.original).__name__ in FLOW  # only these shift given sigmas in ways of their own
-        asked = sigmas is not None and not _uniform(sigmas, len(self))
-        if self.grid == ORIGINAL and (flow or not asked):
-            return self._through(self._original_times(steps, sigmas if flow else None, mu))
-        if sigmas is not None and asked:
-            return self._through(self._sigma_times(torch.as_tensor(sigmas), mu))
-        schedule = self.reading.schedule
-        if self.grid is None:
-            times = self.solver.grid(schedule, steps, self._shift(mu))
-        else:
-            grid = self.grid if isinstance(self.grid, str) else torch.tensor(self.grid, dtype=torch.float64)
-            times = named_times(schedule, self.solver, steps, grid)
-        return self._to_end(times[:-1], float(times[-1]))
-
-    def _through(self, calls: Tensor) -> Levels:
-        return self._to_end(calls.double(), self.reading.schedule.t_min)
-
-    def _to_end(self, calls: Tensor, last: float) -> Levels:
-        """The levels that are called at ``calls``, and the end: pure data or, with ``clean=False``, the time ``last``
-        (on a table of betas its first level, where that is pure data)."""
-        schedule = self.reading.schedule
-        end = schedule.data_time if self.clean else last
-        if not self.clean and schedule.data_time < 0:
-            end = max(last, schedule.t_min)
-        calls = calls[calls > end]
-        return Levels.of(schedule, torch.cat([calls, calls.new_tensor([end])]))
-
-    def _shift(self, mu: float | None) -> float:
-        """The factor by which the pipeline wants its noise levels ``t / (1 - t)`` larger (flow matching)."""
-        config = self.original.config
-        if mu is None or not config.get("use_dynamic_shifting"):
-            return self.reading.shift
-        return math.exp(mu) if config.time_shift_type == "exponential" else mu
-
-    def _time(self, timestep: Tensor | Sequence[float] | float) -> Tensor:
-        """The schedule's time, float64, of a time as the network sees it, in float32."""
-        time = torch.as_tensor(timestep).cpu().double() / self.reading.prediction.time_scale
-        time = torch.exp(4 * time) if isinstance(self.reading.prediction, EDMPrediction) else time
-        for end in (self.reading.schedule.t_min, self.reading.schedule.t_max):
-            time = torch.where((time - end).abs() <= 1e-6 * end, end, time)
-        return time
-
-    def _sigma_times(self, sigmas: Tensor, mu: float | None) -> Tensor:
-        """Times of the ``sigmas`` that a pipeline was called with."""
-        sigmas = sigmas.cpu().double()
-        if not isinstance(self.reading.schedule, FlowMatching):
-            return _snapped(self.reading.schedule.time_at(-sigmas.log()))
-        shift = self._shift(mu)
-        return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-    def _original_times(self, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Tensor:
-        """The times at which the replaced scheduler would call the network."""
-        name, config, made = type(self.original).__name__, self.original.config, self.original
-        extra: dict[str, Any] = {"mu": mu} if config.get("use_dynamic_shifting") else {}
-        if sigmas is not None:
-            made.set_timesteps(sigmas=sigmas, **extra)
-        else:
-            made.set_timesteps(steps, **extra)
-        if name in TIMESTEPS_ONLY:
-            return made.timesteps.double().unique().flip(0)
-        levels = made.sigmas[:-1].double().unique_consecutive()
-        levels = levels[levels > 0]
-        if not isinstance(self.reading.schedule, DiscreteVP):
-            return levels
-        return _snapped(self.reading.schedule.time_at(-levels.log()))
 
     def _index(self, timestep: Any) -> int:
         """The index of the current call, which must be at ``timestep``."""
@@ -358,7 +267,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input: the state itself, scaled for EDM models."""
-        if not isinstance(self.reading.prediction, EDMPrediction):
+        if not self.reading.scales_input:
             return sample
         k = self._index(timestep)
         return sample * self._in[k]
@@ -419,7 +328,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Data noised to ``timesteps`` (one, or one per sample)."""
-        schedule, times = self.reading.schedule, self._time(timesteps)
+        schedule, times = self.reading.schedule, self.layout.time(timesteps)
         slack = 1e-6 * schedule.t_max  # timesteps are float32
         if float(times.min()) < schedule.t_min - slack or float(times.max()) > schedule.t_max + slack:
             raise ValueError(
@@ -447,24 +356,6 @@ def blank(kind: Any) -> SolverScheduler:
     return made.__new__(made)
 
 
-def _uniform(sigmas: Sequence[float], steps: int) -> bool:
-    """Whether ``sigmas`` are what flow pipelines pass when nobody gave any, before any shift: ``1 .. 1/n``, or ``1`` to
-    the first of the ``steps`` of training, in whole steps."""
-    n, given = len(sigmas), torch.as_tensor(sigmas).double().cpu()
-    ends = {1 / n: 1e-6, 1 / steps: 1.001 / steps}
-    return any(
-        torch.allclose(given, torch.linspace(1, end, n, dtype=torch.float64), rtol=0, atol=slack)
-        for end, slack in ends.items()
-    )
-
-
 def _same_label(a: float, b: float) -> bool:
     """Whether two timesteps are one, up to the float32 that they went through."""
     return abs(a - b) <= 1e-4 * (1 + abs(a))
-
-
-def _snapped(times: Tensor) -> Tensor:
-    """Times found from float32 noise levels, on the steps of the table where they are meant, else as the network sees
-    them."""
-    whole = times.round()
-    return whole.where((times - whole).abs() < 1e-3, times.float().double())

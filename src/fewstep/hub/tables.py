@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser, networks_in
 from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Rng
 from fewstep.routing import Router
@@ -112,7 +112,7 @@ def network_of(model: nn.Module) -> NetworkDenoiser:
     calls its networks by turns."""
     if any(isinstance(module, Router) for module in model.modules()):
         raise ValueError("a routed model cannot be exported, diffusers' pipelines call one network: export its experts")
-    found = [module for module in model.modules() if isinstance(module, NetworkDenoiser)]
+    found = networks_in(model)
     if len(found) != 1:
         raise ValueError(f"a model with {len(found)} networks cannot be exported: exactly one is needed")
     return found[0]

@@ -57,6 +57,11 @@ class TextAdapter(Adapter):
         takes = encode is not None and "prompt" in inspect.signature(encode).parameters
         return takes and pipe.components.get("text_encoder") is not None
 
+    @torch.no_grad()
+    def read_null(self) -> None:
+        if self.reads_prompts:
+            self.set_null(self.embed_null())
+
     def embed_null(self) -> dict[str, Tensor]:
         """What the pipeline's guidance leads away from when it is given no negative prompt, one row."""
         return self.embed([""])

@@ -36,7 +36,7 @@ class Features(ABC):
     @torch.no_grad()
     def __call__(self, samples: Tensor | Dataset) -> Tensor:
         """The features ``[N, d]`` of samples or of a whole data set, on the CPU."""
-        read = samples.read if isinstance(samples, Dataset) else samples.__getitem__
+        read = samples.__getitem__ if isinstance(samples, Tensor) else samples.read
         batches = [slice(start, start + BATCH) for start in range(0, len(samples), BATCH)]
         return torch.cat([self.embed(read(batch)).double().cpu() for batch in batches])
 

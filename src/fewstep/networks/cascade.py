@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.networks.parts import Beside, GroupNorm, zeroed
-from fewstep.networks.unet import ResBlock, UNet, folded
+from fewstep.networks.unet import UNet, folded
 from fewstep.ranges import Count, Multiple, Share
 
 #: The inputs that tell the stages apart and how noisy their condition is, embedded like any extra scalar.
@@ -104,21 +104,11 @@ class CascadeUNet(UNet):
         hidden, skips = self.encode(x, emb, beside)
         below = self.depth - 1 - self.level(x)  # levels: each has one block more than on the way down, and upsampling
         for layer in islice(self.up, below * (self.blocks + 2) + self.blocks + 1):
-            if isinstance(layer, ResBlock):
-                hidden = layer(torch.cat([hidden, skips.pop()], dim=1), emb)
-            else:
-                hidden = layer(hidden)
+            hidden = layer(hidden, emb, skips)
         return nn.functional.pixel_shuffle(self.leave_stage(hidden, x), 2).contiguous()
 
     def encode(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        hidden = self.enter_stage(x, beside)
-        skips = [hidden]
-        for layer in islice(self.down, self.level(x) * (self.blocks + 1), None):
-            hidden = layer(hidden, emb) if isinstance(layer, ResBlock) else layer(hidden)
-            skips.append(hidden)
-        for layer in self.middle:
-            hidden = layer(hidden, emb) if isinstance(layer, ResBlock) else layer(hidden)
-        return hidden, skips
+        return self.descend(self.enter_stage(x, beside), emb, self.level(x) * (self.blocks + 1))
 
     def level(self, x: Tensor) -> int:
         """The level of the U-Net at which this state's stage begins."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated
 
 import torch
@@ -54,9 +55,7 @@ class UNet(nn.Module):
         }  # fmt: skip
         self.conditioning = Conditioning(width, classes, tuple(extras))
 
-        def block(i: int, o: int) -> ResBlock:
-            return ResBlock(i, o, width, dropout, double_norm)
-
+        kind = (width, dropout, double_norm)
         self.enter = nn.Conv2d(4 * image, channels[0], 3, padding=1)
         side_layer = nn.Conv2d(4 * beside, channels[0], 3, padding=1, bias=False) if beside > 0 else None
         self.beside = Beside(beside, side_layer)
@@ -66,17 +65,17 @@ class UNet(nn.Module):
         here = channels[0]
         for level, c in enumerate(channels):
             if level:
-                self.down.append(nn.Conv2d(here, here, 3, stride=2, padding=1))
+                self.down.append(Downsample(here, here, 3, stride=2, padding=1))
                 skips.append(here)
             for _ in range(blocks):
-                self.down.append(block(here, c))
+                self.down.append(ResBlock(here, c, *kind))
                 here = c
                 skips.append(here)
-        self.middle = nn.ModuleList([block(here, here), Attention(here), block(here, here)])
+        self.middle = nn.ModuleList([ResBlock(here, here, *kind), Attention(here), ResBlock(here, here, *kind)])
         self.feature_shape = (here, height // fold, side // fold)
         for level, c in reversed(list(enumerate(channels))):
             for _ in range(blocks + 1):
-                self.up.append(block(here + skips.pop(), c))
+                self.up.append(JoiningBlock(here + skips.pop(), c, *kind))
                 here = c
             if level:
                 self.up.append(Upsample(here))
@@ -86,12 +85,16 @@ class UNet(nn.Module):
 
     def encode(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         hidden = self.beside(self.enter(folded(x)), None if beside is None else folded(beside))
+        return self.descend(hidden, emb)
+
+    def descend(self, hidden: Tensor, emb: Tensor, start: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """The bottleneck, and the states on the way there, from layer ``start`` of the way down on."""
         skips = [hidden]
-        for layer in self.down:
-            hidden = layer(hidden, emb) if isinstance(layer, ResBlock) else layer(hidden)
+        for layer in islice(self.down, start, None):
+            hidden = layer(hidden, emb)
             skips.append(hidden)
         for layer in self.middle:
-            hidden = layer(hidden, emb) if isinstance(layer, ResBlock) else layer(hidden)
+            hidden = layer(hidden, emb)
         return hidden, skips
 
     def features(
@@ -105,10 +108,7 @@ class UNet(nn.Module):
         emb = self.conditioning(t, cond, extras, x.dtype)
         hidden, skips = self.encode(x, emb, beside)
         for layer in self.up:
-            if isinstance(layer, ResBlock):
-                hidden = layer(torch.cat([hidden, skips.pop()], dim=1), emb)
-            else:
-                hidden = layer(hidden)
+            hidden = layer(hidden, emb, skips)
         out = self.leave(nn.functional.silu(self.leave_norm(hidden)))
         return nn.functional.pixel_shuffle(out, 2).contiguous()
 
@@ -137,6 +137,13 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv_2(self.dropout(hidden))
 
 
+class JoiningBlock(ResBlock):
+    """A block of the way up, which takes the latest state of the way down with its own."""
+
+    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.cat([x, skips.pop()], dim=1), emb)
+
+
 class Attention(nn.Module):
     """Single-head self-attention over positions, written out so that it has a forward-mode derivative."""
 
@@ -146,10 +153,17 @@ class Attention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zeroed(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
         weights = torch.softmax(q.transpose(1, 2) @ k * q.shape[1] ** -0.5, dim=-1)
         return x + self.out((v @ weights.transpose(1, 2)).reshape(x.shape))
+
+
+class Downsample(nn.Conv2d):
+    """A convolution with stride."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
 
 
 class Upsample(nn.Module):
@@ -159,5 +173,5 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
         return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -205,7 +205,8 @@ def compare_models(
     for name, model in {"the teacher": leader, **followers}.items():
         if model.shape != train.shape:
             raise ValueError(f"{name} makes samples {list(model.shape)}, data '{train.name}' has {list(train.shape)}")
-    chosen = features if isinstance(features, Features) else load_features(features or _features(train))
+    features = features or _features(train)
+    chosen = load_features(features) if isinstance(features, str) else features
     judge = Evaluator(reference, train, chosen, seed=seed)
     columns = min(teacher.classes or 10, 10)
     shown = rows * columns
@@ -253,9 +254,9 @@ def comparable(name: str, model: Any) -> Model:
 
 def parts(data: str | Path | Dataset) -> tuple[Dataset, Dataset]:
     """``(training, reference)`` of what :func:`compare_models` was given."""
-    if isinstance(data, Dataset):
-        return held_out(data, min(max(len(data) // 5, 1), 2000))
-    return load_data(data), load_data(data, "test")
+    if isinstance(data, str | Path):
+        return load_data(data), load_data(data, "test")
+    return held_out(data, min(max(len(data) // 5, 1), 2000))
 
 
 @torch.no_grad()

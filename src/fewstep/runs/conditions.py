@@ -14,7 +14,6 @@ from fewstep.data.encoded import Embed, Latents, Tell
 from fewstep.denoisers import Denoiser
 from fewstep.hub.autoencoders import autoencoder_name, encode, picture_channels, pixels_per_latent
 from fewstep.hub.models import adapter_of
-from fewstep.hub.text_adapters import TextAdapter
 from fewstep.training.feed import fitted
 from fewstep.training.progress import Bar
 
@@ -22,7 +21,7 @@ from fewstep.training.progress import Bar
 def embed_of(model: nn.Module) -> Embed | None:
     """The text encoders that a model came with, as a function of prompts; None where it has none."""
     net = adapter_of(model)
-    return net.embed if isinstance(net, TextAdapter) and net.reads_prompts else None
+    return net.embed if net is not None and net.reads_prompts else None
 
 
 def pictures_of(teacher: Denoiser) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]] | None:
@@ -40,10 +39,10 @@ def pictures_of(teacher: Denoiser) -> tuple[Callable[[Tensor], Tensor], tuple[in
 
 def check_readable(teacher: Denoiser, data: Samples) -> None:
     """ValueError for data that the teacher cannot be trained on, before any of them is read."""
-    samples = data.inner if isinstance(data, Captioned) else data
-    if isinstance(data, Captioned) and embed_of(teacher) is None:
+    samples = data.uncaptioned
+    if data.captions is not None and embed_of(teacher) is None:
         raise ValueError(f"data '{data.name}' has captions, and the teacher came with no text encoder to read them")
-    if (isinstance(data, Captioned) and data.bare) or needs_latents(teacher, samples):
+    if data.bare or needs_latents(teacher, samples):
         return
     latents = pictures_of(teacher)
     if latents is not None and len(samples.shape) == 3 and samples.shape != tuple(teacher.shape):
@@ -67,7 +66,7 @@ def as_read_by(
 
     What is large is kept in ``folder``, for this teacher; with ``most`` only the first samples are taken.
     """
-    samples = data.inner if isinstance(data, Captioned) else data
+    samples = data.uncaptioned
     latents = pictures_of(teacher)
     if most is not None and most < len(samples):
         samples = First(samples, most)
@@ -75,7 +74,7 @@ def as_read_by(
         place = None if folder is None else folder / f"latents-{samples.sha256()[:16]}"
         samples = Latents.of(samples, latents[0], place, shown("latents", show))
     embed = embed_of(teacher)
-    if not isinstance(data, Captioned) or embed is None:
+    if data.captions is None or embed is None:
         return samples
     words = Captioned(data.captions[:most], None if data.bare else samples, data.name)
     return words.encoded(embed, tuple(teacher.shape), folder=folder, tell=shown("captions", show))

@@ -28,7 +28,6 @@ from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
 from fewstep.schemas import Choice, Maybe, Place, check, read_json
 from fewstep.training.budget import Budget
-from fewstep.training.profiles import Power
 from fewstep.training.settings import FREE, Settings
 from fewstep.values import as_words
 
@@ -115,7 +114,7 @@ def hyper_parameters(recipe: Recipe) -> dict[str, Any]:
 
 def settings_data(settings: Settings) -> dict[str, Any]:
     """Settings as plain data, in the words of the command line."""
-    widths = [profile.sigma_rel if isinstance(profile, Power) else str(profile) for profile in settings.averages]
+    widths = values.plain(settings.averages)
     return vars(settings) | {"budget": str(settings.budget), "averages": widths}
 
 

@@ -14,11 +14,12 @@ from fewstep.sampling.editing import (
     slerp,
     stroke_to_image,
 )
-from fewstep.sampling.engine import FieldRow, Row, Solver, Stage, Step, Table, run, solve
+from fewstep.sampling.engine import FieldTable, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.learned import LearnedSolver, folded
 from fewstep.sampling.named import SOLVERS
 from fewstep.sampling.rollout import Plan, Student, greedy_times, rollout
+from fewstep.sampling.rows import FieldRow, Row
 from fewstep.sampling.sample import sample
 from fewstep.sampling.solvers.abm import ABM
 from fewstep.sampling.solvers.adaptive import AdaptiveDPMSolver
@@ -68,6 +69,7 @@ __all__ = [
     "Edited",
     "Fast",
     "FieldRow",
+    "FieldTable",
     "Hooks",
     "Inpainting",
     "LearnedSolver",

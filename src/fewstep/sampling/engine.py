@@ -7,8 +7,8 @@ only, so a solver is a function that makes a float64 :class:`Table`, and :func:`
 * a multistep solver has one :class:`Stage` a step, whose row reaches back into the history;
 * a Runge-Kutta or single-step solver has several stages a step, all moving from the same start;
 * a predictor-corrector's row also puts right the step before, now that the output at its end is there
-  (:func:`corrected`);
-* a solver whose coefficients differ from pixel to pixel has :class:`FieldRow` rows.
+  (:meth:`Row.corrected`);
+* a solver whose coefficients differ from pixel to pixel has a :class:`FieldTable`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from itertools import zip_longest
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from fewstep.grids import balanced, check_grid
 from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import Levels, OutputKind
 from fewstep.sampling.hooks import NO_HOOKS, Hooks
+from fewstep.sampling.rows import AnyRow, FieldRow, Row
 from fewstep.schedules import Schedule
 from fewstep.values import check_fields
 
@@ -37,33 +37,6 @@ Kept = tuple[Tensor, float] | float | None
 #: Which noise prediction is kept beside the history: the first one, or that of the call before.
 Anchor = Literal["first", "previous"]
 Interval = tuple[float, float] | None
-
-
-class Row(NamedTuple):
-    """``x' = a x + sum_j c[j] m_j + n z`` with the outputs ``m`` newest first; ``anchor`` is the weight of the noise
-    prediction that the table keeps beside the history (:attr:`Table.anchor`)."""
-
-    a: float
-    c: tuple[float, ...] = ()
-    n: float = 0.0
-    anchor: float = 0.0
-
-
-class FieldRow(NamedTuple):
-    """``x' = a x + sum_j c[j] m_j + b``, element by element: float64 tensors of the shape of one sample."""
-
-    a: Tensor
-    c: tuple[Tensor, ...]
-    b: Tensor
-    n: float = 0.0
-
-    def placed(self, kind: torch.dtype, device: torch.device) -> FieldRow:
-        """The same in the type and on the device of a state."""
-        return FieldRow(self.a.to(device, kind), tuple(c.to(device, kind) for c in self.c), self.b.to(device, kind))
-
-
-AnyRow = Row | FieldRow
-R = TypeVar("R", Row, FieldRow)
 
 
 class Stage(NamedTuple):
@@ -94,6 +67,9 @@ class Table:
     ``memory`` the number of outputs kept, ``noisy`` whether fresh noise is drawn.
     """
 
+    #: Whether coefficients differ from element to element of a sample.
+    by_element: ClassVar[bool] = False
+
     def __init__(
         self,
         levels: Levels,
@@ -121,13 +97,7 @@ class Table:
         devices and makes nothing on the way, which a captured or compiled trajectory needs."""
         table = copy.copy(self)
         table._times = self._times.to(device)
-        if isinstance(self.rows[0], FieldRow):
-            where = torch.device(device)
-            table.rows = [row.placed(torch.float64, where) if isinstance(row, FieldRow) else row for row in self.rows]
-        else:
-            table._scales = {
-                kind: torch.stack(self._scale(kind)).to(device).unbind(0) for kind in (torch.float32, torch.float64)
-            }
+        table.place_rows(torch.device(device))
         vars(table)["_to_eps"] = [(on_x.to(device), on_x0) for on_x, on_x0 in self._to_eps]
         vars(table)["_kept"] = [(k[0].to(device), k[1]) if isinstance(k, tuple) else k for k in self._kept]
         vars(table)["_intervals"] = self._intervals
@@ -142,10 +112,16 @@ class Table:
         wrapping a Python number takes."""
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         intervals = self._intervals if self.noisy else [None] * len(self.rows)
-        if isinstance(self.rows[0], FieldRow):
-            fields = [row.placed(kind, x.device) for row in self.rows if isinstance(row, FieldRow)]
-            return zip(fields, [row.a for row in fields], intervals, strict=True)
-        return zip(self.rows, self._scale(kind), intervals, strict=True)
+        return zip(*self.rows_for(kind, x.device), intervals, strict=True)
+
+    def rows_for(self, kind: torch.dtype, device: torch.device) -> tuple[Sequence[AnyRow], Sequence[Tensor]]:
+        """The rows in the order of use, and their scales in the type of a state."""
+        return self.rows, self._scale(kind)
+
+    def place_rows(self, device: torch.device) -> None:
+        """Bring what :meth:`rows_for` gives to a device."""
+        kinds = (torch.float32, torch.float64)
+        self._scales = {kind: torch.stack(self._scale(kind)).to(device).unbind(0) for kind in kinds}
 
     def _scale(self, kind: torch.dtype) -> tuple[Tensor, ...]:
         if kind not in self._scales:
@@ -176,8 +152,7 @@ class Table:
             for stage in step.stages:
                 sigma = next(sigmas)
                 scales.insert(0, 1.0 if next(kept) is None else sigma)
-                assert isinstance(stage.row, Row)  # fields say themselves what they keep
-                found.append(stage.row._replace(c=tuple(c / scale for c, scale in zip(stage.row.c, scales))))  # noqa: B905
+                found.append(stage.row.on_scaled(scales))
         return found
 
     @cached_property
@@ -211,6 +186,20 @@ class Table:
         return (x * on_x).add_(x0, alpha=on_x0)
 
 
+class FieldTable(Table):
+    """A table of :class:`FieldRow` rows."""
+
+    by_element: ClassVar[bool] = True
+    rows: list[FieldRow]  # type: ignore[assignment]
+
+    def rows_for(self, kind: torch.dtype, device: torch.device) -> tuple[Sequence[AnyRow], Sequence[Tensor]]:
+        rows = [row.placed(kind, device) for row in self.rows]
+        return rows, [row.a for row in rows]
+
+    def place_rows(self, device: torch.device) -> None:
+        self.rows = [row.placed(torch.float64, device) for row in self.rows]
+
+
 def _in_order(step: Step) -> Iterator[AnyRow]:
     """The rows of a step in the order of use."""
     if step.lift is not None:
@@ -222,35 +211,14 @@ def _in_order(step: Step) -> Iterator[AnyRow]:
 def moved(how: Move, x: Tensor, outputs: Iterable[Tensor], noise: Noise | None, anchor: Tensor | None) -> Tensor:
     """The state that a row makes of ``x``."""
     row, scale, interval = how
-    new = x * scale
-    if isinstance(row, FieldRow):
-        for field, m in zip(row.c, outputs):  # noqa: B905  (a row may reach back less far than the history)
-            new.addcmul_(field, m)
-        return new.add_(row.b)
-    _, weights, n, on_anchor = row
-    for c, m in zip(weights, outputs):  # noqa: B905
-        new.add_(m, alpha=c)
-    if on_anchor:
+    new = row.add_to(x * scale, outputs)
+    if row.anchor:
         assert anchor is not None  # the row was made for a table that keeps one
-        new.add_(anchor, alpha=on_anchor)
-    if n:
+        new.add_(anchor, alpha=row.anchor)
+    if row.n:
         assert noise is not None  # run() refuses noisy tables without noise
-        new.add_(noise.normal_like(x) if interval is None else noise.increment(x, *interval), alpha=n)
+        new.add_(noise.normal_like(x) if interval is None else noise.increment(x, *interval), alpha=row.n)
     return new
-
-
-def corrected(row: R, predictor: R, corrector: R) -> R:
-    """``row`` on the state that ``predictor`` led to, as if the step before had been made by ``corrector``.
-
-    Both scale the same state by the same ``a``, so that the corrected state is the predicted one plus outputs that the
-    history has: no other state is kept, and correcting and predicting are one update.
-    """
-    change = zip_longest(corrector.c, (0.0, *predictor.c), fillvalue=0.0)  # the newest output is new to the predictor
-    weights = zip_longest(row.c, (row.a * (c - p) for c, p in change), fillvalue=0.0)
-    made = row._replace(c=tuple(own + other for own, other in weights))  # type: ignore[misc]
-    if isinstance(made, FieldRow):
-        return made._replace(b=row.b + row.a * (corrector.b - predictor.b))
-    return made
 
 
 class Solver(ABC):
@@ -264,6 +232,8 @@ class Solver(ABC):
     """
 
     centre: ClassVar[float] = 2.0
+    #: Whether it finds its steps as it goes, and so has no table.
+    adaptive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """ValueError for a hyper-parameter of another type than its field's, or not finite."""
@@ -292,6 +262,15 @@ class Solver(ABC):
         """The times ``[steps + 1]`` of the solver's own grid; ``shift`` multiplies its noise levels, as flow pipelines
         ask for."""
         return balanced(schedule, steps, self.centre * shift)
+
+    def fitted_to(self, model: Denoiser) -> Self:
+        """The same solver with what it leaves open filled in for a model."""
+        return self
+
+    def for_noise_prediction(self) -> Self:
+        """The same solver with what it leaves open filled in for a network that predicts noise and of which nothing
+        else is known."""
+        return self
 
     @abstractmethod
     def table(self, levels: Levels) -> Table:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.sampling.coefficients import Levels
-from fewstep.sampling.engine import FieldRow, Row, Solver, Stage, Step, Table, run
+from fewstep.sampling.engine import Solver, Stage, Step, Table, run
+from fewstep.sampling.rows import Row
 from fewstep.schedules import Schedule, described
 
 
@@ -120,7 +121,7 @@ def folded(table: Table) -> LearnedSolver:
     ValueError for a table that draws noise, has coefficients for every pixel, or whose calls do not fall in time (two
     stages at one level).
     """
-    if table.noisy or any(isinstance(row, FieldRow) for row in table.rows):
+    if table.noisy or table.by_element:
         raise ValueError("only a deterministic solver with one coefficient for all pixels can be written as rows")
     seen = UnitPredictions(table.schedule, table.calls)
     start = torch.zeros(1, table.calls + 1, dtype=torch.float64)

@@ -125,7 +125,7 @@ def named_solver(solver: str | Solver) -> Solver:
     if not words:
         return made
     kinds = {name: kind for name, kind in declared(type(made)).items() if readable(kind)}
-    fields = values_of(f"solver={solver!r}", words, kinds | (CHURN if isinstance(made, RungeKutta) else {}))
+    fields = values_of(f"solver={solver!r}", words, kinds | (CHURN if "churn" in declared(type(made)) else {}))
     churn = {CHURN_FIELDS[key]: fields.pop(key) for key in list(fields) if key in CHURN_FIELDS}
     if churn:
         fields["churn"] = Churn(**churn)

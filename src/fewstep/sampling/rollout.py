@@ -197,6 +197,13 @@ class Student(nn.Module):
         """The further inputs that sampling may set, by name."""
         return self.flow_map.extras
 
+    @property
+    def only_to_data(self) -> bool:
+        """Whether it maps to data only: its flow map knows no other jumps, or was trained for none of its plans'."""
+        if self.flow_map.two_times:
+            return False
+        return self.flow_map.only_to_data or all(plan.gamma == 1 and plan.inner is None for plan in self.plans.values())
+
     def forward(
         self, noise: Tensor, cond: Cond = None, steps: int | None = None, rng: Noise | None = None, **extras: Any
     ) -> Tensor:

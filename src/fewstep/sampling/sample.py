@@ -9,14 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Clipped, Cond, Denoiser, DynamicThreshold, NetworkDenoiser
+from fewstep.denoisers import Clipped, Cond, Denoiser, DynamicThreshold, networks_in
 from fewstep.guidance import Guided
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.hooks import NO_HOOKS
 from fewstep.sampling.inputs import Generators, Numbers, evaluating, guidance_of, start_of
 from fewstep.sampling.named import AnyGrid, named_solver, named_times
 from fewstep.sampling.self_conditioning import SelfConditioning
-from fewstep.sampling.solvers.abm import ABM
 from fewstep.schedules import align
 
 Threshold = Literal["static", "dynamic"]
@@ -90,9 +89,9 @@ def sample(
     if self_conditioning is not None:
         if not isinstance(self_conditioning, SelfConditioning):
             raise TypeError(f"self_conditioning={self_conditioning!r} must be a SelfConditioning")
-        if not isinstance(denoiser, NetworkDenoiser):
+        if denoiser.network is None:
             raise ValueError(f"self_conditioning needs a network, got a {type(denoiser).__name__}")
-        denoiser, hooks = self_conditioning.attached(denoiser)
+        denoiser, hooks = self_conditioning.attached(denoiser.network)
     denoiser = steered(denoiser, len(x), cond, guidance, threshold)
     solver, times = laid_out(denoiser, solver, steps, grid)
     scale = denoiser.schedule.sigma(times[:1]).to(x.device)
@@ -115,9 +114,7 @@ def steered(
 
 def laid_out(denoiser: Denoiser, solver: str | Solver, steps: int | None, grid: AnyGrid) -> tuple[Solver, Tensor]:
     """The solver for a model (with its guidance) and its times; ValueError for too few steps."""
-    made = named_solver(solver)
-    if isinstance(made, ABM):
-        made = made.fitted_to(denoiser)
+    made = named_solver(solver).fitted_to(denoiser)
     times = named_times(denoiser.schedule, made, steps, grid)
     if len(times) - 1 < made.least_steps:
         raise ValueError(
@@ -129,9 +126,8 @@ def laid_out(denoiser: Denoiser, solver: str | Solver, steps: int | None, grid: 
 
 def at_size(denoiser: Denoiser, size: tuple[int, int]) -> Denoiser:
     """The same denoiser, making pictures of ``size`` pixels; its network says what shape they are."""
-    networks = [module.net for module in denoiser.modules() if isinstance(module, NetworkDenoiser)]
     try:
-        shape_of = networks[0].shape_of
+        shape_of = networks_in(denoiser)[0].net.shape_of
     except (IndexError, AttributeError):
         raise ValueError(
             f"size={size[0]}x{size[1]}: only models read from a diffusers pipeline make other sizes than their own"

@@ -31,7 +31,7 @@ from torch import Tensor
 from fewstep import grids
 from fewstep.denoisers import Cond
 from fewstep.discrete_vp import DiscreteVP
-from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
+from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Noise
 from fewstep.sampling.inputs import Numbers, evaluating, given_conditions, states_for
 from fewstep.sampling.rollout import Plan, Student, rollout
@@ -69,9 +69,9 @@ def skipping_times(schedule: Schedule, steps: int, original_steps: int = 50) -> 
 
     ValueError unless the schedule is a table, and there are as many times.
     """
-    if not isinstance(schedule, DiscreteVP):
+    n = schedule.table_length
+    if n is None:
         raise ValueError(f"LCM's and TCD's times are steps of a table of betas, the schedule is {schedule}")
-    n = len(schedule.alphas_cumprod)
     _check_steps(original_steps, n, "original_steps")
     _check_steps(steps, original_steps)
     stride = n // original_steps
@@ -110,14 +110,12 @@ def student_plan(student: Student | FlowMap, sampler: str, steps: int, **setting
     is taken at its word.  Further inputs that belong to a plan (the number of steps) are those of the student's own
     plan for ``steps``; where it has none, they are left to the caller.
     """
-    if not isinstance(student, Student | FlowMap):
-        raise TypeError(f"student is a {type(student).__name__}: give a Student or a FlowMap")
+    flow_map = flow_map_of(student)
     if sampler not in STUDENT_SAMPLERS:
         raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(STUDENT_SAMPLERS)}")
-    flow_map = student.flow_map if isinstance(student, Student) else student
     plan = STUDENT_SAMPLERS[sampler](flow_map.schedule, steps, **settings)
     jumps = plan.inner is not None and any(r > flow_map.schedule.t_min for r in plan.inner)
-    if jumps and _maps_to_data_only(student):
+    if jumps and student.only_to_data:
         raise ValueError(
             f"sampler={sampler!r} jumps to times between noise and data, this student maps to data only; "
             "take 'consistency' or 'lcm', or eta=1"
@@ -137,14 +135,13 @@ def _check_told(student: Student | FlowMap, plan: Plan, steps: int, given: Mappi
             )
 
 
-def _maps_to_data_only(student: Student | FlowMap) -> bool:
-    if isinstance(student, FlowMap):
-        return isinstance(student, EDMConsistency)
-    if isinstance(student.flow_map, Jump) and student.flow_map.two_times:
-        return False
-    return _maps_to_data_only(student.flow_map) or all(
-        plan.gamma == 1 and plan.inner is None for plan in student.plans.values()
-    )
+def flow_map_of(student: Student | FlowMap) -> FlowMap:
+    """The flow map of a student, or itself; TypeError for what is neither."""
+    if isinstance(student, Student):
+        return student.flow_map
+    if not isinstance(student, FlowMap):
+        raise TypeError(f"student is a {type(student).__name__}: give a Student or a FlowMap")
+    return student
 
 
 def sample_student(
@@ -168,7 +165,7 @@ def sample_student(
     """
     plan = student_plan(student, sampler, steps, **settings)
     _check_told(student, plan, steps, extras or {})
-    flow_map = student.flow_map if isinstance(student, Student) else student
+    flow_map = flow_map_of(student)
     x = states_for(flow_map, "noise", noise)
     with evaluating(flow_map):
         return rollout(flow_map, x, plan, given_conditions(flow_map, x, cond), rng, extras=extras)

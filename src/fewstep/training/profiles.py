@@ -31,6 +31,11 @@ class Profile(Written):
     def from_plain(cls, value: Any) -> Profile:
         return cls.parse(value) if isinstance(value, str) else Power(check(float, value))
 
+    @property
+    def width(self) -> float | None:
+        """Its relative width, the same in runs of every length; None for a profile that has none."""
+        return None
+
     @abstractmethod
     def decay(self, n: int) -> float:
         """The share of the old average that is kept at update ``n``; 0 at the first."""
@@ -45,6 +50,10 @@ class Power(Profile):
 
     def __post_init__(self) -> None:
         gamma_of(self.sigma_rel)
+
+    @property
+    def width(self) -> float:
+        return self.sigma_rel
 
     def __str__(self) -> str:
         return as_words(self.sigma_rel)

@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from fewstep.denoisers import NetworkDenoiser
+from fewstep.denoisers import networks_in
 from fewstep.files import write_atomically
 from fewstep.methods.method import Networks
 from fewstep.schemas import read_json
@@ -51,7 +51,7 @@ class Sharded(Parallel):
             parameter.data = parameter.data.contiguous()  # FSDP takes no channels-last weights
         mesh = init_device_mesh(device.type, (self.world,))
         for name, module in nets.named_children():
-            inner = [m.net for m in module.modules() if isinstance(m, NetworkDenoiser)]
+            inner = [denoiser.net for denoiser in networks_in(module)]
             for net in inner or [module]:
                 cut(net, mesh)
             for key, parameter in module.named_parameters():

@@ -40,7 +40,6 @@ from fewstep.training.groups import Groups
 from fewstep.training.interruptions import only_run_in, stop_on_signals
 from fewstep.training.parallel import Parallel
 from fewstep.training.precision import autocast, resolve
-from fewstep.training.profiles import Power
 from fewstep.training.progress import Bar, Records, TensorBoard
 from fewstep.training.settings import Settings
 
@@ -231,11 +230,11 @@ class Run(Groups):
         updates = 0
         for name, averages in self.averages.items():
             for average in averages:
-                if isinstance(average.profile, Power):
+                if average.profile.width is not None:
                     updates = average.updates
                     pairs = zip(self.averaged[name], average.weights, strict=True)
                     found = {product[id(p)]: self.parallel.whole(w) for p, w in pairs if id(p) in product}
-                    held.setdefault(average.profile.sigma_rel, {}).update(found)
+                    held.setdefault(average.profile.width, {}).update(found)
         if len(held) >= 2 and updates and self.parallel.main:
             snapshots.write(folder, self.steps, updates, held)
 

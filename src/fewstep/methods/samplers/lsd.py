@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import Cond
-from fewstep.discrete.chains import Chain, Masked, uniforms
+from fewstep.discrete.chains import Chain, uniforms
 from fewstep.discrete.coupling import Draws, Moves
 from fewstep.discrete.denoisers import DiscreteDenoiser
 from fewstep.discrete.learned import LearnedSampler
@@ -96,7 +96,7 @@ def teacher_interval(
         jumps = stepper.jumps(chain, posterior, x, t, s)
         if j == 0:
             once, summed = stepper.jumps(chain, posterior, x, t, times[-1]), torch.zeros_like(jumps)
-        elif not isinstance(chain, Masked):  # there a position that has moved is done
+        elif not chain.absorbing:  # there a position that has moved is done
             moves.renew(rng)
         summed = summed + jumps
         law = row(jumps, x)

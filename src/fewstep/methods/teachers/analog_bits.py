@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import rows
-from fewstep.denoisers import Cond, NetworkDenoiser
+from fewstep.denoisers import Cond, NetworkDenoiser, networks_in
 from fewstep.discrete.heads import Head, SigmoidHead, SoftmaxHead
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
-from fewstep.predictions import X0
 from fewstep.randomness import Rng
 from fewstep.ranges import Least, NonNegative, Positive, Share
 from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
@@ -64,7 +63,7 @@ def network_time(model: NetworkDenoiser, x: Tensor, t: Tensor) -> Tensor:
 
 def head_of(model: NetworkDenoiser, kind: type[H]) -> H:
     """The output layer of the network; ValueError unless it is of this kind and predicts the data."""
-    if not isinstance(model.net, kind) or not isinstance(model.prediction, X0):
+    if not isinstance(model.net, kind) or not model.prediction.data:
         raise ValueError(
             f"this loss needs a network under a {kind.__name__} in x0-prediction, got {type(model.net).__name__} in "
             f"{type(model.prediction).__name__}"
@@ -128,7 +127,7 @@ class AnalogBits(Method):
 
     def networks(self, start: Start) -> Networks:
         teacher = start.model("teacher")
-        if not isinstance(teacher, NetworkDenoiser):
+        if teacher not in networks_in(teacher):
             raise ValueError(f"{self.name} trains a network, got a {type(teacher).__name__}")
         model = with_second_input(teacher) if self.self_conditioning else start.network("teacher")
         optimizer = Optimizer(("model",), self.lr, clip=1.0, warmup=self.warmup)

@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Cond, NetworkDenoiser
+from fewstep.denoisers import Cond, NetworkDenoiser, networks_in
 from fewstep.methods.method import Batch, Networks, Paper, Progress, System, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import LogNormal
@@ -108,7 +108,7 @@ class LowDiff(Denoising):
 
     def networks(self, start: Start) -> Networks:
         teacher = start.model("teacher")
-        if not isinstance(teacher, NetworkDenoiser) or not isinstance(teacher.net, UNet):
+        if teacher not in networks_in(teacher) or not isinstance(teacher.net, UNet):
             raise ValueError("LowDiff works on a U-Net at several resolutions; this teacher has another network")
         net = teacher.net
         if not isinstance(net, CascadeUNet):

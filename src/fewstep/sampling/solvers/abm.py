@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +24,7 @@ from fewstep.denoisers import Denoiser, half_level_of, predicts_noise
 from fewstep.grids import balanced
 from fewstep.guidance import guidance_scale
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point, gauss_legendre, vandermonde
-from fewstep.sampling.engine import Row
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.multistep import PredictorCorrector
 from fewstep.sampling.solvers.stochastic import check_eta
 from fewstep.schedules import Schedule
@@ -95,8 +96,8 @@ class ABM(PredictorCorrector):
         """``c``, or what stands in for it."""
         return scale_for(None, self.guidance) if self.c is None else self.c
 
-    def fitted_to(self, model: Denoiser) -> ABM:
-        """The same solver with what it leaves open filled in: the guidance that the model is under, and its scale."""
+    def fitted_to(self, model: Denoiser) -> Self:
+        """What is left open is the guidance that the model is under, and its scale."""
         solver = replace(self, guidance=max(self.guidance, guidance_scale(model)))
         if self.c is not None:
             return solver
@@ -104,10 +105,9 @@ class ABM(PredictorCorrector):
             return solver.for_noise_prediction()
         return replace(solver, c=scale_for(half_level_of(model), solver.guidance))
 
-    def for_noise_prediction(self) -> ABM:
-        """The same solver for a network that predicts noise and of which nothing else is known.  Its data predictions
-        have large errors at high noise, which calls spent there correct and high orders multiply: a scale of 6 and
-        order 2 did best (``benchmarks/beta_grids.py``)."""
+    def for_noise_prediction(self) -> Self:
+        """Data predictions of such a network have large errors at high noise, which calls spent there correct and high
+        orders multiply: a scale of 6 and order 2 did best (``benchmarks/beta_grids.py``)."""
         if self.c is not None:
             return self
         return replace(self, c=scale_for(NOISE_PREDICTION_LEVEL, self.guidance), p=self.p or 2)

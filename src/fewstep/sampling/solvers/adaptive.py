@@ -20,8 +20,9 @@ from fewstep.denoisers import Cond, Denoiser, check_prediction
 from fewstep.grids import check_grid, reach
 from fewstep.randomness import Noise
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point
-from fewstep.sampling.engine import HALF, Row, Solver, Table, in_half, moved
+from fewstep.sampling.engine import HALF, Solver, Table, in_half, moved
 from fewstep.sampling.hooks import NO_HOOKS, Hooks
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.dpm_solver import inner_rows
 from fewstep.schedules import LOG_SNR_BOUND, Schedule
 from fewstep.values import real
@@ -44,6 +45,7 @@ class AdaptiveDPMSolver(Solver):
     """
 
     usual_steps: ClassVar[int] = 1
+    adaptive: ClassVar[bool] = True
 
     p: int = 3
     form: Form = NOISE

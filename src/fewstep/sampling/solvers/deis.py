@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fewstep.sampling.coefficients import NOISE, Form, Levels, gauss_legendre, vandermonde
-from fewstep.sampling.engine import Row
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.multistep import Multistep
 from fewstep.schedules import Schedule
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels, Point
-from fewstep.sampling.engine import Row, Solver, Stage, Step, Table
+from fewstep.sampling.engine import Solver, Stage, Step, Table
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.multistep import Multistep
 from fewstep.sampling.solvers.stochastic import check_eta
 

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from fewstep.discrete_vp import DiscreteVP
 from fewstep.sampling.coefficients import DATA, Levels
-from fewstep.sampling.engine import FieldRow, Solver, Stage, Step, Table, corrected
+from fewstep.sampling.engine import FieldTable, Solver, Stage, Step
+from fewstep.sampling.rows import FieldRow
 from fewstep.sampling.solvers.multistep import usable_outputs
 from fewstep.schedules import LOG_SNR_BOUND, Schedule
 
@@ -223,7 +224,7 @@ class DPMSolverV3(Solver):
             return predicted if self.corrector == "off" else corrected
         return min(predicted, corrected)
 
-    def table(self, levels: Levels) -> Table:
+    def table(self, levels: Levels) -> FieldTable:
         """Raises ValueError when the grid does not fit that of the statistics, see :func:`snapped`."""
         levels, places = snapped(levels, self.statistics)
         kept = [self.kept(levels, i, places[i]) for i in range(levels.steps)]
@@ -237,10 +238,10 @@ class DPMSolverV3(Solver):
                 past = list(range(i - 1, i - n, -1))
                 predictor = self.row(levels, places, i, [i, *past], self.pseudo_predictor)
                 corrector = self.correction(levels, places, i, past)
-            row = predictor if before is None else corrected(predictor, *before)
+            row = predictor if before is None else predictor.corrected(*before)
             steps.append(Step((Stage(levels.times[i], row),)))
             before = None if corrector is None else (predictor, corrector)
-        return Table(levels, steps, kept)
+        return FieldTable(levels, steps, kept)
 
     def kept(self, levels: Levels, i: int, place: int) -> tuple[Tensor, float] | None:
         """``f = (1 - l) x / alpha - D``; ``D`` at pure noise, where there is no ``f``."""
@@ -262,8 +263,9 @@ class DPMSolverV3(Solver):
         last = i + 1 == levels.steps
         if last or not self.corrects(levels.log_snr[i + 1]) or (not self.pseudo_corrector and not past):
             return None
-        a, (start, new, *older), b, _ = self.row(levels, places, i, nodes, self.pseudo_corrector)
-        return FieldRow(a, (new, start, *older), b)
+        again = self.row(levels, places, i, nodes, self.pseudo_corrector)
+        start, new, *older = again.c
+        return again._replace(c=(new, start, *older))
 
     def corrects(self, log_snr: float) -> bool:
         """Whether the state at this level is corrected."""

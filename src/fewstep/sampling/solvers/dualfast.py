@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fewstep.sampling.coefficients import DATA, NOISE, Levels
-from fewstep.sampling.engine import Anchor, Row, Solver, Stage, Step, Table
+from fewstep.sampling.engine import Anchor, Solver, Stage, Step, Table
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.multistep import Multistep
 from fewstep.sampling.solvers.stochastic import DDIM
 from fewstep.values import real
@@ -79,13 +80,10 @@ class DualFast(Solver):
         return [0.0, *(top * (i / (steps - 1) if linear else 1.0) for i in range(1, steps))]
 
     def table(self, levels: Levels) -> Table:
-        base = self.base.table(levels)
         steps = []
-        for i, (step, c) in enumerate(zip(base.steps, self.weights(levels.steps), strict=True)):
-            (stage,) = step.stages
-            assert isinstance(stage.row, Row)  # a multistep solver's rows are
-            mixed = stage.row if not c or math.isinf(levels.h(i)) else self.mixed(stage.row, levels, i, c)
-            steps.append(Step((Stage(stage.time, mixed),)))
+        for i, (row, c) in enumerate(zip(self.base.chain(levels), self.weights(levels.steps), strict=True)):
+            mixed = row if not c or math.isinf(levels.h(i)) else self.mixed(row, levels, i, c)
+            steps.append(Step((Stage(levels.times[i], mixed),)))
         return Table(levels, steps, self.base.form.output, self.anchor)
 
     def mixed(self, row: Row, levels: Levels, i: int, c: float) -> Row:

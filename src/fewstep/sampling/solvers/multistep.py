@@ -11,7 +11,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 from fewstep.sampling.coefficients import DATA, NOISE, Form, Levels
-from fewstep.sampling.engine import Row, Solver, Stage, Step, Table, corrected
+from fewstep.sampling.engine import Solver, Stage, Step, Table
+from fewstep.sampling.rows import Row
 
 
 def usable_outputs(levels: Levels, i: int, most: int, lower_order_final: bool) -> int:
@@ -72,8 +73,12 @@ class Multistep(Solver):
             return Row(a, (c,))
         return self.row(levels, i, self.usable(levels, i))
 
+    def chain(self, levels: Levels) -> list[Row]:
+        """The rows of all steps."""
+        return [self.step(levels, i) for i in range(levels.steps)]
+
     def table(self, levels: Levels) -> Table:
-        steps = [Step((Stage(levels.times[i], self.step(levels, i)),)) for i in range(levels.steps)]
+        steps = [Step((Stage(t, row),)) for t, row in zip(levels.times[:-1], self.chain(levels), strict=True)]
         return Table(levels, steps, self.form.output)
 
 
@@ -91,8 +96,8 @@ class PredictorCorrector(Multistep):
         """The predictor."""
         return self.rows(levels, i, outputs)[0]
 
-    def table(self, levels: Levels) -> Table:
-        steps: list[Step] = []
+    def chain(self, levels: Levels) -> list[Row]:
+        found: list[Row] = []
         before: tuple[Row, Row] | None = None  # predictor and corrector of the last step
         for i in range(levels.steps):
             corrector: Row | None = None
@@ -100,7 +105,6 @@ class PredictorCorrector(Multistep):
                 predictor = self.step(levels, i)
             else:
                 predictor, corrector = self.rows(levels, i, self.usable(levels, i))
-            row = predictor if before is None else corrected(predictor, *before)
-            steps.append(Step((Stage(levels.times[i], row),)))
+            found.append(predictor if before is None else predictor.corrected(*before))
             before = None if corrector is None else (predictor, corrector)
-        return Table(levels, steps, self.form.output)
+        return found

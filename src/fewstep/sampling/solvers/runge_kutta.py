@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fewstep.sampling.coefficients import DATA, Levels, Point, tensor
-from fewstep.sampling.engine import Row, Solver, Stage, Step, Table
+from fewstep.sampling.engine import Solver, Stage, Step, Table
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.stochastic import NO_CHURN, Churn
 from fewstep.schedules import Schedule
 

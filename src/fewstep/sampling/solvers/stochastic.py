@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from fewstep.sampling.coefficients import Levels, tensor
-from fewstep.sampling.engine import Row
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.multistep import Multistep
 from fewstep.values import real
 

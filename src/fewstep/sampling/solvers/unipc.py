@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fewstep.sampling.coefficients import DATA, Form, Levels, vandermonde
-from fewstep.sampling.engine import Row
+from fewstep.sampling.rows import Row
 from fewstep.sampling.solvers.multistep import PredictorCorrector
 
 
