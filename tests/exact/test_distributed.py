@@ -39,11 +39,9 @@ from fewstep.training.trainer import Interrupted, Result, Settings, train
 
 RECIPE = InstaFlow(pairs=600, ode_steps=2)
 STEPS, STOP = 6, 3
-#: Steps 0, 2 and 4 move three networks with two optimisers, the others two networks with one.
-ADVERSARIAL = DMD2(steps=2, critic_steps=2, gan_weight=0.1, discriminator_weight=0.1, lr=1e-3, critic_lr=1e-3)
+#: Steps 0, 2 and 4 of DMD2 move three networks with two optimisers, the others two networks with one.
 METHODS: dict[str, Method] = {
-    "dmd2": ADVERSARIAL,
-    "dmd2-pictures": ADVERSARIAL,
+    "dmd2-pictures": DMD2(steps=2, critic_steps=2, gan_weight=0.1, discriminator_weight=0.1, lr=1e-3, critic_lr=1e-3),
     "cm": ConsistencyDistillation(lr=1e-3, mu=0.5),
     "scm": ContinuousConsistencyDistillation(lr=1e-3, tangent_warmup=0.0),
 }
