@@ -135,9 +135,9 @@ def test_particles_refuse(ask: Callable[[], object], words: str) -> None:
 # --- score distillation on free samples ------------------------------------------------------------------------------
 
 
-def train(particles: Particles, loss: Callable[[Tensor, Rng], Tensor], steps: int = 500) -> Tensor:
+def train(particles: Particles, loss: Callable[[Tensor, Rng], Tensor], steps: int = 600) -> Tensor:
     """The particles after so many steps of Adam, all of them in each, at a rate that falls to 0."""
-    rng, rate = Rng(0), 2e-2
+    rng, rate = Rng(0), 5e-2
     optimizer = torch.optim.Adam(particles.parameters(), lr=rate, betas=(0.0, 0.999))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
@@ -165,9 +165,9 @@ def test_particles_reach_a_gaussian(schedule: Schedule) -> None:
         return matching_loss(x, teacher, law_of(x.detach(), schedule), None, rng)[0]
 
     reached = law_of(train(particles, loss), schedule)
-    assert float((reached.mean - MEAN).norm()) < 2e-3
+    assert float((reached.mean - MEAN).norm()) < 1e-6
     covariance = (reached.basis * reached.variances) @ reached.basis.T
-    assert float((covariance - COVARIANCE).norm()) < 2e-3
+    assert float((covariance - COVARIANCE).norm()) < 1e-6
 
 
 @SCHEDULES
@@ -207,8 +207,8 @@ def test_sds_falls_onto_the_mean(schedule: Schedule) -> None:
         return matching_loss(x, teacher, Drawn(teacher, x.detach()), None, rng)[0]
 
     reached = law_of(train(particles, loss), schedule)
-    assert float((reached.mean - MEAN).norm()) < 5e-3
-    assert float(reached.variances.sum()) < 1e-3  # of the teacher's 0.8
+    assert float((reached.mean - MEAN).norm()) < 1e-2
+    assert float(reached.variances.sum()) < 2e-3  # of the teacher's 0.8
 
 
 # --- what looks at an object -------------------------------------------------------------------------------------
