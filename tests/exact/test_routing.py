@@ -20,7 +20,8 @@ from fewstep.data.dataset import Dataset
 from fewstep.denoisers import CountCalls, Denoiser, NetworkDenoiser, OnSchedule
 from fewstep.exact import Gaussian, three_modes
 from fewstep.exact.world import ExactFlowMap
-from fewstep.flow_maps import EDMConsistency, FlowMap, Input, Jump
+from fewstep.extras import Input
+from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.guidance import Guided
 from fewstep.hub import native
 from fewstep.hub.exporting import export
@@ -434,6 +435,28 @@ def test_every_expert_takes_the_inputs_of_a_map(tmp_path: Path) -> None:
     assert not torch.equal(x, again.sample(4, steps=3, seed=1))
     with pytest.raises(ValueError, match=r"extras\.w: the network takes no further inputs"):
         native.build(native.describe(weighted(told(0), told(1, ()))))
+
+
+def test_experts_share_their_further_inputs_and_what_their_jumps_are() -> None:
+    """Saved with them and built again, and an input that one expert's network does not take is refused; of maps to data
+    a routed one is a map to data, of maps of two times one of two times."""
+    weight = {"w": Input(1.0, 0.0, 4.0)}
+
+    def told(*names: str) -> NetworkDenoiser:
+        torch.manual_seed(0)
+        made = network()
+        return NetworkDenoiser(MLP(SHAPE, 16, 1, 10, extras=names), made.schedule, made.prediction, SHAPE, 10)
+
+    experts = RoutedDenoiser([told("w"), told("v", "w")], HALVES)
+    config = native.describe(Student(Jump(experts, extras=weight), PLANS))
+    assert native.build(config).extras == weight
+    config["flow_map"]["denoiser"]["experts"][1]["network"]["extras"] = ["v"]
+    with pytest.raises(ValueError, match=r"extras\.w: the network takes v$"):
+        native.build(config)
+    to_data = Student(RoutedFlowMap([EDMConsistency(on_edm()), EDMConsistency(on_edm())], HALVES), {1: Plan((80.0,))})
+    both = RoutedFlowMap([Jump(told("s"), two_times=True), Jump(told("s"), two_times=True)], HALVES)
+    for student, only in ((to_data, True), (Student(both, {1: Plan((1.5,))}), False)):
+        assert student.only_to_data == student.flow_map.only_to_data == only
 
 
 def test_embedding_routers_are_saved(tmp_path: Path) -> None:

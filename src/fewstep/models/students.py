@@ -16,7 +16,7 @@ from fewstep.models.model import Config, Model
 from fewstep.models.networks import DIFFUSERS
 from fewstep.models.routers import ROUTER, build_router, describe_router
 from fewstep.randomness import Rng
-from fewstep.routing import RoutedDenoiser, RoutedFlowMap
+from fewstep.routing import RoutedFlowMap
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schemas import Choice, Map, Maybe, arguments_of
 
@@ -105,9 +105,7 @@ class StudentModel(Model):
         return self.usual_steps if steps is None else steps
 
     def teacher(self) -> Any:
-        from fewstep.models.kinds import model_of
-
-        return model_of(self.module.flow_map).teacher()
+        return self.module.flow_map.teacher()
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         plans = {
@@ -134,7 +132,7 @@ class AnyFlowMap(StudentModel):
         return Student(self.module, {1: Plan((self.module.schedule.t_max,))})
 
     def teacher(self) -> Any:
-        raise TypeError(f"a {type(self.module).__name__} cannot be the teacher of a next stage")
+        return self.module.teacher()
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         return Model.describe(self, model, network)
@@ -146,11 +144,6 @@ class JumpModel(AnyFlowMap):
     kind = "jump"
     wraps = Jump
     holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "two_times": bool, "extras": Maybe(EXTRAS)}
-
-    def teacher(self) -> Any:
-        if self.module.two_times:
-            raise ValueError("a student of two times, whose network is no denoiser to start from")
-        return self.module.denoiser
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         jump: Jump = self.module
@@ -171,9 +164,6 @@ class EDMConsistencyModel(AnyFlowMap):
     wraps = EDMConsistency
     holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "sigma_data": float, "extras": Maybe(EXTRAS)}
 
-    def teacher(self) -> Any:
-        return self.module.denoiser
-
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         made: EDMConsistency = self.module
         return {
@@ -191,12 +181,6 @@ class RoutedFlowMapModel(AnyFlowMap):
 
     kind = "routed-flow-map"
     wraps = RoutedFlowMap
-
-    def teacher(self) -> Any:
-        from fewstep.models.kinds import model_of
-
-        made: RoutedFlowMap = self.module
-        return RoutedDenoiser([model_of(expert).teacher() for expert in made.experts], made.router)
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         made: RoutedFlowMap = self.module
