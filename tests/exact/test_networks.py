@@ -1,10 +1,10 @@
-"""The reference networks: a second sample given beside the state."""
+"""The reference networks: a second sample given beside the state, and the parts that they share."""
 
 import pytest
 import torch
 
 from fewstep.networks import MLP, UNet
-from fewstep.networks.parts import GroupNorm
+from fewstep.networks.parts import Dropout, GroupNorm, Modulation, PositionalEmbedding
 
 MAKE = {
     "mlp on pictures": lambda beside: MLP((1, 4, 4), width=16, blocks=1, beside=beside),
@@ -55,3 +55,39 @@ def test_group_norm_in_half_precision_is_that_of_float32_rounded():
             rounded = GroupNorm(4, 8)
             rounded.load_state_dict({name: p.float() for name, p in norm.state_dict().items()})
             assert torch.equal(norm(x), rounded(x.float()).to(kind))
+
+
+def test_modulation_by_hand():
+    """``x (1 + scale) + shift`` at every place; with double norm both have a root mean square of 1, but for eps."""
+    torch.manual_seed(0)
+    x, emb = torch.randn(4, 6, 3, 2, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    for double in (False, True):
+        layer = Modulation(5, 6, double).double()
+        assert torch.equal(layer(x, emb), x)
+        torch.nn.init.normal_(layer.projection.weight)
+        scale, shift = layer.projection(emb).split(6, 1)
+        if double:
+            scale, shift = (v / (v.square().sum(1, keepdim=True) / 6 + 1e-4).sqrt() for v in (scale, shift))
+        expected = torch.einsum("bc,bchw->bchw", 1 + scale, x) + shift[:, :, None, None]
+        torch.testing.assert_close(layer(x, emb), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_times_are_embedded_in_geometric_frequencies():
+    """From 0.25 to 16 in equal ratios, cosines before sines."""
+    t = torch.tensor([0.0, 0.3, -2.0], dtype=torch.float64)
+    angle = t[:, None] * torch.tensor([0.25, 1.0, 4.0, 16.0], dtype=torch.float64)
+    torch.testing.assert_close(PositionalEmbedding(8)(t), torch.cat([angle.cos(), angle.sin()], 1), rtol=0, atol=1e-5)
+    for width in (0, 1, 7):
+        with pytest.raises(ValueError, match=f"width={width} must be an even number"):
+            PositionalEmbedding(width)
+    assert PositionalEmbedding(2)(t).shape == (3, 2)
+
+
+def test_dropout_keeps_the_mean():
+    """What is kept is divided by the share that is; nothing is kept at p = 1, and everything outside training."""
+    torch.manual_seed(0)
+    x = torch.full((100, 100), 3.0)
+    found = Dropout(0.25)(x)
+    kept = found != 0
+    assert torch.equal(found[kept], (x / 0.75)[kept]) and abs(float(kept.double().mean()) - 0.75) < 0.02
+    assert not bool(Dropout(1.0)(x).any()) and torch.equal(Dropout(0.25).eval()(x), x)
