@@ -5,6 +5,7 @@ import torch
 
 from fewstep.networks import MLP, UNet
 from fewstep.networks.parts import Dropout, GroupNorm, Modulation, PositionalEmbedding
+from fewstep.networks.transformer import Block, Offsets
 
 MAKE = {
     "mlp on pictures": lambda beside: MLP((1, 4, 4), width=16, blocks=1, beside=beside),
@@ -91,3 +92,31 @@ def test_dropout_keeps_the_mean():
     kept = found != 0
     assert torch.equal(found[kept], (x / 0.75)[kept]) and abs(float(kept.double().mean()) - 0.75) < 0.02
     assert not bool(Dropout(1.0)(x).any()) and torch.equal(Dropout(0.25).eval()(x), x)
+
+
+def test_a_block_is_attention_and_two_layers():
+    """Against PyTorch's attention with the offsets as a bias, at weights away from their start."""
+    torch.manual_seed(0)
+    block = Block(5, 8, 2, 0.0).double()
+    torch.nn.init.normal_(block.modulation.weight)
+    x, emb = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    scale, shift, mlp_scale, mlp_shift = block.modulation(emb).unflatten(1, (4, 1, 8)).unbind(1)
+
+    def norm(x):
+        return torch.nn.functional.layer_norm(x, (8,))
+
+    inner = block.qkv(norm(x) * (1 + scale) + shift).unflatten(2, (3, 2, 4))
+    q, k, v = inner.permute(2, 0, 3, 1, 4)
+    seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=block.offsets())
+    x1 = x + block.mix(seen.transpose(1, 2).reshape(3, 5, 8))
+    hidden = block.first(norm(x1) * (1 + mlp_scale) + mlp_shift)
+    torch.testing.assert_close(block(x, emb), x1 + block.second(hidden * hidden.sigmoid()), rtol=1e-12, atol=1e-12)
+
+
+def test_offsets_start_at_a_neighbour():
+    """Head h prefers the token ``1 + h // 2`` places to the right, or to the left where h is odd; the bias falls with
+    the logarithm of the distance from there."""
+    found = Offsets(6, 4)()
+    for head, favourite in enumerate((1, -1, 2, -2)):
+        away = torch.tensor([[abs(j - i - favourite) for j in range(6)] for i in range(6)])
+        torch.testing.assert_close(found[head], -2 * torch.log1p(away.float()))
