@@ -186,8 +186,8 @@ def test_the_gan_pulls_samples_towards_what_passes_for_data() -> None:
 
 
 def test_the_critics_loss_at_the_same_draws() -> None:
-    """Denoising of the student's samples plus the weighted discriminator loss: data and samples at the same times of the
-    whole range, with noises of their own."""
+    """Denoising of the student's samples plus the weighted discriminator loss: data and samples at the same times of
+    the whole range, with noises of their own."""
     method = DMD2(gan_weight=0.5, discriminator_weight=0.25)
     nets = method.networks(Start(teacher_network()))
     batch, x = batch_of(seed=6), batch_of(seed=7).x

@@ -45,7 +45,8 @@ class GaussianMixture(Labelled):
         super().__init__(schedule, tuple(means.shape[1:]), weights, labels)
         k, d = len(means), means[0].numel()
         matrices = covariances.double()
-        if matrices.ndim == 1:
+        self.round = matrices.ndim == 1  # every direction is an eigenvector
+        if self.round:
             matrices = matrices[:, None, None] * torch.eye(d, dtype=torch.float64)
         if len(weights) != k or matrices.shape != (k, d, d) or not torch.allclose(matrices, matrices.mT, atol=1e-12):
             raise ValueError(
@@ -63,17 +64,24 @@ class GaussianMixture(Labelled):
         """Log joint density of component and state ``[B, K]``, and the deviations over their variances ``[B, K, d]`` in
         the components' eigenbases."""
         alpha, sigma = alpha[:, None], sigma[:, None]
-        deviation = torch.einsum("bki,kij->bkj", x[:, None] - alpha * self.means.to(x), self.basis.to(x))
+        deviation = x[:, None] - alpha * self.means.to(x)
+        if not self.round:
+            deviation = torch.einsum("bki,kij->bkj", deviation, self.basis.to(x))
         variance = alpha**2 * self.variances.to(x) + sigma**2
-        density = -0.5 * (deviation**2 / variance + torch.log(2 * math.pi * variance)).sum(2)
-        return self.log_prior(cond, x) + density, deviation / variance
+        white = deviation / variance
+        density = -0.5 * (deviation * white + torch.log(2 * math.pi * variance)).sum(2)
+        return self.log_prior(cond, x) + density, white
 
     def moments(self, x: Tensor, alpha: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         joint, white = self._components(x, alpha, sigma, cond)
         posterior = normalized(joint)
-        basis, weighted = self.basis.to(x), posterior[..., None] * white
-        shift = torch.einsum("bkj,kij->bi", self.variances.to(x) * weighted, basis)
-        return posterior @ self.means.to(x) + alpha * shift, -torch.einsum("bkj,kij->bi", weighted, basis)
+        weighted = posterior[..., None] * white
+        shift, score = (self._sum(part) for part in (self.variances.to(x) * weighted, -weighted))
+        return posterior @ self.means.to(x) + alpha * shift, score
+
+    def _sum(self, parts: Tensor) -> Tensor:
+        """The sum of vectors ``[B, K, d]`` in the components' eigenbases."""
+        return parts.sum(1) if self.round else torch.einsum("bkj,kij->bi", parts, self.basis.to(parts))
 
     def posterior(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The probability of each component given the state, ``[B, K]``."""

@@ -104,7 +104,7 @@ class CascadeUNet(UNet):
         hidden, skips = self.encode(x, emb, beside)
         below = self.depth - 1 - self.level(x)  # levels: each has one block more than on the way down, and upsampling
         for layer in islice(self.up, below * (self.blocks + 2) + self.blocks + 1):
-            hidden = layer(hidden, emb, skips)
+            hidden = layer(hidden, emb, skips.pop() if layer.joins else None)
         return nn.functional.pixel_shuffle(self.leave_stage(hidden, x), 2).contiguous()
 
     def encode(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -108,7 +108,7 @@ class UNet(nn.Module):
         emb = self.conditioning(t, cond, extras, x.dtype)
         hidden, skips = self.encode(x, emb, beside)
         for layer in self.up:
-            hidden = layer(hidden, emb, skips)
+            hidden = layer(hidden, emb, skips.pop() if layer.joins else None)
         out = self.leave(nn.functional.silu(self.leave_norm(hidden)))
         return nn.functional.pixel_shuffle(out, 2).contiguous()
 
@@ -138,10 +138,15 @@ class ResBlock(nn.Module):
 
 
 class JoiningBlock(ResBlock):
-    """A block of the way up, which takes the latest state of the way down with its own."""
+    """A block of the way up, which takes the latest state of the way down with its own.
 
-    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:  # type: ignore[override]
-        return super().forward(torch.cat([x, skips.pop()], dim=1), emb)
+    It is handed that state and not the list of all: a sharded layer is called with a copy of every list it is given.
+    """
+
+    joins = True
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.cat([x, skip], dim=1), emb)
 
 
 class Attention(nn.Module):
@@ -169,9 +174,11 @@ class Downsample(nn.Conv2d):
 class Upsample(nn.Module):
     """Nearest-neighbour doubling and a convolution."""
 
+    joins = False
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skip: None = None) -> Tensor:
         return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
