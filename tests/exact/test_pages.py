@@ -1,4 +1,4 @@
-"""The pages of the systems name what there is: code in the tables of what it does, tests in those of what is verified."""
+"""The pages of the systems name what there is: code in tables of what it does, tests in tables of what is verified."""
 
 from __future__ import annotations
 
