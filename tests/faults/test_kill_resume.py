@@ -1,7 +1,6 @@
 """Kill a run anywhere: the same command makes the weights of the run that was never killed, bit for bit."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child_processes import CONTEXT
 from torch import Tensor
 
 from fewstep import files as writer
@@ -33,10 +33,6 @@ from fewstep.training.trainer import Interrupted, Settings, train
 
 STEPS = 120
 METHOD = DMD2(critic_steps=3, gan_weight=0.1, lr=1e-3, critic_lr=1e-3)  # three networks, two optimisers, a GAN
-
-#: Children start from a server that has imported everything once.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "fewstep.training.trainer", "fewstep.methods.matching.dmd2"])
 
 
 @dataclass(frozen=True)
