@@ -14,12 +14,13 @@ demo: $(VENV)/core
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-## Style, types and the direction of imports.
+## Style, types, the direction of imports and the house rules that can be counted.
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/check_imports.py
+	$(BIN)/python tools/check_house.py
 
 ## The documentation site, in site/.
 docs: $(VENV)/docs

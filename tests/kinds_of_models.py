@@ -44,7 +44,8 @@ from fewstep.sampling.dpm_ot.expressway import Expressway
 from fewstep.sampling.dpm_ot.model import TransportedModel
 from fewstep.sampling.dpm_ot.optimal_transport import transport
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
+from fewstep.sampling.self_conditioned import SelfConditioned
+from fewstep.sampling.self_conditioning import SelfConditioning
 from fewstep.schedules import EDM, TrigFlow
 
 SHAPE = (1, 8, 8)

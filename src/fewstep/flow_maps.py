@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, View, check_prediction
-from fewstep.extras import Input as Input
-from fewstep.extras import check_declared, values_for
+from fewstep.extras import Input, check_declared, values_for
 from fewstep.schedules import EDM, Schedule, align, as_time
 
 
@@ -73,6 +72,10 @@ class FlowMap(nn.Module, ABC):
         """The denoiser that the map is where it does not move, ``g(x, t, t)``: what can teach a next stage.  ValueError
         for a map that has none."""
         raise ValueError(f"a {type(self).__name__} knows where its paths end, not what a state is the mean of")
+
+    def teacher(self) -> Denoiser:
+        """The denoiser that a next training starts from; TypeError or ValueError for a map that has none."""
+        raise TypeError(f"a {type(self).__name__} cannot be the teacher of a next stage")
 
     def inputs(self, x: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """The further inputs for the states ``x`` ``[B, ...]``, ``[B]`` each: those ``given``, numbers or one a sample,
@@ -132,6 +135,11 @@ class Jump(FlowMap):
         """The target time, for a network that takes it."""
         return {"s": self.denoiser.label(as_time(s, x), x)} if self.two_times else {}
 
+    def teacher(self) -> Denoiser:
+        if self.two_times:
+            raise ValueError("a student of two times, whose network is no denoiser to start from")
+        return self.denoiser
+
     def instant(self) -> Denoiser:
         return AtItself(self.denoiser) if self.two_times else self.denoiser
 
@@ -179,6 +187,9 @@ class EDMConsistency(FlowMap):
         if bool((target != self.schedule.t_min).any()):
             raise ValueError(f"an EDM consistency function jumps to t_min={self.schedule.t_min} only")
         return self.to_data(x, time, cond, **extras)
+
+    def teacher(self) -> Denoiser:
+        return self.denoiser
 
     def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         time, variance, eps = as_time(t, x), self.sigma_data**2, self.schedule.t_min

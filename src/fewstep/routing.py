@@ -258,6 +258,8 @@ class RoutedFlowMap(FlowMap):
         super().__init__(first.schedule, first.shape, first.classes, first.extras)
         self.experts = nn.ModuleList(experts)
         self.router = router
+        self.two_times = all(expert.two_times for expert in experts)
+        self.only_to_data = any(expert.only_to_data for expert in experts)
 
     @property
     def null(self) -> Cond:
@@ -270,6 +272,9 @@ class RoutedFlowMap(FlowMap):
 
     def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         return ask_experts(self.router, self.experts, _to_data, x, (as_time(t, x),), cond, extras)[0]
+
+    def teacher(self) -> Denoiser:
+        return RoutedDenoiser([expert.teacher() for expert in self.experts], self.router)
 
     def instant(self) -> Denoiser:
         return RoutedDenoiser([expert.instant() for expert in self.experts], self.router)

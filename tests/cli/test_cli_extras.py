@@ -163,10 +163,8 @@ def test_export_keeps_an_input_constant(cli: Cli) -> None:
     pytest.importorskip("diffusers")
     saved()
     err = cli("export", "guided", "out", code=2).err
-    assert (
-        "input w from 0 to 14 (default 1.5)" in err and "fix it with --extra w=1.5" in err
+    assert "input w from 0 to 14 (default 1.5)" in err and "fix it with --extra w=1.5" in err
     assert not Path("out").exists()
-    )
     cli("export", "guided", "out", "--extra", "w=3")
     card = Path("out/README.md").read_text()
     assert "Its input w is 3. Its input k is 1, 2 in 1, 2 steps." in card

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from fewstep.denoisers import Cond, CountCalls, Denoiser, NetworkDenoiser
 from fewstep.exact import Gaussian, GaussianMixture, GuidedGaussian, ring
 from fewstep.exact.fractal import Fractal, density_level
+from fewstep.flow_maps import Jump
 from fewstep.grids import karras
 from fewstep.guidance import Autoguided, Guidance, GuidanceInterval, Guided
 from fewstep.hub import native
 from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
-from fewstep.sampling import sample
+from fewstep.sampling import Plan, Student, sample
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPLinear
 from fewstep.training import autoguidance, snapshots
 from fewstep.training.ema import Average
@@ -332,7 +333,7 @@ def test_search_puts_failed_trials_last_and_a_run_can_guide_itself(runs):
 
 
 def test_search_names_what_cannot_be_searched(runs, tmp_path):
-    """An empty list, a moment without a snapshot, a run without snapshots, a width that no average has."""
+    """An empty list, a moment without a snapshot, a run without snapshots, a width that no average has, a student."""
     main, guide = runs
     for bad, message in (
         ({"scales": ()}, "scales is empty"),
@@ -344,6 +345,14 @@ def test_search_names_what_cannot_be_searched(runs, tmp_path):
     native.save(network(8).float(), tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="no snapshots of averages"):
         autoguidance.search(main, tmp_path, lambda model: 0.0, **GRID)
+    student = tmp_path / "student"
+    (student / "snapshots").mkdir(parents=True)
+    for file in (guide / "snapshots").iterdir():
+        (student / "snapshots" / file.name).write_bytes(file.read_bytes())
+    native.save(Student(Jump(network(4).float()), {1: Plan((1.5,))}), student / "model")
+    with pytest.raises(ValueError, match="student: a student, which samples in its own way; name a run of") as found:
+        autoguidance.search(main, student, lambda model: 0.0, **GRID)
+    assert "\n" not in str(found.value)
 
 
 def test_fractal_branches_and_region():

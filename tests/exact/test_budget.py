@@ -71,3 +71,9 @@ def test_words_and_back(amount: int, unit: str) -> None:
     budget = Budget(amount, unit)  # type: ignore[arg-type]
     again = Budget.parse(str(budget))
     assert again.unit == unit and again.amount == pytest.approx(amount, rel=1e-14)
+
+
+def test_seconds_are_written_as_minutes_from_the_first_on() -> None:
+    """As ``train --for`` prints them."""
+    found = [str(Budget(amount, "seconds")) for amount in (59, 60, 90, 5400)]
+    assert found == ["59seconds", "1min", "1.5min", "90min"]

@@ -71,6 +71,29 @@ def test_the_import_check_finds_a_wrong_direction(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_the_house_check_sees_what_breaks_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tools/check_house.py counts lines and questions after own classes, and finds a circle that closes inside a
+    function; imports for type checkers only are none, and foreign classes are not counted."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    house = import_module("check_house")
+    root = tmp_path / "house"
+    root.mkdir()
+    (root / "__init__.py").write_text("")
+    own = "class Own: ...\n" + "isinstance(1, Own | int)\n" * house.CHECKS + "isinstance(1, int)\n"
+    (root / "a.py").write_text(own + "from house import b\n")
+    (root / "b.py").write_text("if TYPE_CHECKING:\n    from house.a import Own\n" + "x = 1\n" * (house.LINES - 2))
+    assert list(house.broken(root)) == []
+    (root / "b.py").write_text(
+        "def f():\n    from house.a import Own\n    isinstance(1, Own)\n" + "x = 1\n" * house.LINES
+    )
+    found = [line.removeprefix(str(root) + "/") for line in house.broken(root)]
+    assert found[0].startswith(f"b.py: {house.LINES + 3} lines, at most {house.LINES}")
+    assert found[1:-2] == [*(f"a.py:{2 + i}: Own" for i in range(house.CHECKS)), "b.py:3: Own"]
+    assert found[-2].startswith(f"{house.CHECKS + 1} isinstance checks against our own classes")
+    assert found[-1] in ("a circle of imports: house.a -> house.b -> house.a",
+                         "a circle of imports: house.b -> house.a -> house.b")  # fmt: skip
+
+
 def test_pages_say_what_the_classes_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deviations, healthy runs and the table of methods are written by tools/make_docs.py, and every page of a method
     that works has its sections."""

@@ -227,6 +227,7 @@ def test_shown_tokens_are_certain() -> None:
     [
         (lambda: Masked(1), "tokens=1 must be at least 2"),
         (lambda: Uniform(3, t_min=0.0), "t_min=0 and t_max=1 need"),
+        (lambda: Uniform(3, t_max=1.5), "t_max=1.5 need 0 < t_min < t_max <= 1"),
         (lambda: Ordinal(3, width=0.0), "width=0 must be positive"),
         (lambda: LogLinear(1.5), "rest=1.5 must lie in"),
         (lambda: Geometric(2.0, 1.0), "need 0 < low < high"),

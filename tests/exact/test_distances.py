@@ -126,6 +126,12 @@ def test_lpips_from_a_file_is_the_formula(naming: str, suffix: str, tmp_path: Pa
     assert float(d(a, a).abs().max()) == 0 < float(d(a, b).min())
 
 
+def test_lpips_standardises_with_imagenets_moments() -> None:
+    """Those of levels in [0, 1], taken to [-1, 1]."""
+    assert pytest.approx([2 * m - 1 for m in (0.485, 0.456, 0.406)], abs=1e-12) == SHIFT
+    assert pytest.approx([2 * s for s in (0.229, 0.224, 0.225)], abs=1e-12) == SCALE
+
+
 def test_lpips_of_small_and_grey_pictures(tmp_path: Path) -> None:
     """Grey is the same in all colours; below 224 pixels pictures are enlarged."""
     save_tensors(tmp_path / "w.safetensors", lpips_tensors())

@@ -44,6 +44,21 @@ def test_a_head_gives_one_logit_for_features_of_any_shape(shape: tuple[int, ...]
     assert features.grad is not None and bool((features.grad.flatten(1).abs().amax(1) > 0).all())
 
 
+@pytest.mark.parametrize(
+    ("shape", "places"),
+    [
+        ((8, 4, 6), (2, 3)),
+        ((8, 1, 5), (1, 5)),
+        ((8, 1, 1), (1, 1)),
+        ((8, 2, 4, 6), (1, 2, 3)),
+        ((8, 1, 4, 3), (1, 4, 3)),
+    ],
+)
+def test_a_head_halves_the_places_where_every_side_has_two(shape: tuple[int, ...], places: tuple[int, ...]) -> None:
+    """With DMD2's kernel of 4; else all places are kept."""
+    assert FeatureHead(shape).layers[0](torch.zeros(1, *shape)).shape[2:] == places
+
+
 def teacher() -> NetworkDenoiser:
     torch.manual_seed(0)
     net = UNet(SHAPE, (8, 24), 1, 32, 3)

@@ -440,6 +440,14 @@ def test_transport_error_bounds_hold_on_the_line() -> None:
     assert exact[1] < exact[0] / 5
 
 
+def test_transport_error_costs_its_confidence() -> None:
+    """With R = 1 / 2 the bound at more confidence is larger by the difference of ``sqrt(log(2 / delta) / (2 n))``."""
+    y = line(16)
+    right = BrenierPotential.of(y, UniformSource()).at(rearrangement(y, EQUAL16))
+    low, high = (transport_error(right, Rng(0), 2000, sure).total_variation for sure in (0.9, 0.99))
+    assert high - low == pytest.approx((math.sqrt(math.log(200)) - math.sqrt(math.log(20))) / math.sqrt(4000), rel=1e-9)
+
+
 class Shifted(Denoiser):
     """The exact denoiser with its noise off by a constant."""
 

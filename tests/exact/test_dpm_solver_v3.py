@@ -23,9 +23,11 @@ from fewstep.randomness import Rng
 from fewstep.sampling import DDIM, NOISE, DPMSolverPP2MTaylor, DPMSolverPP3M, Levels, UniPC, balanced, run, solve
 from fewstep.sampling.solvers.dpm_solver_v3 import DPMSolverV3, Statistics, half_way, snapped, statistics_grid
 from fewstep.sampling.solvers.model_statistics import (
+    RIDGE,
     by_differences,
     diagonal,
     estimate,
+    fitted,
     flow_direction,
     moving_average,
     total_derivative,
@@ -338,6 +340,14 @@ def test_moving_average_keeps_straight_lines() -> None:
     spread = torch.zeros(19, dtype=torch.float64)
     spread[6:13] = 1
     torch.testing.assert_close(moving_average(spike, 3).flatten(), spread)
+
+
+def test_the_ridge_is_a_share_of_what_noise_and_data_leave_open() -> None:
+    """Where f does not vary, ``s`` is its covariance with f' over ``RIDGE^2 rho^2 v / (rho^2 + v)``."""
+    log_snr, square, c = torch.tensor([-2.0, -1.0, 0.0, 1.0], dtype=torch.float64), 0.6, 1e-3
+    none = torch.zeros(4, 2, dtype=torch.float64)
+    found = fitted(log_snr, (none,) * 8 + (none + c,), square, 0).s[:, 0]
+    torch.testing.assert_close(found * RIDGE**2, c * (1 / square + torch.exp(2 * log_snr)), rtol=1e-12, atol=0)
 
 
 def test_progress_is_told_after_every_level_of_every_batch() -> None:

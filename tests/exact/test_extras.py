@@ -318,3 +318,15 @@ def test_damaged_inputs_are_refused_by_name(place: list[str], value: Any, said: 
     with pytest.raises(ValueError, match=said) as found:
         native.load(tmp_path / "model")
     assert str(found.value).startswith(str(path)) and "\n" not in str(found.value)
+
+
+def test_the_page_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """The example of docs/ideas/flow-maps.md runs, and prints the standard deviations that its comments name."""
+    page = (Path(__file__).parents[2] / "docs" / "ideas" / "flow-maps.md").read_text()
+    (example,) = re.findall(r"## Further inputs\n.*?```python\n(.*?)```", page, re.DOTALL)
+    exec(example, {})
+    said = re.findall(r"#.* (\S+)$", example, re.MULTILINE)
+    declared, narrow, wide, *_ = capsys.readouterr().out.splitlines()
+    assert declared == "from 0 to 14 (default 1)"
+    for line, value in zip((narrow, wide), said[1:], strict=True):
+        assert float(line) == pytest.approx(float(value), rel=0.05)

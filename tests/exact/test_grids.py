@@ -31,6 +31,14 @@ def test_grids_end_where_asked(name):
     assert float(grid[-1]) == 0.05 and len(grid) == 10
 
 
+@pytest.mark.parametrize("end", [1e-4, -0.1, 1.0, 2.0])
+def test_an_end_outside_the_range_is_refused(end):
+    """Below t_min lies pure data alone; t_max would leave no step."""
+    with pytest.raises(ValueError, match=r"must be 0 or a time in \[0\.001, 1\)"):
+        uniform(VPLinear(), 4, end=end)
+    assert [float(uniform(VPLinear(), 4, end=allowed)[-1]) for allowed in (0, 1e-3)] == [0, 1e-3]
+
+
 def spacing(values):
     return (values.diff() / values.diff().mean()).sub(1).abs().max().item()
 

@@ -348,6 +348,15 @@ def test_relaxed_starts_stay_within_their_distance(share: float) -> None:
     assert int(changed.max()) == math.floor(share * 40 + 1e-9) and int(changed.min()) == 0
 
 
+def test_relaxed_positions_take_any_token() -> None:
+    """Of positions that may all change half do on average, to each of five tokens alike; 5 standard deviations."""
+    chain = Masked(5)
+    found = relaxed(chain, chain.prior(20_000, 1, Rng(0)), 1.0, Rng(1))
+    shares = torch.bincount(found.flatten(), minlength=6) / 20_000
+    expected = torch.tensor([0.1] * 5 + [0.5])
+    assert bool(((shares - expected).abs() < 5 * (expected * (1 - expected) / 20_000).sqrt()).all())
+
+
 def test_plans_are_files_that_belong_to_a_model(tmp_path: Path) -> None:
     """A plan read back is the plan; on another model, another chain or a damaged file it is refused in one line."""
     law = correlated(Masked(3, Cosine()))

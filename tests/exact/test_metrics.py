@@ -36,6 +36,7 @@ from fewstep.metrics import (
     sliced_wasserstein,
     wasserstein_1d,
 )
+from fewstep.metrics.features import imagenet_input
 from fewstep.randomness import Rng
 
 
@@ -371,6 +372,16 @@ def test_features_go_through_in_batches_in_float64():
     assert torch.equal(Pixels()(x), x.double().flatten(1))
     doubled = ModuleFeatures("twice", nn.Flatten(), lambda batch: 2 * batch)
     assert torch.equal(doubled(x), 2 * x.double().flatten(1)) and doubled.classify(doubled(x)) is None
+
+
+def test_pictures_as_imagenet_networks_take_them():
+    """One colour everywhere stays so at any size: a level v becomes ``((v + 1) / 2 - mean) / deviation`` of each
+    channel, with ImageNet's published moments, and grey is repeated."""
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for colour in (torch.tensor([[-1.0, 0.2, 1.0]]), torch.tensor([[0.4]])):
+        found = imagenet_input(8)(colour[:, :, None, None].expand(-1, -1, 4, 5))
+        expected = ((colour + 1) / 2 - mean) / deviation
+        assert torch.allclose(found, expected[:, :, None, None].expand(-1, 3, 8, 8), atol=1e-6)
 
 
 def test_bundled_classifier_head_acts_on_its_features():

@@ -28,8 +28,8 @@ class A:
 
 
 def test_the_tokens_of_a_file() -> None:
-    """Signs, operators, comparisons, numbers and extremes, at their places even behind letters of two bytes; no text, no
-    annotation, no decorator, no message, and no argument that changes no number."""
+    """Signs, operators, comparisons, numbers and extremes, at their places even behind letters of two bytes; no text,
+    no annotation, no decorator, no message, and no argument that changes no number."""
     found = [(m.line, m.before, m.after, m.function) for m in TOOL["mutants_of"]("a.py", SOURCE)]
     assert found == [
         (9, "3", "4", "A"),

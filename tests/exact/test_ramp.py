@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import pytest
 
 from fewstep.cli.flags import from_json, of_dataclass
+from fewstep.methods.method import Progress
 from fewstep.methods.parts.ramp import Ramp
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.ranges import Least
@@ -26,6 +28,10 @@ def test_a_ramp_is_a_straight_line_and_then_stays() -> None:
     ramp = Ramp(100, 50, 0.2)
     assert [ramp.at(f) for f in (0.0, 0.1, 0.2, 0.7)] == [100, 75, 50, 50]
     assert Ramp(1, 3).at(0.5) == 2 and Ramp(7).at(0.9) == 7
+
+
+def test_a_run_starts_with_nothing_done() -> None:
+    assert dataclasses.astuple(Progress()) == (0, 0, 0.0)
 
 
 @pytest.mark.parametrize(

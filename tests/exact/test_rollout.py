@@ -205,6 +205,7 @@ def test_greedy_search_of_times_finds_the_lowest_score() -> None:
         assert greedy_times(grid, 3, score) == (1000, *wanted)
         assert len(asked) == len(set(asked)) < 2 * 5 * math.log(len(grid))
     assert greedy_times(grid, 1, lambda times: 0.0) == (1000,)
+    assert greedy_times(grid, 3, lambda times: 0.0) == (1000, 999, 998), "of equal scores the noisier time"
     assert greedy_times([3.0, 2.0, 1.0], 3, lambda times: 0.0) == (3.0, 2.0, 1.0)
     with pytest.raises(ValueError, match=r"steps=4 must lie in 1 \.\. 3"):
         greedy_times([3.0, 2.0, 1.0], 4, lambda times: 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,15 +11,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from kinds_of_models import SHAPE, network, on_edm, second_network
+from kinds_of_models import SHAPE, moved, network, on_edm, second_network
 from torch import Tensor, nn
 
 import fewstep as fs
+from fewstep.cli import main
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import CountCalls, Denoiser, NetworkDenoiser, OnSchedule
 from fewstep.exact import Gaussian, three_modes
 from fewstep.exact.world import ExactFlowMap
-from fewstep.flow_maps import EDMConsistency, FlowMap, Input, Jump
+from fewstep.extras import Input
+from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
 from fewstep.guidance import Guided
 from fewstep.hub import native
 from fewstep.hub.exporting import export
@@ -378,6 +381,17 @@ def text_denoiser(seed: int) -> NetworkDenoiser:
     return NetworkDenoiser(MLP(SHAPE, 8, 1), TrigFlow(t_max=1.5), network().prediction, SHAPE)
 
 
+def told(seed: int, extras: tuple[str, ...] = ("w",)) -> NetworkDenoiser:
+    """A network with a further input, or without."""
+    torch.manual_seed(seed)
+    net = moved(MLP(SHAPE, 8, 1, 10, extras=extras))
+    return NetworkDenoiser(net, TrigFlow(t_max=1.5), network().prediction, SHAPE, 10)
+
+
+def weighted(*experts: NetworkDenoiser) -> Student:
+    return Student(Jump(RoutedDenoiser(experts, ByTime([0.9])), extras={"w": Input(1.0, 0.0, 8.0)}), PLANS)
+
+
 PRODUCTS: dict[str, Callable[[], Any]] = {
     "by-class": lambda: Student(RoutedFlowMap([Jump(network()), Jump(second_network())], HALVES), PLANS),
     "by-time": lambda: Student(RoutedFlowMap([Jump(network()), Jump(second_network())], ByTime([0.9])), PLANS),
@@ -385,26 +399,64 @@ PRODUCTS: dict[str, Callable[[], Any]] = {
     "nested": lambda: Jump(
         RoutedDenoiser([by_class(), network(), by_class().on(by_class().schedule)], ByTime([1.0, 0.3]))
     ),
+    "further input": lambda: weighted(told(0), told(1)),
     "view": lambda: by_class().on(EDM()),
     "one network twice": lambda: Student(RoutedFlowMap([Jump(network())] * 2, HALVES), PLANS),
 }
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_folders_give_back_the_samples_in_another_process(name: str, tmp_path: Path) -> None:
+def test_folders_give_back_the_samples_in_another_process(tmp_path: Path) -> None:
     """Saved here and sampled there, bit for bit."""
-    made = PRODUCTS[name]()
-    native.save(made, tmp_path / "model")
-    mine = model_of(made).sample(6, MIXED[:6], seed=3)
+    mine = {}
+    for name, make in PRODUCTS.items():
+        made = make()
+        native.save(made, tmp_path / name)
+        mine[name] = model_of(made).sample(6, MIXED[:6], seed=3)
     code = (
-        "import sys, torch; from fewstep.hub import native; from fewstep.models import model_of; "
-        "torch.save(model_of(native.load(sys.argv[1])).sample(6, torch.tensor(eval(sys.argv[2])), seed=3), sys.argv[3])"
+        "import sys, torch; from pathlib import Path; from fewstep.hub import native; "
+        "from fewstep.models import model_of; "
+        "made = {path.name: model_of(native.load(path)) for path in Path(sys.argv[1]).iterdir()}; "
+        "cond = torch.tensor(eval(sys.argv[2])); "
+        "torch.save({name: model.sample(6, cond, seed=3) for name, model in made.items()}, sys.argv[1] + '/x.pt')"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "model"), str(MIXED[:6].tolist()), str(tmp_path / "x.pt")],
-        check=True,
-    )
-    assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), mine)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(MIXED[:6].tolist())], check=True)
+    theirs = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert set(theirs) == set(mine)
+    for name, samples in mine.items():
+        assert torch.equal(theirs[name], samples), name
+
+
+def test_every_expert_takes_the_inputs_of_a_map(tmp_path: Path) -> None:
+    """A further input reaches the experts of a folder that is opened; one whose network takes none is refused."""
+    native.save(weighted(told(0), told(1)), tmp_path)
+    again = native.load(tmp_path)
+    x = again.sample(4, steps=3, seed=1, w=3.0)
+    assert torch.equal(x, weighted(told(0), told(1)).sample(4, steps=3, seed=1, w=3.0))
+    assert not torch.equal(x, again.sample(4, steps=3, seed=1))
+    with pytest.raises(ValueError, match=r"extras\.w: the network takes no further inputs"):
+        native.build(native.describe(weighted(told(0), told(1, ()))))
+
+
+def test_experts_share_their_further_inputs_and_what_their_jumps_are() -> None:
+    """Saved with them and built again, and an input that one expert's network does not take is refused; of maps to data
+    a routed one is a map to data, of maps of two times one of two times."""
+    weight = {"w": Input(1.0, 0.0, 4.0)}
+
+    def told(*names: str) -> NetworkDenoiser:
+        torch.manual_seed(0)
+        made = network()
+        return NetworkDenoiser(MLP(SHAPE, 16, 1, 10, extras=names), made.schedule, made.prediction, SHAPE, 10)
+
+    experts = RoutedDenoiser([told("w"), told("v", "w")], HALVES)
+    config = native.describe(Student(Jump(experts, extras=weight), PLANS))
+    assert native.build(config).extras == weight
+    config["flow_map"]["denoiser"]["experts"][1]["network"]["extras"] = ["v"]
+    with pytest.raises(ValueError, match=r"extras\.w: the network takes v$"):
+        native.build(config)
+    to_data = Student(RoutedFlowMap([EDMConsistency(on_edm()), EDMConsistency(on_edm())], HALVES), {1: Plan((80.0,))})
+    both = RoutedFlowMap([Jump(told("s"), two_times=True), Jump(told("s"), two_times=True)], HALVES)
+    for student, only in ((to_data, True), (Student(both, {1: Plan((1.5,))}), False)):
+        assert student.only_to_data == student.flow_map.only_to_data == only
 
 
 def test_embedding_routers_are_saved(tmp_path: Path) -> None:
@@ -456,6 +508,20 @@ def test_diffusers_has_no_place_for_experts(tmp_path: Path) -> None:
         ):
             export(PRODUCTS[name](), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python of the page on several experts, from top to bottom, and its commands on what that leaves."""
+    page = (Path(__file__).parents[2] / "docs/ideas/routing.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    assert capsys.readouterr().out == 2 * "torch.Size([10, 1, 8, 8])\n"
+    for student, own in zip(names["students"], HALVES.labels, strict=True):
+        cond = torch.tensor(own)
+        assert torch.equal(names["both"].sample(5, cond), student.sample(5, cond))
+    for line in re.findall(r"^fewstep (.*)", page, re.MULTILINE):
+        assert main([*line.split(), *(["--n", "20"] if "copy" not in line else [])]) == 0, line
 
 
 def test_denoisers_of_experts_are_denoisers() -> None:

@@ -64,6 +64,12 @@ def test_own_time_is_the_familys_index():
         torch.testing.assert_close(schedule.own_time(u), expected, rtol=1e-15, atol=0)
 
 
+def test_ends_of_the_families():
+    """TrigFlow from the angle where noise is EDM's 0.002 to that of its 80, at EDM's spread of data."""
+    assert float(TrigFlow().ratio(torch.tensor(TrigFlow().t_max, dtype=torch.float64))) == pytest.approx(80, rel=1e-12)
+    assert (EDM().t_min, EDM().t_max) == (0.002, 80)
+
+
 def test_pure_noise_and_pure_data_have_finite_log_snr():
     """The clamp at +-20 holds where alpha or sigma is exactly 0."""
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewstep.denoisers import Denoiser, NetworkDenoiser
-from fewstep.exact import Gaussian
+from fewstep.exact import Gaussian, three_modes
 from fewstep.methods.consistency.scm import (
     ContinuousConsistencyDistillation,
     ContinuousConsistencyTraining,
@@ -63,6 +63,28 @@ def test_tangent_is_zero_at_the_exact_solution(c: float) -> None:
     assert float(g.abs().max()) < 1e-12
     _, off = consistency_tangent(ExactConsistency(1.05 * c), x, t, v)
     assert float(off.abs().max()) > 1e-3
+
+
+def test_tangent_is_zero_at_the_quantile_map_of_a_mixture() -> None:
+    """The same where the exact consistency function is not linear: three modes in one dimension, at 8 times."""
+    schedule = TrigFlow(t_max=1.56, sigma_data=1.0)
+    world = three_modes(schedule)
+
+    class Quantiles(Denoiser):
+        """The consistency function, moved by ``shift sin t``."""
+
+        shift = 0.0
+
+        def forward(self, x, t, cond=None):
+            return world.flow(x, t, 0.0) + self.shift * t.sin()[:, None]
+
+    levels = torch.linspace(0.1, 1.5, 8, dtype=torch.float64)
+    z = torch.special.ndtri((torch.arange(16, dtype=torch.float64) + 0.5) / 16)[:, None]
+    x, t = torch.cat([world.flow(z, schedule.t_max, float(level)) for level in levels]), levels.repeat_interleave(16)
+    model, v = Quantiles(schedule, (1,), None), world.velocity(x, t)
+    assert float(consistency_tangent(model, x, t, v)[1].abs().max()) < 1e-12
+    model.shift = 0.01
+    assert float(consistency_tangent(model, x, t, v)[1].abs().max()) > 5e-3
 
 
 def test_whitened_gaussian_has_the_known_solution() -> None:

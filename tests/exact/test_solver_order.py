@@ -38,6 +38,7 @@ from fewstep.sampling import (
     UniPC,
     solve,
 )
+from fewstep.sampling.solvers.deis import MIXES
 from fewstep.sampling.solvers.runge_kutta import EULER, HEUN2, HEUN3, HOUWEN3, KUTTA3, MIDPOINT, RALSTON3, RK4, SSP3
 from fewstep.schedules import EDM
 
@@ -195,6 +196,31 @@ def test_adams_bashforth_of_degree_three_is_of_fourth_order(solver, make):
     """Started with one output like any multistep solver, in long runs."""
     measured = slope(WORLD, solver, lambda n: [make(WORLD.schedule, n)], (160, 320), normal_points(40))
     assert 3.8 < measured < 4.3
+
+
+@pytest.mark.parametrize("table", [EULER, MIDPOINT, HEUN2, KUTTA3, HEUN3, RALSTON3, HOUWEN3, SSP3, RK4])
+def test_tableaus_fulfil_the_conditions_of_their_order(table):
+    """Hairer, Norsett & Wanner 1993, II.2: one equation a rooted tree, all of them up to the order and not all beyond;
+    a stage sits where its slopes lead."""
+    n = len(table.nodes)
+    b, c = (torch.tensor(v, dtype=torch.float64) for v in (table.weights, table.nodes))
+    a = torch.tensor([[*row, *[0.0] * (n - len(row))] for row in table.inner], dtype=torch.float64)
+    torch.testing.assert_close(a.sum(1), c, rtol=0, atol=1e-15)
+    trees = {
+        1: [(b.sum(), 1)], 2: [(b @ c, 2)], 3: [(b @ c**2, 3), (b @ a @ c, 6)],
+        4: [(b @ c**3, 4), ((b * c) @ a @ c, 8), (b @ a @ c**2, 12), (b @ a @ a @ c, 24)],
+        5: [(b @ c**4, 5)],
+    }  # fmt: skip
+    holds = {order: all(abs(float(found) - 1 / of) < 1e-14 for found, of in each) for order, each in trees.items()}
+    assert next(order for order in range(1, 6) if not holds[order]) == table.order + 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_mixes_are_adams_bashforth(n):
+    """``int_0^1 u^k du`` from the values at 0, -1, ..., 1 - n is exact for k < n, and for no higher power."""
+    found = [sum(share * (-j) ** k for j, share in enumerate(MIXES[n])) for k in range(n + 1)]
+    assert found[:n] == pytest.approx([1 / (k + 1) for k in range(n)], abs=1e-14)
+    assert abs(found[n] - 1 / (n + 1)) > 0.1
 
 
 @pytest.mark.parametrize("solver", [IPNDM(), DualFast()])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fewstep as fs
+from fewstep.denoisers import Denoiser
 from fewstep.exact import three_modes
 from fewstep.sampling import Levels
 from fewstep.sampling.named import named_solver, named_times
@@ -13,6 +14,7 @@ from fewstep.sampling.search import (
     noise_for,
     reference,
     setting_of,
+    shortlist,
     solver_for,
     tried,
     tune,
@@ -43,6 +45,26 @@ def test_tuning_orders_settings_by_their_error():
     got = fs.sample(WORLD, 50, noise=target.noise, **trials[0].setting.options())
     gap = (got - target.ends).square().mean(1).sqrt()
     assert trials[0].error == pytest.approx(float(gap.mean()))
+
+
+def test_the_shortlist_is_made_on_a_quarter_of_the_points():
+    """The first quarter, but 8 at least, and no more than there are; the best ``keep`` settings, best first."""
+    rows = []
+
+    class Counting(Denoiser):
+        def forward(self, x, t, cond=None):
+            rows.append(len(x))
+            return WORLD(x, t)
+
+    counting = Counting(WORLD.schedule, WORLD.shape)
+    settings = [setting_of(solver, "karras", 4, WORLD.schedule) for solver in ("ddim", "unipc", "euler")]
+    noise = noise_for(WORLD, 60, 0)
+    target = reference(WORLD, noise)
+    for n, used in ((4, 4), (20, 8), (36, 9), (60, 15)):
+        rows.clear()
+        found = shortlist(counting, settings, target.part(0, n), keep=2)
+        assert set(rows) == {used}
+        assert found == [trial.setting for trial in tune(WORLD, settings, target.part(0, used))][:2]
 
 
 def test_a_result_that_is_not_finite_comes_last():

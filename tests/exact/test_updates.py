@@ -408,6 +408,13 @@ def test_too_many_steps_without_numbers_stop_the_run() -> None:
         train(always, Start(teacher(), points()), replace(SETTINGS, budget=Budget(40)), show=False)
 
 
+def test_too_many_are_more_than_ten_and_more_than_a_tenth() -> None:
+    """Ten of ten may be the first steps of a scale that still adapts; 11 of 110 are exactly a tenth."""
+    few = [nonfinite.Tally(bad, updates).too_many() for bad, updates in ((10, 10), (11, 110), (11, 200), (0, 0))]
+    assert few == [False] * 4
+    assert nonfinite.Tally(11, 109).too_many() and nonfinite.Tally(11, 11).too_many()
+
+
 @pytest.mark.parametrize("log_steps", [1, 1000])
 def test_where_looking_waits_it_is_put_off(log_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the norm is not looked at in the update, and the run stops at the next record, or after 20 steps,

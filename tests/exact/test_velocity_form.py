@@ -9,7 +9,8 @@ import torch
 
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.exact import Gaussian
-from fewstep.flow_maps import Input, Jump, ddim_move
+from fewstep.extras import Input
+from fewstep.flow_maps import Jump, ddim_move
 from fewstep.networks import MLP
 from fewstep.predictions import EDMPrediction, Eps, Prediction, TrigPrediction, V, Velocity
 from fewstep.sampling.rollout import Plan, rollout

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 # as the command line does before it imports them
-os.environ.update(DIFFUSERS_VERBOSITY="error", TQDM_DISABLE="1")
+os.environ.update(DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
 
 import torch
 from safetensors.torch import load_file, save_file

@@ -89,6 +89,8 @@ def victim(good: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 DENOISER = ("model", "flow_map", "denoiser")
+ROUTED = ("model", "flow_map")
+PHASES = (*ROUTED, "experts", 1, "denoiser")
 DIFFUSERS_NETWORK = (
     '{"name": "diffusers", "class": "UNet2DModel", "size": [8, 8], "pipeline": null, "latent": false, "config": %s}'
 )
@@ -212,6 +214,39 @@ NAMED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "a card whose data is a number": ("student", config(("card", "data"), "7"), "card.data = 7 must be text or null"),
     "a card whose data has no name": ("student", config(("card", "data"), "{}"), "'card.data.source' is missing"),
+    # a routed one
+    "a part without an expert": (
+        "routed", config((*ROUTED, "router", "parts"), "[[0], [1], [2]]"), "2 experts for a router of 3 parts: one each"
+    ),
+    "no experts": ("routed", config((*ROUTED, "experts"), "[]"), "0 experts for a router of 2 parts"),
+    "a label of two experts": (
+        "routed", config((*ROUTED, "router", "parts"), "[[0, 2], [0, 1]]"), "must hold every label from 0 on once"
+    ),
+    "labels that the experts do not know": (
+        "routed", config((*ROUTED, "router", "parts"), "[[0, 2], [1, 3]]"), "divides 4 classes, the experts know 3"
+    ),
+    "a label of words": (
+        "routed", config((*ROUTED, "router", "parts"), '[["x"], [1]]'), 'parts[0][0] = "x" must be a whole number'
+    ),
+    "an unknown router": (
+        "routed", config((*ROUTED, "router"), '{"name": "x"}'), 'router.name = "x" must be one of by-class, by-time'
+    ),
+    "a bound beyond all times": (
+        "routed", config((*PHASES, "router", "bounds"), "[9]"), "bound 9 leaves an expert without times"
+    ),
+    "a bound of NaN": ("routed", config((*PHASES, "router", "bounds"), "[NaN]"), "NaN must be a finite number"),
+    "an expert on another schedule": (
+        "routed", config((*PHASES, "experts", 1, "schedule", "t_max"), "1.2"), "expert 1 has schedule TrigFlow("
+    ),
+    "an expert of another size": (
+        "routed", config((*PHASES, "experts", 1, "network", "width"), "16"), "config.json asks for [16,"
+    ),
+    "a kind of expert that is none": (
+        "routed", config((*ROUTED, "experts", 0, "kind"), '"x"'), 'experts[0].kind = "x" must be one of jump, '
+    ),
+    "an expert's tensor that is missing": (
+        "routed", one_tensor_less("model.safetensors"), "model.safetensors: tensor 'flow_map.experts."
+    ),
     # a pipeline
     "a network that cannot be called": ("pixels", not_running, "unet: UNet2DModel: its first call failed (Sizes of"),
     "an unknown kind of upsampling": (
@@ -609,4 +644,4 @@ def test_cases_have_names_of_their_own(good: dict[str, Path]) -> None:
     """The report of the whole set can be read."""
     for kind, folder in good.items():
         made: list[Case] = cases(kind, folder)
-        assert len(made) > 700 and len({case.name for case in made}) > 0.99 * len(made)
+        assert len(made) > 650 and len({case.name for case in made}) > 0.99 * len(made)

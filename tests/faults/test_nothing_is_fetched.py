@@ -109,7 +109,7 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("schemas.py", ".open"): (),
     # plain data that was plain data a moment ago, or ships with the package
     ("runs/record.py", "json.loads"): (),
-    ("hub/adapter_kinds.py", "json.loads"): (),
+    ("hub/saved_adapters.py", "json.loads"): (),
     ("hub/export_files.py", "json.loads"): (),
     ("hub/export_files.py", ".read_text"): (),
     ("hub/statistics.py", "json.loads"): (),
@@ -168,8 +168,8 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("hub/diffusers.py", "diffusers.DiffusionPipeline.download"): (
         "use_safetensors=True", "local_files_only=local_only",
     ),
-    ("hub/adapter_kinds.py", "model_class.from_config"): (),
-    ("hub/drop_in.py", ".from_config"): (),
+    ("hub/saved_adapters.py", "model_class.from_config"): (),
+    ("hub/scheduler_config.py", ".from_config"): (),
     ("hub/diffusers.py", "SolverScheduler.from_config"): (),
 }  # fmt: skip
 

@@ -30,7 +30,11 @@ from tiny_pipelines import (  # noqa: E402
 
 import fewstep as fs  # noqa: E402
 from fewstep.cli import main  # noqa: E402
+from fewstep.extras import Input  # noqa: E402
+from fewstep.flow_maps import Jump  # noqa: E402
 from fewstep.guidance import Guided  # noqa: E402
+from fewstep.hub import native  # noqa: E402
+from fewstep.sampling import Plan, Student  # noqa: E402
 
 Fails = Callable[..., str]
 
@@ -58,9 +62,9 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     return run
 
 
-def sampled(*words: object) -> Tensor:
+def sampled(*words: object, how: tuple[str, ...] = ("--solver", "ddim", "--steps", "2")) -> Tensor:
     """What ``fewstep sample`` writes."""
-    assert main(["sample", *map(str, words), "--solver", "ddim", "--steps", "2", "--out", "x.npz"]) == 0
+    assert main(["sample", *map(str, words), *how, "--out", "x.npz"]) == 0
     return torch.from_numpy(np.load("x.npz")["samples"])
 
 
@@ -186,6 +190,33 @@ def test_guidance_reaches_networks_that_take_it(kind: str, fails: Fails) -> None
     assert torch.equal(found, fs.pictures(model, expected))
     assert float((found - sampled(*words)).abs().max()) > 1e-4
     assert "takes its guidance as an input" in fails("sample", *words, "--guidance", 2, "--interval", "0.2,5")
+
+
+@pytest.mark.parametrize("kind", ["flux", "lcm"])
+def test_students_with_a_guidance_weight_of_diffusers_networks(kind: str, fails: Fails) -> None:
+    """Saved and opened, its input is what --guidance sets (in the network's unit), and what the export's own
+    guidance_scale will be; the condition guidance_scale gives way to it."""
+    text = {"prompt_embeds": rows(1, 7, 6)}
+    pipe = stable_diffusion(unet2d_condition(time_cond_proj_dim=16), ddim())
+    weight = Input(6.5, 0.0, 14.0, unguided=0.0)
+    if kind == "flux":
+        pipe, text, weight = flux(), {**text, "pooled_prompt_embeds": rows(1, 5)}, Input(3.5, 1.0, 9.0, unguided=1.0)
+    denoiser = fs.load(saved(pipe), size=(16, 16))
+    first = denoiser.schedule.t_max
+    native.save(Student(Jump(denoiser, extras={"w": weight}), {1: Plan((first,))}), "student")
+    save_file(text, "text.safetensors")
+    words = ("student", "--n", 1, "--cond", "text.safetensors")
+    model = fs.load("student")
+    w = 2.0 if kind == "flux" else 1.0
+    expected = fs.pictures(model, model.sample(1, text, w=w))
+    for asked in (("--guidance", 2), ("--extra", f"w={w}")):
+        assert torch.equal(sampled(*words, *asked, how=()), expected)
+    assert float((expected - sampled(*words, how=())).abs().max()) > 1e-4
+    given = {**text, "guidance_scale": torch.tensor([9.0])}
+    assert torch.equal(model.sample(1, given, w=w), model.sample(1, text, w=w))
+    assert "--guidance 20: w=" in fails("sample", *words, "--guidance", 20)
+    assert main(["export", "student", "out", "--extra", f"w={w}"]) == 0
+    assert "guidance_scale=2.0" in Path("out/README.md").read_text()
 
 
 def test_dry_runs_say_what_the_export_will_be(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ diffusers = pytest.importorskip("diffusers")
 import fewstep as fs  # noqa: E402
 from fewstep.hub import as_scheduler  # noqa: E402
 from fewstep.hub.diffusers import from_pipeline  # noqa: E402
-from fewstep.hub.drop_in import read, written  # noqa: E402
+from fewstep.hub.scheduler_config import read, written  # noqa: E402
 from fewstep.hub.settings import save_settings  # noqa: E402
 from fewstep.sampling import LearnedSolver, Levels, balanced, folded, run  # noqa: E402
 from fewstep.sampling.named import named_solver  # noqa: E402

@@ -56,6 +56,13 @@ class Consistency(Denoiser):
         return self.world.flow(x, t, 0.0)
 
 
+def test_the_times_of_four_steps_are_published() -> None:
+    """LCM's own of 50 even times out of 1000, which TCD takes too, with jumps to 0.7 of them."""
+    for name in ("lcm", "tcd"):
+        assert STUDENT_SAMPLERS[name](table(), 4).times == (999.0, 759.0, 499.0, 259.0)
+    assert STUDENT_SAMPLERS["tcd"](table(), 4).inner == (531.0, 349.0, 181.0)
+
+
 def table() -> DiscreteVP:
     """The betas of Stable Diffusion as diffusers holds them, in float32."""
     return DiscreteVP(alphas_cumprod=tuple(diffusers.DDPMScheduler(**BETAS).alphas_cumprod.double().tolist()))

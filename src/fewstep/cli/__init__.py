@@ -140,8 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"fewstep {__version__}")
         return 0
-    # libraries below (diffusers) would talk between our lines
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # libraries below would talk between our lines
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     name = "fewstep"
     try:

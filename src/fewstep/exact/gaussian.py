@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fewstep.denoisers import Cond
 from fewstep.exact.world import ExactDenoiser, World
-from fewstep.flow_maps import FlowMap, Input
+from fewstep.extras import Input
+from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Rng
 from fewstep.schedules import Schedule
 

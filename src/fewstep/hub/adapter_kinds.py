@@ -1,18 +1,12 @@
-"""The adapter of every diffusers model class that fewstep reads, and such models as plain data."""
+"""The adapter of every diffusers model class that fewstep reads."""
 
 from __future__ import annotations
 
-import json
-from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
-from fewstep.hub.adapters import Adapter, Origin, pipeline_folder
-from fewstep.hub.folders import check_config
+from fewstep.hub.adapters import Adapter, Origin
 from fewstep.hub.label_adapters import DiT, UNet2D
-from fewstep.hub.requires import require
 from fewstep.hub.text_adapters import SD3, Flux, Sana, UNet2DCondition
-from fewstep.schemas import Place, check
 
 #: The adapter of every diffusers model class that fewstep reads.
 ADAPTERS: dict[str, type[Adapter]] = {
@@ -36,42 +30,3 @@ def adapt(model: Any, origin: Origin | None = None, size: tuple[int, int] | None
     """The adapter around a diffusers model; ValueError when its class is not known."""
     name = type(model).__name__
     return adapter_class(name)(model, origin, size)
-
-
-def described(net: Adapter) -> dict[str, Any]:
-    """A diffusers model as plain data for fewstep's own folders: its class and config, and the folder of the pipeline
-    it came from, where its text encoders and autoencoder are."""
-    folder = pipeline_folder(net)
-    return {
-        "class": type(net.model).__name__,
-        "config": json.loads(net.model.to_json_string()),
-        "size": list(net.size),
-        "pipeline": None if folder is None else str(folder),
-        "latent": net.latent,
-    }
-
-
-def fresh(description: dict[str, Any]) -> Adapter:
-    """The model of :func:`described` with fresh weights; ValueError for a class that is not known or a config that
-    does not fit it."""
-    name = description["class"]
-    adapter_class(name)
-    model_class = attrgetter(name)(require("diffusers", "reading a student of a diffusers model"))
-    # a config that is text would be taken for the name of a model on the hub
-    place = Place("network.config")
-    config = check_config(check(description["config"], dict, place), model_class, place)
-    net = adapt(model_class.from_config(config), size=description["size"])
-    net.latent = description["latent"]
-    return net
-
-
-def rebuilt(description: dict[str, Any]) -> Adapter:
-    """The model of :func:`described` in its pipeline, where that still is; else :func:`fresh`."""
-    folder = description["pipeline"]
-    if folder is not None and (Path(folder) / "model_index.json").is_file():
-        from fewstep.hub.diffusers import network_in, open_pipeline
-
-        found = network_in(open_pipeline(folder), description["size"])
-        if isinstance(found, adapter_class(description["class"])):
-            return found
-    return fresh(description)

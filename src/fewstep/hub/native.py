@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from fewstep.files import Header, headers, load_tensors, save_tensors, sha256, write_atomically
-from fewstep.hub.adapter_kinds import described as described_adapter
-from fewstep.hub.adapter_kinds import fresh, rebuilt
 from fewstep.hub.adapters import as_adapter
 from fewstep.hub.lora import described as low_rank
 from fewstep.hub.lora import factored, with_low_rank
+from fewstep.hub.saved_adapters import described as described_adapter
+from fewstep.hub.saved_adapters import fresh, rebuilt
 from fewstep.hub.weights import no_larger_than
 from fewstep.models import kinds
 from fewstep.models.denoisers import DENOISER

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.hub.drop_in import ORIGINAL
+from fewstep.hub.scheduler_config import ORIGINAL
 from fewstep.hub.schedulers import FLOW, Reading
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver

@@ -26,7 +26,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fewstep.hub.drop_in import DEFAULTS, OWN, plain_config, plain_grid, read, replaced, written
+from fewstep.hub.scheduler_config import DEFAULTS, OWN, plain_config, plain_grid, read, replaced, written
 from fewstep.hub.scheduler_grids import Layout
 from fewstep.hub.schedulers import BETA_TABLE, read_scheduler
 from fewstep.hub.trajectory import Trajectory, independent, part, same_times, times_of

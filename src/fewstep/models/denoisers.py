@@ -26,7 +26,8 @@ from fewstep.sampling import sample
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import Solver
 from fewstep.sampling.sample import laid_out
-from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
+from fewstep.sampling.self_conditioned import SelfConditioned
+from fewstep.sampling.self_conditioning import SelfConditioning
 from fewstep.schedules import described
 from fewstep.schemas import Choice, Maybe, Range, Size
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from fewstep.models.model import Config, Model
 from fewstep.models.networks import DIFFUSERS
 from fewstep.models.routers import ROUTER, build_router, describe_router
 from fewstep.randomness import Rng
-from fewstep.routing import RoutedDenoiser, RoutedFlowMap
+from fewstep.routing import RoutedFlowMap
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schemas import Choice, Map, Maybe, arguments_of
 
@@ -44,16 +44,20 @@ def build_extras(config: Config) -> dict[str, Input]:
             extras[name] = Input(**declared)
         except ValueError as error:
             raise ValueError(f"extras.{name}: {error}") from None
-    inner = config["denoiser"]
-    while "inner" in inner:  # seen on another schedule
-        inner = inner["inner"]
-    network = inner["network"]
-    if network["name"] != DIFFUSERS:  # which say themselves what they take
+    for network in networks_of(config["denoiser"]):
         taken = network.get("extras", ())
         for name in extras:
-            if name not in taken:
+            if network["name"] != DIFFUSERS and name not in taken:  # diffusers' say themselves what they take
                 raise ValueError(f"extras.{name}: the network takes {', '.join(taken) or 'no further inputs'}")
     return extras
+
+
+def networks_of(config: Config) -> Iterator[Config]:
+    """The networks in the description of a denoiser, also behind views and experts."""
+    if "network" in config:
+        yield config["network"]
+    for inner in config["experts"] if "experts" in config else [config["inner"]] if "inner" in config else []:
+        yield from networks_of(inner)
 
 
 class StudentModel(Model):
@@ -99,9 +103,7 @@ class StudentModel(Model):
         return self.usual_steps if steps is None else steps
 
     def teacher(self) -> Any:
-        from fewstep.models.kinds import model_of
-
-        return model_of(self.module.flow_map).teacher()
+        return self.module.flow_map.teacher()
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         plans = {
@@ -128,7 +130,7 @@ class AnyFlowMap(StudentModel):
         return Student(self.module, {1: Plan((self.module.schedule.t_max,))})
 
     def teacher(self) -> Any:
-        raise TypeError(f"a {type(self.module).__name__} cannot be the teacher of a next stage")
+        return self.module.teacher()
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         return Model.describe(self, model, network)
@@ -140,11 +142,6 @@ class JumpModel(AnyFlowMap):
     kind = "jump"
     wraps = Jump
     holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "two_times": bool, "extras": Maybe(EXTRAS)}
-
-    def teacher(self) -> Any:
-        if self.module.two_times:
-            raise ValueError("a student of two times, whose network is no denoiser to start from")
-        return self.module.denoiser
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         jump: Jump = self.module
@@ -165,9 +162,6 @@ class EDMConsistencyModel(AnyFlowMap):
     wraps = EDMConsistency
     holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "sigma_data": float, "extras": Maybe(EXTRAS)}
 
-    def teacher(self) -> Any:
-        return self.module.denoiser
-
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         made: EDMConsistency = self.module
         return {
@@ -185,12 +179,6 @@ class RoutedFlowMapModel(AnyFlowMap):
 
     kind = "routed-flow-map"
     wraps = RoutedFlowMap
-
-    def teacher(self) -> Any:
-        from fewstep.models.kinds import model_of
-
-        made: RoutedFlowMap = self.module
-        return RoutedDenoiser([model_of(expert).teacher() for expert in made.experts], made.router)
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         made: RoutedFlowMap = self.module

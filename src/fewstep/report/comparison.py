@@ -19,7 +19,7 @@ from fewstep.metrics import Estimate, Evaluator, Quality, accuracy, load_feature
 from fewstep.metrics.features import Features
 from fewstep.models import Model, model_of
 from fewstep.randomness import Rng
-from fewstep.report import machine
+from fewstep.report import machine, page
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -159,8 +159,6 @@ class Comparison:
         self, path: str | Path = "report.html", *, runs: Sequence[RunCourse] = (), title: str = "", commands: str = ""
     ) -> Path:
         """Write the page (see :func:`fewstep.report.page.write`) and give back its path."""
-        from fewstep.report import page
-
         return page.write(self, Path(path), runs, title, commands)
 
 

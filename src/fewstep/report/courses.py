@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from fewstep.report import plots
-from fewstep.report.comparison import Comparison
 from fewstep.report.runs import RunCourse, Sign, StageCourse, method_class, signs
 from fewstep.report.words import colour, duration, number, swatch
+
+if TYPE_CHECKING:
+    from fewstep.report.comparison import Comparison
 
 #: Beside the declared signs a stage shows its losses; these stay in the log.
 _NOT_SHOWN = ("grad_norm", "lr", "scales", "warmup")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import TYPE_CHECKING, TypeAlias
 
 from fewstep.report import plots
-from fewstep.report.comparison import Comparison, Row
 from fewstep.report.words import colour, milliseconds, plus_minus, swatch
 
+if TYPE_CHECKING:
+    from fewstep.report.comparison import Comparison, Row
+
 #: The title of a table's column, what it shows of a row, and its class: a "roomy" column is left out on narrow screens.
-Column = tuple[str, Callable[[Row], str], str]
+Column: TypeAlias = "tuple[str, Callable[[Row], str], str]"
 
 
 def quality(comparison: Comparison) -> str:

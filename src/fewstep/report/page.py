@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewstep.files import write_atomically
-from fewstep.report.comparison import Comparison, Row
 from fewstep.report.courses import training
 from fewstep.report.figures import cost_table, quality
 from fewstep.report.runs import RunCourse
 from fewstep.report.sheets import sheets
 from fewstep.report.style import STYLE
 from fewstep.report.words import calls, duration, estimate, factor, milliseconds, number
+
+if TYPE_CHECKING:
+    from fewstep.report.comparison import Comparison, Row
 
 
 def write(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from html import escape, unescape
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fewstep.report.comparison import Comparison, Row
 from fewstep.report.pictures import data_uri, is_picture, sheet
 from fewstep.report.words import calls, estimate, swatch
+
+if TYPE_CHECKING:
+    from fewstep.report.comparison import Comparison, Row
 
 
 def sheets(comparison: Comparison) -> str:

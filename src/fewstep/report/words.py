@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fewstep.metrics import Estimate
 from fewstep.report import plots
-from fewstep.report.comparison import Comparison
+
+if TYPE_CHECKING:
+    from fewstep.report.comparison import Comparison
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

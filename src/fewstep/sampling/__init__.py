@@ -40,6 +40,7 @@ from fewstep.sampling.solvers.multistep import Multistep
 from fewstep.sampling.solvers.runge_kutta import NATIVE, RATIO, RungeKutta, Tableau
 from fewstep.sampling.solvers.stochastic import DDIM, Churn, DDPMLarge
 from fewstep.sampling.solvers.unipc import UniPC
+from fewstep.sampling.student_generator import StudentGenerator
 from fewstep.sampling.student_samplers import STUDENT_SAMPLERS, ending_clean, sample_student, student_plan
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "Stage",
     "Step",
     "Student",
+    "StudentGenerator",
     "SuperResolution",
     "Table",
     "Tableau",

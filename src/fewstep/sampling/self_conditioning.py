@@ -19,10 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser, NetworkDenoiser, View
 from fewstep.randomness import Noise
@@ -118,32 +117,6 @@ class SelfConditioning:
         """:func:`fewstep.sampling.solve` with self-conditioning, a pure function of its arguments."""
         denoiser, filled = self.attached(model, hooks)
         return solve(denoiser, x, times, solver, cond, rng, filled, progress)
-
-
-class SelfConditioned(nn.Module):
-    """A network that was trained for self-conditioning with how it is sampled: what Analog Bits gives back.
-
-    It is no denoiser, because a call depends on the calls before it; :attr:`denoiser` is the model without feedback.
-    """
-
-    def __init__(self, denoiser: NetworkDenoiser, feedback: SelfConditioning = SelfConditioning()) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.feedback = feedback
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.denoiser.shape
-
-    @property
-    def classes(self) -> int | None:
-        return self.denoiser.classes
-
-    def sample(self, n: int, cond: Cond = None, **options: Any) -> Tensor:
-        """``n`` samples ``[n, *shape]``; ``options`` are those of :func:`fewstep.sampling.sample`."""
-        from fewstep.sampling.sample import sample  # which knows this module
-
-        return sample(self.denoiser, n, cond=cond, self_conditioning=self.feedback, **options)
 
 
 class SelfGuided(View):

@@ -110,7 +110,7 @@ def student_plan(student: Student | FlowMap, sampler: str, steps: int, **setting
     is taken at its word.  Further inputs that belong to a plan (the number of steps) are those of the student's own
     plan for ``steps``; where it has none, they are left to the caller.
     """
-    flow_map = flow_map_of(student)
+    flow_map, plans = parts_of(student)
     if sampler not in STUDENT_SAMPLERS:
         raise ValueError(f"sampler={sampler!r} is not known; choose one of {', '.join(STUDENT_SAMPLERS)}")
     plan = STUDENT_SAMPLERS[sampler](flow_map.schedule, steps, **settings)
@@ -120,13 +120,12 @@ def student_plan(student: Student | FlowMap, sampler: str, steps: int, **setting
             f"sampler={sampler!r} jumps to times between noise and data, this student maps to data only; "
             "take 'consistency' or 'lcm', or eta=1"
         )
-    own = student.plans.get(steps) if isinstance(student, Student) else None
-    return plan if own is None else replace(plan, extras=own.extras)
+    return replace(plan, extras=plans[steps].extras) if steps in plans else plan
 
 
 def _check_told(student: Student | FlowMap, plan: Plan, steps: int, given: Mapping[str, Any]) -> None:
     """ValueError for an input that belongs to the student's own plans and that nothing sets for ``steps``."""
-    told = student.plans if isinstance(student, Student) else {}
+    _, told = parts_of(student)
     for name in dict.fromkeys(name for own in told.values() for name in own.extras):
         if name not in plan.extras and name not in given:
             raise ValueError(
@@ -135,13 +134,13 @@ def _check_told(student: Student | FlowMap, plan: Plan, steps: int, given: Mappi
             )
 
 
-def flow_map_of(student: Student | FlowMap) -> FlowMap:
-    """The flow map of a student, or itself; TypeError for what is neither."""
+def parts_of(student: Student | FlowMap) -> tuple[FlowMap, Mapping[int, Plan]]:
+    """The flow map of a student and its own plans, of which a bare flow map has none; TypeError for what is neither."""
     if isinstance(student, Student):
-        return student.flow_map
+        return student.flow_map, student.plans
     if not isinstance(student, FlowMap):
         raise TypeError(f"student is a {type(student).__name__}: give a Student or a FlowMap")
-    return student
+    return student, {}
 
 
 def sample_student(
@@ -165,7 +164,7 @@ def sample_student(
     """
     plan = student_plan(student, sampler, steps, **settings)
     _check_told(student, plan, steps, extras or {})
-    flow_map = flow_map_of(student)
+    flow_map, _ = parts_of(student)
     x = states_for(flow_map, "noise", noise)
     with evaluating(flow_map):
         return rollout(flow_map, x, plan, given_conditions(flow_map, x, cond), rng, extras=extras)

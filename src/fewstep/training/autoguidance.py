@@ -17,6 +17,7 @@ from pathlib import Path
 from fewstep.denoisers import Denoiser
 from fewstep.guidance import Autoguided
 from fewstep.hub.models import load
+from fewstep.models import model_of
 from fewstep.training import snapshots
 from fewstep.training.snapshots import reconstruct_model
 
@@ -102,7 +103,8 @@ def search(
 
 def denoiser_of(run: Path) -> Denoiser:
     """The model of a run folder, to put averages into; ValueError for a student."""
-    model = load(run)
-    if not isinstance(model, Denoiser):
-        raise ValueError(f"{run}: a {type(model).__name__} has no denoiser to guide; name a run of 'fewstep train'")
-    return model
+    model = model_of(load(run))
+    try:
+        return model.denoiser()
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}; name a run of 'fewstep train'") from None

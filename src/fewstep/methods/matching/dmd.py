@@ -25,7 +25,6 @@ from fewstep.methods.parts.distances import L2, Distance
 from fewstep.methods.parts.distribution_matching import (
     critic_loss,
     matching_loss,
-    own_samples,
     three_networks,
     two_optimizers,
 )
@@ -34,6 +33,7 @@ from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative, Positive
 from fewstep.sampling.rollout import Plan, Student, rollout
+from fewstep.sampling.student_generator import StudentGenerator
 from fewstep.schedules import Schedule
 
 
@@ -100,7 +100,7 @@ class DMD(Method):
         return Networks(modules, two_optimizers(self.lr, self.critic_lr, self.clip, self.warmup), ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
-        x = own_samples(nets.student, self.plan(nets.student.schedule), batch, trainable=True)
+        x, _ = StudentGenerator(nets.student, self.plan(nets.student.schedule)).draw(batch.n, batch.rng, batch.cond)
         loss, logs = self.student_loss(nets, batch, x)
         yield Update("student", loss, logs)
         denoising = critic_loss(nets.critic, x.detach(), batch.cond, batch.rng)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fewstep import grids
 from fewstep.conditions import join
+from fewstep.denoisers import gradients
 from fewstep.methods.method import Batch, Method, Networks, Paper, Progress, System, Update
 from fewstep.methods.parts.adversary import (
     FeatureHead,
@@ -33,7 +34,6 @@ from fewstep.methods.parts.adversary import (
 from fewstep.methods.parts.distribution_matching import (
     critic_loss,
     matching_loss,
-    own_samples,
     three_networks,
     two_optimizers,
 )
@@ -42,6 +42,7 @@ from fewstep.methods.parts.times import Own
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative, Positive
 from fewstep.sampling.rollout import Plan, Student
+from fewstep.sampling.student_generator import StudentGenerator
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class DMD2(Method):
 
     def draw(self, nets: Networks, batch: Batch, trainable: bool) -> Tensor:
         """Student samples as inference makes them: backward simulation."""
-        return own_samples(nets.student, self.plan(nets), batch, trainable)
+        with gradients(nets.student, "all" if trainable else "none"):
+            return StudentGenerator(nets.student, self.plan(nets)).draw(batch.n, batch.rng, batch.cond)[0]
 
     def student_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Distribution matching plus the adversarial term; the gradient reaches the student through ``x`` only."""

@@ -1,5 +1,5 @@
-"""What DMD and its successors share: a student beside a critic that learns the score of its samples, the samples that
-both are trained on, and the loss of the difference of two scores (Yin et al. 2023 and 2024)."""
+"""What DMD and its successors share: a student beside a critic that learns the score of its samples, and the loss of
+the difference of two scores (Yin et al. 2023 and 2024), which takes samples of any generator."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import dataclasses
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond
-from fewstep.denoisers import Denoiser, gradients
-from fewstep.flow_maps import FlowMap, Jump
-from fewstep.methods.method import Batch, Optimizer
+from fewstep.denoisers import Denoiser
+from fewstep.flow_maps import Jump
+from fewstep.methods.method import Optimizer
 from fewstep.methods.parts.score_matching import denoising_loss, matching_vector, surrogate
 from fewstep.methods.parts.times import Own
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
-from fewstep.sampling.rollout import Plan, rollout
 
 
 def three_networks(start: Start) -> dict[str, nn.Module]:
@@ -40,24 +39,12 @@ def two_optimizers(
     }
 
 
-def own_samples(student: FlowMap, plan: Plan, batch: Batch, trainable: bool) -> Tensor:
-    """Student samples from fresh noise: the output of a random call ``j`` of its own rollout, with a gradient through
-    that call only, and through none unless ``trainable``.
-
-    The index is shared by the whole batch; the calls before it are made exactly as at inference.
-    """
-    j = batch.rng.shared_integer(0, len(plan.times))
-    noise = batch.normal()
-    with gradients(student, "all" if trainable else "none"):
-        return rollout(student, noise, plan, batch.cond, batch.rng, stop=j, grad_at=j if trainable else None)
-
-
 def matching_loss(
     x: Tensor, teacher: Denoiser, critic: Denoiser, cond: Cond, rng: Rng
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The surrogate loss of student samples ``x`` at 2 % to 98 % of the noise levels, and what there is to record.
+    """The surrogate loss of samples ``x`` at 2 % to 98 % of the noise levels, and what there is to record.
 
-    Its gradient reaches the student through ``x`` only, not through the two scores.
+    Its gradient reaches the generator through ``x`` only, not through the two scores.
     """
     t = Own(0.02, 0.98).draw(teacher.schedule, len(x), rng)
     x_t = teacher.schedule.add_noise(x.detach(), rng.normal_like(x), t)
@@ -66,5 +53,5 @@ def matching_loss(
 
 
 def critic_loss(critic: Denoiser, x: Tensor, cond: Cond, rng: Rng) -> Tensor:
-    """The teacher's own training loss on student samples ``x`` without a graph, at all noise levels."""
+    """The teacher's own training loss on samples ``x`` without a graph, at all noise levels."""
     return denoising_loss(critic, x, Own(0.0, 1.0).draw(critic.schedule, len(x), rng), cond, rng)

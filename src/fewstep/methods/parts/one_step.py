@@ -26,7 +26,8 @@ from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
 from fewstep.ranges import NonNegative, Positive
 from fewstep.sampling.inputs import evaluating
-from fewstep.sampling.rollout import Plan, Student, rollout
+from fewstep.sampling.rollout import Plan, Student
+from fewstep.sampling.student_generator import StudentGenerator
 from fewstep.schedules import Schedule
 
 
@@ -94,7 +95,8 @@ class OneStep(Method):
 
     def draw(self, nets: Networks, batch: Batch) -> Tensor:
         """Student samples from fresh noise, as at inference."""
-        return rollout(nets.student, batch.normal(), self.plan(nets.student.schedule), batch.cond)
+        generator = StudentGenerator(nets.student, self.plan(nets.student.schedule), simulate=False)
+        return generator.draw(batch.n, batch.rng, batch.cond)[0]
 
     def critic_loss(self, nets: Networks, batch: Batch, x: Tensor) -> Tensor:
         """The teacher's own training loss on the student's samples."""

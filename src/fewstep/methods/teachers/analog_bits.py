@@ -30,7 +30,8 @@ from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
 from fewstep.ranges import Least, NonNegative, Positive, Share
-from fewstep.sampling.self_conditioning import SelfConditioned, SelfConditioning
+from fewstep.sampling.self_conditioned import SelfConditioned
+from fewstep.sampling.self_conditioning import SelfConditioning
 
 H = TypeVar("H", bound=Head)
 
