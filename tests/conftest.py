@@ -17,8 +17,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when PyTorch is imported, here and i
 
 #: Seconds of processor time that a file of tests should stay under; a system's tests share one file or two.
 BUDGET = 10.0
-#: The files that take longest, the longest first (in seconds of processor time, rounded).  Where several processes share
-#: the files, these are begun first, so that none works alone at the end.
+#: The files that take longest, in seconds of processor time.  Where several processes share the files, these are begun
+#: first, the longest before all, so that none works alone at the end.
 LONGEST = {
     "test_hub_export.py": 50, "test_solver_order.py": 33, "test_cli_runs.py": 45, "test_cli_products.py": 33,
     "test_distributed.py": 25, "test_worlds.py": 28, "test_every_method.py": 25, "test_bad_input.py": 26,
