@@ -8,6 +8,7 @@ Bellemare et al. 2017).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 
 import torch
@@ -17,8 +18,8 @@ from torch.nn import functional
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Batch, Rows
 
-#: Noise levels at which features are compared, as shares of the family's own index: on EDM 0.05 to 0.5.
-LEVELS = (0.16, 0.22, 0.28, 0.35)
+#: Noise levels ``sigma / alpha`` at which features are compared: low, so that the picture is in them.
+LEVELS = (0.05, 0.1, 0.25, 0.5)
 #: Places on a side of the coarse grids that features are averaged to.
 SIDE = 4
 
@@ -62,7 +63,7 @@ def feature_energy(teacher: Denoiser, x: Tensor, batch: Batch) -> Generator[Rows
         loss, distance = yield from feature_energy(nets.teacher, x, batch)
     """
     level = LEVELS[batch.rng.shared_integer(0, len(LEVELS))]
-    t = teacher.schedule.own_time(torch.full((len(x),), level, dtype=torch.float64, device=x.device))
+    t = teacher.schedule.time_at(torch.full((len(x),), -math.log(level), dtype=torch.float64, device=x.device))
 
     def features(clean: Tensor) -> list[Tensor]:
         x_t = teacher.schedule.add_noise(clean, batch.rng.normal_like(clean), t)
