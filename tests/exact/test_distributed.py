@@ -1,11 +1,8 @@
 """The same run on one process and on two, replicated and sharded, agrees; and a stopped one resumes."""
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from child_processes import run_on_two
 from torch import Tensor
 
 from fewstep.data.dataset import Dataset
@@ -76,10 +74,6 @@ class Points(Dataset):
 
 READS = [0]
 
-#: Children start from a server that has imported everything once.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "fewstep.runs.course", "fewstep.training.trainer"])
-
 
 def points(name: str, stop_at: int = -1) -> Dataset:
     gen = torch.Generator().manual_seed(4)
@@ -100,11 +94,8 @@ def keep(result: Result, place: Path) -> None:
     (place / "records.json").write_text(json.dumps(result.records))
 
 
-def process(rank: int, port: int, folder: Path) -> None:
+def process(rank: int, folder: Path) -> None:
     """One of two processes: every method replicated and sharded, once to the end and once stopped and resumed."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
-    torch.set_num_threads(1)
     for name, method in METHODS.items():
         for shard in (False, True):
             place = folder / f"{name}-{'sharded' if shard else 'replicated'}"
@@ -166,22 +157,7 @@ def refused(place: Path, shard: bool) -> str:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the runs of two gloo processes."""
     folder = tmp_path_factory.mktemp("runs")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [CONTEXT.Process(target=process, args=(rank, port, folder)) for rank in (0, 1)]
-    for child in children:
-        child.start()
-    deadline = time.monotonic() + 300
-    while any(child.is_alive() for child in children) and time.monotonic() < deadline:
-        if any(child.exitcode for child in children):
-            break
-        time.sleep(0.05)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-        child.join()
-    assert codes == [0, 0]
+    run_on_two(process, folder)
     yield folder
 
 

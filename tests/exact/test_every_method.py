@@ -7,16 +7,15 @@ A method is in here as soon as it has its line in RECIPES.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from child_processes import run_on_two
 from torch import Tensor, nn
 
 from fewstep.data import Dataset
@@ -117,11 +116,8 @@ def whole() -> dict[str, dict[str, Tensor]]:
     return {name: numbers(made(name)) for name in RECIPES}
 
 
-def process(rank: int, port: int, folder: Path) -> None:
+def process(rank: int, folder: Path) -> None:
     """One of two processes: every method, with half of each batch."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
-    torch.set_num_threads(1)
     for name in RECIPES:
         weights = numbers(made(name))
         if rank == 0:
@@ -132,19 +128,7 @@ def process(rank: int, port: int, folder: Path) -> None:
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the weights that two gloo processes make."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=process, args=(rank, port, folder)) for rank in (0, 1)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(300)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    assert codes == [0, 0]
+    run_on_two(process, folder)
     yield folder
 
 

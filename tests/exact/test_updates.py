@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import socket
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from child_processes import run_on_two
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,11 +129,8 @@ METHODS: dict[str, Plain] = {
 # --- the mean of the whole batch ---------------------------------------------------------------------------------
 
 
-def process(rank: int, port: int, folder: Path) -> None:
+def process(rank: int, folder: Path) -> None:
     """One of two processes, each with two parts of the batch in the second run."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
-    torch.set_num_threads(1)
     for name, method in METHODS.items():
         for accumulate in (1, 2):
             result = train(method, Start(teacher(), points()), replace(SETTINGS, accumulate=accumulate), show=False)
@@ -146,17 +141,7 @@ def process(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=process, args=(rank, port, folder)) for rank in (0, 1)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        child.kill()
-    assert [child.exitcode for child in children] == [0, 0]
+    run_on_two(process, folder)
     return folder
 
 

@@ -1,7 +1,6 @@
 """Kill a run anywhere: the same command makes the weights of the run that was never killed, bit for bit."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child_processes import CONTEXT
 from torch import Tensor
 
 from fewstep import files as writer
@@ -33,10 +33,6 @@ from fewstep.training.trainer import Interrupted, Settings, train
 
 STEPS = 120
 METHOD = DMD2(critic_steps=3, gan_weight=0.1, lr=1e-3, critic_lr=1e-3)  # three networks, two optimisers, a GAN
-
-#: Children start from a server that has imported everything once.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "fewstep.training.trainer", "fewstep.methods.matching.dmd2"])
 
 
 @dataclass(frozen=True)
@@ -117,6 +113,13 @@ def never_killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process, _ = begin(folder)
     process.join(120)
     assert process.exitcode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def twelve_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("twelve")
+    train_in(folder, 12)
     return folder
 
 
@@ -203,36 +206,32 @@ def half_a_line() -> None:
 
 
 @pytest.mark.parametrize("moment", [half_written, before_rename, after_rename, half_a_line])
-def test_a_kill_inside_writing(moment: Callable[[], None], tmp_path: Path) -> None:
+def test_a_kill_inside_writing(moment: Callable[[], None], twelve_steps: Path, tmp_path: Path) -> None:
     """A kill at the worst moments of writing leaves a run that resumes to the same model and the same log."""
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    process, _ = begin(broken, 12, moment)
+    process, _ = begin(tmp_path, 12, moment)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    train_in(broken, 12)
-    train_in(whole, 12)
-    assert files(broken) == files(whole)
-    assert log(broken) == log(whole)
-    assert {p.name for p in broken.iterdir()} == {p.name for p in whole.iterdir()}
+    train_in(tmp_path, 12)
+    assert files(tmp_path) == files(twelve_steps)
+    assert log(tmp_path) == log(twelve_steps)
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in twelve_steps.iterdir()}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_stop_saves_and_says_so(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_polite_stop_saves_and_says_so(number: signal.Signals, never_killed: Path, tmp_path: Path) -> None:
     """SIGTERM and Ctrl-C end the step, save, say what to do; the same command goes on to the same model."""
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    process, line = begin(stopped, 200)
+    process, line = begin(tmp_path)
     wait_for_steps(line, 3)
     os.kill(process.pid or 0, number)
     process.join(60)
     assert process.exitcode == 0
-    said = (stopped / "said").read_text()
+    said = (tmp_path / "said").read_text()
     assert said.startswith(f"{number.value} stopped after ")
-    assert said.endswith(f"steps, saved in {stopped}; the same command resumes")
-    assert 3 <= int(said.split()[3]) < 200
-    (stopped / "said").unlink()
-    train_in(stopped, 200)
-    train_in(whole, 200)
-    assert files(stopped) == files(whole)
+    assert said.endswith(f"steps, saved in {tmp_path}; the same command resumes")
+    assert 3 <= int(said.split()[3]) < STEPS
+    (tmp_path / "said").unlink()
+    train_in(tmp_path, STEPS)
+    assert files(tmp_path) == files(never_killed)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ class Mixture1D(GaussianMixture):
         low = (centre + spread * z.amin(1, keepdim=True)).amin(1, keepdim=True)
         high = (centre + spread * z.amax(1, keepdim=True)).amax(1, keepdim=True)
         error = 1e-6 * (high - low + spread.amax(1, keepdim=True))
-        for _ in range(30):
+        for _ in range(22):
             middle = (low + high) / 2
             short = excess(middle) < 0
             low, high = torch.where(short, middle, low), torch.where(short, high, middle)
