@@ -6,7 +6,8 @@ A mutant (``mutant_tokens.py``) is written into a copy of the repository, never 
 function is measured once for each file of tests, and again when that file changes.  A mutant meets the tests that reach
 its function, the cheapest first, until one is red; one that ``--seconds`` of tests do not notice has survived.  What
 survives is printed at the end, but for what the table of ``docs/mutants.md`` explains.  All of it is kept in
-``.mutants/``: ``--resume`` goes on where a run of the same seed was interrupted, and tries its survivors again.
+``.mutants/``: ``--resume`` goes on where a run of the same seed was interrupted, and tries its survivors again, but for
+those explained.
 """
 
 from __future__ import annotations
@@ -289,12 +290,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--only", metavar="FILE", help="of this file of the package only")
     parser.add_argument("--seconds", type=float, default=60.0, help="processor seconds of tests that a mutant meets")
-    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has killed")
+    parser.add_argument("--resume", action="store_true", help="keep what was killed before, and what is explained")
     args = parser.parse_args()
     KEPT.mkdir(exist_ok=True)
     kept = KEPT / f"results-{args.seed}{'-' + Path(args.only).stem if args.only else ''}.jsonl"
     old = [json.loads(line) for line in kept.read_text().splitlines()] if args.resume and kept.exists() else []
-    killed = {rank(args.seed, {key: one[key] for key in NAME}): one for one in old if one["by"]}
+    known = explained()
+    settled = {rank(args.seed, one): one for one in old if one["by"] or (one["file"], one["is"]) in known}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder) / "copy"
         copy_to(scratch)  # from here on, edits of the repository change nothing
@@ -305,9 +307,9 @@ def main() -> int:
 
         tests, results = measure(scratch), []
         with kept.open("w") as record:
-            record.writelines(json.dumps(one) + "\n" for one in killed.values())
+            record.writelines(json.dumps(one) + "\n" for one in settled.values())
             for mutant, name in drawn:
-                one = killed.get(rank(args.seed, name))
+                one = settled.get(rank(args.seed, name))
                 if one is None:
                     some = reaching(mutant, tests, args.seconds)
                     limit = 15 + 3 * sum(tests[test]["seconds"] for test in some)
