@@ -37,8 +37,8 @@ bench: $(VENV)/test
 solvers: $(VENV)/test
 	$(BIN)/python benchmarks/solvers.py --n 128 --out site/solvers
 
-## Can the tests fail?  200 random one-token mutants of the mathematics, and those that no test notices (about an hour
-## on one core; again with the same seed it goes on where it was stopped; more in CONTRIBUTING.md).
+## Can the tests fail?  200 random one-token mutants of the mathematics, and those that no test notices (again with the
+## same seed it goes on where it was stopped; more in docs/mutants.md).
 mutants: $(VENV)/test
 	$(BIN)/python tools/mutants.py --resume $(MUTANTS)
 

@@ -93,6 +93,32 @@ def test_models_without_inputs_take_none(cli: Cli) -> None:
     assert err.endswith("--guidance is for teachers: 'plain' is a student and samples in its own way\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tune-steps", "digits", "--extra", "w=3"), "'--extra' is not an argument of fewstep tune-steps"),
+        (("statistics", "digits", "--extra", "w=3"), "'--extra' is not an argument of fewstep statistics"),
+        (("distill", "cm", "--teacher", "digits", "--extra", "w=3"), "'--extra' is not an argument of fewstep distill"),
+        (("train", "new", "--extra", "w=3"), "'--extra' is not an argument of fewstep train"),
+        (("tune-steps", "guided"), "'guided' is a student, which samples in its own way"),
+        (("statistics", "guided"), "'guided' is a student, which samples in its own way"),
+        (
+            ("distill", "cm", "--teacher", "guided", "--data", "digits"),
+            "'guided' is a student of 1, 2 calls, not a",
+        ),
+        (
+            ("distill", "cm", "--teacher", "digits", "--student", "guided", "--data", "digits", "--budget", "1steps"),
+            "the network takes the extra inputs ['k', 'w'], it was given []",
+        ),
+    ],
+)
+def test_other_commands_take_no_inputs(words: tuple[str, ...], said: str, cli: Cli) -> None:
+    """Neither the flag nor a model that has them: one line."""
+    saved()
+    err = cli(*words, code=2).err
+    assert said in err and err.count("\n") == 1
+
+
 def test_evaluate_measures_with_inputs(cli: Cli) -> None:
     """The figures are those of samples with the input; the teacher's stay as they are."""
     made = saved()

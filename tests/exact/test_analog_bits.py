@@ -676,6 +676,23 @@ def test_the_softmax_factorisation_is_exact_for_symbols(loss, encoding):
     assert min(float(g.abs()) for g in off.values()) > 1e-5, off
 
 
+@pytest.mark.parametrize("places", [(), (4,), (2, 3)], ids=str)
+def test_a_softmax_head_fills_the_missing_channels_with_zeros(places):
+    """At every place; the network sees as many channels as there are symbols."""
+    seen = []
+
+    class Echo(nn.Module):
+        def forward(self, x, t, cond=None):
+            seen.append(x)
+            return x
+
+    encoding = Unsigned(5)
+    x = torch.randn(2, encoding.channels, *places)
+    logits = SoftmaxHead(Echo(), encoding).logits(x, torch.zeros(2))
+    assert logits is seen[0] and logits.shape == (2, 5, *places)
+    assert torch.equal(logits[:, :3], x) and not bool(logits[:, 3:].any())
+
+
 def test_the_sigmoid_loss_is_the_binary_cross_entropy():
     """-log sigmoid(x_0 f / b), and a denoiser b (2 sigmoid(f) - 1), for bits of size 0.5."""
     torch.manual_seed(0)

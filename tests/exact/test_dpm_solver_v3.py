@@ -350,6 +350,22 @@ def test_the_ridge_is_a_share_of_what_noise_and_data_leave_open() -> None:
     torch.testing.assert_close(found * RIDGE**2, c * (1 / square + torch.exp(2 * log_snr)), rtol=1e-12, atol=0)
 
 
+def test_statistics_are_a_regression() -> None:
+    """``s`` and ``b`` are slope and intercept of f' on ``f = k y - D``, here over 50 draws at each of
+    five levels, with a k that rises in a straight line."""
+    log_snr = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    k = (0.3 + 0.1 * log_snr)[:, None]
+    y, d, e = Rng(0).normal(3, 50, 5, 1, dtype=torch.float64)
+    f, slope = k * y - d, (0.1 - k) * y + k * d - e
+    means = (k, *(part.mean(0) for part in (y, d, e, y * y, y * d, d * d, y * e, d * e)))
+    found = fitted(log_snr, means, 0.5, 0)
+    ridge = RIDGE**2 / (torch.exp(2 * log_snr) + 1 / 0.5)[:, None]
+    s = ((f - f.mean(0)) * (slope - slope.mean(0))).mean(0) / (f.var(0, correction=0) + ridge)
+    torch.testing.assert_close(found.s, s, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(found.b, slope.mean(0) - s * f.mean(0), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(found.l, 1 - k)
+
+
 def test_progress_is_told_after_every_level_of_every_batch() -> None:
     """And the last call says that all is done."""
     seen: list[tuple[int, int]] = []

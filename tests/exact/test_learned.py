@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,16 @@ from fewstep.hub.settings import load_settings, save_settings
 from fewstep.randomness import Rng
 from fewstep.sampling import LearnedSolver, Levels, balanced, folded, solve
 from fewstep.sampling.learned import schedule_id
-from fewstep.sampling.learning import Task, learn, learning, moved, normal_equations, sensitivities
+from fewstep.sampling.learning import (
+    Iterate,
+    Task,
+    damped_step,
+    learn,
+    learning,
+    moved,
+    normal_equations,
+    sensitivities,
+)
 from fewstep.sampling.named import SOLVERS, named_solver, named_times
 from fewstep.sampling.search import Reference, Setting, shortlist, tune
 from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPCosine, VPLinear
@@ -315,3 +325,25 @@ def test_what_cannot_be_learned_is_refused():
         learn(world, start_on(world.schedule, "unipc", 17), target, target)
     with pytest.raises(ValueError, match="learned on the schedule FlowMatching"):
         learn(world, start_on(FlowMatching()), target, target)
+
+
+@pytest.mark.parametrize(
+    ("aim", "found", "change"),
+    [
+        (-1.0, 3e-9, -1 / (1 + 3e-9)),  # the bolder the better: down to the first below 1e-8
+        (-0.98, 3e-3, -1 / 1.003),  # ten times bolder would be worse
+        (-0.1, 30.0, -1 / 31),  # the first ones go beyond twice the aim: up to the one that does not
+        (-0.01, 300.0, -1 / 301),  # the first above 100 is the last
+        (-0.001, 1e-3, 0.0),  # no step lowers the error, and the damping starts anew
+        (0.1, 1e-3, 0.0),
+    ],
+)
+def test_the_damping_is_sought_by_tens(aim, found, change, monkeypatch):
+    """With ``H = g = 1`` the step is ``-1 / (1 + damping)``, and the error is its distance from the aim."""
+    monkeypatch.setattr("fewstep.sampling.learning.moved", lambda solver, change, schedule: solver + change[0])
+    task = SimpleNamespace(denoiser=SimpleNamespace(schedule=None), error=lambda solver: abs(solver - aim))
+    now = Iterate(0.0, abs(aim), 0.0)
+    one = torch.ones(1, dtype=torch.float64)
+    best, damping = damped_step(task, now, (one[None], one), 3e-3)
+    assert best.solver == pytest.approx(change, rel=1e-12) and damping == pytest.approx(found, rel=1e-12)
+    assert (best is now) == (change == 0)

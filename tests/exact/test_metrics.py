@@ -36,6 +36,7 @@ from fewstep.metrics import (
     sliced_wasserstein,
     wasserstein_1d,
 )
+from fewstep.metrics.cost import _peak_cuda
 from fewstep.metrics.features import imagenet_input
 from fewstep.randomness import Rng
 
@@ -419,6 +420,22 @@ def test_cost_counts_calls_rows_memory_and_time():
     assert cost.peak_bytes == 48_000
     assert 0.03 <= cost.seconds < 3
     assert not network._forward_pre_hooks
+
+
+def test_memory_of_a_gpu_is_what_comes_on_top(monkeypatch: pytest.MonkeyPatch):
+    """By the counters of CUDA, here played: the peak since sampling began, less what was held by then."""
+    now = {"held": 1000, "peak": 9000}  # of something earlier
+
+    def sample() -> Tensor:
+        now["peak"] = max(now["peak"], now["held"] + 4200)
+        return torch.ones(2)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: now["held"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: now["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: now.update(peak=now["held"]))
+    samples, peak = _peak_cuda(sample, torch.device("cuda"))
+    assert peak == 4200 and torch.equal(samples, torch.ones(2))
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

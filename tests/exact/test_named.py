@@ -75,6 +75,18 @@ def test_mistakes_get_one_line(make, text, said):
     assert "\n" not in str(caught.value)
 
 
+def test_churn_has_ranges():
+    """The bounds themselves are allowed."""
+    for field, value, said in (
+        ("amount", -1e-9, r"in \[0, inf\]"), ("low", -0.1, r"in \[0, 2\]"), ("low", 2.1, r"in \[0, 2\]"),
+        ("inflation", -0.1, r"in \[0, 10\]"), ("inflation", 10.1, r"in \[0, 10\]"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"Churn: {field}={value:g} must .*{said}"):
+            Churn(**{"high": 2.0, field: value})
+    for allowed in (Churn(low=2.0, high=2.0), Churn(inflation=0.0), Churn(inflation=10.0)):
+        assert allowed.amount == 0
+
+
 def test_too_few_steps_for_the_order():
     """Solvers of third order and more refuse fewer steps than their history is long; one step of second order is
     DDIM."""

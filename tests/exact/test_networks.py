@@ -1,10 +1,11 @@
-"""The reference networks: a second sample given beside the state."""
+"""The reference networks: a second sample given beside the state, and the parts that they share."""
 
 import pytest
 import torch
 
 from fewstep.networks import MLP, UNet
-from fewstep.networks.parts import GroupNorm
+from fewstep.networks.parts import Dropout, GroupNorm, Modulation, PositionalEmbedding
+from fewstep.networks.transformer import Block, Offsets
 
 MAKE = {
     "mlp on pictures": lambda beside: MLP((1, 4, 4), width=16, blocks=1, beside=beside),
@@ -55,3 +56,67 @@ def test_group_norm_in_half_precision_is_that_of_float32_rounded():
             rounded = GroupNorm(4, 8)
             rounded.load_state_dict({name: p.float() for name, p in norm.state_dict().items()})
             assert torch.equal(norm(x), rounded(x.float()).to(kind))
+
+
+def test_modulation_by_hand():
+    """``x (1 + scale) + shift`` at every place; with double norm both have a root mean square of 1, but for eps."""
+    torch.manual_seed(0)
+    x, emb = torch.randn(4, 6, 3, 2, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    for double in (False, True):
+        layer = Modulation(5, 6, double).double()
+        assert torch.equal(layer(x, emb), x)
+        torch.nn.init.normal_(layer.projection.weight)
+        scale, shift = layer.projection(emb).split(6, 1)
+        if double:
+            scale, shift = (v / (v.square().sum(1, keepdim=True) / 6 + 1e-4).sqrt() for v in (scale, shift))
+        expected = torch.einsum("bc,bchw->bchw", 1 + scale, x) + shift[:, :, None, None]
+        torch.testing.assert_close(layer(x, emb), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_times_are_embedded_in_geometric_frequencies():
+    """From 0.25 to 16 in equal ratios, cosines before sines."""
+    t = torch.tensor([0.0, 0.3, -2.0], dtype=torch.float64)
+    angle = t[:, None] * torch.tensor([0.25, 1.0, 4.0, 16.0], dtype=torch.float64)
+    torch.testing.assert_close(PositionalEmbedding(8)(t), torch.cat([angle.cos(), angle.sin()], 1), rtol=0, atol=1e-5)
+    for width in (0, 1, 7):
+        with pytest.raises(ValueError, match=f"width={width} must be an even number"):
+            PositionalEmbedding(width)
+    assert PositionalEmbedding(2)(t).shape == (3, 2)
+
+
+def test_dropout_keeps_the_mean():
+    """What is kept is divided by the share that is; nothing is kept at p = 1, and everything outside training."""
+    torch.manual_seed(0)
+    x = torch.full((100, 100), 3.0)
+    found = Dropout(0.25)(x)
+    kept = found != 0
+    assert torch.equal(found[kept], (x / 0.75)[kept]) and abs(float(kept.double().mean()) - 0.75) < 0.02
+    assert not bool(Dropout(1.0)(x).any()) and torch.equal(Dropout(0.25).eval()(x), x)
+
+
+def test_a_block_is_attention_and_two_layers():
+    """Against PyTorch's attention with the offsets as a bias, at weights away from their start."""
+    torch.manual_seed(0)
+    block = Block(5, 8, 2, 0.0).double()
+    torch.nn.init.normal_(block.modulation.weight)
+    x, emb = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    scale, shift, mlp_scale, mlp_shift = block.modulation(emb).unflatten(1, (4, 1, 8)).unbind(1)
+
+    def norm(x):
+        return torch.nn.functional.layer_norm(x, (8,))
+
+    inner = block.qkv(norm(x) * (1 + scale) + shift).unflatten(2, (3, 2, 4))
+    q, k, v = inner.permute(2, 0, 3, 1, 4)
+    seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=block.offsets())
+    x1 = x + block.mix(seen.transpose(1, 2).reshape(3, 5, 8))
+    hidden = block.first(norm(x1) * (1 + mlp_scale) + mlp_shift)
+    torch.testing.assert_close(block(x, emb), x1 + block.second(hidden * hidden.sigmoid()), rtol=1e-12, atol=1e-12)
+
+
+def test_offsets_start_at_a_neighbour():
+    """Head h prefers the token ``1 + h // 2`` places to the right, or to the left where h is odd; the bias falls with
+    the logarithm of the distance from there."""
+    found = Offsets(6, 4)()
+    for head, favourite in enumerate((1, -1, 2, -2)):
+        away = torch.tensor([[abs(j - i - favourite) for j in range(6)] for i in range(6)])
+        torch.testing.assert_close(found[head], -2 * torch.log1p(away.float()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -21,7 +22,7 @@ from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.parts.teacher_steps import ddim_step
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
-from fewstep.predictions import EDMPrediction
+from fewstep.predictions import EDMPrediction, Eps, Prediction, Velocity
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPCosine
 
@@ -189,3 +190,18 @@ def test_a_ladder_on_edm_is_as_good_as_on_trigflow() -> None:
 def network_on(schedule: Schedule) -> NetworkDenoiser:
     torch.manual_seed(0)
     return NetworkDenoiser(MLP((2,), 16, 1), schedule, EDMPrediction(), (2,))
+
+
+def test_a_teacher_that_cannot_tell_the_data_is_refused() -> None:
+    """A prediction of the noise on schedules that end in pure noise; one that ends at alpha = 5e-5 is taken, and so is
+    one of the velocity anywhere."""
+
+    def networks(schedule: Schedule, prediction: Prediction) -> Networks:
+        teacher = NetworkDenoiser(MLP((1,), 8, 1, 3), schedule, prediction, (1,), 3)
+        return ProgressiveDistillation().networks(Start(teacher))
+
+    for schedule in (FlowMatching(), TrigFlow(t_max=math.pi / 2)):
+        with pytest.raises(ValueError, match="does not tell the data at t = 1"):
+            networks(schedule, Eps())
+        networks(schedule, Velocity())
+    networks(VPCosine(), Eps())

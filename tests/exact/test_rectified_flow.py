@@ -142,7 +142,9 @@ def test_swapped_labels_at_distillation_hurt() -> None:
 
 
 def test_recipe_stages() -> None:
-    """Guidance is baked into the first pairs only; reflow comes before distillation."""
+    """Guidance is baked into the first pairs only, and only where it is asked for; reflow comes before distillation."""
+    plain = InstaFlow()
+    assert {plain.guidance, plain.reflow_guidance, Reflow().guidance, ReflowDistillation().guidance} == {1.0}
     stages = [s.method for s in InstaFlow(reflows=2, steps=1, guidance=3.0).stages()]
     assert [s.name for s in stages] == ["reflow", "reflow", "reflow-distil"]
     assert [s.guidance for s in stages] == [3.0, 1.0, 1.0]

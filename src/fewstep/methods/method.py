@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -94,32 +94,60 @@ class Update:
         return (self.group,) if isinstance(self.group, str) else self.group
 
 
-@dataclass(frozen=True)
-class Mean:
-    """ "What is the mean of ``value`` over the whole batch?": ``m = yield Mean(h.mean())``.
+class WholeBatch(Protocol):
+    """What puts a batch together again from the parts of micro-batches and processes."""
 
-    The answer is the mean over all micro-batches and processes, which therefore must ask for it in lock step; no
-    gradient flows through it.  ``value`` is a tensor of any shape.  With one part it is the value itself.
+    def mean(self, parts: Sequence[Tensor]) -> Tensor: ...
+
+    def rows(self, parts: Sequence[Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Question(ABC):
+    """What a method asks about the whole batch: all micro-batches and processes, which therefore must ask in lock step.
+
+    No gradient flows through the answer.  With one part it is ``value`` itself.
     """
 
     value: Tensor
 
+    @abstractmethod
+    def answer(self, values: Sequence[Tensor], batch: WholeBatch) -> Tensor:
+        """The answer, from the values of this process's micro-batches."""
 
-def alone(updates: Iterator[Update | Mean]) -> Iterator[Update]:
-    """The updates of a batch in one part: every :class:`Mean` is the value that was asked for."""
+
+@dataclass(frozen=True)
+class Mean(Question):
+    """ "What is the mean of ``value`` over the whole batch?": ``m = yield Mean(h.mean())``, a tensor of any shape."""
+
+    def answer(self, values: Sequence[Tensor], batch: WholeBatch) -> Tensor:
+        return batch.mean(values)
+
+
+@dataclass(frozen=True)
+class Rows(Question):
+    """ "What are the rows of ``value`` in the whole batch?": ``everyone = yield Rows(f)``, ``[B, ...]`` for this part's
+    ``[b, ...]``, in an order that is not promised."""
+
+    def answer(self, values: Sequence[Tensor], batch: WholeBatch) -> Tensor:
+        return batch.rows(values)
+
+
+def alone(updates: Iterator[Update | Question]) -> Iterator[Update]:
+    """The updates of a batch in one part: the answer to every :class:`Question` is the value that was asked about."""
     answer: Tensor | None = None
     while (asked := advance(updates, answer)) is not None:
         answer = None
-        if isinstance(asked, Mean):
+        if isinstance(asked, Question):
             answer = asked.value.detach()
         else:
             yield asked
 
 
-def advance(updates: Iterator[Update | Mean], answer: Tensor | None) -> Update | Mean | None:
-    """What a generator of updates yields next, given the answer to the :class:`Mean` it waits for; None at its end."""
+def advance(updates: Iterator[Update | Question], answer: Tensor | None) -> Update | Question | None:
+    """What a generator of updates yields next, given the answer to the question that it waits for; None at its end."""
     try:
-        return next(updates) if answer is None else cast("Generator[Update | Mean, Tensor]", updates).send(answer)
+        return next(updates) if answer is None else cast("Generator[Update | Question, Tensor]", updates).send(answer)
     except StopIteration:
         return None
 
@@ -213,7 +241,7 @@ class Method(Recipe):
         return {"data": start.data}
 
     @abstractmethod
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Mean]:
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
         """The updates of one iteration, one at a time, and questions about the whole batch between them."""
 
     @abstractmethod

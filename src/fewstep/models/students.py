@@ -44,20 +44,22 @@ def build_extras(config: Config) -> dict[str, Input]:
             extras[name] = Input(**declared)
         except ValueError as error:
             raise ValueError(f"extras.{name}: {error}") from None
-    for network in networks_of(config["denoiser"]):
+    for network in network_configs(config["denoiser"]):
+        if network["name"] == DIFFUSERS:  # which say themselves what they take
+            continue
         taken = network.get("extras", ())
         for name in extras:
-            if network["name"] != DIFFUSERS and name not in taken:  # diffusers' say themselves what they take
+            if name not in taken:
                 raise ValueError(f"extras.{name}: the network takes {', '.join(taken) or 'no further inputs'}")
     return extras
 
 
-def networks_of(config: Config) -> Iterator[Config]:
-    """The networks in the description of a denoiser, also behind views and experts."""
+def network_configs(config: Config) -> Iterator[Config]:
+    """The networks in a denoiser's description: its own, that of the one it is a view of, or those of its experts."""
     if "network" in config:
         yield config["network"]
-    for inner in config["experts"] if "experts" in config else [config["inner"]] if "inner" in config else []:
-        yield from networks_of(inner)
+    for part in (*([config["inner"]] if "inner" in config else []), *config.get("experts", ())):
+        yield from network_configs(part)
 
 
 class StudentModel(Model):

@@ -88,6 +88,15 @@ class Parallel:
         dist.all_reduce(value)
         return value / self.world
 
+    def rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """The rows ``[b, ...]`` of this process's parts and of all processes, ``[B, ...]``; of one part, the tensor."""
+        value = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        if self.world == 1:
+            return value
+        everyone = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(everyone, value.contiguous())
+        return torch.cat(everyone)
+
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of all gradients together, on their device."""
         return torch.nn.utils.get_total_norm(gradients, foreach=True)

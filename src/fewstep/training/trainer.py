@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fewstep.conditions import to
 from fewstep.data.dataset import Rows, Samples
 from fewstep.denoisers import Denoiser
-from fewstep.methods.method import Batch, Mean, Method, Networks, Progress, Update, advance
+from fewstep.methods.method import Batch, Method, Networks, Progress, Question, Update, advance
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng, derive_seed, repeated_draws, seed_own_draws
 from fewstep.sampling.rollout import Student
@@ -123,31 +123,31 @@ class Run(Groups):
         columns = {name: column.to(self.device) for name, column in rows.columns.items()}
         return Batch(x, to(rows.cond, self.device), rng, columns, shape=(n, *data.shape))
 
-    def backward(self, pending: list[Iterator[Update | Mean]]) -> list[Update]:
+    def backward(self, pending: list[Iterator[Update | Question]]) -> list[Update]:
         """The next update of every micro-batch, each run backward at once; empty when the iteration is over.
 
-        Questions for a mean on the way there are answered when every micro-batch has asked.
+        Questions about the whole batch on the way there are answered when every micro-batch has asked.
         """
         answer: Tensor | None = None
         while True:
             updates: list[Update] = []
-            means: list[Tensor] = []
+            questions: list[Question] = []
             for generator in pending:
                 with autocast(self.precision, self.device):
                     asked = advance(generator, answer)
-                if isinstance(asked, Mean):
-                    means.append(asked.value.detach())
+                if isinstance(asked, Question):
+                    questions.append(asked)
                 elif asked is not None:
                     if not updates:
                         self.forget_gradients()
                     (asked.loss / len(pending) if len(pending) > 1 else asked.loss).backward()
                     updates.append(asked)
-            if max(len(updates), len(means)) not in (0, len(pending)) or (updates and means):
+            if max(len(updates), len(questions)) not in (0, len(pending)) or (updates and questions):
                 raise RuntimeError(f"{self.method.name}: micro-batches yielded different numbers of updates")
-            if not means:
+            if not questions:
                 self.parallel.settle(self.nets)
                 return updates
-            answer = self.parallel.mean(means)
+            answer = questions[0].answer([question.value.detach() for question in questions], self.parallel)
 
     def record(self) -> dict[str, Any]:
         """What there is to tell since the last record, averaged over the processes."""

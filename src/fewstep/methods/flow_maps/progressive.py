@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import grids
-from fewstep.conditions import Cond
+from fewstep.conditions import Cond, to
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump, ddim_move
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
@@ -46,6 +46,20 @@ def two_step_target(teacher: Denoiser, z_t: Tensor, t: Tensor, mid: Tensor, s: T
     return torch.where(align((s <= schedule.t_min).double(), z_t) > 0, x_mid, target)
 
 
+def check_tells_data(teacher: Denoiser) -> None:
+    """ValueError for a teacher whose data prediction at the noisiest time magnifies what the network says a million
+    times, which leaves no digit in float32: a prediction of the noise where alpha vanishes."""
+    x, t = torch.zeros(1, *teacher.shape), torch.tensor([teacher.schedule.t_max], dtype=torch.float64)
+    module = next(teacher.parameters(), x)
+    with torch.no_grad():
+        _, b, _ = teacher.affine(x.to(module), t.to(module.device), to(teacher.null, module.device))
+    if not bool((b.abs() < 1e6).all()):
+        raise ValueError(
+            f"the teacher does not tell the data at t = {float(t):g}, where there is only noise: progressive "
+            "distillation needs one that predicts velocity, v or the data"
+        )
+
+
 def weight(schedule: Schedule, t: Tensor, kind: Weighting) -> Tensor:
     """Weight of the squared error in the data: ``max(SNR, 1)``, ``SNR + 1`` (the v loss) or 1; SNR up to 1e4."""
     snr = torch.exp(2 * schedule.log_snr(t)).clamp_max(1e4)
@@ -70,7 +84,7 @@ class ProgressiveDistillation(Method):
          "SNR weights are capped at 1e4",
          "on EDM, which the paper does not treat, steps are equal in TrigFlow's angle",
          "every halving has the same share of the budget; the paper trains the last ones longer",
-         "a teacher of the noise is taken as it is: where alpha vanishes its first step divides by alpha",
+         "a teacher of the noise is taken as it is, its first step dividing by alpha, unless alpha is below 1e-6",
          "no plain SNR weight, no clipping in sampling"),
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
@@ -87,6 +101,7 @@ class ProgressiveDistillation(Method):
 
     def networks(self, start: Start) -> Networks:
         teacher = start.model("teacher")
+        check_tells_data(teacher)
         student = Jump(start.network("student", on=teacher.schedule))
         optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
         return Networks({"student": student, "teacher": teacher}, {"student": optimizer})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.discrete.chains import Chain
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
-from fewstep.methods.method import Batch, Mean, Method, Networks, Optimizer, Paper, Progress, Update
+from fewstep.methods.method import Batch, Mean, Method, Networks, Optimizer, Paper, Progress, Question, Update
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.start import Start
 from fewstep.ranges import Least, NonNegative, Positive, Share
@@ -100,7 +100,7 @@ class DiscreteDenoising(Method):
     ) -> Tensor:
         return cross_entropy(model, x0, x, t, cond, hidden)
 
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Generator[Update | Mean, Tensor, None]:
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Generator[Update | Question, Tensor, None]:
         chain = nets.model.chain
         if batch.x.is_floating_point() or int(batch.x.max()) >= chain.tokens or int(batch.x.min()) < 0:
             raise ValueError(f"{self.name}: data must be whole numbers below {chain.tokens}, the tokens of the chain")
