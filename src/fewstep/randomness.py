@@ -217,6 +217,18 @@ class PerSample:
         return zip(self.sources, x.split(1), strict=True)
 
 
+def seed_own_draws(seed: int, device: torch.device) -> None:
+    """Seed PyTorch's own generators, that of ``device`` among them.
+
+    For the CPU not by :func:`torch.manual_seed`, which writes down the call stack for every kind of device that is not
+    there: 0.3 to 0.8 ms at depths of 20 and 60 calls, where this takes 0.006 ms.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def repeated_draws(device: torch.device) -> AbstractContextManager[None]:
     """A block after which PyTorch's own generators (CPU and that of ``device``) stand where they stood before it, so
     that the next network call draws the same dropout masks as the call inside."""

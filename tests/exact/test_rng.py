@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.data.dataset import epoch_indices
-from fewstep.randomness import Rng, derive_seed, words_per_number
+from fewstep.randomness import Rng, derive_seed, seed_own_draws, words_per_number
 
 #: What version 0.1.0 drew.
 FIRST_UNIFORMS = [0.422536978992178, 1.1509569502695252]
@@ -88,6 +88,17 @@ def test_the_global_generator_is_not_used() -> None:
     draws(Rng(0), 4)
     epoch_indices(10, 3, 20, 0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_own_draws_are_seeded_as_pytorch_does_it(monkeypatch: Any) -> None:
+    """On the CPU the same draws as after torch.manual_seed, without what that writes down for other devices."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        expected = torch.rand(3), torch.nn.functional.dropout(torch.ones(20), 0.5)
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", None)
+        seed_own_draws(5, torch.device("cpu"))
+        found = torch.rand(3), torch.nn.functional.dropout(torch.ones(20), 0.5)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_ranges() -> None:

@@ -31,7 +31,7 @@ from fewstep.data.dataset import Rows, Samples
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Batch, Method, Networks, Progress, Question, Update, advance
 from fewstep.methods.start import Start
-from fewstep.randomness import Rng, derive_seed, repeated_draws
+from fewstep.randomness import Rng, derive_seed, repeated_draws, seed_own_draws
 from fewstep.sampling.rollout import Student
 from fewstep.training import checkpoint, nonfinite, snapshots
 from fewstep.training.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ class Run(Groups):
         if self.feed is None or not self.feed.reads(sources):
             self.feed = Feed(sources, settings.batch, settings.seed, mine, parts)
         # dropout is the one draw that a network makes itself, from PyTorch's own generator
-        torch.manual_seed(derive_seed(settings.seed, "dropout", self.steps, self.parallel.rank))
+        seed_own_draws(derive_seed(settings.seed, "dropout", self.steps, self.parallel.rank), self.device)
         for part, rows in zip(mine, self.feed.read(self.steps), strict=True):
             rng = Rng(settings.seed, "step", self.steps, part=part, parts=parts, device=self.device)
             found = {name: self.batch(sources[name], read, rng) for name, read in rows.items()}
