@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +21,12 @@ from PIL import Image
 from fewstep import api, demo
 from fewstep.cli import main as command_line
 from fewstep.cli import methods
+from fewstep.cli.errors import UserError
 from fewstep.data import load as load_data
 from fewstep.report import compare_models, read_run, report_runs
 from fewstep.report.runs import read_note
 from fewstep.runs import record as records
+from fewstep.training.interruptions import only_run_in
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +82,36 @@ def test_demo_goes_on_where_it_stopped(shown: Path, monkeypatch: pytest.MonkeyPa
         assert after.steps > before.steps if longer else after.steps == before.steps
         assert (weights == (place / "model" / "model.safetensors").read_bytes()) == (not longer)
         assert [dict(r) for r in after.records[: len(before.records)]] == [dict(r) for r in before.records]
+
+
+def test_what_a_process_cannot_do_is_said_in_one_line(
+    shown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that holds another run ends the demonstration with the words of the process that found it."""
+    (entry,) = (entry for entry in demo.STUDENTS if entry.name == "pd")
+    monkeypatch.setattr(demo, "STUDENTS", (dataclasses.replace(entry, batch=32),))
+    with pytest.raises(UserError, match="pd holds another run: --batch"):
+        demo.main(tmp_path / "p.html", 0.03, shown / "runs", teacher="digits", data="digits", samples=20)
+
+
+def test_a_stopped_demo_stops_its_processes(tmp_path: Path) -> None:
+    """SIGTERM while two students train: one line, the shell's exit code, and runs that go on."""
+    command = [sys.executable, "-m", "fewstep.cli", "demo", "--runs", "runs", "--out", "page.html"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    logs = (tmp_path / "runs" / "dmd2" / "log.jsonl", tmp_path / "runs" / "pd" / "stage-0-pd-halving" / "log.jsonl")
+    until = time.monotonic() + 120
+    while not all(log.is_file() and log.stat().st_size for log in logs):
+        assert running.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM
+    assert told.splitlines()[-1] == "fewstep demo: stopped" and "Traceback" not in told
+    for log in logs:
+        assert (log.parent / "checkpoint.safetensors").is_file()
+    for name in ("dmd2", "pd"):
+        with only_run_in(tmp_path / "runs" / name):  # nobody holds it any more
+            pass
 
 
 def test_demo_refuses_no_time() -> None:
