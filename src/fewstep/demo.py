@@ -43,8 +43,8 @@ from fewstep.training.settings import Settings
 
 @dataclass(frozen=True)
 class Entry:
-    """One student: its name, what it is in a few words, how it is trained, its share of the training time and the
-    process that trains it."""
+    """One student: its name, what it is in a few words, how it is trained, its share of the training time, the process
+    that trains it, and the student before it that it starts from (from the teacher where there is none)."""
 
     name: str
     about: str
@@ -52,6 +52,7 @@ class Entry:
     share: float
     batch: int
     process: int
+    start: str | None = None
 
 
 #: What the demonstration trains, in the order of every process.  The shares of a process add up to 1.  Runs of minutes
@@ -59,15 +60,16 @@ class Entry:
 #: distance between features.
 STUDENTS = (
     Entry(
-        "dmd2", "distribution matching, 1 step",
-        DMD2(gan_weight=0.0, energy_weight=1.0, critic_steps=2, lr=5e-4, critic_lr=2e-3), 1.0, 32, process=0,
+        "pd", "progressive distillation, 4 steps to 1", ProgressiveLadder(start=4, end=1, lr=5e-4), 0.25, 64, process=0,
     ),
     Entry(
-        "pd", "progressive distillation, 4 steps to 1", ProgressiveLadder(start=4, end=1, lr=5e-4), 0.25, 64, process=1,
+        "dmd2", "distribution matching from there on, 1 step",
+        DMD2(gan_weight=0.0, energy_weight=1.0, critic_steps=2, lr=5e-4, critic_lr=2e-3), 0.75, 32, process=0,
+        start="pd",
     ),
     Entry(
         "scm", "continuous-time consistency, 1, 2 and 4 steps",
-        ContinuousConsistencyDistillation(sigma_data=0.7, tangent_warmup=0.1), 0.75, 64, process=1,
+        ContinuousConsistencyDistillation(sigma_data=0.7, tangent_warmup=0.1), 1.0, 64, process=1,
     ),
 )  # fmt: skip
 #: Shown beside them: a student that ships with the package, trained for most of an hour on one core.
@@ -191,18 +193,32 @@ def train_each(
         model, source = api.load(teacher), load_data(data)
         for entry in entries:
             folder = runs / entry.name
+            if any(later.start == entry.name for later in entries) and is_trained(folder):
+                continue  # what another run started from stays as it is
             settings = Settings(
                 Budget(round(seconds * entry.share, 1), "seconds"), batch=entry.batch, seed=SEED, log_steps=LOG_STEPS
             )
-            start = {"teacher": model_source(teacher, model, api.locate(teacher))}
-            record = record_of(entry.recipe, start, data_source(data, source), settings)
+            sources = {"teacher": model_source(teacher, model, api.locate(teacher))}
+            given = {}
+            if entry.start is not None:
+                place = runs / entry.start
+                given["student"] = api.load(place)
+                sources["student"] = model_source(str(place), given["student"], api.locate(str(place)))
+            record = record_of(entry.recipe, sources, data_source(data, source), settings)
             with told_by_run(folder):
-                run_recipe(entry.recipe, model, source, settings, folder, record=record, further=True, show=False)
+                run_recipe(
+                    entry.recipe, model, source, settings, folder, given=given, record=record, further=True, show=False
+                )
     except Stopped:
         sys.exit(1)
     except (ValueError, OSError) as error:
         failed.put(str(error))
         sys.exit(1)
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a run has left its model."""
+    return (folder / "model" / "config.json").is_file()
 
 
 if __name__ == "__main__":

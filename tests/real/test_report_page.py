@@ -70,17 +70,23 @@ def test_pages_pictures_are_the_samples(shown: Path) -> None:
 
 
 def test_demo_goes_on_where_it_stopped(shown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same call trains nothing again; a longer one goes on from the steps that are there."""
-    (entry,) = (entry for entry in demo.STUDENTS if entry.name == "scm")
-    monkeypatch.setattr(demo, "STUDENTS", (entry,))
-    place = shown / "runs" / "scm"
-    before, weights = read_run(place).stages[0], (place / "model" / "model.safetensors").read_bytes()
+    """The same call trains nothing again; a longer one goes on from the steps that are there, and leaves the student
+    that another one started from as it is."""
+    first, second = demo.STUDENTS[:2]
+    assert second.start == first.name
+    monkeypatch.setattr(demo, "STUDENTS", (first, second))
+    place, weights = shown / "runs" / second.name, Path("model", "model.safetensors")
+    began = records.read(place / "recipe.json").start["student"]
+    assert began["name"] == str(shown / "runs" / first.name)
+    of_first, of_second = ((shown / "runs" / entry.name / weights).read_bytes() for entry in (first, second))
+    before = read_run(place).stages[0]
     assert before.records
     for minutes, longer in ((0.03, False), (0.06, True)):
         demo.main(shown / "again.html", minutes, shown / "runs", teacher="digits", data="digits", samples=50)
         after = read_run(place).stages[0]
         assert after.steps > before.steps if longer else after.steps == before.steps
-        assert (weights == (place / "model" / "model.safetensors").read_bytes()) == (not longer)
+        assert (of_second == (place / weights).read_bytes()) == (not longer)
+        assert of_first == (shown / "runs" / first.name / weights).read_bytes()
         assert [dict(r) for r in after.records[: len(before.records)]] == [dict(r) for r in before.records]
 
 
@@ -88,9 +94,9 @@ def test_what_a_process_cannot_do_is_said_in_one_line(
     shown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder that holds another run ends the demonstration with the words of the process that found it."""
-    (entry,) = (entry for entry in demo.STUDENTS if entry.name == "pd")
+    (entry,) = (entry for entry in demo.STUDENTS if entry.name == "scm")
     monkeypatch.setattr(demo, "STUDENTS", (dataclasses.replace(entry, batch=32),))
-    with pytest.raises(UserError, match="pd holds another run: --batch"):
+    with pytest.raises(UserError, match="scm holds another run: --batch"):
         demo.main(tmp_path / "p.html", 0.03, shown / "runs", teacher="digits", data="digits", samples=20)
 
 
@@ -98,7 +104,7 @@ def test_a_stopped_demo_stops_its_processes(tmp_path: Path) -> None:
     """SIGTERM while two students train: one line, the shell's exit code, and runs that go on."""
     command = [sys.executable, "-m", "fewstep.cli", "demo", "--runs", "runs", "--out", "page.html"]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    logs = (tmp_path / "runs" / "dmd2" / "log.jsonl", tmp_path / "runs" / "pd" / "stage-0-pd-halving" / "log.jsonl")
+    logs = (tmp_path / "runs" / "scm" / "log.jsonl", tmp_path / "runs" / "pd" / "stage-0-pd-halving" / "log.jsonl")
     until = time.monotonic() + 120
     while not all(log.is_file() and log.stat().st_size for log in logs):
         assert running.poll() is None and time.monotonic() < until
@@ -109,7 +115,7 @@ def test_a_stopped_demo_stops_its_processes(tmp_path: Path) -> None:
     assert told.splitlines()[-1] == "fewstep demo: stopped" and "Traceback" not in told
     for log in logs:
         assert (log.parent / "checkpoint.safetensors").is_file()
-    for name in ("dmd2", "pd"):
+    for name in ("scm", "pd"):
         with only_run_in(tmp_path / "runs" / name):  # nobody holds it any more
             pass
 
