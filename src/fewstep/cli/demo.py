@@ -1,4 +1,4 @@
-"""Train two students of a bundled teacher and write a page that compares them, in a few minutes on a laptop."""
+"""Train three students of a bundled teacher and write a page that compares them, in a few minutes on a laptop."""
 
 from __future__ import annotations
 
