@@ -309,7 +309,9 @@ def undeclared(cls: type, published: dict[str, Any]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("cls", {type(make()) for make in ALL_SOLVERS.values()}, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", list(dict.fromkeys(type(make()) for make in ALL_SOLVERS.values())), ids=lambda cls: cls.__name__
+)
 def test_a_solver_has_its_codes_defaults(cls: type) -> None:
     published = SOLVER_DEFAULTS[cls.__name__]
     own = {f.name for f in dataclasses.fields(cls)} - {"tableau", "frame"}  # which say what solver it is
