@@ -363,6 +363,16 @@ def test_damage_anywhere_gives_data_or_one_line(tmp_path: Path, which: int, data
         assert source.name in str(error) and "\n" not in str(error)
 
 
+@pytest.mark.parametrize("kind", [2, 5])
+def test_a_tiff_whose_entry_has_another_type(tmp_path: Path, kind: int):
+    """The offset of its rows as a text or as a fraction, which Pillow meets with a TypeError."""
+    content = bytearray(encoded(kind="TIFF"))
+    content[72] = kind
+    source = write_png(tmp_path, bytes(content))
+    with pytest.raises(ValueError, match="not a picture, damaged or cut short"):
+        load(source)
+
+
 @pytest.mark.parametrize(
     ("missing", "name", "cure"), [("PIL", "p", "install pillow"), ("pyarrow", "x.parquet", "fewstep[data]")]
 )

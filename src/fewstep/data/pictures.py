@@ -161,6 +161,7 @@ def decode(file: str | BytesIO, name: str) -> np.ndarray:
             array = np.array(picture.convert("L" if grey else "RGB"))
     except ValueError as error:
         raise ValueError(f"cannot read picture '{name}': {error}") from error
-    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, EOFError, struct.error, TypeError, Image.DecompressionBombError) as error:
+        # TypeError: Pillow takes a TIFF's entry to be of the type that the damaged file says
         raise ValueError(f"cannot read picture '{name}': not a picture, damaged or cut short") from error
     return array[None] if grey else array.transpose(2, 0, 1)
