@@ -106,7 +106,7 @@ def main(
     model = api.load(teacher)
     console = Console(stderr=True)
     training = 60 * minutes * TRAINING
-    text = f"teacher '{teacher}', {len(STUDENTS)} students, about {duration(training + MEASURING)} in all"
+    text = f"teacher '{teacher}', {len(STUDENTS)} students, about {duration(STARTING + training + MEASURING)} in all"
     console.print(text, highlight=False, markup=False)
     for entry in STUDENTS:
         console.print(f"  {entry.name}: {entry.about} - {duration(training * entry.share)}", highlight=False)

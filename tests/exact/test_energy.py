@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods.method import Batch
-from fewstep.methods.parts.energy import energy_distance, feature_energy
+from fewstep.methods.parts.energy import energy_distance, feature_energy, summaries
 from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
@@ -103,3 +103,19 @@ def test_features_under_the_batchs_conditions() -> None:
     assert all(p.grad is None for p in net.parameters())
     with pytest.raises(ValueError, match="at least two samples"):
         distance(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((5,), [5]), ((7, 5), [5, 5]), ((1, 5), [5]),
+        ((5, 6, 6), [5, 5, 80]), ((5, 1, 1), [5]), ((5, 2, 6, 6), [5, 5, 320]),
+    ],
+)  # fmt: skip
+def test_summaries_of_features_of_every_shape(shape: tuple[int, ...], sizes: list[int]) -> None:
+    """Vectors, tokens, grids and videos, down to a single place, which has no spread: numbers and slopes are finite."""
+    f = Rng(0).normal(3, *shape, dtype=F64).requires_grad_()
+    found = summaries(f)
+    assert [part.shape for part in found] == [(3, size) for size in sizes]
+    sum(part.square().sum() for part in found).backward()
+    assert all(bool(part.isfinite().all()) for part in found) and f.grad is not None and bool(f.grad.isfinite().all())

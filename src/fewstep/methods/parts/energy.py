@@ -43,15 +43,18 @@ def energy_distance(x: Tensor, y: Tensor, xs: Tensor, ys: Tensor) -> tuple[Tenso
 
 def summaries(features: Tensor) -> list[Tensor]:
     """Features ``[B, C, ...]`` of grids as their means and standard deviations over places, ``[B, C]`` each, and as
-    means over a coarse grid; tokens ``[B, L, D]`` as the first two; vectors ``[B, D]`` as they are.
+    means over a coarse grid; tokens ``[B, L, D]`` as the first two; vectors ``[B, D]``, and a single place or token, as
+    they are.
 
     Distances between few numbers tell more of two samples than those between very many, which all are about the same.
     """
     if features.ndim == 2:
         return [features]
+    places = features.mT if features.ndim == 3 else features.flatten(2)
+    if places.shape[2] == 1:
+        return [places.flatten(1)]
     if features.ndim == 3:
-        return [features.mean(1), features.std(1)]
-    places = features.flatten(2)
+        return [places.mean(2), places.std(2)]
     pool = functional.adaptive_avg_pool2d if features.ndim == 4 else functional.adaptive_avg_pool3d
     return [places.mean(2), places.std(2), pool(features, SIDE).flatten(1)]
 
