@@ -6,6 +6,7 @@ import torch
 from fewstep.networks import MLP, UNet
 from fewstep.networks.parts import Dropout, GroupNorm, Modulation, PositionalEmbedding
 from fewstep.networks.transformer import Block, Offsets
+from fewstep.randomness import Rng
 
 MAKE = {
     "mlp on pictures": lambda beside: MLP((1, 4, 4), width=16, blocks=1, beside=beside),
@@ -120,3 +121,11 @@ def test_offsets_start_at_a_neighbour():
     for head, favourite in enumerate((1, -1, 2, -2)):
         away = torch.tensor([[abs(j - i - favourite) for j in range(6)] for i in range(6)])
         torch.testing.assert_close(found[head], -2 * torch.log1p(away.float()))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_one_sample_is_the_first_of_two_down_to_one_place(kind: torch.dtype) -> None:
+    """A bottleneck of one place has one value in each group: a batch of one goes through it as a batch of two does."""
+    net = UNet((1, 4, 4), (8, 8), 1, 16, None).to(kind)
+    x, t = Rng(0).normal(2, 1, 4, 4).to(kind), torch.full((2,), 0.5)
+    torch.testing.assert_close(net(x[:1], t[:1]), net(x, t)[:1], rtol=1e-2, atol=1e-3)
