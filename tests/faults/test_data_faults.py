@@ -363,6 +363,16 @@ def test_damage_anywhere_gives_data_or_one_line(tmp_path: Path, which: int, data
         assert source.name in str(error) and "\n" not in str(error)
 
 
+def test_a_parquet_column_shorter_than_its_footer_says(tmp_path: Path):
+    """A page whose header gives fewer values than the footer has rows."""
+    write, whole = whole_files()[8]
+    content = bytearray(whole)
+    content[166] = 1
+    source = write(tmp_path, bytes(content))
+    with pytest.raises(ValueError, match=r"x\.parquet' is not a readable table"):
+        load(source)
+
+
 @pytest.mark.parametrize("kind", [2, 5])
 def test_a_tiff_whose_entry_has_another_type(tmp_path: Path, kind: int):
     """The offset of its rows as a text or as a fraction, which Pillow meets with a TypeError."""

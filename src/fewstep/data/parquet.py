@@ -116,6 +116,10 @@ class ParquetRows(Stored):
         with parquet(self.paths[number]) as file:
             # the threads of a library do not live on in a process that was forked
             cells = file.read_row_group(within, columns=[self.columns[0]], use_threads=False).column(0).to_pylist()
+        if len(cells) != int(self.starts[group + 1] - self.starts[group]):
+            raise ValueError(
+                f"'{self.paths[number]}' is not a readable table: row group {within} has {len(cells)} rows"
+            )
         found = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
         self.kept[group] = [cell if isinstance(cell, bytes) else None for cell in found]
         while len(self.kept) > 1 and sum(map(size, self.kept.values())) > KEPT:
