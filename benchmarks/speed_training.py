@@ -24,12 +24,13 @@ from torch.nn.functional import mse_loss, softplus
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods.consistency.cm import ConsistencyDistillation
-from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, TimeWeight
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import ReflowDistillation
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Method
 from fewstep.methods.parts.adversary import FeatureHead
+from fewstep.methods.parts.identities import TimeWeight
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet

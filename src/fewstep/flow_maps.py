@@ -68,6 +68,16 @@ class FlowMap(nn.Module, ABC):
         """The consistency function ``f(x, t)``: the jump to ``t_min``."""
         return self(x, t, self.schedule.t_min, cond, **extras)
 
+    def mean_velocity(
+        self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor
+    ) -> Tensor:
+        """``F(x, t, s)``, the jump in velocity form: ``x_s = schedule.move(x, F, t, s)``, and ``dx/dt`` at ``s = t``.
+
+        What identities between two times are written in, because it loses nothing where the times meet or where there
+        is little noise.  TypeError for a map that has no such form.
+        """
+        raise TypeError(f"a {type(self).__name__} has no velocity form")
+
     def instant(self) -> Denoiser:
         """The denoiser that the map is where it does not move, ``g(x, t, t)``: what can teach a next stage.  ValueError
         for a map that has none."""
@@ -76,6 +86,11 @@ class FlowMap(nn.Module, ABC):
     def teacher(self) -> Denoiser:
         """The denoiser that a next training starts from; TypeError or ValueError for a map that has none."""
         raise TypeError(f"a {type(self).__name__} cannot be the teacher of a next stage")
+
+    def start(self, extras: tuple[str, ...]) -> Denoiser:
+        """The denoiser that a training goes on from whose network takes the further inputs ``extras``; errors as
+        :meth:`teacher`."""
+        return self.teacher()
 
     def inputs(self, x: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """The further inputs for the states ``x`` ``[B, ...]``, ``[B]`` each: those ``given``, numbers or one a sample,
@@ -127,8 +142,6 @@ class Jump(FlowMap):
     def mean_velocity(
         self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor
     ) -> Tensor:
-        """The jump in velocity form, ``x_s = schedule.move(x, v, t, s)``: what identities between two times are written
-        in, because it loses nothing where the times meet or where there is little noise."""
         return self.denoiser.velocity(x, t, cond, **self.told(x, s), **extras)
 
     def told(self, x: Tensor, s: Tensor | float) -> dict[str, Tensor]:
@@ -136,8 +149,13 @@ class Jump(FlowMap):
         return {"s": self.denoiser.label(as_time(s, x), x)} if self.two_times else {}
 
     def teacher(self) -> Denoiser:
-        if self.two_times:
+        return self.start(())
+
+    def start(self, extras: tuple[str, ...]) -> Denoiser:
+        if self.two_times and "s" not in extras:
             raise ValueError("a student of two times, whose network is no denoiser to start from")
+        if lacking := sorted(set(self.extras) - set(extras)):
+            raise ValueError(f"a student with the further input {lacking[0]}, which this training does not pass on")
         return self.denoiser
 
     def instant(self) -> Denoiser:

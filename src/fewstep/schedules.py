@@ -150,17 +150,21 @@ class Schedule(ABC):
 
     def move(self, x: Tensor, velocity: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """``x`` at ``t`` moved to ``s`` along the path of the one pair of data and noise that passes there with
-        ``velocity``::
+        ``velocity``: ``x_s = A x + B v`` with the coefficients of :meth:`coefficients_of_move`.  A DDIM step in
+        velocity form: ``x + (s - t) v`` on flow matching, the rotation on TrigFlow, the identity at ``s = t``.
+        """
+        keep, go = self.coefficients_of_move(t, s)
+        return align(keep, x) * x + align(go, x) * velocity
 
-            x_s = [(alpha_s sigma'_t - sigma_s alpha'_t) x + (alpha_t sigma_s - alpha_s sigma_t) v] / w_t
+    def coefficients_of_move(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """``(A, B)`` of :meth:`move`, with the :meth:`wronskian` ``w``::
 
-        with the :meth:`wronskian` ``w``.  A DDIM step in velocity form: ``x + (s - t) v`` on flow matching, the
-        rotation on TrigFlow, the identity at ``s = t`` for every ``t``.
+        A = (alpha_s sigma'_t - sigma_s alpha'_t) / w_t,   B = (alpha_t sigma_s - alpha_s sigma_t) / w_t
         """
         w = self.wronskian(t)
         keep = (self.alpha(s) * self.d_sigma(t) - self.sigma(s) * self.d_alpha(t)) / w
         go = (self.alpha(t) * self.sigma(s) - self.alpha(s) * self.sigma(t)) / w
-        return align(keep, x) * x + align(go, x) * velocity
+        return keep, go
 
     def own_time(self, u: Tensor) -> Tensor:
         """The time at a share ``u`` in [0, 1] of the family's own index, in which its networks are trained: the time

@@ -27,7 +27,6 @@ from fewstep.methods.teachers.analog_bits import (
     sigmoid_loss,
     softmax_loss,
     squared_loss,
-    with_second_input,
 )
 from fewstep.networks import MLP, UNet
 from fewstep.predictions import X0
@@ -135,7 +134,10 @@ def test_expected_codes():
         (lambda: AnalogBits(self_conditioning=1.5), "self_conditioning=1.5"),
         (lambda: AnalogBits(bound=0.0), "bound=0 must be positive"),
         (lambda: AnalogBits().networks(Start(BernoulliBits(EDM(), P))), "trains a network, got a BernoulliBits"),
-        (lambda: with_second_input(model_of(MLP((3,), beside=2))), "a second sample of 2 channels.* needs 3"),
+        (
+            lambda: AnalogBits().networks(Start(model_of(MLP((3,), beside=2)))),
+            "sample of 2 channels.* needs 3",
+        ),
         (lambda: tokens("the red four"), "'red' is not in the vocabulary"),
         (lambda: tokens("is " * 9), "has 9 words, 8 fit"),
         (lambda: Captioner((5, 7)), "pixels=64 must be a multiple of the 7 tokens"),
@@ -432,14 +434,14 @@ def test_a_model_that_is_given_a_second_input_starts_as_it_was(net):
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
     teacher = model_of(net)
-    made = with_second_input(teacher)
+    made = Start(teacher).network(beside=3)
     x, t = torch.randn(5, *net.shape, generator=torch.Generator().manual_seed(1)), torch.full((5,), 0.9)
     assert made.net.config == net.config | {"beside": 3} and net.config["beside"] == 0
     assert torch.equal(made(x, t, beside=x), teacher(x, t))
     plain = solve(Clipped(teacher), x, uniform(COSINE, 4), DDIM())
     assert torch.equal(SelfConditioning().solve(made, x, uniform(COSINE, 4), DDIM()), plain)
     assert all(p.requires_grad for p in made.parameters())
-    again = with_second_input(made)
+    again = Start(made).network(beside=3)
     assert again.net is not made.net and again.net.config == made.net.config
 
 

@@ -7,13 +7,13 @@ import torch
 
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.exact import Gaussian, three_modes
+from fewstep.flow_maps import Jump
 from fewstep.methods.consistency.scm import (
     ContinuousConsistencyDistillation,
     ContinuousConsistencyTraining,
-    consistency_tangent,
-    normalize,
 )
 from fewstep.methods.method import Batch, Networks, Progress
+from fewstep.methods.parts.identities import eulerian, normalize
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.networks.parts import Dropout
@@ -51,6 +51,12 @@ def states(n: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     t = 0.02 + 1.5 * torch.rand(n, generator=generator, dtype=torch.float64)
     return SD * torch.randn(n, 3, generator=generator, dtype=torch.float64), t
+
+
+def consistency_tangent(denoiser, x, t, v, warmup=1.0):
+    """The student's ``F^-`` and the paper's ``G``, from the identity at ``s = 0``."""
+    own, g = eulerian(Jump(denoiser), x, t, torch.zeros_like(t), v, r=warmup, scale=t.cos())
+    return own / denoiser.schedule.sigma_data, -g
 
 
 @pytest.mark.parametrize("c", [SD, 0.2, 1.3])

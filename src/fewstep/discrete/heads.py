@@ -6,16 +6,18 @@ model as any other.  Losses that need the logits call :meth:`logits`.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.discrete.bits import Encoding
+from fewstep.networks.inputs import TakesInputs
 
 
-class Head(nn.Module, ABC):
+class Head(nn.Module, TakesInputs):
     """``mean(logits(x, t, cond, **extras))`` with the logits from the wrapped ``net``."""
 
     net: Any
@@ -23,6 +25,18 @@ class Head(nn.Module, ABC):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+
+    @property
+    def extra_inputs(self) -> tuple[str, ...]:
+        return tuple(self.net.extra_inputs)
+
+    @property
+    def beside_channels(self) -> int:
+        return int(self.net.beside_channels)
+
+    def widened(self, spans: Mapping[str, float], beside: int) -> nn.Module:
+        self.net = self.net.widened(spans, beside)
+        return self
 
     @abstractmethod
     def mean(self, logits: Tensor) -> Tensor:

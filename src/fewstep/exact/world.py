@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.flow_maps import FlowMap
 from fewstep.randomness import Rng
-from fewstep.schedules import Schedule, as_time
+from fewstep.schedules import Schedule, align, as_time
 
 
 class ExactDenoiser(Denoiser, ABC):
@@ -163,3 +163,13 @@ class ExactFlowMap(FlowMap):
 
     def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         return self.world.flow(x, t, s, cond)
+
+    def mean_velocity(
+        self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor
+    ) -> Tensor:
+        """From the jump itself, so with few digits where the times nearly meet; the velocity where all of them do."""
+        time, target = as_time(t, x), as_time(s, x)
+        keep, go = self.schedule.coefficients_of_move(time, target)
+        if bool((go == 0).all()):
+            return self.world.velocity(x, time, cond)
+        return (self.world.flow(x, time, target, cond) - align(keep, x) * x) / align(go, x)

@@ -21,11 +21,14 @@ import torch
 from torch import nn
 
 from fewstep.data.dataset import Dataset, Samples
-from fewstep.denoisers import Denoiser
+from fewstep.denoisers import Denoiser, networks_in
 from fewstep.methods.parts.stores import Store, made_now
 from fewstep.models import model_of
+from fewstep.networks.inputs import with_inputs
 from fewstep.schedules import Schedule
 
+#: The name of the target time as an input of networks, and the size up to which times are embedded as they are.
+TARGET, SMALL = "s", 10.0
 #: A store as a data set, made now or found where it was left; the seed is that of the stage that asks.
 Keep = Callable[[Store, int], Dataset]
 
@@ -53,10 +56,17 @@ class Start:
                 return models[role]
         return self.made.get("teacher", self.teacher)
 
-    def network(self, role: str = "student", *, on: Schedule | None = None) -> Any:
-        """A trainable copy of the denoiser in a role, seen on the schedule ``on``; ValueError naming the role when it
-        makes other samples than the teacher, or is no denoiser."""
-        found = denoiser_in(self.model(role), role)
+    def network(
+        self, role: str = "student", *, extras: tuple[str, ...] = (), beside: int = 0, on: Schedule | None = None
+    ) -> Any:
+        """A trainable copy of the denoiser in a role, seen on the schedule ``on``.  Its network takes the further
+        inputs ``extras`` and a second sample of ``beside`` channels; new ones start at zero: the copy starts as the
+        model.
+
+        ValueError naming the role when it makes other samples than the teacher, is no denoiser, or has a network that
+        cannot take the inputs.
+        """
+        found = denoiser_in(self.model(role), role, extras)
         if tuple(found.shape) != tuple(self.teacher.shape):
             raise ValueError(
                 f"the {role} makes samples {list(found.shape)}, the teacher {list(self.teacher.shape)}: they must agree"
@@ -64,6 +74,8 @@ class Start:
         if found.classes != self.teacher.classes:
             raise ValueError(f"the {role} knows {found.classes} classes, the teacher {self.teacher.classes}")
         network = copy.deepcopy(found)
+        if extras or beside:
+            give_inputs(network, role, extras, beside)
         network.requires_grad_(True)
         return network if on is None else network.on(on)
 
@@ -77,12 +89,26 @@ class Start:
         return dataclasses.replace(self, teacher=copy.deepcopy(self.teacher), made=made, given=given)
 
 
-def denoiser_in(model: nn.Module, role: str) -> Any:
-    """What a training starts from in a model of any kind; ValueError naming the role where there is nothing."""
+def denoiser_in(model: nn.Module, role: str, extras: tuple[str, ...] = ()) -> Any:
+    """What a training starts from in a model of any kind, which may have a network of the inputs ``extras``; ValueError
+    naming the role where there is nothing."""
+    found = model_of(model)
     try:
-        return model_of(model).teacher()
+        return found.start(extras) if extras else found.teacher()
     except (ValueError, TypeError) as error:
         raise ValueError(f"the {role}: {error}") from None
+
+
+def give_inputs(denoiser: Denoiser, role: str, extras: tuple[str, ...], beside: int) -> None:
+    """Widen the networks in a denoiser; the target time counts as large as the time that each is told."""
+    for part in networks_in(denoiser):
+        latest = torch.tensor(part.schedule.t_max, dtype=torch.float64)
+        size = float(part.prediction.time(part.schedule, latest).abs())
+        spans = {name: size if name == TARGET and size > SMALL else 1.0 for name in extras}
+        try:
+            part.net = with_inputs(part.net, spans, beside)
+        except ValueError as error:
+            raise ValueError(f"the {role}: {error}") from None
 
 
 def teacher_in(model: nn.Module, name: str = "the teacher") -> Any:

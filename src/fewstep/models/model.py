@@ -111,6 +111,10 @@ class Model(ABC):
         """What the next training starts from; ValueError or TypeError saying why there is nothing."""
         return self.denoiser()
 
+    def start(self, extras: tuple[str, ...]) -> Any:
+        """What a training goes on from whose network takes the further inputs ``extras``; errors as :meth:`teacher`."""
+        return self.teacher()
+
     def student(self) -> Student:
         """The model as a flow map with plans; ValueError saying why it is none."""
         raise ValueError(f"{self.called}, which is no flow map along fixed times")

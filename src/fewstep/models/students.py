@@ -107,6 +107,9 @@ class StudentModel(Model):
     def teacher(self) -> Any:
         return self.module.flow_map.teacher()
 
+    def start(self, extras: tuple[str, ...]) -> Any:
+        return self.module.flow_map.start(extras)
+
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         plans = {
             str(steps): {name: value for name, value in asdict(plan).items() if value not in (None, {})}
@@ -133,6 +136,9 @@ class AnyFlowMap(StudentModel):
 
     def teacher(self) -> Any:
         return self.module.teacher()
+
+    def start(self, extras: tuple[str, ...]) -> Any:
+        return self.module.start(extras)
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         return Model.describe(self, model, network)

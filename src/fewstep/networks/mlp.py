@@ -7,12 +7,13 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
+from fewstep.networks.inputs import Configured
 from fewstep.networks.parts import Beside, Conditioning, Modulation, zeroed
 from fewstep.ranges import Least, Multiple
 from fewstep.values import check_arguments
 
 
-class MLP(nn.Module):
+class MLP(nn.Module, Configured):
     """``F(x, t, cond, **extras)`` on flattened samples.
 
     ``shape`` is the shape of one sample; ``blocks`` residual blocks of ``width`` features, modulated by time and

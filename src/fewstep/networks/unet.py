@@ -8,12 +8,13 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from fewstep.networks.inputs import Configured
 from fewstep.networks.parts import Beside, Conditioning, Dropout, GroupNorm, Modulation, zeroed
 from fewstep.ranges import Count, Multiple, Share
 from fewstep.values import check_arguments
 
 
-class UNet(nn.Module):
+class UNet(nn.Module, Configured):
     """``F(x, t, cond, **extras)`` for pictures ``[B, C, H, W]``; H and W must be divisible by ``2 ** levels``.
 
     The picture is first folded into 2x2 patches, which quarters the cost of every layer; then come

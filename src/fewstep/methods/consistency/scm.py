@@ -6,7 +6,8 @@ On TrigFlow, ``f(x, t) = cos t x - sin t sd F(x, t)`` with ``sd F = dx/dt`` the 
     G = -cos^2 t (sd F^- - v) - r [cos t sin t x + sd J],      J = cos t sin t dF^-/dt   (one jvp)
 
 normalised to ``G / (||G|| + c)``, and the loss is ``e^w / d ||F - sg F^- - sg G||^2 - w`` with a learned weight
-``w(t)``.  Distillation takes ``v`` from the teacher, training from the pair ``v = cos t z - sin t x_0``.
+``w(t)``: the Eulerian identity (:mod:`fewstep.methods.parts.identities`) at ``s = 0``, scaled by ``cos t``.
+Distillation takes ``v`` from the teacher, training from the pair ``v = cos t z - sin t x_0``.
 
 No official code exists; equations and hyper-parameters are those of the paper's text, checked on a whitened Gaussian
 where the solution is known.
@@ -23,54 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import grids
-from fewstep.denoisers import Cond, Denoiser
 from fewstep.flow_maps import Jump
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
+from fewstep.methods.parts.identities import Direction, TimeWeight, eulerian, regression, sizes
 from fewstep.methods.parts.teacher_steps import edm_like, guided
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
-from fewstep.networks.parts import PositionalEmbedding, zeroed
-from fewstep.randomness import repeated_draws
 from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.schedules import Schedule, TrigFlow, align
-from fewstep.tangents import tangent
-
-
-def consistency_tangent(
-    denoiser: Denoiser, x: Tensor, t: Tensor, v: Tensor, cond: Cond = None, warmup: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """``(F^-, G)``: the student's output and ``cos t df/dt`` along ``v``, both without a graph.
-
-    ``denoiser`` is on TrigFlow, ``t`` is ``[B]`` in (0, pi/2), ``v`` is dx/dt.  The jvp is taken with the small
-    tangents ``(cos t sin t v, cos t sin t)``, so it returns ``J`` itself and stays in range at both ends.
-    """
-    schedule = denoiser.schedule
-    if not isinstance(schedule, TrigFlow):
-        raise TypeError(f"the tangent is written on TrigFlow, the denoiser is on {type(schedule).__name__}")
-    sd = schedule.sigma_data
-    cos, sin = align(t.cos(), x), align(t.sin(), x)
-    f_minus, j = tangent(lambda x_, t_: denoiser.velocity(x_, t_, cond) / sd, x, t, cos * sin * v, t.cos() * t.sin())
-    g = -(cos**2) * (sd * f_minus - v) - warmup * (cos * sin * x + sd * j)
-    return f_minus, g
-
-
-def normalize(g: Tensor, c: float) -> Tensor:
-    """``G / (||G|| + c)``, the norm over the whole sample."""
-    norm = torch.linalg.vector_norm(g.flatten(1), dim=1)
-    return g / align(norm + c, g)
-
-
-class TimeWeight(nn.Module):
-    """``w(t)``, a linear layer on the time embedding that starts at 0."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.embedding = PositionalEmbedding(width)
-        self.out = zeroed(nn.Linear(width, 1))
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.out(self.embedding(t.float()))[:, 0]
+from fewstep.schedules import Schedule, TrigFlow
 
 
 @dataclass(frozen=True)
@@ -124,21 +86,20 @@ class _ContinuousConsistency(Method):
         """``v = dx/dt`` at ``x_t``."""
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
-        denoiser, schedule, rng = nets.student.denoiser, nets.student.schedule, batch.rng
+        schedule, rng = nets.student.schedule, batch.rng
         t = LogNormal(self.noise_mean, self.noise_std).draw(schedule, len(batch.x), rng)
         z = rng.normal_like(batch.x)
         x_t = schedule.add_noise(batch.x, z, t)
         with torch.no_grad():
             v = self.trajectory_velocity(nets, batch, x_t, z, t)
         r = min(1.0, progress.fraction / self.tangent_warmup) if self.tangent_warmup else 1.0
-        with repeated_draws(x_t.device):
-            f_minus, g = consistency_tangent(denoiser, x_t, t, v, batch.cond, r)
-        f = denoiser.velocity(x_t, t, batch.cond) / self.sigma_data
-        w = nets.weight(t)
-        error = (f - f_minus - normalize(g, self.c)).square().flatten(1)
-        loss = (w.exp() * error.mean(1) - w).mean()
-        norm = torch.linalg.vector_norm(g.flatten(1), dim=1).mean()
-        yield Update("student", loss, {"tangent_norm": norm, "warmup": r})
+        s = torch.full_like(t, schedule.t_min)
+        own, g = eulerian(nets.student, x_t, t, s, v, batch.cond, r=r, scale=t.cos())
+        f = nets.student.mean_velocity(x_t, t, s, batch.cond)
+        loss = regression(
+            f / self.sigma_data, Direction(own / self.sigma_data, g), c=self.c, log_weight=nets.weight(t)
+        ).mean()
+        yield Update("student", loss, {"tangent_norm": sizes(g).mean(), "warmup": r})
 
     def student(self, nets: Networks) -> Student:
         schedule = nets.student.schedule

@@ -1,4 +1,5 @@
-"""Laws of the training time: at which noise levels a loss looks."""
+"""Laws of training times: at which noise levels a loss looks, between which two times it jumps, and the segments that a
+trajectory is cut into."""
 
 from __future__ import annotations
 
@@ -56,3 +57,75 @@ class Own(TimeLaw):
 
     def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
         return schedule.own_time(rng.uniform(n, low=self.low, high=self.high))
+
+
+class PairLaw(ABC):
+    """Draws ``n`` pairs of float64 times ``(t, s)`` with ``t >= s``."""
+
+    @abstractmethod
+    def draw(self, schedule: Schedule, n: int, rng: Rng) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class ToData(PairLaw):
+    """Jumps to the data: ``t`` by a law, ``s = t_min``."""
+
+    law: TimeLaw
+
+    def draw(self, schedule: Schedule, n: int, rng: Rng) -> tuple[Tensor, Tensor]:
+        t = self.law.draw(schedule, n, rng)
+        return t, torch.full_like(t, schedule.t_min)
+
+
+@dataclass(frozen=True)
+class GapFirst(PairLaw):
+    """The length of the jump first, ``d = sigmoid(mean + std n)`` of the range, then its place, uniform where it fits
+    (Align Your Flow)."""
+
+    mean: float = -0.6
+    std: float = 1.6
+
+    def draw(self, schedule: Schedule, n: int, rng: Rng) -> tuple[Tensor, Tensor]:
+        gap = torch.sigmoid(self.mean + self.std * rng.normal(n, dtype=torch.float64))
+        low = rng.uniform(n) * (1 - gap)
+        span = schedule.t_max - schedule.t_min
+        return schedule.t_min + span * (low + gap), schedule.t_min + span * low
+
+
+@dataclass(frozen=True)
+class Ordered(PairLaw):
+    """Two times of one logit-normal law, the later one first; a share ``equal`` of the pairs has ``s = t`` (MeanFlow,
+    whose share is 0.75)."""
+
+    mean: float = -0.4
+    std: float = 1.0
+    equal: float = 0.75
+
+    def draw(self, schedule: Schedule, n: int, rng: Rng) -> tuple[Tensor, Tensor]:
+        u = torch.sigmoid(self.mean + self.std * rng.normal(2, n, dtype=torch.float64))
+        u = schedule.t_min + (schedule.t_max - schedule.t_min) * u
+        t, s = u.amax(0), u.amin(0)
+        return t, torch.where(rng.uniform(n) < self.equal, t, s)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The range of times cut into ``count`` parts of equal shares of the family's own index, told by their edges.
+
+    ``edges`` are ``count + 1`` times from ``t_min`` up; a time that is an edge belongs to the part below it, so that a
+    jump within the part of its start always goes down.
+    """
+
+    count: int
+
+    def edges(self, schedule: Schedule) -> Tensor:
+        return schedule.own_time(torch.linspace(0, 1, self.count + 1, dtype=torch.float64))
+
+    def of(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """The number of the part, 0 for the one next to the data."""
+        inner = self.edges(schedule)[1:-1].to(t.device)
+        return torch.searchsorted(inner, t.contiguous())
+
+    def end(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """The lower edge of the part: where the jump from ``t`` ends."""
+        return self.edges(schedule).to(t.device)[self.of(schedule, t)]

@@ -12,7 +12,6 @@ self-conditioning works as well.  Sampling is :mod:`fewstep.sampling.self_condit
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -27,7 +26,6 @@ from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Pr
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
-from fewstep.networks import MLP, UNet
 from fewstep.randomness import Rng
 from fewstep.ranges import Least, NonNegative, Positive, Share
 from fewstep.sampling.self_conditioned import SelfConditioned
@@ -72,24 +70,6 @@ def head_of(model: NetworkDenoiser, kind: type[H]) -> H:
     return model.net
 
 
-def with_second_input(model: NetworkDenoiser) -> NetworkDenoiser:
-    """A copy of ``model`` whose reference network takes a sample beside the state; the new weights are zero, so that it
-    starts as the model that it is made from.  ValueError when the network takes a second sample of another size."""
-    net, channels = model.net, model.shape[0]
-    made = copy.deepcopy(model).requires_grad_(True)
-    if isinstance(net, MLP | UNet) and net.config["beside"] != channels:
-        if net.config["beside"]:
-            raise ValueError(
-                f"the network takes a second sample of {net.config['beside']} channels, self-conditioning needs "
-                f"{channels}, as many as the data"
-            )
-        weights = net.state_dict()
-        wider = type(net)(**{**net.config, "beside": channels})  # type: ignore[arg-type]
-        wider.to(next(net.parameters())).load_state_dict(wider.state_dict() | weights)
-        made.net = wider
-    return made
-
-
 @dataclass(frozen=True)
 class AnalogBits(Method):
     """Denoising in data prediction with self-conditioning, from the model's current weights.
@@ -130,7 +110,7 @@ class AnalogBits(Method):
         teacher = start.model("teacher")
         if teacher not in networks_in(teacher):
             raise ValueError(f"{self.name} trains a network, got a {type(teacher).__name__}")
-        model = with_second_input(teacher) if self.self_conditioning else start.network("teacher")
+        model = start.network("teacher", beside=teacher.shape[0] if self.self_conditioning else 0)
         optimizer = Optimizer(("model",), self.lr, clip=1.0, warmup=self.warmup)
         return Networks({"model": model}, {"model": optimizer}, ema=("model",))
 

@@ -1,0 +1,161 @@
+"""New inputs in a trained network, which starts as it was: a target time, a guidance weight, a second sample.
+
+An input ``[B]`` is embedded and projected by weights that start at zero, and added to the network's embedding of time;
+a second sample enters the first layer through weights that start at zero.  So the network gives the same numbers, bit
+for bit, until they are trained.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewstep.networks.parts import PositionalEmbedding, zeroed
+
+
+class TakesInputs(ABC):
+    """A network that can be given further inputs."""
+
+    @property
+    @abstractmethod
+    def extra_inputs(self) -> tuple[str, ...]:
+        """The names of the further inputs that it takes, ``[B]`` each."""
+
+    @abstractmethod
+    def widened(self, spans: Mapping[str, float], beside: int) -> nn.Module:
+        """The network with further inputs: ``spans`` by name, the size of the values of each, and ``beside`` channels
+        of a second sample, of which it has fewer."""
+
+    @property
+    def beside_channels(self) -> int:
+        """The channels of the second sample that it takes, 0 for none."""
+        return 0
+
+
+class Configured(TakesInputs):
+    """A network that is rebuilt from its ``config``, in which ``extras`` and ``beside`` are the inputs."""
+
+    config: dict[str, Any]
+
+    @property
+    def extra_inputs(self) -> tuple[str, ...]:
+        return tuple(self.config["extras"])
+
+    @property
+    def beside_channels(self) -> int:
+        return int(self.config.get("beside", 0))
+
+    def widened(self, spans: Mapping[str, float], beside: int) -> nn.Module:
+        own: Any = self
+        second = {"beside": beside} if beside else {}
+        wider = type(own)(**{**self.config, "extras": (*self.extra_inputs, *spans), **second})
+        wider.to(next(own.parameters())).load_state_dict(wider.state_dict() | own.state_dict())
+        return wider.train(own.training)
+
+
+class FurtherInputs(nn.Module):
+    """What adds further inputs to the outputs of modules of another make, the ``sites`` where they embed the time.
+
+    ``spans`` maps the names to the size of their values, by which they are divided; ``width`` is that of the sites'
+    outputs ``[B, width]``.
+    """
+
+    def __init__(self, spans: Mapping[str, float], width: int, sites: list[nn.Module], embedding: int = 64) -> None:
+        super().__init__()
+        self.spans = dict(spans)
+        self.embedding = PositionalEmbedding(embedding)
+        self.projections = nn.ModuleDict({name: zeroed(nn.Linear(embedding, width, bias=False)) for name in spans})
+        self.given: dict[str, Tensor] = {}
+        for site in sites:
+            site.register_forward_hook(self.add)
+
+    def give(self, extras: Mapping[str, Tensor]) -> None:
+        """Hold the values for the coming call; TypeError unless they are all there are."""
+        if set(extras) != set(self.spans):
+            raise TypeError(f"the network takes the extra inputs {sorted(self.spans)}, it was given {sorted(extras)}")
+        self.given = dict(extras)
+
+    def add(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        for name, projection in self.projections.items():
+            value = self.embedding(self.given[name] / self.spans[name])
+            out = out + projection(value.to(projection.weight)).to(out)
+        return out
+
+
+class WithInputs(nn.Module, TakesInputs):
+    """Somebody's own network ``net(x, t, cond)`` with the inputs ``spans`` added where it embeds the time.
+
+    ``site`` is the name of the module in it whose output ``[B, width]`` is that embedding.  ValueError when there is no
+    such module.
+    """
+
+    def __init__(self, net: nn.Module, spans: Mapping[str, float], site: str, width: int) -> None:
+        super().__init__()
+        modules = dict(net.named_modules())
+        if site not in modules:
+            raise ValueError(f"site='{site}': the network has no such module")
+        self.net, self.site, self.width = net, site, width
+        self.further = FurtherInputs(spans, width, [modules[site]])
+        self.further.to(next(net.parameters()))
+
+    @property
+    def extra_inputs(self) -> tuple[str, ...]:
+        return tuple(self.further.spans)
+
+    def widened(self, spans: Mapping[str, float], beside: int) -> nn.Module:
+        if beside:
+            raise ValueError(f"a {type(self.net).__name__} takes no second sample")
+        return WithInputs(self, spans, f"net.{self.site}", self.width)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, **extras: Tensor) -> Tensor:
+        own = {name: extras.pop(name) for name in self.further.spans if name in extras}
+        self.further.give(own)
+        return self.net(x, t, cond, **extras)
+
+
+def with_inputs(
+    net: nn.Module,
+    extras: Mapping[str, float] | tuple[str, ...] = (),
+    beside: int = 0,
+    *,
+    site: str | None = None,
+) -> nn.Module:
+    """A copy of a trained network that takes the inputs ``extras`` too, and a second sample of ``beside`` channels:
+    ``net(x, t, cond, beside=.., s=.., w=..)``, equal to ``net`` bit for bit until trained.
+
+    ``extras`` are names, or names with the size of their values (1000 for times that run to 1000); those that the
+    network takes already stay.  A network of another make needs ``site``, the name of the module in it whose output
+    ``[B, width]`` is its embedding of time: it then takes ``extras`` and no second sample.  ValueError where the
+    network cannot be widened.
+    """
+    spans = dict(extras) if isinstance(extras, Mapping) else dict.fromkeys(extras, 1.0)
+    made = copy.deepcopy(net)
+    if isinstance(made, TakesInputs):
+        new = {name: span for name, span in spans.items() if name not in made.extra_inputs}
+        if beside and made.beside_channels not in (0, beside):
+            raise ValueError(
+                f"the network takes a second sample of {made.beside_channels} channels, this method needs {beside}, as "
+                "many as the data"
+            )
+        missing = beside if beside and not made.beside_channels else made.beside_channels
+        return made.widened(new, missing) if new or missing != made.beside_channels else made
+    if not spans and not beside:
+        return made
+    if site is None or beside:
+        raise ValueError(
+            f"a {type(net).__name__} takes no further inputs: wrap it first, with_inputs(net, {tuple(spans)}, "
+            "site=...) with the name of the module that embeds the time"
+        )
+    return WithInputs(made, spans, site, width_of(made, site))
+
+
+def width_of(net: nn.Module, site: str) -> int:
+    """The width of the output of the last linear layer in a module; ValueError when there is none."""
+    layers = [m for name, m in net.named_modules() if name.startswith(site) and type(m) is nn.Linear]
+    if not layers:
+        raise ValueError(f"site='{site}': no linear layer tells the width of its output")
+    return int(layers[-1].out_features)
