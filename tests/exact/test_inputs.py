@@ -68,7 +68,7 @@ def test_a_network_with_new_inputs_starts_as_it_was(name: str) -> None:
     with pytest.raises(TypeError, match="extra inputs"):
         wider(x, t, None, s=t)
     loss = wider(x, t, None, **given).square().sum()
-    new = [p for key, p in wider.named_parameters() if "extras" in key or "projections" in key]
+    new = [p for key, p in wider.named_parameters() if key.endswith(tuple(f".{name}.weight" for name in given))]
     assert len(new) == 3
     slopes = torch.autograd.grad(loss, new)
     assert all(float(slope.abs().max()) > 0 for slope in slopes)
@@ -86,7 +86,7 @@ def test_times_count_in_units_of_their_size() -> None:
     made = [with_inputs(net, {"s": span}, site="clock") for span in (1.0, 1000.0)]
     x, t = torch.randn(2, *SHAPE), torch.tensor([0.3, 0.6])
     for wider in made:
-        nn.init.ones_(wider.further.projections["s"].weight)
+        nn.init.constant_(wider.further.projections["s"].weight, 0.01)
     assert torch.equal(made[0](x, t, s=t), made[1](x, t, s=1000 * t))
     assert not torch.equal(made[0](x, t, s=t), made[0](x, t, s=2 * t))
 
