@@ -71,7 +71,7 @@ def batch(n: int = 8, seed: int = 3, cond: Cond = None) -> Batch:
 
 
 def moved(nets: nn.Module, group: str) -> None:
-    """Put the networks of a group away from the teacher, always to the same place, so that no loss is zero by itself."""
+    """Put the networks of a group away from the teacher, always to the same place: no loss is zero by itself."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in nets.group_parameters(group):  # type: ignore[operator]
