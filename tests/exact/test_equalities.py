@@ -6,6 +6,7 @@ bit; and one pair that must not, from a case beside the limiting one, so that th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.methods.consistency.cm import ConsistencyDistillation
+from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
-from fewstep.methods.method import Batch, Method, Progress, alone
+from fewstep.methods.method import Batch, Method, Networks, Progress, alone
 from fewstep.methods.parts.identities import eulerian
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
@@ -117,6 +120,27 @@ def scm() -> Pairs:
         paper = -(cos**2) * (f - v) - r * cos * sin * (x + slope)
         yield f"r = {r}", eulerian(nets.student, x, t, 0 * t, v, r=r, scale=t.cos()).g, -paper
         yield f"not another r than {r}", eulerian(nets.student, x, t, 0 * t, v, r=r / 2, scale=t.cos()).g, -paper
+
+
+@row("CTM", "one step on a grid of two times, without denoising, is CM's step with this parameterisation", 1e-12)
+def ctm() -> Pairs:
+    class Same(Rng):
+        """The same noise wherever it is drawn."""
+
+        def normal_like(self, x: Tensor) -> Tensor:
+            return torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))
+
+    class OnJumps(ConsistencyDistillation):
+        def networks(self, start: Start) -> Networks:
+            return ConsistencyTrajectory(denoising_weight=0.0).networks(start)
+
+    given = dataclasses.replace(batch(), rng=Same(3, "equalities"))
+    one_step = ConsistencyTrajectory(grid_times=2, most_steps=1, denoising_weight=0.0)
+    found, cm = gradients_of(one_step, teacher(), given), gradients_of(OnJumps(grid_times=2), teacher(), given)
+    other = gradients_of(dataclasses.replace(one_step, grid_times=3), teacher(), given)
+    for name, slope in cm.items():
+        yield name, found[name], slope
+        yield f"not {name}", other[name], slope
 
 
 # The test, after all rows

@@ -26,6 +26,8 @@ RECIPES: dict[str, str] = {
     "ict": "fewstep.methods.consistency.ict:ImprovedConsistencyTraining",
     "scm": "fewstep.methods.consistency.scm:ContinuousConsistencyDistillation",
     "scm-training": "fewstep.methods.consistency.scm:ContinuousConsistencyTraining",
+    "ctm": "fewstep.methods.consistency.ctm:ConsistencyTrajectory",
+    "ctm-training": "fewstep.methods.consistency.ctm:SelfConsistencyTrajectory",
     "dmd": "fewstep.methods.matching.dmd:DMD",
     "dmd2": "fewstep.methods.matching.dmd2:DMD2",
     "diff-instruct": "fewstep.methods.matching.diff_instruct:DiffInstruct",
