@@ -19,6 +19,7 @@ RECIPES: dict[str, str] = {
     "score-entropy": "fewstep.methods.teachers.discrete_denoising:ScoreEntropy",
     "analog-bits": "fewstep.methods.teachers.analog_bits:AnalogBits",
     "lowdiff": "fewstep.methods.teachers.lowdiff:LowDiff",
+    "retime": "fewstep.methods.teachers.retime:Retime",
     "lsd": "fewstep.methods.samplers.lsd:LSD",
     "lsd-plus": "fewstep.methods.samplers.lsd:LSDPlus",
     "cm": "fewstep.methods.consistency.cm:ConsistencyDistillation",
