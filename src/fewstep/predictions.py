@@ -188,9 +188,11 @@ class Retimed(Prediction):
 
 def retimed(prediction: Prediction, sigma_data: float = 0.5) -> Prediction:
     """A prediction whose network is told the angle; itself where it is already.  Its own ``sigma_data`` stays."""
-    name = next(name for name, cls in PREDICTIONS.items() if cls is type(prediction))
+    name = next((name for name, cls in PREDICTIONS.items() if cls is type(prediction)), "trig")
+    if name == "trig":
+        return prediction
     sd = float(vars(prediction).get("sigma_data", sigma_data))
-    return prediction if name == "trig" else Retimed(of=name, sigma_data=sd)
+    return Retimed(of=name, sigma_data=sd)
 
 
 #: What saved models may have besides.

@@ -34,7 +34,7 @@ from fewstep.methods.parts.times import LogNormal, Own, TimeLaw, Uniform
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
-from fewstep.predictions import TrigPrediction
+from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.sampling.coefficients import DATA, NOISE
 from fewstep.sampling.dpm_ot import optimal_transport
@@ -205,7 +205,8 @@ def start_of(name: str) -> Start:
         net = Transformer(LENGTH, 5, 6, width=8, blocks=1, heads=2)
         return Start(NetworkDiscreteDenoiser(net, Masked(5), LENGTH), Dataset("words", torch.ones(8, LENGTH).long()))
     net = UNet(SHAPE, (8, 8), 1, 16, CLASSES) if name == "lowdiff" else MLP(SHAPE, 16, 1, CLASSES)
-    teacher = NetworkDenoiser(net, TrigFlow(sigma_data=0.7), TrigPrediction(sigma_data=0.7), SHAPE, CLASSES)
+    prediction = EDMPrediction(sigma_data=0.7) if name == "retime" else TrigPrediction(sigma_data=0.7)
+    teacher = NetworkDenoiser(net, TrigFlow(sigma_data=0.7), prediction, SHAPE, CLASSES)
     return Start(teacher, Dataset("points", torch.randn(8, *SHAPE), torch.arange(8) % CLASSES))
 
 

@@ -92,5 +92,7 @@ def test_scm_says_what_it_needs() -> None:
 
 
 def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"retime: the network \(TrigPrediction\) is told the angle already"):
+        Retime().networks(Start(of(EDM(), TrigPrediction())))
     with pytest.raises(ValueError, match="of='score' is unknown"):
         Retimed(of="score")

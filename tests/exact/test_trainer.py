@@ -91,7 +91,8 @@ def weights(result: Result) -> Tensor:
 
 def started(method: Method) -> Tensor:
     """The weights of the method's product before training."""
-    made = method.student(method.networks(begin(teacher(), points())))
+    name = next(name for name, known in METHODS.items() if known is method)
+    made = method.student(method.networks(begin(teacher(name), points())))
     return torch.cat([p.detach().flatten() for p in made.parameters()])
 
 

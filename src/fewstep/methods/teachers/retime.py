@@ -83,7 +83,10 @@ class Retime(Method):
         if teacher.network is None or model.network is None:
             raise ValueError(f"{self.name} trains a network, got a {type(teacher).__name__}")
         network: NetworkDenoiser = model.network
-        network.prediction = retimed(network.prediction, self.sigma_data)
+        told = retimed(network.prediction, self.sigma_data)
+        if told == network.prediction:
+            raise ValueError(f"{self.name}: the network ({type(told).__name__}) is told the angle already")
+        network.prediction = told
         optimizer = Optimizer(("model",), self.lr, clip=1.0, warmup=20, decay="cosine")
         return Networks({"model": network, "teacher": teacher}, {"model": optimizer}, ema=("model",))
 
