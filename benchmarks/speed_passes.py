@@ -4,7 +4,7 @@
 
 Every call of a network in an iteration is recorded: of which network, with how many samples, without a graph, with
 one, or under a forward-mode derivative.  Then the same calls are made bare, in plain PyTorch with fused Adam: random
-inputs of the same shapes, the sum of squares as the loss, no draws, no checks, no averages, no records.  What is printed
+inputs of the same shapes, the sum of squares as the loss, no draws, checks, averages or records.  What is printed
 is the median ratio of neighbours, and the difference in milliseconds on a network so small that its passes cost next to
 nothing.  Processor time, one thread.
 """
