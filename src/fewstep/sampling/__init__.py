@@ -18,6 +18,7 @@ from fewstep.sampling.encoding import encode
 from fewstep.sampling.engine import FieldTable, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.learned import LearnedSolver, folded
+from fewstep.sampling.likelihood import Likelihood, log_likelihood
 from fewstep.sampling.named import SOLVERS
 from fewstep.sampling.rollout import Call, Plan, Student, greedy_times, log_prob, rollout
 from fewstep.sampling.rows import FieldRow, Row
@@ -77,6 +78,7 @@ __all__ = [
     "Inpainting",
     "LearnedSolver",
     "Levels",
+    "Likelihood",
     "LinearMeasurement",
     "Multistep",
     "Plan",
@@ -100,6 +102,7 @@ __all__ = [
     "ending_clean",
     "folded",
     "greedy_times",
+    "log_likelihood",
     "log_prob",
     "measured",
     "rollout",
