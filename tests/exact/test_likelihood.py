@@ -79,11 +79,14 @@ def test_random_signs_estimate_the_trace_without_bias() -> None:
 
 
 class Line(MLP):
-    """A network on the line, with weights in float64, that is not smoothed out."""
+    """A network on the line, with weights in float64, that is not smoothed out, and dropout."""
 
     def __init__(self) -> None:
-        super().__init__((1,), width=16, blocks=1)
-        nn.init.normal_(self.leave.weight, std=0.4, generator=torch.Generator().manual_seed(0))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            super().__init__((1,), width=16, blocks=1)
+            nn.init.normal_(self.leave.weight, std=0.4)
+        self.leave: Any = nn.Sequential(nn.Dropout(0.5), self.leave)
         self.double()
 
 
@@ -98,7 +101,7 @@ def test_the_density_of_any_network_sums_to_one(schedule: Schedule) -> None:
     assert denoiser.training and all(p.requires_grad and p.grad is None for p in denoiser.parameters())
     few = x[700:900:20]
     student = log_likelihood(Jump(denoiser).instant(), few).nats
-    torch.testing.assert_close(student, found.nats[700:900:20], rtol=0, atol=1e-3)
+    torch.testing.assert_close(student, found.nats[700:900:20], rtol=0, atol=5e-3)
 
 
 def test_single_precision_keeps_its_digits() -> None:
