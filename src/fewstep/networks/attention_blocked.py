@@ -1,0 +1,142 @@
+"""Attention a tile of queries and keys at a time, its tangent and its gradients: memory linear in the tokens.
+
+Shapes are ``q`` ``[..., M, d]``, ``k`` ``[..., N, d]``, ``v`` ``[..., N, dv]`` with equal leading dimensions, ``mask`` None
+or ``[..., M or 1, N or 1]``.  Tiles are computed in float32, or float64 where q is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+#: Queries and keys of a tile (see benchmarks/attention.py).
+BLOCK = (256, 512)
+
+
+def value(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, block: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """``(out, logsumexp)`` by the softmax that goes along the keys with the largest score so far."""
+    outs, sums = [], []
+    with full_precision(q):
+        for rows in blocks(q.shape[-2], block[0]):
+            best = total = out = None
+            for columns in blocks(k.shape[-2], block[1]):
+                s = scores(q, k, mask, scale, rows, columns)
+                last = s.amax(-1, keepdim=True) if best is None else torch.maximum(best, s.amax(-1, keepdim=True))
+                p = (s - finite(last)).exp_()
+                here = p @ part(v, columns)
+                if best is None:
+                    total, out = p.sum(-1, keepdim=True), here
+                else:
+                    fade = (best - finite(last)).exp_()
+                    total, out = total * fade + p.sum(-1, keepdim=True), out * fade + here
+                best = last
+            outs.append(out / torch.where(total == 0, 1.0, total))
+            sums.append((finite(best) + total.log()).squeeze(-1))
+        return torch.cat(outs, -2), torch.cat(sums, -1)
+
+
+def slope(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, sums: Tensor, tq: Tensor | None,
+    tk: Tensor | None, tv: Tensor | None, scale: float, block: tuple[int, int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Their tangents ``(o., mu)``; None for an input without one, whose products are left out."""
+    slopes, means = [], []
+    with full_precision(q):
+        for rows in blocks(q.shape[-2], block[0]):
+            level = finite(part_of(sums, rows))
+            mean = torch.zeros_like(level)
+            slope = torch.zeros_like(part(out, rows))
+            for columns in blocks(k.shape[-2], block[1]):
+                p = (scores(q, k, mask, scale, rows, columns) - level).exp_()
+                if tv is not None:
+                    slope = slope + p @ part(tv, columns)
+                if tq is not None or tk is not None:
+                    h = p * tilted(q, k, tq, tk, scale, rows, columns)
+                    mean = mean + h.sum(-1, keepdim=True)
+                    slope = slope + h @ part(v, columns)
+            slopes.append(slope - mean * part(out, rows))
+            means.append(mean.squeeze(-1))
+        return torch.cat(slopes, -2), torch.cat(means, -1)
+
+
+def gradients(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, sums: Tensor, d_out: Tensor | None,
+    d_sums: Tensor | None, scale: float, block: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of q, k and v, from those of ``(out, logsumexp)``; None for one that nothing depends on."""
+    with full_precision(q):
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        drop = (d_out * out).sum(-1)  # sum_j P_ij dP_ij
+        drop = (drop if d_sums is None else drop - d_sums)[..., None]
+        every = list(blocks(q.shape[-2], block[0]))
+        dq: list[Tensor | None] = [None] * len(every)
+        dk, dv = [], []
+        for columns in blocks(k.shape[-2], block[1]):
+            k_j, v_j = part(k, columns), part(v, columns)
+            dk_j = dv_j = None
+            for i, rows in enumerate(every):
+                p = (scores(q, k, mask, scale, rows, columns) - finite(part_of(sums, rows))).exp_()
+                d_here = part(d_out, rows)
+                ds = p * (d_here @ v_j.transpose(-1, -2) - drop[..., rows, :])
+                dq[i] = plus(dq[i], ds @ k_j * scale)
+                dk_j = plus(dk_j, ds.transpose(-1, -2) @ part(q, rows) * scale)
+                dv_j = plus(dv_j, p.transpose(-1, -2) @ d_here)
+            dk.append(dk_j)
+            dv.append(dv_j)
+        return torch.cat(dq, -2).to(q.dtype), torch.cat(dk, -2).to(k.dtype), torch.cat(dv, -2).to(v.dtype)
+
+
+def scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, rows: slice, columns: slice) -> Tensor:
+    """A tile of ``scale q k^T + mask``, minus infinity where nothing is seen."""
+    s = (part(q, rows) * scale) @ part(k, columns).transpose(-1, -2)
+    if mask is None:
+        return s
+    high = rows if mask.shape[-2] > 1 else slice(None)
+    wide = columns if mask.shape[-1] > 1 else slice(None)
+    tile = mask[..., high, wide]
+    return s.masked_fill(~tile, -math.inf) if tile.dtype == torch.bool else s + tile.to(s.dtype)
+
+
+def tilted(
+    q: Tensor, k: Tensor, tq: Tensor | None, tk: Tensor | None, scale: float, rows: slice, columns: slice
+) -> Tensor:
+    """The tangent of a tile of scores; the mask has none."""
+    from_q = None if tq is None else (part(tq, rows) * scale) @ part(k, columns).transpose(-1, -2)
+    return from_q if tk is None else plus(from_q, (part(q, rows) * scale) @ part(tk, columns).transpose(-1, -2))
+
+
+def part(x: Tensor, rows: slice) -> Tensor:
+    """Some tokens of ``[..., tokens, features]``, in the type that tiles are computed in."""
+    return x[..., rows, :].to(torch.promote_types(x.dtype, torch.float32))
+
+
+def part_of(sums: Tensor, rows: slice) -> Tensor:
+    """Some of ``[..., M]`` as a column."""
+    return sums[..., rows, None]
+
+
+def finite(level: Tensor) -> Tensor:
+    """``level``, and 0 in place of the minus infinity of a query that sees nothing: its exponentials are 0 then."""
+    return torch.where(level == -math.inf, 0.0, level)
+
+
+def plus(sum: Tensor | None, term: Tensor) -> Tensor:
+    return term if sum is None else sum + term
+
+
+def blocks(count: int, size: int) -> Iterator[slice]:
+    """``count`` tokens in slices of ``size``, the last one as long as what is left."""
+    for start in range(0, max(count, 1), size):
+        yield slice(start, min(start + size, count))
+
+
+def full_precision(q: Tensor) -> AbstractContextManager:
+    """Matrix products in the type of what they are given."""
+    kind = q.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
