@@ -13,7 +13,7 @@ With scores ``S = a q k^T + mask`` and ``P = softmax(S)``, and a dot for a tange
     S. = a (q. k^T + q k.^T)
     o. = P v. + (P * S.) v - mu o,   L. = mu = rowsum(P * S.)
 
-No number of ``[M, N]`` is needed but those of the tile at hand, because ``P = exp(S - L)``.  The backward pass is that of
+Nothing of size ``[M, N]`` is kept but the tile at hand, because ``P = exp(S - L)``.  The backward pass is that of
 FlashAttention-2 (Dao 2023).  Where a part of the keys is seen at a time (another process holds the rest),
 :func:`merge_shards` puts the results of the parts together, their tangents too.
 """
@@ -37,8 +37,6 @@ KERNELS = ("auto", "plain", "blocked", "triton")
 
 #: Scores a head above which "auto" leaves the written-out form (see benchmarks/attention.py).
 PLAIN_SCORES = 128 * 128
-#: Features a head that the triton kernel takes.
-TRITON_FEATURES = 128
 
 
 def attend(
@@ -54,7 +52,7 @@ def attend(
 
     The result has the type of q; half precision is computed in float32, and under autocast all three are cast first.
 
-    "blocked" and "triton" have derivatives in both directions and of any order; the second derivative of the fused
+    "plain" and "blocked" have derivatives in both directions and of any order; the second derivative of the fused
     kernel that "auto" takes for many tokens without tangents is missing in PyTorch.  ValueError for shapes, types and
     kernels that do not fit.
     """
@@ -82,8 +80,12 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
         return "plain"
     if not any(has_tangent(part) for part in (q, k, v)):
         return "fused"
-    fits = mask is None and max(q.shape[-1], v.shape[-1]) <= TRITON_FEATURES and q.dtype != torch.float64
-    return "triton" if fits and q.is_cuda and find_spec("triton") is not None else "blocked"
+    if q.is_cuda and find_spec("triton") is not None:
+        from fewstep.networks import attention_triton
+
+        if attention_triton.fits(q, v, mask) and attention_triton.agrees(q.device, q.dtype, q.shape[-1], v.shape[-1]):
+            return "triton"
+    return "blocked"
 
 
 def has_tangent(x: Tensor) -> bool:
@@ -120,8 +122,8 @@ def in_four(x: Tensor) -> Tensor:
 
 
 class Shard(NamedTuple):
-    """What attention to a part of the keys gives: ``out`` ``[..., M, dv]`` and ``logsumexp`` of the scores ``[..., M]``,
-    both in float32 at least; a query that sees none of them has zeros and minus infinity."""
+    """What attention to a part of the keys gives: ``out`` ``[..., M, dv]`` and the ``logsumexp`` ``[..., M]`` of the
+    scores, both in float32 at least; a query that sees none of them has zeros and minus infinity."""
 
     out: Tensor
     logsumexp: Tensor
@@ -233,6 +235,10 @@ def shard(
     return Shard(*Attention.apply(q, k, v, mask, scale, kernel, block))
 
 
+#: q, k, v, mask, out, logsumexp
+Saved = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
+
+
 class Attention(torch.autograd.Function):
     """``(out, logsumexp)`` of folded heads, with its rules; ``q``, ``k`` and ``v`` have equal leading dimensions and
     ``mask`` has as many dimensions as they."""
@@ -258,24 +264,27 @@ class Attention(torch.autograd.Function):
     def jvp(ctx: Any, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, tm: Tensor | None, *_: Any) -> Any:
         if tm is not None:
             raise ValueError(f"kernel={ctx.kernel!r}: the mask has a tangent, which only kernel='plain' looks at")
+        saved: Saved = ctx.saved_tensors
         if ctx.kernel == "triton":
             from fewstep.networks import attention_triton
 
-            return attention_triton.slope(*ctx.saved_tensors, tq, tk, tv, ctx.scale)
-        return attention_blocked.slope(*ctx.saved_tensors, tq, tk, tv, ctx.scale, ctx.block)
+            return attention_triton.slope(*saved, tq, tk, tv, ctx.scale)
+        return attention_blocked.slope(*saved, tq, tk, tv, ctx.scale, ctx.block)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_sums: Tensor | None) -> Any:
-        slopes = attention_blocked.gradients(*ctx.saved_tensors, d_out, d_sums, ctx.scale, ctx.block)
+        saved: Saved = ctx.saved_tensors
+        slopes = attention_blocked.gradients(*saved, d_out, d_sums, ctx.scale, ctx.block)
         return *slopes, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
         """One more leading dimension."""
-        *tensors, scale, kernel, block = inputs
-        first = [
-            t if t is None else t.movedim(dim, 0) if dim is not None else t[None]
-            for t, dim in zip(tensors, in_dims, strict=False)
-        ]
-        first[:3] = [t.expand(info.batch_size, *t.shape[1:]) for t in first[:3]]
-        return Attention.apply(*first, scale, kernel, block), (0, 0)
+        q, k, v, mask = (lead(x, dim) for x, dim in zip(inputs[:4], in_dims, strict=False))
+        q, k, v = (x.expand(info.batch_size, *x.shape[1:]) for x in (q, k, v))
+        return Attention.apply(q, k, v, mask, *inputs[4:]), (0, 0)
+
+
+def lead(x: Any, dim: int | None) -> Any:
+    """``x`` with its mapped dimension first, or one of size 1; None stays."""
+    return None if x is None else x[None] if dim is None else x.movedim(dim, 0)

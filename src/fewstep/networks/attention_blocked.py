@@ -1,7 +1,7 @@
 """Attention a tile of queries and keys at a time, its tangent and its gradients: memory linear in the tokens.
 
-Shapes are ``q`` ``[..., M, d]``, ``k`` ``[..., N, d]``, ``v`` ``[..., N, dv]`` with equal leading dimensions, ``mask`` None
-or ``[..., M or 1, N or 1]``.  Tiles are computed in float32, or float64 where q is.
+``q`` is ``[..., M, d]``, ``k`` ``[..., N, d]``, ``v`` ``[..., N, dv]`` with equal leading dimensions, ``mask`` None or
+``[..., M or 1, N or 1]``.  Tiles are computed in float32, or in float64 where q is.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ def value(
     outs, sums = [], []
     with full_precision(q):
         for rows in blocks(q.shape[-2], block[0]):
-            best = total = out = None
+            best = torch.full_like(part(q, rows)[..., :1], -math.inf)
+            total = torch.zeros_like(best)
+            out = torch.zeros_like(total.expand(*total.shape[:-1], v.shape[-1]))
             for columns in blocks(k.shape[-2], block[1]):
                 s = scores(q, k, mask, scale, rows, columns)
-                last = s.amax(-1, keepdim=True) if best is None else torch.maximum(best, s.amax(-1, keepdim=True))
-                p = (s - finite(last)).exp_()
-                here = p @ part(v, columns)
-                if best is None:
-                    total, out = p.sum(-1, keepdim=True), here
-                else:
-                    fade = (best - finite(last)).exp_()
-                    total, out = total * fade + p.sum(-1, keepdim=True), out * fade + here
-                best = last
+                last, best = best, torch.maximum(best, s.amax(-1, keepdim=True))
+                p = (s - finite(best)).exp_()
+                fade = (last - finite(best)).exp_()
+                total = total * fade + p.sum(-1, keepdim=True)
+                out = out * fade + p @ part(v, columns)
             outs.append(out / torch.where(total == 0, 1.0, total))
             sums.append((finite(best) + total.log()).squeeze(-1))
         return torch.cat(outs, -2), torch.cat(sums, -1)
@@ -69,24 +67,24 @@ def gradients(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, sums: Tensor, d_out: Tensor | None,
     d_sums: Tensor | None, scale: float, block: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of q, k and v, from those of ``(out, logsumexp)``; None for one that nothing depends on."""
+    """Of q, k and v, from those of ``(out, logsumexp)``: None where nothing depends on it."""
     with full_precision(q):
         d_out = torch.zeros_like(out) if d_out is None else d_out
         drop = (d_out * out).sum(-1)  # sum_j P_ij dP_ij
         drop = (drop if d_sums is None else drop - d_sums)[..., None]
         every = list(blocks(q.shape[-2], block[0]))
-        dq: list[Tensor | None] = [None] * len(every)
+        dq = [torch.zeros_like(part(q, rows)) for rows in every]
         dk, dv = [], []
         for columns in blocks(k.shape[-2], block[1]):
             k_j, v_j = part(k, columns), part(v, columns)
-            dk_j = dv_j = None
+            dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
             for i, rows in enumerate(every):
                 p = (scores(q, k, mask, scale, rows, columns) - finite(part_of(sums, rows))).exp_()
                 d_here = part(d_out, rows)
                 ds = p * (d_here @ v_j.transpose(-1, -2) - drop[..., rows, :])
-                dq[i] = plus(dq[i], ds @ k_j * scale)
-                dk_j = plus(dk_j, ds.transpose(-1, -2) @ part(q, rows) * scale)
-                dv_j = plus(dv_j, p.transpose(-1, -2) @ d_here)
+                dq[i] = dq[i] + ds @ k_j * scale
+                dk_j = dk_j + ds.transpose(-1, -2) @ part(q, rows) * scale
+                dv_j = dv_j + p.transpose(-1, -2) @ d_here
             dk.append(dk_j)
             dv.append(dv_j)
         return torch.cat(dq, -2).to(q.dtype), torch.cat(dk, -2).to(k.dtype), torch.cat(dv, -2).to(v.dtype)
@@ -107,8 +105,12 @@ def tilted(
     q: Tensor, k: Tensor, tq: Tensor | None, tk: Tensor | None, scale: float, rows: slice, columns: slice
 ) -> Tensor:
     """The tangent of a tile of scores; the mask has none."""
-    from_q = None if tq is None else (part(tq, rows) * scale) @ part(k, columns).transpose(-1, -2)
-    return from_q if tk is None else plus(from_q, (part(q, rows) * scale) @ part(tk, columns).transpose(-1, -2))
+    parts = []
+    if tq is not None:
+        parts.append((part(tq, rows) * scale) @ part(k, columns).transpose(-1, -2))
+    if tk is not None:
+        parts.append((part(q, rows) * scale) @ part(tk, columns).transpose(-1, -2))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def part(x: Tensor, rows: slice) -> Tensor:
@@ -124,10 +126,6 @@ def part_of(sums: Tensor, rows: slice) -> Tensor:
 def finite(level: Tensor) -> Tensor:
     """``level``, and 0 in place of the minus infinity of a query that sees nothing: its exponentials are 0 then."""
     return torch.where(level == -math.inf, 0.0, level)
-
-
-def plus(sum: Tensor | None, term: Tensor) -> Tensor:
-    return term if sum is None else sum + term
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:
