@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods.method import Networks, Optimizer
-from fewstep.networks import UNet, attention
+from fewstep.networks import UNet, attention, attention_blocked
 from fewstep.networks.attention import PLAIN_SCORES, Shard, attend, attend_shard, merge_shards
 from fewstep.networks.unet import Attention as AttentionLayer
 from fewstep.predictions import TrigPrediction
@@ -271,14 +271,22 @@ def test_memory_is_linear_in_the_tokens() -> None:
     tokens, features = 1024, 16
     gen = torch.Generator().manual_seed(0)
     q, k, v, t = (torch.randn(1, 1, tokens, features, generator=gen) for _ in range(4))
-    tile = attention.attention_blocked.BLOCK
-    for kernel, bound in (("blocked", tile[0] * tile[1]), ("auto", tile[0] * tile[1]), ("plain", tokens**2)):
+    tile = attention_blocked.ROWS * attention_blocked.COLUMNS
+    for kernel, bound in (("blocked", tile), ("auto", tile), ("plain", tokens**2)):
         run = lambda *a, kernel=kernel: attend(*a, kernel=kernel)  # noqa: E731
-        forwards = largest(lambda run=run: jvp(run, (q, k, v), (t, t, t)))
-        assert forwards == bound, kernel
+        assert largest(lambda run=run: jvp(run, (q, k, v), (t, t, t))) == bound, kernel
     small = attend_shard(*(x.requires_grad_() for x in (q, k, v)), block=(32, 64)).out
     assert largest(lambda: small.sum().backward()) == tokens * features
     assert tokens**2 > PLAIN_SCORES
+
+
+def test_a_tile_is_bounded_over_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where 24 samples of 16 heads go at once a tile has fewer queries, and the memory stays."""
+    assert attention_blocked.block_for(torch.empty(24, 16, 4096, 64, device="meta")) == (85, 512)
+    assert attention_blocked.block_for(torch.empty(4096, 64, device="meta")) == (256, 512)
+    monkeypatch.setattr(attention_blocked, "NUMBERS", 2 * 3 * 512 * 20)
+    primals, tangents = draws(m=64, n=600), draws(1, m=64, n=600)
+    assert largest(lambda: jvp(lambda *a: attend(*a, kernel="blocked"), primals, tangents)) == 2 * 3 * 512 * 20
 
 
 def unet(seed: int = 0) -> UNet:

@@ -69,7 +69,7 @@ def attend(
     elif chosen == "plain":
         out = plain(q, k, v, mask, scale)
     else:
-        out = shard(q, k, v, mask, scale, chosen, attention_blocked.BLOCK).out.to(q.dtype)
+        out = shard(q, k, v, mask, scale, chosen).out.to(q.dtype)
     return out.reshape(*shape, v.shape[-1])
 
 
@@ -137,13 +137,14 @@ def attend_shard(
     *,
     scale: float | None = None,
     kernel: Literal["blocked", "triton"] = "blocked",
-    block: tuple[int, int] = attention_blocked.BLOCK,
+    block: tuple[int, int] | None = None,
 ) -> Shard:
     """Attention to some of the keys, as :func:`merge_shards` takes it; arguments as for :func:`attend`, and ``block``,
-    how many queries and keys a tile of "blocked" has.  Both results have derivatives in both directions."""
+    how many queries and keys a tile of "blocked" has (None: as many as are fast).  Both results have derivatives in
+    both directions."""
     if kernel not in ("blocked", "triton"):
         raise ValueError(f"kernel={kernel!r}: one of blocked, triton")
-    if min(block) < 1:
+    if block is not None and min(block) < 1:
         raise ValueError(f"block={block}: at least one query and one key")
     q, k, v = in_one_type(q, k, v)
     check_shapes(q, k, v, mask)
@@ -226,13 +227,14 @@ def folded_heads(q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
 
 
 def shard(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str, block: tuple[int, int]
-) -> Shard:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str,
+    block: tuple[int, int] | None = None,
+) -> Shard:  # fmt: skip
     if mask is not None:
         if mask.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"kernel={kernel!r}: the mask wants a gradient, which only kernel='plain' gives it")
         mask = mask[(None,) * (q.ndim - mask.ndim)]
-    return Shard(*Attention.apply(q, k, v, mask, scale, kernel, block))
+    return Shard(*Attention.apply(q, k, v, mask, scale, kernel, block or attention_blocked.block_for(q)))
 
 
 #: q, k, v, mask, out, logsumexp

@@ -13,8 +13,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-#: Queries and keys of a tile (see benchmarks/attention.py).
-BLOCK = (256, 512)
+#: Queries and keys of a tile, and the most numbers in one over all heads of all samples (64 MiB in float32).
+ROWS, COLUMNS, NUMBERS = 256, 512, 2**24
+
+
+def block_for(q: Tensor) -> tuple[int, int]:
+    """Queries and keys of a tile: fewer queries, but 16 at least, where many heads go at once."""
+    heads = max(1, math.prod(q.shape[:-2]))
+    return max(16, min(ROWS, NUMBERS // (heads * COLUMNS))), COLUMNS
 
 
 def value(

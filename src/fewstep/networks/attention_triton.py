@@ -148,7 +148,7 @@ def slope(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(o., mu)``; by tiles, whose operations can be differentiated again, where a graph is wanted."""
     if torch.is_grad_enabled():
-        return attention_blocked.slope(q, k, v, mask, out, sums, tq, tk, tv, scale, attention_blocked.BLOCK)
+        return attention_blocked.slope(q, k, v, mask, out, sums, tq, tk, tv, scale, attention_blocked.block_for(q))
     return Slope.apply(q, k, v, out, sums, tq, tk, tv, scale)
 
 
@@ -196,7 +196,7 @@ def agrees(device: torch.device, dtype: torch.dtype, d: int, dv: int) -> bool:
         waves(pitch, 2, *shape).to(device, dtype)
         for pitch, shape in enumerate(2 * [(80, d), (72, d), (72, dv)], start=1)
     )
-    scale, tiles = 1 / math.sqrt(d), attention_blocked.BLOCK
+    scale, tiles = 1 / math.sqrt(d), attention_blocked.block_for(q)
     with torch.no_grad():
         try:
             ours = value(q, k, v, None, scale)
