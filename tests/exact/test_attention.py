@@ -348,6 +348,17 @@ def test_pytorchs_attention_becomes_ours_in_a_tangent(masked: str, monkeypatch: 
     close(slope, difference, 1e-8)
 
 
+def test_what_has_no_tangent_stays_fused() -> None:
+    """Attention in a tangent pass that does not depend on its inputs makes no scores either."""
+    q, k, v = (x[..., :5].float() for x in draws(m=300, n=300))
+    one = torch.ones(())
+    with torch.no_grad():
+        seen = largest(
+            lambda: tangent(lambda x, t: x * scaled_dot_product_attention(q, k, v).sum(), one, one, one, one)
+        )
+    assert seen < 300**2
+
+
 def test_attention_with_dropout_keeps_pytorchs_rule() -> None:
     """Dropout inside attention is PyTorch's matter: the tangent is still the derivative under equal masks."""
     (q, k, v), (tq, _, _) = draws(), draws(1)
@@ -449,3 +460,12 @@ def test_what_does_not_fit_is_said() -> None:
         torch.func.jvp(lambda b: attend(*many, b, kernel="blocked"), (bias,), (bias,))  # type: ignore[misc]
     learned = bias.requires_grad_()
     assert torch.autograd.grad(attend(*many, learned).sin().sum(), learned)[0].abs().sum() > 0
+
+
+def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The example of docs/ideas/attention.md, and what its comments say that it prints."""
+    page = (Path(__file__).parents[2] / "docs" / "ideas" / "attention.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    exec(code, {})
+    said = [line.split("# ")[1] for line in code.splitlines() if line.startswith("print(")]
+    assert capsys.readouterr().out.splitlines() == said

@@ -116,7 +116,9 @@ def test_scm_trains_a_diffusers_network(name: str, monkeypatch: pytest.MonkeyPat
         fs.distill(model, recipe, data, "1steps", batch=8, precision=kind, log_steps=1, show=False)
     remade: list[Any] = []
     checkpoint = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: remade.append(a[0]) or checkpoint(*a, **k))
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: remade.append(a[0]) or checkpoint(*a, **k)
+    )
     network_of(model).enable_gradient_checkpointing()
     fs.distill(model, recipe, data, "1steps", batch=8, precision="fp32", log_steps=1, show=False)
     assert remade
