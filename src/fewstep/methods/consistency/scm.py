@@ -161,7 +161,8 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
          "time weight on its own small embedding",
          "a teacher keeps its own time input, which is the angle itself for TrigPrediction only; that of EDM, a "
          "logarithm, has larger derivatives at the ends",
-         "in a bf16 run the tangent is taken under autocast, norms and times in float32 (the paper's in float32)",
+         "in a bf16 run the tangent is taken under autocast, attention, norms and times in float32 (the paper's in "
+         "float32)",
          "the teacher's guidance is baked in, not an input of the network",
          "no adaptive variational score distillation; normalized tangents, not clipped ones"),
     )  # fmt: skip
