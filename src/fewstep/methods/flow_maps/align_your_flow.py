@@ -18,9 +18,9 @@ No official code is public; equations from the paper as two summaries and a re-i
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,17 @@ from fewstep.methods.start import Start, denoiser_in
 from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import FlowMatching
+
+
+class Asked(NamedTuple):
+    """The jumps of a batch: from states ``x`` ``[B, ...]`` at times ``t`` to ``s``, ``[B]`` each, under conditions and
+    the guidance weights that the student is told."""
+
+    x: Tensor
+    t: Tensor
+    s: Tensor
+    cond: Cond
+    weights: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class _AlignYourFlow(Method):
     r_max: Annotated[Share, "greatest weight of the tangent: below 1 a little velocity matching stays"] = 0.99
     gap_mean: Annotated[float, "mean of logit(t - s)"] = -0.6
     gap_std: Annotated[NonNegative, "standard deviation of logit(t - s)"] = 1.6
-    guidance: Annotated[float, "guidance weight of samples that ask for none"] = 1.0
+    guidance: Annotated[float, "guidance weight of samples that ask for none"] = 2.0
     guidance_low: Annotated[float, "least guidance weight that the student learns, 1 for none"] = 1.0
     guidance_high: Annotated[float, "greatest guidance weight that the student learns"] = 3.0
     gamma: Annotated[Share, "noise put back between calls: 0 deterministic, 1 all of it"] = 0.0
@@ -121,17 +132,14 @@ class _AlignYourFlow(Method):
         teacher = self.teacher(nets, w if self.weights else self.guidance_low)
         told = {name: w.to(torch.promote_types(x.dtype, torch.float32)) for name in self.weights}
         r = min(self.r_max, progress.fraction / self.tangent_warmup) if self.tangent_warmup else self.r_max
-        own = self.direction(student, teacher, x, t, s, batch.cond, r, told)
+        own = self.direction(student, teacher, Asked(x, t, s, batch.cond, told), r)
         f = student.mean_velocity(x, t, s, batch.cond, **told)
         loss = regression(f, own, c=self.c).mean()
         yield Update("student", loss, {"tangent_norm": sizes(own.g).mean(), "warmup": r})
 
     @abstractmethod
-    def direction(
-        self, student: Jump, teacher: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond, r: float,
-        told: dict[str, Tensor],
-    ) -> Direction:
-        """The student's own ``F^-`` and what it is wrong by, at states ``x`` of times ``t`` for jumps to ``s``."""  # fmt: skip
+    def direction(self, student: Jump, teacher: Denoiser, asked: Asked, r: float) -> Direction:
+        """The student's own ``F^-`` and what it is wrong by, with the tangent's weight ``r``."""
 
     def student(self, nets: Networks) -> Student:
         schedule = nets.student.schedule
@@ -149,12 +157,12 @@ class AlignYourFlow(_AlignYourFlow):
     paper: ClassVar[Paper] = Paper(
         "Align Your Flow: Scaling Continuous-Time Flow Map Distillation", "2506.14603", "from paper text",
         ("no official code: equations and constants from two summaries of the paper and a re-implementation",
-         "no adversarial finetuning after the distillation (about 3000 iterations there, a relativistic GAN with R1 and "
-         "R2), and so none of the paper's numbers with it",
+         "no adversarial finetuning after the distillation (about 3000 iterations there, a relativistic GAN with R1 "
+         "and R2), and so none of the paper's numbers with it",
          "no LoRA student for text-to-image models",
          "the warm-up counts shares of the budget, the learning rate falls to 0 over it",
          "without a guide, classifier-free guidance in its place (the paper's ablation, worse there)",
-         "samples have guidance weight 1 unless they ask for another (tuned for each number of calls there)",
+         "samples have guidance weight 2 unless they ask for another (tuned for each number of calls there)",
          "a teacher keeps its own time input (the paper first adapts it to t itself); that of EDM, a logarithm, has "
          "larger derivatives at the ends",
          "the target time and the guidance weight are inputs that start at zero"),
@@ -164,13 +172,10 @@ class AlignYourFlow(_AlignYourFlow):
         "flow maps distilled in continuous time, under autoguidance", page="align-your-flow",
     )  # fmt: skip
 
-    def direction(
-        self, student: Jump, teacher: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond, r: float,
-        told: dict[str, Tensor],
-    ) -> Direction:  # fmt: skip
+    def direction(self, student: Jump, teacher: Denoiser, asked: Asked, r: float) -> Direction:
         with torch.no_grad():
-            v = teacher.velocity(x, t, cond)
-        return eulerian(student, x, t, s, v, cond, r=r, **told)
+            v = teacher.velocity(asked.x, asked.t, asked.cond)
+        return eulerian(student, asked.x, asked.t, asked.s, v, asked.cond, r=r, **asked.weights)
 
 
 @dataclass(frozen=True)
@@ -184,8 +189,5 @@ class LagrangianAlignYourFlow(_AlignYourFlow):
     name: ClassVar[str] = "ayf-lmd"
     paper: ClassVar[Paper] = AlignYourFlow.paper
 
-    def direction(
-        self, student: Jump, teacher: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond, r: float,
-        told: dict[str, Tensor],
-    ) -> Direction:  # fmt: skip
-        return lagrangian(student, x, t, s, teacher, cond, r=r, **told)
+    def direction(self, student: Jump, teacher: Denoiser, asked: Asked, r: float) -> Direction:
+        return lagrangian(student, asked.x, asked.t, asked.s, teacher, asked.cond, r=r, **asked.weights)

@@ -50,8 +50,8 @@ class _MeanFlow(Method):
     """
 
     healthy: ClassVar[dict[str, str]] = {
-        "student/loss": "stays near 1 / d for samples of d numbers when power = 1, because the weight divides it by its "
-        "own size",
+        "student/loss": "stays near 1 / d for samples of d numbers when power = 1, because the weight divides it by "
+        "its own size",
         "student/error": "falls, then stays: of pairs the part that no map can tell remains",
     }
     roles: ClassVar[tuple[str, ...]] = ("student",)
@@ -133,8 +133,8 @@ class MeanFlowDistillation(_MeanFlow):
          "it starts from a given model's weights (the paper's from fresh ones)",
          "a teacher keeps its own time input (the paper's networks are told t); that of EDM, a logarithm, has larger "
          "derivatives at the ends",
-         "rows with s = t are drawn one by one and need no jvp (there the first three quarters of a batch, through a jvp "
-         "whose factor is 0)",
+         "rows with s = t are drawn one by one and need no jvp (there the first three quarters of a batch, through a "
+         "jvp whose factor is 0)",
          "sampling uses a power-function average (the paper's decays by 0.9999)"),
     )  # fmt: skip
     system: ClassVar[System] = System(
