@@ -179,8 +179,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "lr": OPEN, "reflow_guidance": 1.5,
         "optimizer": UNPUBLISHED,
     },
-    # section 4.3, appendix A and Gsunshine/meanflow (configs): no warm-up; distillation is not the paper's, and guidance
-    # goes with the model
+    # section 4.3, appendix A and Gsunshine/meanflow (configs); distillation is not the paper's, guidance is the model's
     "mean-flow": {
         "lr": 1e-4, "power": 1.0, "c": 0.01, "equal": 0.75, "time_mean": -0.4, "time_std": 1.0, "steps": OPEN,
         "guidance": OPEN,
