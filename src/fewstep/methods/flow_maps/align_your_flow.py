@@ -156,7 +156,7 @@ class AlignYourFlow(_AlignYourFlow):
     name: ClassVar[str] = "ayf"
     paper: ClassVar[Paper] = Paper(
         "Align Your Flow: Scaling Continuous-Time Flow Map Distillation", "2506.14603", "from paper text",
-        ("no official code: equations and constants from two summaries of the paper and a re-implementation",
+        ("no official code: equations and constants from two summaries of the paper and from code of third parties",
          "no adversarial finetuning after the distillation (about 3000 iterations there, a relativistic GAN with R1 "
          "and R2), and so none of the paper's numbers with it",
          "no LoRA student for text-to-image models",
