@@ -17,11 +17,15 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.flow_maps import Jump
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
+from fewstep.methods.flow_maps.mean_flow import MeanFlowDistillation, MeanFlowTraining
 from fewstep.methods.method import Batch, Method, Networks, Progress, alone
-from fewstep.methods.parts.identities import eulerian
+from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
+from fewstep.methods.parts.times import Ordered, PairLaw
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
@@ -141,6 +145,99 @@ def ctm() -> Pairs:
     for name, slope in cm.items():
         yield name, found[name], slope
         yield f"not {name}", other[name], slope
+
+
+# Flow maps
+
+
+class FromPairs(AlignYourFlow):
+    """The Eulerian objective of Align Your Flow with the pair's velocity ``eps - x_0`` in place of the teacher's, and
+    MeanFlow's law of times."""
+
+    def times(self) -> PairLaw:
+        return Ordered(-0.4, 1.0, 0.5)
+
+    def direction(self, student: Jump, teacher: Denoiser, asked: Asked, r: float) -> Direction:
+        t = asked.t[:, None]
+        return eulerian(student, asked.x, asked.t, asked.s, (asked.x - batch().x) / t, asked.cond, r=r)
+
+
+PLAIN = {"guidance": 1.0, "guidance_low": 1.0, "guidance_high": 1.0}
+
+
+@row("MeanFlow", "without its weight it is Align Your Flow's Eulerian objective along the pair's velocity", 1e-7)
+def mean_flow() -> Pairs:
+    method = MeanFlowTraining(power=0.0, equal=0.5, label_dropout=0.0)
+    ours = gradients_of(method, teacher(), batch())
+    far = 1e9  # so large a constant normalizes nothing: it divides
+    other = FromPairs(c=far, r_max=1.0, tangent_warmup=0.0, **PLAIN)
+    theirs = gradients_of(other, teacher(), batch())
+    distilled = gradients_of(MeanFlowDistillation(power=0.0, equal=0.5), teacher(), batch())
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        yield name, ours[name], far * theirs[name]
+    name = "student.denoiser.net.leave.weight"
+    yield "not the teacher's velocity", distilled[name], ours[name]
+
+
+@row("MeanFlow, equal times", "where s = t it is flow matching", 1e-12)
+def mean_flow_at_equal_times() -> Pairs:
+    method = MeanFlowTraining(power=0.0, equal=1.0, label_dropout=0.0)
+    ours = gradients_of(method, teacher(), batch())
+    nets, given = method.networks(Start(teacher())), batch()
+    moved(nets, "student")
+    t, _ = method.times().draw(nets.student.schedule, given.n, given.rng)
+    eps = given.rng.normal_like(given.x)
+    x = (1 - t[:, None]) * given.x + t[:, None] * eps
+    denoiser = nets.student.denoiser
+    velocity = denoiser.velocity(x, t, given.cond, s=denoiser.label(t, x))
+    loss = torch.nn.functional.mse_loss(velocity, eps - given.x)
+    named = {name: p for name, p in nets.named_parameters() if name in ours}
+    for name, slope in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
+        yield name, ours[name], slope
+    name = "student.denoiser.net.leave.weight"
+    apart = gradients_of(dataclasses.replace(method, equal=0.0), teacher(), batch())
+    yield "not where the times differ", apart[name], ours[name]
+
+
+def aligned() -> tuple[Jump, Tensor, Tensor, Tensor]:
+    """A student of Align Your Flow away from its teacher, states, their times, and velocities of the teacher."""
+    nets = AlignYourFlow(**PLAIN).networks(Start(teacher()))
+    moved(nets, "student")
+    x = batch().x
+    t = torch.linspace(0.1, 0.95, len(x), dtype=torch.float64)
+    return nets.student, x, t, nets.teacher.velocity(x, t).detach()
+
+
+@row(
+    "Align Your Flow",
+    "to the data it moves the consistency function against its slope, as sCM does",
+    1e-10,
+)
+def align_your_flow() -> Pairs:
+    student, x, t, v = aligned()
+    g = eulerian(student, x, t, 0 * t, v).g
+    slope = torch.func.jvp(lambda x_, t_: student.to_data(x_, t_), (x, t), (v, torch.ones_like(t)))[1]
+    yield "the slope of the consistency function", g, -slope
+    # the same student seen on TrigFlow: the state on the circle, and the angle that moves as 1 / ((1 - t)^2 + t^2)
+    trig = TrigFlow(t_min=0.0, t_max=1.5707, sigma_data=1.0)
+    on_circle = Jump(student.denoiser.on(trig), two_times=True)
+    angle, radius = torch.atan2(t, 1 - t), torch.sqrt((1 - t) ** 2 + t**2)
+    state = x / radius[:, None]
+    speed = (v / radius[:, None] - (2 * t - 1)[:, None] * x / radius[:, None] ** 3) * radius[:, None] ** 2
+    scm = eulerian(on_circle, state, angle, 0 * t, speed, scale=angle.cos()).g
+    yield "sCM's direction", g, scm / (angle.cos() * radius**2)[:, None]
+    yield "not to another time", eulerian(student, x, t, 0.05 + 0 * t, v).g, -slope
+
+
+@row("Align Your Flow, equal times", "where s = t it is velocity matching, by both objectives", 1e-12)
+def align_your_flow_at_equal_times() -> Pairs:
+    student, x, t, v = aligned()
+    source = AlignYourFlow(**PLAIN).networks(Start(teacher())).teacher
+    match = student.mean_velocity(x, t, t) - v
+    yield "Eulerian", eulerian(student, x, t, t, v).g, match.detach()
+    yield "Lagrangian", lagrangian(student, x, t, t, source).g, match.detach()
+    yield "not between two times", eulerian(student, x, t, 0.9 * t, v).g, match.detach()
 
 
 # The test, after all rows

@@ -36,6 +36,10 @@ RECIPES: dict[str, str] = {
     "sim": "fewstep.methods.matching.sim:SIM",
     "reflow": "fewstep.methods.flow_maps.rectified_flow:Reflow",
     "instaflow": "fewstep.methods.flow_maps.rectified_flow:InstaFlow",
+    "mean-flow": "fewstep.methods.flow_maps.mean_flow:MeanFlowDistillation",
+    "mean-flow-training": "fewstep.methods.flow_maps.mean_flow:MeanFlowTraining",
+    "ayf": "fewstep.methods.flow_maps.align_your_flow:AlignYourFlow",
+    "ayf-lmd": "fewstep.methods.flow_maps.align_your_flow:LagrangianAlignYourFlow",
     "pd": "fewstep.methods.flow_maps.progressive:ProgressiveLadder",
     "pd-halving": "fewstep.methods.flow_maps.progressive:ProgressiveDistillation",
 }

@@ -112,9 +112,9 @@ class Ordered(PairLaw):
     equal: float = 0.75
 
     def draw(self, schedule: Schedule, n: int, rng: Rng) -> tuple[Tensor, Tensor]:
-        u = torch.sigmoid(self.mean + self.std * rng.normal(2, n, dtype=torch.float64))
+        u = torch.sigmoid(self.mean + self.std * rng.normal(n, 2, dtype=torch.float64))
         u = schedule.t_min + (schedule.t_max - schedule.t_min) * u
-        t, s = u.amax(0), u.amin(0)
+        t, s = u.amax(1), u.amin(1)
         return t, torch.where(rng.uniform(n) < self.equal, t, s)
 
 
