@@ -35,6 +35,8 @@ RECIPES: dict[str, str] = {
     "instaflow": "fewstep.methods.flow_maps.rectified_flow:InstaFlow",
     "pd": "fewstep.methods.flow_maps.progressive:ProgressiveLadder",
     "pd-halving": "fewstep.methods.flow_maps.progressive:ProgressiveDistillation",
+    "guided-distillation": "fewstep.methods.flow_maps.guided_distillation:GuidedDistillation",
+    "shortcut": "fewstep.methods.flow_maps.shortcut:Shortcut",
 }
 
 
