@@ -36,6 +36,12 @@ from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPCosine
 from fewstep.training.budget import Budget
 from fewstep.training.settings import Settings
 
+#: Section 3 and appendix: weights from 0 to 4 in its convention, PD's weighting; what else was run is not known.
+PUBLISHED: dict[str, Any] = {
+    **dict.fromkeys(("start", "end", "way", "lr", "first_share"), ...), "w_min": 1.0, "w_max": 5.0,
+    "weighting": "snr-trunc",
+    "optimizer": dict.fromkeys(("kind", "betas", "eps", "weight_decay", "clip", "warmup", "decay"), ...),
+}  # fmt: skip
 #: The paper's weights 0, 1 and 3 as scales.
 SCALES = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
 NARROW, WIDE = 0.25, 0.8

@@ -193,7 +193,7 @@ class GuidedDistillation(Recipe):
     paper: ClassVar[Paper] = Paper(
         "On Distillation of Guided Diffusion Models", "2210.03142", "from paper text",
         ("no official code: equations and settings from the paper's text",
-         "the guidance weight `w_min` to `w_max` is the scale, 1 to 5 (0 to 4 there, where it is one less; 2 to 14 for "
+         "the guidance weight is the scale, by default from 1 to 5 (0 to 4 there, where it is one less; 2 to 14 for "
          "text)",
          "every halving has the same share of the budget (the paper's updates for each are not known)",
          "the weight is embedded as times are and starts without effect",
