@@ -3,7 +3,6 @@ three ways of walking the noise levels."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from fewstep.methods.flow_maps.guided_distillation import (
     double_step,
     plans_of,
 )
-from fewstep.methods.flow_maps.progressive import halved
 from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.parts.identities import semigroup
 from fewstep.methods.start import Start
@@ -343,14 +341,16 @@ def test_what_is_made_takes_the_weight(tmp_path: Any) -> None:
     near = stroke_to_image(student.flow_map, x, late, Rng(0), torch.tensor([0, 1, 0]), extras={"w": 3.0})
     filled = edit(student.flow_map, x, Inpainting(torch.tensor([1.0, 0.0])), plan, Rng(0), extras={"w": 3.0})
     assert near.shape == x.shape and torch.equal(filled[:, 0], x[:, 0])
-    moved = style_transfer(encoder, student, x, torch.tensor([0, 0, 0]), torch.tensor([1, 1, 1]), w=3.0)
-    stay = style_transfer(encoder, student, x, torch.tensor([0, 0, 0]), torch.tensor([0, 0, 0]), w=3.0)
-    assert moved.shape == x.shape and not torch.equal(moved, stay)
+    zeros, ones = torch.zeros(3).long(), torch.ones(3).long()
+    moved = style_transfer(encoder, student, x, zeros, ones, encoding={"w": 2.0}, w=3.0)
+    with torch.no_grad():
+        noise = encode(encoder.flow_map, x, encoder.plans[2], zeros, w=2.0)
+        assert torch.equal(moved, rollout(student.flow_map, noise, plan, ones, extras={"w": 3.0}))
+    assert not torch.equal(moved, style_transfer(encoder, student, x, zeros, zeros, encoding={"w": 2.0}, w=3.0))
+    assert not torch.equal(moved, style_transfer(encoder, student, x, zeros, ones, w=3.0))
     with pytest.raises(ValueError, match="this student is an encoder"):
         encoder.sample(2)
     stochastic = made("stochastic")
     assert list(stochastic.plans) == [1, 2] and stochastic.sample(3, steps=2, w=2.0).shape == (3, 2)
     with pytest.raises(ValueError, match="all plans of this one re-noise"):
         style_transfer(encoder, Student(stochastic.flow_map, {2: stochastic.plans[2]}), x)
-    assert halved(FlowMatching(), 2, torch.tensor([0]))[0] == 0.5
-    assert len(list(pairwise(plan.times))) == 1
