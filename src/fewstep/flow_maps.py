@@ -128,20 +128,30 @@ class Jump(FlowMap):
     ``two_times`` says whether the denoiser's network takes the target time ``s`` as an extra input (CTM, flow maps);
     without it ``g`` depends on ``(x, t)`` only (consistency models, progressive distillation, one-step students).
     The target time is handed over as the *network* sees times.
+
+    ``upward`` says that it was trained to jump to noisier times: an encoder, from data to noise
+    (:func:`~fewstep.sampling.encode`).  ValueError when it is asked for a jump down.
     """
 
     def __init__(
-        self, denoiser: Denoiser, two_times: bool = False, extras: Mapping[str, Input] = MappingProxyType({})
+        self,
+        denoiser: Denoiser,
+        two_times: bool = False,
+        extras: Mapping[str, Input] = MappingProxyType({}),
+        upward: bool = False,
     ) -> None:
         super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes, extras)
         self.denoiser = denoiser
         self.two_times = two_times
+        self.upward = upward
 
     @property
     def null(self) -> Cond:
         return self.denoiser.null
 
     def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        if self.upward:
+            raise ValueError("this student is an encoder, from data to noise: it makes no samples, encode() uses it")
         time, target = as_time(t, x), as_time(s, x)
         x0 = self.predict(x, time, target, cond, **extras)
         check_prediction(x0, x)
@@ -170,6 +180,8 @@ class Jump(FlowMap):
         return self.start(())
 
     def start(self, extras: tuple[str, ...]) -> Denoiser:
+        if self.upward:
+            raise ValueError("an encoder, whose network is no denoiser to start from")
         if self.two_times and "s" not in extras:
             raise ValueError("a student of two times, whose network is no denoiser to start from")
         if lacking := sorted(set(self.extras) - set(extras)):

@@ -86,12 +86,16 @@ def uniform(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
 def even(schedule: Schedule, steps: int) -> Tensor:
     """Equal steps for students: of the schedule's own time where those are sensible (:attr:`Schedule.even`), else of
     TrigFlow's angle ``atan(2 sigma / alpha)``, which is EDM's grid seen on a circle."""
+    return _with_ends(even_time(schedule, _unit(steps)), schedule, None)
+
+
+def even_time(schedule: Schedule, u: Tensor) -> Tensor:
+    """The time at a share ``u`` in [0, 1] of the way along :func:`even` grids, from noise to data."""
     if schedule.even:
-        return uniform(schedule, steps)
+        first, last = _ends(schedule, None)
+        return first + u * (last - first)
     first, last = torch.atan(2 * reach(schedule, None))
-    return _with_ends(
-        schedule.time_at(-torch.log(torch.tan(first + _unit(steps) * (last - first)) / 2)), schedule, None
-    )
+    return schedule.time_at(-torch.log(torch.tan(first + u * (last - first)) / 2))
 
 
 def power(schedule: Schedule, steps: int, kappa: float = 2.0, end: float | None = None) -> Tensor:

@@ -16,21 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond
-from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.denoisers import Denoiser, NetworkDenoiser, View
 from fewstep.flow_maps import Jump
+from fewstep.guidance import Guided
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
+from fewstep.methods.flow_maps.guided_distillation import GuidedDenoiser, GuidedHalving
 from fewstep.methods.flow_maps.mean_flow import MeanFlowDistillation, MeanFlowTraining
+from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
+from fewstep.methods.flow_maps.shortcut import Shortcut
 from fewstep.methods.method import Batch, Method, Networks, Progress, alone
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
 from fewstep.methods.parts.times import Ordered, PairLaw
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
+from fewstep.networks.inputs import with_inputs
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
-from fewstep.schedules import Schedule, TrigFlow
+from fewstep.schedules import FlowMatching, Schedule, TrigFlow
 
 SHAPE, CLASSES = (3,), 2
 #: Pairs by name: what must agree, and under a name that begins with "not " what must not.
@@ -238,6 +243,82 @@ def align_your_flow_at_equal_times() -> Pairs:
     yield "Eulerian", eulerian(student, x, t, t, v).g, match.detach()
     yield "Lagrangian", lagrangian(student, x, t, t, source).g, match.detach()
     yield "not between two times", eulerian(student, x, t, 0.9 * t, v).g, match.detach()
+
+
+# Flow maps: what composes
+
+
+class At(View):
+    """A denoiser whose network is always told the same of its further inputs."""
+
+    def __init__(self, inner: Denoiser, **told: float) -> None:
+        super().__init__(inner)
+        self.told = told
+
+    def forward(self, x: Tensor, t: Any, cond: Cond = None, **extras: Tensor) -> Tensor:
+        return self.inner(x, t, cond, **self.values(x), **extras)
+
+    def affine(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inner.affine(x, t, cond, **self.values(x), **extras)
+
+    def values(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: torch.full((len(x),), value, dtype=torch.float64) for name, value in self.told.items()}
+
+
+def told(name: str, schedule: Schedule | None = None) -> NetworkDenoiser:
+    """A teacher whose network takes a further input, which has an effect."""
+    found = teacher(schedule)
+    found.net = with_inputs(found.net, (name,))
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for p in found.net.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return found
+
+
+def in_order(found: Mapping[str, Tensor]) -> Tensor:
+    """Gradients as one vector, whatever the parameters are called."""
+    return torch.cat([slope.flatten() for slope in found.values()])
+
+
+@row("Guided distillation", "its halvings at one weight are Progressive Distillation of the network told that weight")
+def guided_distillation() -> Pairs:
+    source = told("w")
+    pd = gradients_of(ProgressiveDistillation(steps=4), At(source, w=3.0), batch())
+    for name, w in (("w = 3", 3.0), ("not w = 2", 2.0)):
+        halving = GuidedHalving(steps=4, w_min=w, w_max=w)
+        yield name, in_order(gradients_of(halving, source, batch())), in_order(pd)
+
+
+@row("Guided distillation, stage 1", "its loss is 0 at the guided teacher itself, at every weight", 1e-12)
+def guided_denoiser() -> Pairs:
+    method, source = GuidedDenoiser(w_min=0.0, w_max=4.0), teacher()
+
+    class Itself(View):
+        """The guided teacher, told the weight."""
+
+        def velocity(self, x: Tensor, t: Any, cond: Cond = None, **extras: Tensor) -> Tensor:
+            return Guided(source, self.scale * extras["w"]).velocity(x, t, cond)
+
+        def forward(self, x: Tensor, t: Any, cond: Cond = None, **extras: Tensor) -> Tensor:
+            return Guided(source, self.scale * extras["w"])(x, t, cond)
+
+    for name, scale in (("the scale", 1.0), ("not another", 1.1)):
+        student = Itself(source)
+        student.scale = scale
+        nets = Networks({"student": method.jump(student, "ddim"), "teacher": Jump(source)}, {})
+        (update,) = alone(method.updates(nets, batch(), Progress()))
+        yield name, 1 + update.loss, torch.ones_like(update.loss)
+
+
+@row("Shortcut", "one step from two on flow matching is Progressive Distillation's halving from two to one", 1e-12)
+def shortcut() -> Pairs:
+    source, given = told("d", FlowMatching()), batch()
+    given.rng.integers(given.n, 0, 1)  # which step it is, drawn first there
+    mine = gradients_of(Shortcut(finest=2, share=1.0, steps=(1, 2), label_dropout=0.0), source, given)
+    for name, d in (("d = 1/2", 1.0), ("not d = 1", 0.0)):
+        pd = gradients_of(ProgressiveDistillation(steps=1), At(source, d=d), batch(), student=At(source, d=0.0))
+        yield name, in_order(mine), in_order(pd)
 
 
 # The test, after all rows

@@ -42,6 +42,8 @@ RECIPES: dict[str, str] = {
     "ayf-lmd": "fewstep.methods.flow_maps.align_your_flow:LagrangianAlignYourFlow",
     "pd": "fewstep.methods.flow_maps.progressive:ProgressiveLadder",
     "pd-halving": "fewstep.methods.flow_maps.progressive:ProgressiveDistillation",
+    "guided-distillation": "fewstep.methods.flow_maps.guided_distillation:GuidedDistillation",
+    "shortcut": "fewstep.methods.flow_maps.shortcut:Shortcut",
 }
 
 

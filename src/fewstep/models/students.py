@@ -149,18 +149,21 @@ class JumpModel(AnyFlowMap):
 
     kind = "jump"
     wraps = Jump
-    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "two_times": bool, "extras": Maybe(EXTRAS)}
+    holds: ClassVar[dict[str, Any]] = {
+        "denoiser": DENOISER, "two_times": bool, "extras": Maybe(EXTRAS), "upward": Maybe(bool)
+    }  # fmt: skip
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         jump: Jump = self.module
         return {
             "kind": self.kind, "denoiser": model(jump.denoiser), "two_times": jump.two_times,
-            **describe_extras(jump.extras),
+            **describe_extras(jump.extras), **({"upward": True} if jump.upward else {}),
         }  # fmt: skip
 
     @classmethod
     def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
-        return Jump(model(config["denoiser"]), config["two_times"], build_extras(config))
+        upward = config.get("upward", False)
+        return Jump(model(config["denoiser"]), config["two_times"], build_extras(config), upward)
 
 
 class EDMConsistencyModel(AnyFlowMap):

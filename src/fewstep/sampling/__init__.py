@@ -14,7 +14,7 @@ from fewstep.sampling.editing import (
     slerp,
     stroke_to_image,
 )
-from fewstep.sampling.encoding import encode
+from fewstep.sampling.encoding import encode, style_transfer
 from fewstep.sampling.engine import FieldTable, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.learned import LearnedSolver, folded
@@ -113,4 +113,5 @@ __all__ = [
     "solve",
     "stroke_to_image",
     "student_plan",
+    "style_transfer",
 ]
