@@ -78,6 +78,18 @@ class FlowMap(nn.Module, ABC):
         """
         raise TypeError(f"a {type(self).__name__} has no velocity form")
 
+    def jump_up(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        """``x`` at time ``t`` moved up its path to a noisier time ``s >= t``, which is what encoding needs.  ValueError
+        for a map that jumps to data only; one that was never trained upward says what its network happens to say."""
+        if self.only_to_data:
+            raise ValueError(f"a {type(self).__name__} jumps to data only: it knows no way up to noise")
+        return self(x, t, s, cond, **extras)
+
+    def begin(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Mapping[str, Tensor]:
+        """What the map is told in every call of one rollout, by name, found once from the state ``x`` at time ``t``
+        where the rollout starts: ``[B]``, or of the shape of a state.  Nothing, unless a map says otherwise."""
+        return {}
+
     def instant(self) -> Denoiser:
         """The denoiser that the map is where it does not move, ``g(x, t, t)``: what can teach a next stage.  ValueError
         for a map that has none."""
@@ -134,6 +146,12 @@ class Jump(FlowMap):
         x0 = self.predict(x, time, target, cond, **extras)
         check_prediction(x0, x)
         return ddim_move(x, x0, time, target, self.schedule)
+
+    def jump_up(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        """In velocity form, which leaves data without noise as well: there the mean of the data says nothing about the
+        noise to come."""
+        time, target = as_time(t, x), as_time(s, x)
+        return self.schedule.move(x, self.mean_velocity(x, time, target, cond, **extras), time, target)
 
     def predict(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         """``g(x, t, s)``, the data prediction whose DDIM move is the jump."""

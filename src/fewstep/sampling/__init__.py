@@ -14,11 +14,12 @@ from fewstep.sampling.editing import (
     slerp,
     stroke_to_image,
 )
+from fewstep.sampling.encoding import encode
 from fewstep.sampling.engine import FieldTable, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.learned import LearnedSolver, folded
 from fewstep.sampling.named import SOLVERS
-from fewstep.sampling.rollout import Plan, Student, greedy_times, rollout
+from fewstep.sampling.rollout import Call, Plan, Student, greedy_times, log_prob, rollout
 from fewstep.sampling.rows import FieldRow, Row
 from fewstep.sampling.sample import sample
 from fewstep.sampling.solvers.abm import ABM
@@ -57,6 +58,7 @@ __all__ = [
     "AdaptiveDPMSolver",
     "Ancestral",
     "BrownianPath",
+    "Call",
     "Churn",
     "Colorization",
     "DDPMLarge",
@@ -94,9 +96,11 @@ __all__ = [
     "UniPC",
     "balanced",
     "edit",
+    "encode",
     "ending_clean",
     "folded",
     "greedy_times",
+    "log_prob",
     "measured",
     "rollout",
     "run",
