@@ -33,6 +33,8 @@ RECIPES: dict[str, str] = {
     "sim": "fewstep.methods.matching.sim:SIM",
     "reflow": "fewstep.methods.flow_maps.rectified_flow:Reflow",
     "instaflow": "fewstep.methods.flow_maps.rectified_flow:InstaFlow",
+    "caf": "fewstep.methods.flow_maps.constant_acceleration:ConstantAccelerationFlow",
+    "slim-flow": "fewstep.methods.flow_maps.slim_flow:SlimFlow",
     "pd": "fewstep.methods.flow_maps.progressive:ProgressiveLadder",
     "pd-halving": "fewstep.methods.flow_maps.progressive:ProgressiveDistillation",
 }
