@@ -17,6 +17,7 @@ from fewstep.sampling.editing import (
 from fewstep.sampling.encoding import encode
 from fewstep.sampling.engine import FieldTable, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
+from fewstep.sampling.inversion import inpaint_by_inversion, reconstruct
 from fewstep.sampling.learned import LearnedSolver, folded
 from fewstep.sampling.named import SOLVERS
 from fewstep.sampling.rollout import Call, Plan, Student, greedy_times, log_prob, rollout
@@ -100,8 +101,10 @@ __all__ = [
     "ending_clean",
     "folded",
     "greedy_times",
+    "inpaint_by_inversion",
     "log_prob",
     "measured",
+    "reconstruct",
     "rollout",
     "run",
     "sample",

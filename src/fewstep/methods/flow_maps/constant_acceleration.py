@@ -63,7 +63,7 @@ class _OnPairs(Method):
         ("no adversarial last stage, which the paper's best figures have (1.48 against 4.81 on CIFAR-10)",
          "`distance` of the ends is l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a "
          "file of them, and compares pictures in [-1, 1] where the official code maps them to [0, 1])",
-         "the end that the first stage compares is the right one for every `h`; the official code's is right at 1 only",
+         "the end that the first stage compares is the right one for every h; the official code's is right at 1 only",
          "fewer `pairs` (a million there), by `ode_steps` of 16 Heun steps (18 there)",
          "short runs: `lr` of 3e-4 (1e-4 there), `warmup` of 20 steps and `decay` to 0 over the budget (none there)",
          "networks are told the noise level that the path has at tau, not tau itself, so that the teacher's weights "

@@ -108,8 +108,8 @@ class AnnealingReflow(Method):
          "pair (there for every batch)",
          "`distance` is l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)",
          "fewer `pairs` (50k for every seed there), by 16 Heun steps",
-         "short runs: `lr` of 1e-3 (2e-4 there), `warmup` of 20 steps in both stages (5000 in the first there), `decay` to "
-         "0 over the budget (none there)",
+         "short runs: `lr` of 1e-3 (2e-4 there), `warmup` of 20 steps in both stages (5000 in the first there), "
+         "`decay` to 0 over the budget (none there)",
          "times from 0.001 to 1; the one step is called at t = 1 (there at 0.999)",
          "no dropout that the network does not bring (0.15 there)"),
     )  # fmt: skip
