@@ -6,8 +6,9 @@ bit; and one pair that must not, from a case beside the limiting one, so that th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ from fewstep.conditions import Cond
 from fewstep.constant_acceleration import ConstantAcceleration, acceleration
 from fewstep.denoisers import Denoiser, NetworkDenoiser, View
 from fewstep.flow_maps import Jump
+from fewstep.methods.consistency.cm import ConsistencyDistillation
+from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.constant_acceleration import InitialVelocity
 from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, Reflow, straight_pair
 from fewstep.methods.flow_maps.slim_flow import AnnealingReflow
-from fewstep.methods.method import Batch, Method, Progress, alone
+from fewstep.methods.method import Batch, Method, Networks, Progress, alone
 from fewstep.methods.parts.identities import eulerian
 from fewstep.methods.parts.ramp import Ramp
 from fewstep.methods.parts.score_matching import denoising_loss
@@ -127,13 +130,38 @@ def scm() -> Pairs:
         yield f"not another r than {r}", eulerian(nets.student, x, t, 0 * t, v, r=r / 2, scale=t.cos()).g, -paper
 
 
+@row("CTM", "one step on a grid of two times, without denoising, is CM's step with this parameterisation", 1e-12)
+def ctm() -> Pairs:
+    class Same(Rng):
+        """The same noise wherever it is drawn."""
+
+        def normal_like(self, x: Tensor) -> Tensor:
+            return torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))
+
+    class OnJumps(ConsistencyDistillation):
+        def networks(self, start: Start) -> Networks:
+            return ConsistencyTrajectory(denoising_weight=0.0).networks(start)
+
+    given = dataclasses.replace(batch(), rng=Same(3, "equalities"))
+    one_step = ConsistencyTrajectory(grid_times=2, most_steps=1, denoising_weight=0.0)
+    found, cm = gradients_of(one_step, teacher(), given), gradients_of(OnJumps(grid_times=2), teacher(), given)
+    other = gradients_of(dataclasses.replace(one_step, grid_times=3), teacher(), given)
+    for name, slope in cm.items():
+        yield name, found[name], slope
+        yield f"not {name}", other[name], slope
+
+
 # Flow maps
+
+
+def noise(n: int = 8) -> Tensor:
+    return torch.randn(n, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
 
 
 def paired(cond: Cond = None) -> Batch:
     """The batch with a noise beside each sample."""
     given = batch(cond=cond)
-    return replace(given, columns={"noise": torch.randn(given.x.shape, dtype=torch.float64)})
+    return dataclasses.replace(given, columns={"noise": noise()})
 
 
 def with_velocity(schedule: Schedule = STRAIGHT) -> NetworkDenoiser:
@@ -147,7 +175,7 @@ def flattened(gradients: Mapping[str, Tensor]) -> Tensor:
 
 @row("Constant Acceleration Flow", "h = 1: reflow's states and targets, and with exact data no acceleration", 1e-14)
 def caf() -> Pairs:
-    x, n = batch().x, torch.randn(8, 3, dtype=torch.float64)
+    x, n = batch().x, noise()
     tau = torch.linspace(0, 0.9, 8, dtype=torch.float64)
     nets = InitialVelocity(h=1).networks(Start(with_velocity()))
     moved(nets, "velocity")
@@ -196,7 +224,7 @@ def slim_flow_independent() -> Pairs:
 
 def fresh(given: Batch) -> Batch:
     """The batch with nothing drawn yet."""
-    return replace(given, rng=Rng(3, "equalities"))
+    return dataclasses.replace(given, rng=Rng(3, "equalities"))
 
 
 class Told(View):

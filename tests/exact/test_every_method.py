@@ -30,7 +30,7 @@ from fewstep.models import model_of
 from fewstep.models.kinds import describe
 from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
-from fewstep.predictions import TrigPrediction
+from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import TrigFlow
 from fewstep.training.budget import Budget
@@ -78,7 +78,8 @@ def teacher(name: str) -> Any:
             return NetworkDiscreteDenoiser(net, Masked(TOKENS), LENGTH).eval()
         kind = UNet(SHAPE, (8, 8), 1, 16, CLASSES) if name == "lowdiff" else MLP(SHAPE, 16, 1, CLASSES)
         net = away_from_its_start(kind)
-    prediction = TrigPrediction(sigma_data=0.7)
+    # what is told the angle already is not retimed
+    prediction = EDMPrediction(sigma_data=0.7) if name == "retime" else TrigPrediction(sigma_data=0.7)
     return NetworkDenoiser(net, TrigFlow(sigma_data=0.7), prediction, SHAPE, CLASSES).to(kind_of_number).eval()
 
 

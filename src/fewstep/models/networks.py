@@ -11,7 +11,7 @@ from fewstep import schedules
 from fewstep.discrete_vp import DiscreteVP
 from fewstep.networks import NETWORKS
 from fewstep.networks.transformer import Transformer
-from fewstep.predictions import PREDICTIONS, Prediction
+from fewstep.predictions import ALL_PREDICTIONS, Prediction
 from fewstep.schedules import Schedule
 from fewstep.schemas import Choice, Maybe, Size, arguments_of, fields_of
 
@@ -25,11 +25,11 @@ SCHEDULES: dict[str, type[Schedule]] = {
     )
 }  # fmt: skip
 TOKEN_NETWORKS: dict[str, type[nn.Module]] = {"transformer": Transformer}
-_PREDICTION_NAMES = {cls: name for name, cls in PREDICTIONS.items()}
+_PREDICTION_NAMES = {cls: name for name, cls in ALL_PREDICTIONS.items()}
 
 # What config.json may hold.
 SCHEDULE = Choice("name", {name: fields_of(cls) for name, cls in SCHEDULES.items()})
-PREDICTION = Choice("name", {name: fields_of(cls) for name, cls in PREDICTIONS.items()})
+PREDICTION = Choice("name", {name: fields_of(cls) for name, cls in ALL_PREDICTIONS.items()})
 TOKEN_NETWORK = Choice("name", {name: arguments_of(cls) for name, cls in TOKEN_NETWORKS.items()})
 #: Low-rank weights on a frozen network; ``base`` is the SHA-256 of its weights, null where they are kept too.
 LOW_RANK = {"rank": Size, "alpha": float, "targets": tuple[str, ...], "base": str | None}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.randomness import Rng
-from fewstep.schedules import Schedule
+from fewstep.schedules import Schedule, karras_level
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,16 @@ class Own(TimeLaw):
 
     def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
         return schedule.own_time(rng.uniform(n, low=self.low, high=self.high))
+
+
+@dataclass(frozen=True)
+class EarlyRamp(TimeLaw):
+    """Uniform on EDM's ramp ``rho^(1/7)``, from its noisiest end over the share ``share`` of it (CTM's denoising)."""
+
+    share: float = 0.7
+
+    def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
+        return schedule.time_at(-karras_level(1 - rng.uniform(n, high=self.share)).log())
 
 
 class PairLaw(ABC):
