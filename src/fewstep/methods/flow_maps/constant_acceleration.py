@@ -65,7 +65,7 @@ class _OnPairs(Method):
          "file of them, and compares pictures in [-1, 1] where the official code maps them to [0, 1])",
          "the end that the first stage compares is the right one for every h; the official code's is right at 1 only",
          "fewer `pairs` (a million there), by `ode_steps` of 16 Heun steps (18 there)",
-         "short runs: `lr` of 3e-4 (1e-4 there), `warmup` of 20 steps and `decay` to 0 over the budget (none there)",
+         "short runs: `lr` of 1e-3 (1e-4 there), `warmup` of 20 steps and `decay` to 0 over the budget (none there)",
          "networks are told the noise level that the path has at tau, not tau itself, so that the teacher's weights "
          "are a start; the second one's output is the displacement n - x, from which the acceleration follows",
          "the second network starts from the first, as the paper says (the official code's from fresh weights)",
@@ -79,7 +79,7 @@ class _OnPairs(Method):
     ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
     distance: Annotated[Distance, "how ends of paths are compared; LPIPS in the paper"] = L2
-    lr: Annotated[NonNegative, "learning rate"] = 3e-4
+    lr: Annotated[NonNegative, "learning rate"] = 1e-3
 
     def sources(self, start: Start) -> Mapping[str, Samples]:
         return teacher_pairs(start, self.pairs, self.ode_steps, self.guidance)
@@ -194,7 +194,7 @@ class ConstantAccelerationFlow(Recipe):
     ode_steps: Annotated[Count, "Heun steps of the teacher for each pair"] = 16
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
     distance: Annotated[Distance, "how ends of paths are compared; LPIPS in the paper"] = L2
-    lr: Annotated[NonNegative, "learning rate"] = 3e-4
+    lr: Annotated[NonNegative, "learning rate"] = 1e-3
     steps: Annotated[tuple[Count, ...], "steps that the student is made for, one plan each; a call more each"] = (
         1,
         2,
