@@ -370,11 +370,23 @@ def test_it_is_not_exported() -> None:
         plan_table(student.flow_map, student.plans[1])
 
 
-def test_the_distance_of_ends_is_the_users() -> None:
-    """A distance by name reaches both stages."""
-    stages = ConstantAccelerationFlow(distance=Distance("l1")).stages()
-    for stage in stages:
+def test_the_distance_of_ends_is_the_users_and_adds_to_the_other() -> None:
+    """A distance by name reaches both stages; it is given the implied ends and the data, and added with weight 1."""
+    x, n = normal(9, 3), normal(9, 3, seed=1)
+    for stage in ConstantAccelerationFlow(distance=Distance("l1")).stages():
         assert stage.method.distance == Distance("l1")  # type: ignore[attr-defined]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def seven(a: Tensor, b: Tensor) -> Tensor:
+        seen.append((a, b))
+        return torch.full((9,), 7.0, dtype=torch.float64)
+
+    nets = Networks({"velocity": Says(n - x), "distance": Plain(seven)}, {})
+    nets.groups = {"velocity": None}  # type: ignore[dict-item]
+    (update,) = InitialVelocity().updates(nets, Batch(x, None, Rng(1), {"noise": n}), Progress())
+    torch.testing.assert_close(update.loss, torch.tensor(7.0, dtype=torch.float64))
+    torch.testing.assert_close(seen[0], (x, x), atol=1e-13, rtol=0)
+    assert float(update.logs["huber"]) < 1e-12
 
 
 def test_acceleration_of_the_true_velocity_is_zero_on_a_straight_path() -> None:
