@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.constant_acceleration import ConstantAcceleration
 from fewstep.denoisers import NetworkDenoiser, OnSchedule
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
@@ -29,6 +30,7 @@ from fewstep.models.model import Model
 from fewstep.models.staged import CascadedModel, DPMOTModel, SeparateCascadeModel
 from fewstep.models.students import (
     AnyFlowMap,
+    ConstantAccelerationModel,
     EDMConsistencyModel,
     JumpModel,
     RoutedFlowMapModel,
@@ -83,6 +85,10 @@ def second_network() -> NetworkDenoiser:
     return NetworkDenoiser(net, TrigFlow(t_max=1.5, sigma_data=0.75), TrigPrediction(sigma_data=0.75), SHAPE, 10)
 
 
+def accelerated() -> ConstantAcceleration:
+    return ConstantAcceleration(network(), network(second=1), 1.2)
+
+
 def routed_by_class() -> RoutedFlowMap:
     return RoutedFlowMap([Jump(network()), Jump(second_network())], ByClass.even(10, 2))
 
@@ -132,6 +138,7 @@ MAKERS: dict[type[Model], Callable[[], Any]] = {
     StudentModel: student,
     JumpModel: lambda: Jump(network()),
     EDMConsistencyModel: lambda: EDMConsistency(on_edm()),
+    ConstantAccelerationModel: accelerated,
     RoutedFlowMapModel: routed_by_class,
     AnyFlowMap: lambda: ExactFlowMap(exact()),
     NetworkModel: network,

@@ -31,11 +31,13 @@ class FlowMap(nn.Module, ABC):
     """A learned jump between two times of one schedule; ``shape``, ``classes`` and ``null`` as in :class:`Denoiser`.
 
     ``extras`` are the further inputs that sampling may set, by name; calls are given each as ``[B]``.  ``two_times``
-    says whether its network is told the target time too, ``only_to_data`` whether it knows jumps to ``t_min`` only.
+    says whether its network is told the target time too, ``only_to_data`` whether it knows jumps to ``t_min`` only,
+    ``calls_to_begin`` how many network calls :meth:`begin` makes.
     """
 
     two_times: bool = False
     only_to_data: bool = False
+    calls_to_begin: int = 0
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond
+from fewstep.constant_acceleration import ConstantAcceleration, acceleration
 from fewstep.denoisers import Denoiser, NetworkDenoiser, View
 from fewstep.flow_maps import Jump
 from fewstep.guidance import Guided
@@ -23,18 +24,24 @@ from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
+from fewstep.methods.flow_maps.constant_acceleration import InitialVelocity
 from fewstep.methods.flow_maps.guided_distillation import GuidedDenoiser, GuidedHalving
 from fewstep.methods.flow_maps.mean_flow import MeanFlowDistillation, MeanFlowTraining
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
+from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, Reflow, straight_pair
 from fewstep.methods.flow_maps.shortcut import Shortcut
+from fewstep.methods.flow_maps.slim_flow import AnnealingReflow
 from fewstep.methods.method import Batch, Method, Networks, Progress, alone
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
+from fewstep.methods.parts.ramp import Ramp
+from fewstep.methods.parts.score_matching import denoising_loss
 from fewstep.methods.parts.times import Ordered, PairLaw
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.networks.inputs import with_inputs
-from fewstep.predictions import TrigPrediction
+from fewstep.predictions import TrigPrediction, Velocity
 from fewstep.randomness import Rng
+from fewstep.sampling.rollout import Plan, rollout
 from fewstep.schedules import FlowMatching, Schedule, TrigFlow
 
 SHAPE, CLASSES = (3,), 2
@@ -319,6 +326,92 @@ def shortcut() -> Pairs:
     for name, d in (("d = 1/2", 1.0), ("not d = 1", 0.0)):
         pd = gradients_of(ProgressiveDistillation(steps=1), At(source, d=d), batch(), student=At(source, d=0.0))
         yield name, in_order(mine), in_order(pd)
+
+
+# Flow maps
+
+
+def noise(n: int = 8) -> Tensor:
+    return torch.randn(n, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+
+
+def paired(cond: Cond = None) -> Batch:
+    """The batch with a noise beside each sample."""
+    given = batch(cond=cond)
+    return dataclasses.replace(given, columns={"noise": noise()})
+
+
+def with_velocity(schedule: Schedule = STRAIGHT) -> NetworkDenoiser:
+    """A small network that predicts the velocity on the straight paths, as flow matching has it."""
+    return NetworkDenoiser(teacher().net, schedule, Velocity(), SHAPE, CLASSES)
+
+
+def flattened(gradients: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([slope.flatten() for _, slope in sorted(gradients.items())])
+
+
+@row("Constant Acceleration Flow", "h = 1: reflow's states and targets, and with exact data no acceleration", 1e-14)
+def caf() -> Pairs:
+    x, n = batch().x, noise()
+    tau = torch.linspace(0, 0.9, 8, dtype=torch.float64)
+    nets = InitialVelocity(h=1).networks(Start(with_velocity()))
+    moved(nets, "velocity")
+    reflow = nets.velocity.velocity(straight_pair(x, n, 1 - tau), 1 - tau, batch().cond)
+    for h in (1.0, 1.5):
+        said, wanted, _ = InitialVelocity(h=h).prediction(nets, x, n, tau, batch())
+        name = "" if h == 1 else "not "
+        yield f"{name}reflow's prediction at h = {h}", said, reflow
+        yield f"{name}its target at h = {h}", wanted, n - x
+        curved = acceleration(n - x, h * (n - x))
+        yield f"{name}rectified flow at h = {h}", n - x + curved, n - x
+    flow = with_velocity(FlowMatching())
+    made, euler = ConstantAcceleration(flow, Told(flow), 1.0), Jump(flow)
+    one, two = (Plan(tuple((1 - torch.arange(k) / k).tolist()), gamma=0.0) for k in (1, 2))
+    yield "one step is one Euler step", rollout(made, n, one), rollout(euler, n, one)
+    yield "not of two, whose second call is bent", rollout(made, n, two), rollout(euler, n, two)
+
+
+def annealed(given: Batch, b: float) -> Tensor:
+    """The gradient of annealing reflow with a constant share of fresh noise."""
+    return flattened(gradients_of(AnnealingReflow(beta=Ramp(b)), with_velocity(), fresh(given), group="model"))
+
+
+@row("SlimFlow", "without fresh noise, b = 0, annealing reflow is reflow")
+def slim_flow() -> Pairs:
+    given = paired()
+    reflow = flattened(gradients_of(Reflow(), with_velocity(), fresh(given), group="model"))
+    yield "b = 0", annealed(given, 0.0), reflow
+    yield "not b = 0.5", annealed(given, 0.5), reflow
+
+
+@row("SlimFlow, b = 1", "with nothing but fresh noise it is flow matching on the teacher's samples", 1e-13)
+def slim_flow_independent() -> Pairs:
+    given, model = paired(), with_velocity()
+    nets = AnnealingReflow().networks(Start(model))
+    moved(nets, "model")
+    rng = Rng(3, "equalities")
+    t = rng.uniform(len(given.x), low=STRAIGHT.t_min, high=1.0)
+    loss = denoising_loss(nets.model, given.x, t, given.cond, rng.stream("annealing"))
+    names, parameters = zip(*nets.named_parameters(), strict=True)
+    slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+    matched = {k: slope for k, slope in zip(names, slopes, strict=True) if slope is not None}
+    yield "b = 1", annealed(given, 1.0), flattened(matched)
+    yield "not b = 0.9", annealed(given, 0.9), flattened(matched)
+
+
+def fresh(given: Batch) -> Batch:
+    """The batch with nothing drawn yet."""
+    return dataclasses.replace(given, rng=Rng(3, "equalities"))
+
+
+class Told(View):
+    """A denoiser that is told a velocity and does not listen."""
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        return self.inner(x, t, cond)
+
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        return self.inner.velocity(x, t, cond)
 
 
 # The test, after all rows

@@ -40,6 +40,8 @@ RECIPES: dict[str, str] = {
     "mean-flow-training": "fewstep.methods.flow_maps.mean_flow:MeanFlowTraining",
     "ayf": "fewstep.methods.flow_maps.align_your_flow:AlignYourFlow",
     "ayf-lmd": "fewstep.methods.flow_maps.align_your_flow:LagrangianAlignYourFlow",
+    "caf": "fewstep.methods.flow_maps.constant_acceleration:ConstantAccelerationFlow",
+    "slim-flow": "fewstep.methods.flow_maps.slim_flow:SlimFlow",
     "pd": "fewstep.methods.flow_maps.progressive:ProgressiveLadder",
     "pd-halving": "fewstep.methods.flow_maps.progressive:ProgressiveDistillation",
     "guided-distillation": "fewstep.methods.flow_maps.guided_distillation:GuidedDistillation",
