@@ -81,5 +81,6 @@ def style_transfer(
         raise ValueError("style transfer needs a decoder with a deterministic plan: all plans of this one re-noise")
     with evaluating(encoder), evaluating(decoder):
         conds = [given_conditions(s.flow_map, y, c) for s, c in ((encoder, source), (decoder, target))]
-        noise = encode(encoder.flow_map, y, next(iter(encoder.plans.values())), conds[0], **(encoding or {}))
+        told: dict[str, Any] = dict(encoding or {})
+        noise = encode(encoder.flow_map, y, next(iter(encoder.plans.values())), conds[0], **told)
         return rollout(decoder.flow_map, noise.to(y), plan, conds[1], extras=extras)
