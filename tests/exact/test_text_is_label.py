@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import cast
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
 from fewstep.networks import MLP
+from fewstep.networks.inputs import TakesInputs
 from fewstep.predictions import TrigPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.sampling import Student
@@ -27,7 +30,7 @@ OTHERS = {"discrete-denoising", "score-entropy", "lsd", "lsd-plus", "lowdiff", "
 METHODS = [name for name in RECIPES if name not in OTHERS]
 
 
-class Reader(nn.Module):
+class Reader(nn.Module, TakesInputs):
     """A text network: prompts ``[B, 1, classes]`` with a mask in place of labels."""
 
     def __init__(self, net: MLP) -> None:
@@ -35,14 +38,21 @@ class Reader(nn.Module):
         self.net = net
         self.feature_shape = net.feature_shape
 
+    @property
+    def extra_inputs(self) -> tuple[str, ...]:
+        return self.net.extra_inputs
+
+    def widened(self, spans: Mapping[str, float], beside: int) -> nn.Module:
+        return Reader(cast("MLP", self.net.widened(spans, beside)))
+
     def labels(self, cond: Cond) -> Tensor | None:
         if cond is None:
             return None
         assert isinstance(cond, dict)
         return torch.where(cond["mask"][:, 0], cond["prompt_embeds"][:, 0].argmax(1), -1)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        return self.net(x, t, self.labels(cond))
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Tensor:
+        return self.net(x, t, self.labels(cond), **extras)
 
     def features(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         return self.net.features(x, t, self.labels(cond))
@@ -106,7 +116,7 @@ def test_one_hot_prompts_are_labels(name: str) -> None:
         assert torch.equal(by_label.sample(3, drawn, seed=4), by_text.sample(3, prompts(drawn), seed=4))
 
 
-@pytest.mark.parametrize("name", ["dmd", "dmd2", "reflow", "instaflow"])
+@pytest.mark.parametrize("name", ["dmd", "dmd2", "reflow", "instaflow", "boot", "free-flow"])
 def test_data_free_training_sees_conditions_only(name: str) -> None:
     """The weights are those of a run with data, whatever the data are."""
     recipe = short(name, gan_weight=0.0)
