@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
-from fewstep.methods.method import Batch, Method, Progress, alone
+from fewstep.methods.flow_maps.boot import BOOT, signal_step
+from fewstep.methods.flow_maps.free_flow import FreeFlow, followed
+from fewstep.methods.method import Batch, Method, Networks, Progress, alone
+from fewstep.methods.parts.from_noise import FromNoise
 from fewstep.methods.parts.identities import eulerian
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
-from fewstep.schedules import Schedule, TrigFlow
+from fewstep.schedules import FlowMatching, Schedule, TrigFlow
 
 SHAPE, CLASSES = (3,), 2
 #: Pairs by name: what must agree, and under a name that begins with "not " what must not.
@@ -117,6 +120,63 @@ def scm() -> Pairs:
         paper = -(cos**2) * (f - v) - r * cos * sin * (x + slope)
         yield f"r = {r}", eulerian(nets.student, x, t, 0 * t, v, r=r, scale=t.cos()).g, -paper
         yield f"not another r than {r}", eulerian(nets.student, x, t, 0 * t, v, r=r / 2, scale=t.cos()).g, -paper
+
+
+# Flow maps
+
+
+def from_noise(method: FromNoise) -> tuple[Networks, Tensor, Tensor, Cond]:
+    """Networks on flow matching with a student that moved, noise, times and labels."""
+    nets = method.networks(Start(teacher(FlowMatching())))
+    moved(nets, "student")
+    given = batch()
+    return nets, given.normal(), torch.linspace(0.05, 0.75, given.n, dtype=torch.float64), given.cond
+
+
+@row("BOOT", "one bootstrap step on flow matching is FreeFlow's by a difference of the path: y = z + F", 1e-14)
+def boot() -> Pairs:
+    nets, z, s, cond = from_noise(BOOT())
+    one, t = torch.ones_like(s), s + 0.2
+    with torch.no_grad():
+        y = nets.student.predict(z, one, t, cond)
+        step = signal_step(nets.teacher, z, y, t, s, cond)
+    found = followed(nets.student, z, s, nets.teacher, cond, step=0.2)
+    own, go = z - found.F, (1 - s[:, None]) / 0.2
+    yield "the target", go * (own - step.y), -found.g
+    d, later, state = (1 - t)[:, None], (1 - s)[:, None], z + (1 - t)[:, None] * (y - z)
+    u = -nets.teacher.velocity(state, t, cond)
+    yield "F(d + D) = F(d) + D / (d + D) (u - F(d))", step.y - z, (y - z) + 0.2 / later * (u - (y - z))
+    # the slip of feeding the advanced state in place of the prediction
+    yield "not the advanced state", step.y - z, (y - z) + 0.2 / later * (state + 0.2 * u - z - d * (y - z))
+
+
+@row("FreeFlow", "its gradient is that of the Lagrangian direction at t = 1, g = F - d dF/ds - u", 1e-12)
+def free_flow() -> Pairs:
+    method = FreeFlow(difference=0.0, k=1.0, eps=0.1)
+    z = batch().normal()
+    found = gradients_of(method, teacher(FlowMatching()), batch())
+
+    def by_hand(sign: float) -> Mapping[str, Tensor]:
+        nets = method.networks(Start(teacher(FlowMatching())))
+        moved(nets, "student")
+        rng, cond = batch().rng, batch().cond
+        rng.normal_like(z)
+        times = 1 - rng.uniform(len(z)) ** (1 / (1 + method.power))
+        one = torch.ones_like(times)
+        f, slope = torch.func.jvp(
+            lambda s_: nets.student.mean_velocity(z, one, s_, cond), (times,), (torch.ones_like(one),)
+        )
+        d = (1 - times)[:, None]
+        g = (f - d * slope - sign * nets.teacher.velocity(z - d * f, times, cond)).detach()
+        weight = 1 / (g.square().mean(1, keepdim=True) + 0.1)
+        own = nets.student.mean_velocity(z, one, times, cond)
+        loss = (2 * weight * g * own).mean()
+        held = {name: p for name, p in nets.named_parameters() if p.requires_grad}
+        return dict(zip(held, torch.autograd.grad(loss, list(held.values())), strict=True))
+
+    flat = [torch.cat([v.flatten() for v in grads.values()]) for grads in (found, by_hand(1.0), by_hand(-1.0))]
+    yield "the gradient", flat[0], flat[1]
+    yield "not with the other sign of the velocity", flat[0], flat[2]
 
 
 # The test, after all rows

@@ -94,7 +94,7 @@ class BOOT(FromNoise):
         "student/boundary": "stays far below the loss; growth says that the start of all paths drifts",
     }
 
-    delta: Annotated[Share, "step of the bootstrapping, as a share of the range of times"] = 0.04
+    delta: Annotated[Share, "step of the bootstrapping, as a share of the range of times"] = 0.1
     boundary_weight: Annotated[NonNegative, "weight of the boundary at t_max"] = 1.0
     boundary_share: Annotated[Share, "share of a batch that is at the boundary"] = 0.25
     step: Annotated[Literal["euler", "heun"], "the teacher's step of the signal ODE; heun calls it twice"] = "euler"
@@ -113,7 +113,7 @@ class BOOT(FromNoise):
         # a step from t_max to itself is the boundary: its target is the teacher's prediction
         edge = rng.uniform(batch.n) < self.boundary_share
         t, s = torch.where(edge, top, t), torch.where(edge, top, s)
-        extras, x = self.weights(nets, batch), schedule.prior(eps)
+        extras, x = self.weights(batch, eps), schedule.prior(eps)
         with torch.no_grad(), repeated_draws(eps.device):
             y = nets.student.predict(x, top, t, batch.cond, **extras)
         target, share = signal_step(self.target(nets, extras), eps, y, t, s, batch.cond, heun=self.step == "heun")

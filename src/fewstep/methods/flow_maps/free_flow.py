@@ -26,18 +26,17 @@ from torch import Tensor
 
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser
-from fewstep.flow_maps import FlowMap, Jump
+from fewstep.flow_maps import FlowMap
 from fewstep.methods.method import Batch, Networks, Paper, Progress, System, Update
 from fewstep.methods.parts.from_noise import FromNoise
 from fewstep.methods.parts.identities import (
     Direction,
     adaptive_weight,
+    composed,
     lagrangian,
     regression,
-    semigroup,
     sizes,
 )
-from fewstep.methods.parts.times import LogNormal
 from fewstep.randomness import repeated_draws
 from fewstep.ranges import NonNegative, Positive, Share
 from fewstep.schedules import FlowMatching, Schedule, align
@@ -49,11 +48,13 @@ def followed(
 ) -> Direction:
     """The prediction's direction at ``s`` ``[B]`` by a difference of the path of length ``step``: ``v_G`` between
     ``s + step`` and ``s``, less the teacher's velocity at the first; on flow matching."""
-    one = torch.ones_like(s)
+    one, schedule, earlier = torch.ones_like(s), flow_map.schedule, s + step
     with repeated_draws(z.device):
         f = flow_map.mean_velocity(z, one, s, cond, **extras)
     with repeated_draws(z.device):
-        landed = semigroup(flow_map, z, one, s + step, s, cond, second=Jump(teacher), **extras)
+        before = flow_map.mean_velocity(z, one, earlier, cond, **extras)
+    u = teacher.velocity(schedule.move(z, before, one, earlier), earlier, cond)
+    landed = composed(schedule, z, before, u, one, earlier, s)
     return Direction(f, align((1 - s) / step, f) * (f - landed))
 
 
@@ -82,10 +83,16 @@ class FreeFlow(FromNoise):
     schedule: ClassVar[Schedule] = FlowMatching()
 
     k: Annotated[NonNegative, "power of the weight 1 / (||v_G - u||^2 / dim + eps)^k"] = 1.0
-    eps: Annotated[Positive, "constant of that weight"] = 1e-3
-    noise_mean: Annotated[float, "mean of log(s / (1 - s)) at the times s = 1 - d that training looks at"] = -0.8
-    noise_std: Annotated[NonNegative, "standard deviation of log(s / (1 - s)) at those times"] = 1.6
-    difference: Annotated[Share, "step of the finite difference that gives v_G; 0 for the exact derivative"] = 0.0
+    eps: Annotated[Positive, "constant of that weight"] = 0.1
+    power: Annotated[Share, "the law of the duration has a density like d^power; above 1 training would not be stable"] = (
+        0.5
+    )
+    difference: Annotated[Share, "step of the finite difference that gives v_G; 0 for the exact derivative"] = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.difference == 1:
+            raise ValueError("difference=1 must be below 1, the whole of the path")
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         loss, gap = self.prediction(nets, batch)
@@ -93,8 +100,9 @@ class FreeFlow(FromNoise):
 
     def prediction(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, and the mean size of ``v_G - u`` a dimension."""
-        z, extras = batch.normal(), self.weights(nets, batch)
-        s = LogNormal(self.noise_mean, self.noise_std).draw(self.schedule, batch.n, batch.rng)
+        z = batch.normal()
+        extras = self.weights(batch, z)
+        s = 1 - batch.rng.uniform(batch.n) ** (1 / (1 + self.power))
         teacher, one = self.target(nets, extras), torch.ones_like(s)
         if self.difference:
             s = s * (1 - self.difference)

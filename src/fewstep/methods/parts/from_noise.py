@@ -37,9 +37,10 @@ def ends_in_noise(schedule: Schedule) -> bool:
 def seen_from_noise(denoiser: Denoiser, on: Schedule | None = None) -> Denoiser:
     """A denoiser on a schedule that ends in pure noise: its own where that does (or ``on``), else flow matching.
 
-    A schedule that ends in some signal (0.068 at the end of Stable Diffusion's table) makes ``x_1`` another variable
-    than the noise, and all that starts there is biased.  Beyond the last level that a network was trained at, the
-    state is scaled to it and that level is used, as samplers do.
+    Where a schedule ends in some signal (0.068 at the end of Stable Diffusion's table) ``x_1`` is not the noise, and
+    what starts there is biased.  On flow matching it is; beyond the last level that a network was trained at, the state
+    is scaled to it and that level stands in, as in samplers, so that much of the bias stays until the teacher is
+    trained on to pure noise.
     """
     own = denoiser.native()
     if on is None and ends_in_noise(own.schedule):
@@ -89,12 +90,12 @@ class FromNoise(Method):
             ema=("student",),
         )
 
-    def weights(self, nets: Networks, batch: Batch) -> dict[str, Any]:
-        """The guidance scales ``[B]`` of a batch as the student's input, where it takes them."""
+    def weights(self, batch: Batch, z: Tensor) -> dict[str, Any]:
+        """The guidance scales ``[B]`` for the noise ``z`` as the student's input, where it takes them."""
         if not self.guidance_range:
             return {}
         low, high = self.guidance_range
-        return {"w": batch.rng.uniform(batch.n, low=low, high=high)}
+        return {"w": batch.rng.uniform(batch.n, low=low, high=high).to(torch.promote_types(z.dtype, torch.float32))}
 
     def target(self, nets: Networks, extras: Mapping[str, Tensor]) -> Denoiser:
         """The teacher under the guidance of the batch."""

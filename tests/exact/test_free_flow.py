@@ -1,0 +1,190 @@
+"""FreeFlow's prediction: its identity at the map of a Gaussian, its weight, and what only the prior sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.data import Dataset, Prior
+from fewstep.denoisers import NetworkDenoiser, OnSchedule
+from fewstep.exact import Gaussian
+from fewstep.exact.world import ExactFlowMap
+from fewstep.flow_maps import FlowMap
+from fewstep.methods.flow_maps.free_flow import FreeFlow, followed
+from fewstep.methods.method import Batch, Networks, Progress, alone
+from fewstep.methods.parts.identities import lagrangian
+from fewstep.methods.start import Start
+from fewstep.networks import MLP
+from fewstep.predictions import TrigPrediction, Velocity
+from fewstep.randomness import Rng
+from fewstep.runs.course import run_recipe
+from fewstep.schedules import FlowMatching, ShiftedFlow, TrigFlow
+from fewstep.training.budget import Budget
+from fewstep.training.settings import Settings
+
+F64 = torch.float64
+M, C = 0.7, 0.5
+WORLD = Gaussian(FlowMatching(), torch.full((1,), M, dtype=F64), C**2)
+
+
+class Closed(FlowMap):
+    """``F(z, d) = (d m + (sqrt(d^2 c^2 + (1 - d)^2) - 1) z) / d``, with the sign of velocities from data to noise."""
+
+    def __init__(self, off: float = 0.0) -> None:
+        super().__init__(FlowMatching(), (1,), None)
+        self.off = off
+
+    def forward(self, x: Tensor, t: Any, s: Any, cond: Any = None, **extras: Tensor) -> Tensor:
+        return self.schedule.move(x, self.mean_velocity(x, t, s), t, s)
+
+    def mean_velocity(self, x: Tensor, t: Any, s: Any, cond: Any = None, **extras: Tensor) -> Tensor:
+        d = (1 - s)[:, None]
+        return -(d * M + (torch.sqrt(d**2 * C**2 + (1 - d) ** 2) - 1) * x) / d + self.off * d * x
+
+
+def noise(n: int = 12) -> tuple[Tensor, Tensor]:
+    z = torch.special.ndtri((torch.arange(n, dtype=F64) + 0.5) / n)[:, None]
+    return z, torch.linspace(0.02, 0.95, n, dtype=F64)
+
+
+def test_the_closed_form_of_a_gaussian_fulfils_the_identity() -> None:
+    """``v_G = u`` to 1e-10 at the map of a Gaussian, whose end is ``m + c z``; 1 % beside it, it is not.  By a
+    difference of the path what is left halves with its length."""
+    z, s = noise()
+    one, exact = torch.ones_like(s), Closed()
+    torch.testing.assert_close(exact(z, one, 0 * s), M + C * z, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        exact.mean_velocity(z, one, s), ExactFlowMap(WORLD).mean_velocity(z, one, s), rtol=0, atol=1e-10
+    )
+    assert float(lagrangian(exact, z, one, s, WORLD).g.abs().max()) < 1e-10
+    assert float(lagrangian(Closed(0.01), z, one, s, WORLD).g.abs().max()) > 5e-3
+    coarse, fine = (float(followed(exact, z, 0.9 * s, WORLD, step=step).g.abs().max()) for step in (0.02, 0.01))
+    assert 1.8 < coarse / fine < 2.2
+
+
+class Slope(nn.Module):
+    """``F(z, s)`` affine in ``z`` with polynomials of the time: the least student."""
+
+    def __init__(self, degree: int = 4) -> None:
+        super().__init__()
+        self.schedule = FlowMatching()
+        self.a, self.b = (nn.Parameter(torch.zeros(degree + 1, dtype=F64)) for _ in range(2))
+
+    def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, **extras: Tensor) -> Tensor:
+        powers = torch.cos(torch.arange(len(self.a)).to(s) * torch.acos((2 * s - 1).clamp(-1, 1) * 0.999999)[:, None])
+        return (powers @ self.a)[:, None] + (powers @ self.b)[:, None] * x
+
+
+def learned(method: FreeFlow, steps: int = 800) -> tuple[float, float]:
+    """Mean and slope of the sample after training from zero, without a sample."""
+    student = Slope()
+    nets: Any = SimpleNamespace(student=student, teacher=WORLD)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.03)
+    course = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        for update in alone(method.updates(nets, Batch(None, None, Rng(0, step), shape=(32, 1)), Progress())):
+            optimizer.zero_grad()
+            update.loss.backward()
+            optimizer.step()
+        course.step()
+    with torch.no_grad():
+        z = torch.tensor([[0.0], [1.0]], dtype=F64)
+        ends = z - student.mean_velocity(z, torch.ones(2), torch.zeros(2, dtype=F64))
+    return float(ends[0]), float(ends[1] - ends[0])
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.1])
+def test_training_reaches_the_map(difference: float) -> None:
+    """Near ``m + c z`` with either derivative; the target is noisy with the exact one, of first order with differences."""
+    assert learned(FreeFlow(difference=difference, power=0.0)) == pytest.approx((M, C), abs=0.08)
+
+
+def network(classes: int | None = None) -> NetworkDenoiser:
+    torch.manual_seed(0)
+    net = MLP((3,), 16, 1, classes).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return NetworkDenoiser(net, FlowMatching(), Velocity(), (3,), classes)
+
+
+def given(n: int = 8) -> Batch:
+    return Batch(torch.zeros(n, 3, dtype=F64), None, Rng(4))
+
+
+def moved(nets: Networks) -> Networks:
+    with torch.no_grad():
+        for p in nets.student.parameters():
+            p += 0.05
+    return nets
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.1])
+def test_the_weight_brings_all_gaps_to_one_size(difference: float) -> None:
+    """With k = 1 and a small constant the loss is 1 whatever the network; with k = 0 it is the mean squared gap."""
+    nets = moved(FreeFlow().networks(Start(network())))
+    for k, eps in ((1.0, 1e-12), (0.0, 1.0)):
+        method = FreeFlow(difference=difference, k=k, eps=eps)
+        (update,) = alone(method.updates(nets, given(), Progress()))
+        if k:
+            assert float(update.loss) == pytest.approx(1.0, abs=1e-6)
+        else:
+            assert float(update.loss) > 1.05 * float(update.logs["velocity_gap"]) ** 2 > 1e-4
+
+
+def test_the_student_begins_as_the_teachers_first_step() -> None:
+    """At d = 0 the path has the teacher's velocity, to the last bit, and so has every duration before training."""
+    method = FreeFlow(difference=0.0)
+    nets = method.networks(Start(network()))
+    z, one = given().normal(), torch.ones(8, dtype=F64)
+    assert torch.equal(nets.student.mean_velocity(z, one, one), nets.teacher.velocity(z, one))
+    assert torch.equal(nets.student.mean_velocity(z, one, 0.3 * one), nets.teacher.velocity(z, one))
+    assert float(lagrangian(nets.student, z, one, one, nets.teacher).g.abs().max()) < 1e-12
+    assert float(lagrangian(moved(nets).student, z, one, one, nets.teacher).g.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("schedule", [TrigFlow(), ShiftedFlow(shift=3.0)], ids=lambda s: type(s).__name__)
+def test_any_teacher_is_seen_on_flow_matching(schedule: Any) -> None:
+    found = NetworkDenoiser(network().net, schedule, TrigPrediction(), (3,))
+    nets = FreeFlow().networks(Start(found))
+    assert isinstance(nets.student.denoiser, OnSchedule) and nets.student.schedule == FlowMatching()
+    (update,) = alone(FreeFlow().updates(nets, given(), Progress()))
+    assert bool(update.loss.isfinite())
+
+
+def test_the_weights_do_not_depend_on_data() -> None:
+    """Labels are all that is read: no samples, and samples of whatever kind, make the same weights."""
+    labels = torch.arange(12) % 2
+    torch.manual_seed(0)
+    teacher = NetworkDenoiser(MLP((3,), 16, 1, 2), TrigFlow(), TrigPrediction(), (3,), 2)
+    settings = Settings(Budget(3), batch=6, precision="fp32")
+    for method in (FreeFlow(guidance_range=(1.0, 3.0)), FreeFlow(difference=0.0, guidance=2.0)):
+        free = run_recipe(method, teacher, Prior((3,), labels), settings, show=False).model.state_dict()
+        for scale in (1.0, 100.0):
+            data = Dataset("prior", scale * torch.randn(12, 3), labels)
+            other = run_recipe(method, teacher, data, settings, show=False).model.state_dict()
+            assert all(torch.equal(value, free[key]) for key, value in other.items())
+        other = run_recipe(method, teacher, Prior((3,), 1 - labels), settings, show=False).model.state_dict()
+        assert not all(torch.equal(value, free[key]) for key, value in other.items())
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ValueError, match="difference=1 must be below 1"):
+        FreeFlow(difference=1.0)
+    with pytest.raises(ValueError, match=r"guidance_range=\(3.0, 1.0\) must be two scales"):
+        FreeFlow(guidance_range=(3.0, 1.0))
+    assert dataclasses.replace(FreeFlow(), difference=0.5).difference == 0.5
+
+
+#: The power of the weight is said in the paper's page, nothing else where we could read it.
+PUBLISHED = {
+    **dict.fromkeys(
+        ("lr", "guidance", "guidance_range", "eps", "power", "difference"), ...),
+    "k": 1.0,
+    "optimizer": dict.fromkeys(("kind", "betas", "eps", "weight_decay", "clip", "warmup", "decay"), ...),
+}  # fmt: skip
