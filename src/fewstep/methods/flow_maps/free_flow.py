@@ -84,9 +84,9 @@ class FreeFlow(FromNoise):
 
     k: Annotated[NonNegative, "power of the weight 1 / (||v_G - u||^2 / dim + eps)^k"] = 1.0
     eps: Annotated[Positive, "constant of that weight"] = 0.1
-    power: Annotated[Share, "the law of the duration has a density like d^power; above 1 training would not be stable"] = (
-        0.5
-    )
+    power: Annotated[
+        Share, "the law of the duration has a density like d^power; above 1 training would not be stable"
+    ] = 0.5
     difference: Annotated[Share, "step of the finite difference that gives v_G; 0 for the exact derivative"] = 0.1
 
     def __post_init__(self) -> None:
