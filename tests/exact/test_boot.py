@@ -305,7 +305,7 @@ def test_the_guidance_weight_is_an_input() -> None:
         ({"delta": 0.0}, "delta=0 must lie between 0 and 1"),
         ({"boundary_share": 1.0}, "boundary_share=1 must lie between 0 and 1"),
         ({"guidance_range": (2.0, 4.0)}, "guidance=1 between them"),
-        ({"guidance_range": (1.0,)}, "must be two scales"),
+        ({"guidance_range": (1.0,)}, "2 are needed"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(fields: dict[str, Any], said: str) -> None:

@@ -105,7 +105,7 @@ def learned(method: FreeFlow, steps: int = 500) -> tuple[float, float]:
 @pytest.mark.parametrize("difference", [0.0, 0.1])
 def test_training_reaches_the_map(difference: float) -> None:
     """Near ``m + c z`` with either derivative: the exact one's target is noisy, that of differences of first order."""
-    assert learned(FreeFlow(difference=difference, power=0.0)) == pytest.approx((M, C), abs=0.08)
+    assert learned(FreeFlow(difference=difference, power=0.0)) == pytest.approx((M, C), abs=0.12)
 
 
 def network(classes: int | None = None) -> NetworkDenoiser:

@@ -61,13 +61,14 @@ class FromNoise(Method):
     lr: Annotated[NonNegative, "learning rate"] = 1e-3
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
     guidance_range: Annotated[
-        tuple[float, ...], "lowest and highest scale: the student takes it as an input w; without, guidance is fixed"
-    ] = ()
+        tuple[float, float] | None,
+        "lowest and highest scale: the student takes it as an input w; without, guidance is fixed",
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ends = self.guidance_range
-        if ends and not (len(ends) == 2 and ends[0] < ends[1] and ends[0] <= self.guidance <= ends[1]):
+        if ends and not (ends[0] < ends[1] and ends[0] <= self.guidance <= ends[1]):
             raise ValueError(
                 f"guidance_range={ends} must be two scales, the lowest and the highest, with "
                 f"guidance={self.guidance:g} between them"
