@@ -73,7 +73,7 @@ class FreeFlow(FromNoise):
     )  # fmt: skip
     system: ClassVar[System] = System(
         "FreeFlow", 2025, "flow maps", "teacher", "1",
-        "flow maps from noise alone: prediction and correction without data", page="free-flow",
+        "a flow map from noise alone, by the path that the student predicts itself (no correction yet)",
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "student/velocity_gap": "the size of v_G - u, falls over the run",
