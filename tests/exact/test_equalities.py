@@ -24,7 +24,9 @@ from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
+from fewstep.methods.flow_maps.boot import BOOT, signal_step
 from fewstep.methods.flow_maps.constant_acceleration import InitialVelocity
+from fewstep.methods.flow_maps.free_flow import FreeFlow, followed
 from fewstep.methods.flow_maps.guided_distillation import GuidedDenoiser, GuidedHalving
 from fewstep.methods.flow_maps.mean_flow import MeanFlowDistillation, MeanFlowTraining
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
@@ -32,6 +34,7 @@ from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, Reflow, straight_
 from fewstep.methods.flow_maps.shortcut import Shortcut
 from fewstep.methods.flow_maps.slim_flow import AnnealingReflow
 from fewstep.methods.method import Batch, Method, Networks, Progress, alone
+from fewstep.methods.parts.from_noise import FromNoise
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
 from fewstep.methods.parts.ramp import Ramp
 from fewstep.methods.parts.score_matching import denoising_loss
@@ -328,7 +331,7 @@ def shortcut() -> Pairs:
         yield name, in_order(mine), in_order(pd)
 
 
-# Flow maps
+# Flow maps: couplings
 
 
 def noise(n: int = 8) -> Tensor:
@@ -412,6 +415,63 @@ class Told(View):
 
     def velocity(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         return self.inner.velocity(x, t, cond)
+
+
+# Flow maps: from the prior alone
+
+
+def from_noise(method: FromNoise) -> tuple[Networks, Tensor, Tensor, Cond]:
+    """Networks on flow matching with a student that moved, noise, times and labels."""
+    nets = method.networks(Start(teacher(FlowMatching())))
+    moved(nets, "student")
+    given = batch()
+    return nets, given.normal(), torch.linspace(0.05, 0.75, given.n, dtype=torch.float64), given.cond
+
+
+@row("BOOT", "one bootstrap step on flow matching is FreeFlow's by a difference of the path: y = z + F", 1e-14)
+def boot() -> Pairs:
+    nets, z, s, cond = from_noise(BOOT())
+    one, t = torch.ones_like(s), s + 0.2
+    with torch.no_grad():
+        y = nets.student.predict(z, one, t, cond)
+        step = signal_step(nets.teacher, z, y, t, s, cond)
+    found = followed(nets.student, z, s, nets.teacher, cond, step=0.2)
+    own, go = z - found.F, (1 - s[:, None]) / 0.2
+    yield "the target", go * (own - step.y), -found.g
+    d, later, state = (1 - t)[:, None], (1 - s)[:, None], z + (1 - t)[:, None] * (y - z)
+    u = -nets.teacher.velocity(state, t, cond)
+    yield "F(d + D) = F(d) + D / (d + D) (u - F(d))", step.y - z, (y - z) + 0.2 / later * (u - (y - z))
+    # the slip of feeding the advanced state in place of the prediction
+    yield "not the advanced state", step.y - z, (y - z) + 0.2 / later * (state + 0.2 * u - z - d * (y - z))
+
+
+@row("FreeFlow", "its gradient is that of the Lagrangian direction at t = 1, g = F - d dF/ds - u", 1e-12)
+def free_flow() -> Pairs:
+    method = FreeFlow(difference=0.0, k=1.0, eps=0.1)
+    z = batch().normal()
+    found = gradients_of(method, teacher(FlowMatching()), batch())
+
+    def by_hand(sign: float) -> Mapping[str, Tensor]:
+        nets = method.networks(Start(teacher(FlowMatching())))
+        moved(nets, "student")
+        rng, cond = batch().rng, batch().cond
+        rng.normal_like(z)
+        times = 1 - rng.uniform(len(z)) ** (1 / (1 + method.power))
+        one = torch.ones_like(times)
+        f, slope = torch.func.jvp(
+            lambda s_: nets.student.mean_velocity(z, one, s_, cond), (times,), (torch.ones_like(one),)
+        )
+        d = (1 - times)[:, None]
+        g = (f - d * slope - sign * nets.teacher.velocity(z - d * f, times, cond)).detach()
+        weight = 1 / (g.square().mean(1, keepdim=True) + 0.1)
+        own = nets.student.mean_velocity(z, one, times, cond)
+        loss = (2 * weight * g * own).mean()
+        held = {name: p for name, p in nets.named_parameters() if p.requires_grad}
+        return dict(zip(held, torch.autograd.grad(loss, list(held.values())), strict=True))
+
+    flat = [torch.cat([v.flatten() for v in grads.values()]) for grads in (found, by_hand(1.0), by_hand(-1.0))]
+    yield "the gradient", flat[0], flat[1]
+    yield "not with the other sign of the velocity", flat[0], flat[2]
 
 
 # The test, after all rows
