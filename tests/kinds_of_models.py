@@ -16,7 +16,7 @@ from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan as DiscretePlan
 from fewstep.exact import Gaussian
 from fewstep.exact.world import ExactFlowMap
-from fewstep.flow_maps import EDMConsistency, Jump
+from fewstep.flow_maps import EDMConsistency, Jump, LatentConsistency
 from fewstep.models.denoisers import (
     AnyDenoiser,
     NetworkModel,
@@ -31,6 +31,7 @@ from fewstep.models.students import (
     AnyFlowMap,
     EDMConsistencyModel,
     JumpModel,
+    LatentConsistencyModel,
     RoutedFlowMapModel,
     StudentModel,
 )
@@ -132,6 +133,7 @@ MAKERS: dict[type[Model], Callable[[], Any]] = {
     StudentModel: student,
     JumpModel: lambda: Jump(network()),
     EDMConsistencyModel: lambda: EDMConsistency(on_edm()),
+    LatentConsistencyModel: lambda: LatentConsistency(network()),
     RoutedFlowMapModel: routed_by_class,
     AnyFlowMap: lambda: ExactFlowMap(exact()),
     NetworkModel: network,

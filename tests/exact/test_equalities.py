@@ -6,7 +6,7 @@ bit; and one pair that must not, from a case beside the limiting one, so that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,19 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.methods.consistency.cm import ConsistencyDistillation
+from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
+from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.method import Batch, Method, Progress, alone
 from fewstep.methods.parts.identities import eulerian
+from fewstep.methods.parts.teacher_steps import ddim_step, guided
+from fewstep.methods.parts.times import Segments
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
-from fewstep.schedules import Schedule, TrigFlow
+from fewstep.schedules import EDM, Schedule, TrigFlow
 
 SHAPE, CLASSES = (3,), 2
 #: Pairs by name: what must agree, and under a name that begins with "not " what must not.
@@ -100,6 +105,11 @@ def gradients_of(
     raise AssertionError(f"{method.name} has no update of {group}")
 
 
+def flat(slopes: Iterable[Tensor]) -> Tensor:
+    """Gradients as one vector."""
+    return torch.cat([slope.flatten() for slope in slopes])
+
+
 # Consistency
 
 
@@ -117,6 +127,64 @@ def scm() -> Pairs:
         paper = -(cos**2) * (f - v) - r * cos * sin * (x + slope)
         yield f"r = {r}", eulerian(nets.student, x, t, 0 * t, v, r=r, scale=t.cos()).g, -paper
         yield f"not another r than {r}", eulerian(nets.student, x, t, 0 * t, v, r=r / 2, scale=t.cos()).g, -paper
+
+
+@row("LCM", "at one weight it is consistency distillation with a DDIM step, whose grid on EDM it shares", 1e-12)
+def lcm() -> Pairs:
+    """Both around one consistency function: the two papers' differ in their boundary coefficients, LCM's being the
+    teacher's denoiser to 3e-6 from the first time of the grid on, and in nothing else."""
+
+    class WithDDIM(ConsistencyDistillation):
+        def partner(self, nets: Any, given: Batch, x_t: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return ddim_step(guided(nets.teacher, self.guidance), x_t, t, s, given.cond)
+
+    source, draw = teacher(EDM()), {"guidance_min": 2.0, "guidance_max": 2.0}
+    skipping = LatentConsistencyDistillation(skip=20, mu=0.9, **draw)
+    own = skipping.networks(Start(source))
+    cm = WithDDIM(grid_times=51, mu=0.9, guidance=2.0)
+    theirs = cm.networks(Start(source))
+    theirs.student, theirs.target = own.student, own.target
+    moved(own, "student")
+
+    def slopes(method: Method, nets: nn.Module) -> Tensor:
+        (update,) = method.updates(nets, batch(), Progress(fraction=0.5))  # type: ignore[arg-type]
+        return flat(torch.autograd.grad(update.loss, list(own.student.parameters())))
+
+    yield "gradient", slopes(skipping, own), slopes(cm, theirs)
+    yield (
+        "not with another skip",
+        slopes(LatentConsistencyDistillation(skip=25, mu=0.9, **draw), own),
+        slopes(cm, theirs),
+    )
+
+
+@row("PCM", "with one phase it is LCM at one weight, up to LCM's boundary coefficients (3e-6 from D)", 1e-4)
+def pcm() -> Pairs:
+    draw = {"guidance_min": 2.0, "guidance_max": 2.0, "mu": 0.9}
+    one = gradients_of(PhasedConsistencyDistillation(phases=1, **draw), teacher(), batch())
+    latent = gradients_of(LatentConsistencyDistillation(**draw), teacher(), batch())
+    two = gradients_of(PhasedConsistencyDistillation(phases=2, **draw), teacher(), batch())
+    yield "gradient", flat(one.values()), flat(latent.values())
+    yield "not with two phases", flat(two.values()), flat(latent.values())
+
+
+@row("PCM, a phase a step", "it regresses on the teacher's own DDIM step", 1e-12)
+def pcm_steps() -> Pairs:
+    source, schedule = teacher(), teacher().schedule
+    found = gradients_of(PhasedConsistencyDistillation(phases=10, skip=100), source, batch())
+    nets = PhasedConsistencyDistillation(phases=10, skip=100).networks(Start(source))
+    moved(nets, "student")
+
+    def regressed(phases: int) -> Tensor:
+        given, edges = batch(), Segments(phases).edges(schedule)
+        n = given.rng.integers(len(given.x), 0, phases)
+        t, s = edges.flip(0)[n], edges.flip(0)[n + 1]
+        x = schedule.add_noise(given.x, given.rng.normal_like(given.x), t)
+        loss = (nets.student(x, t, s, given.cond) - ddim_step(source, x, t, s, given.cond)).square().mean()
+        return flat(torch.autograd.grad(loss, list(nets.student.parameters())))
+
+    yield "gradient", flat(found.values()), regressed(10)
+    yield "not of another grid", flat(found.values()), regressed(9)
 
 
 # The test, after all rows

@@ -20,6 +20,9 @@ from fewstep.networks.parts import PositionalEmbedding, zeroed
 class TakesInputs(ABC):
     """A network that can be given further inputs."""
 
+    #: What its guidance weight ``w`` is where there is no guidance: 1 for the scale of ``unc + w (cond - unc)``.
+    unguided: float = 1.0
+
     @property
     @abstractmethod
     def extra_inputs(self) -> tuple[str, ...]:

@@ -19,17 +19,15 @@ from torch import Tensor, nn
 
 from fewstep import grids
 from fewstep.conditions import Cond
-from fewstep.denoisers import Denoiser, networks_in
+from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump, ddim_move
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
-from fewstep.methods.parts.teacher_steps import ddim_step, guided
+from fewstep.methods.parts.teacher_steps import check_tells_data, ddim_step, guided
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, NonNegative
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule, align
 
-#: Beyond this a number of the network has no digit left in float32.
-MOST = 1e6
 Weighting = Literal["snr-trunc", "snr+1", "constant"]
 
 
@@ -46,20 +44,6 @@ def two_step_target(teacher: Denoiser, z_t: Tensor, t: Tensor, mid: Tensor, s: T
     carry = schedule.sigma(s) / schedule.sigma(t)
     target = (z_s - align(carry, z_t) * z_t) / align(schedule.alpha(s) - carry * schedule.alpha(t), z_t)
     return torch.where(align((s <= schedule.t_min).double(), z_t) > 0, x_mid, target)
-
-
-def check_tells_data(teacher: Denoiser) -> None:
-    """ValueError for a teacher whose data prediction magnifies what its network says more than ``MOST`` times at the
-    noisiest time: a prediction of the noise where alpha vanishes."""
-    t = torch.tensor(teacher.schedule.t_max, dtype=torch.float64)
-    for inner in networks_in(teacher):
-        own = inner.schedule.time_at(teacher.schedule.log_snr(t))
-        _, factor, _ = inner.prediction.coefficients(inner.schedule, own)
-        if not float(factor.abs()) <= MOST:
-            raise ValueError(
-                f"the teacher does not tell the data at t = {float(t):g}, where there is only noise: progressive "
-                "distillation needs one that predicts velocity, v or the data"
-            )
 
 
 def weight(schedule: Schedule, t: Tensor, kind: Weighting) -> Tensor:
