@@ -44,6 +44,7 @@ from fewstep.networks import MLP, UNet  # noqa: E402
 from fewstep.predictions import EDMPrediction, TrigPrediction  # noqa: E402
 from fewstep.randomness import Rng, derive_seed  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
+from fewstep.sampling.student_samplers import tcd  # noqa: E402
 from fewstep.schedules import EDM, TrigFlow  # noqa: E402
 
 CLOSE = 1e-5  # between float32 images of size 1 to 4 (the promise is 1e-4; 1.1e-6 was measured)
@@ -270,6 +271,14 @@ def make_cases(root: Path) -> dict[str, Case]:
         written = export(weighted, root / name, extras=constant)
         call = {"output_type": "latent", **({"guidance_scale": asked} if asked else {})}
         cases[name] = Case(weighted, written, inputs, call, text, noise, extras={"w": w})
+    # TCD undercuts by a share of the time: eta of its scheduler
+    student = Student(
+        weighted.flow_map, {n: tcd(weighted.flow_map.schedule, n, eta=0.3) for n in (2, 4)}
+    ).requires_grad_(False)
+    written = export(student, root / "sd-tcd-weight")
+    call = {"output_type": "latent", "guidance_scale": 3.0}
+    inputs = {**text, "latents": written.start * noise}
+    cases["sd-tcd-weight"] = Case(student, written, inputs, call, text, noise, extras={"w": 2.0})
     distilled = Jump(tokens.denoiser, extras={"w": Input(3.5, 1.0, 10.0, unguided=1.0)})
     student = plans(distilled, {n: tokens.grid(n)[:-1].tolist() for n in (1, 4)}, 0.0)
     inputs = {**cond, "latents": diffusers.FluxPipeline._pack_latents(noise, BATCH, 4, 8, 8)}
@@ -451,6 +460,7 @@ PLAIN = {
     "sd-weight": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-weight-three": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-weight-asked": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd-tcd-weight": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-lcm-20": ("StableDiffusionPipeline", "LCMScheduler"),
     "sd-lcm-20-asked": ("StableDiffusionPipeline", "LCMScheduler"),
     "sd-lcm-40": ("StableDiffusionPipeline", "LCMScheduler"),

@@ -314,13 +314,27 @@ def _candidates(
         if original <= table_length:
             yield diffusers.LCMScheduler(**betas, original_inference_steps=original), counted
             if host.eta:
-                noisy = {n: {**counted[n], "eta": plan.gamma} for n, plan in plans.items()}
+                noisy = {n: {**counted[n], "eta": eta_of(plan)} for n, plan in plans.items()}
                 yield diffusers.TCDScheduler(**betas, original_inference_steps=original), noisy
     if host.eta and all(t == round(t) for plan in plans.values() for t in plan.times):
         listed = {
-            n: {"timesteps": [round(t) for t in plan.times], "eta": plan.gamma} for n, plan in plans.items()
+            n: {"timesteps": [round(t) for t in plan.times], "eta": eta_of(plan)} for n, plan in plans.items()
         }  # fmt: skip
         yield diffusers.TCDScheduler(**betas, original_inference_steps=table_length), listed
+
+
+def eta_of(plan: Plan) -> float:
+    """The ``eta`` of TCD's scheduler whose undercut times ``floor((1 - eta) s)`` are the plan's, to as few digits as
+    say it; the plan's ``gamma`` where it names none."""
+    lifted = plan.times[1:]
+    if not plan.inner or not lifted:
+        return plan.gamma if plan.inner is None else 0.0
+    exact = 1 - (plan.inner[0] + 0.5) / lifted[0]
+    for digits in (1, 2, 3):
+        eta = abs(round(exact, digits))
+        if all(math.floor((1 - eta) * s) == r for s, r in zip(lifted, plan.inner, strict=True)):
+            return eta
+    return min(max(exact, 0.0), 1.0)
 
 
 def _beta_config(schedule: DiscreteVP, prediction: Prediction, config: Any) -> Arguments:
