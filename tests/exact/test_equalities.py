@@ -7,7 +7,7 @@ bit; and one pair that must not, from a case beside the limiting one, so that th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from fewstep.flow_maps import Jump
 from fewstep.guidance import Guided
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
+from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
+from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
 from fewstep.methods.flow_maps.boot import BOOT, signal_step
@@ -38,14 +40,15 @@ from fewstep.methods.parts.from_noise import FromNoise
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
 from fewstep.methods.parts.ramp import Ramp
 from fewstep.methods.parts.score_matching import denoising_loss
-from fewstep.methods.parts.times import Ordered, PairLaw
+from fewstep.methods.parts.teacher_steps import ddim_step, guided
+from fewstep.methods.parts.times import Ordered, PairLaw, Segments
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.networks.inputs import with_inputs
 from fewstep.predictions import TrigPrediction, Velocity
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Plan, rollout
-from fewstep.schedules import FlowMatching, Schedule, TrigFlow
+from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow
 
 SHAPE, CLASSES = (3,), 2
 #: Pairs by name: what must agree, and under a name that begins with "not " what must not.
@@ -120,6 +123,11 @@ def gradients_of(
         found = ((name, next(slopes)) for name, p in zip(names, parameters, strict=True) if p.requires_grad)
         return {name: slope for name, slope in found if slope is not None}
     raise AssertionError(f"{method.name} has no update of {group}")
+
+
+def flat(slopes: Iterable[Tensor]) -> Tensor:
+    """Gradients as one vector."""
+    return torch.cat([slope.flatten() for slope in slopes])
 
 
 # Consistency
@@ -472,6 +480,64 @@ def free_flow() -> Pairs:
     flat = [torch.cat([v.flatten() for v in grads.values()]) for grads in (found, by_hand(1.0), by_hand(-1.0))]
     yield "the gradient", flat[0], flat[1]
     yield "not with the other sign of the velocity", flat[0], flat[2]
+
+
+@row("LCM", "at one weight it is consistency distillation with a DDIM step, whose grid on EDM it shares", 1e-12)
+def lcm() -> Pairs:
+    """Both around one consistency function: the two papers' differ in their boundary coefficients, LCM's being the
+    teacher's denoiser to 3e-6 from the first time of the grid on, and in nothing else."""
+
+    class WithDDIM(ConsistencyDistillation):
+        def partner(self, nets: Any, given: Batch, x_t: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return ddim_step(guided(nets.teacher, self.guidance), x_t, t, s, given.cond)
+
+    source, draw = teacher(EDM()), {"guidance_min": 2.0, "guidance_max": 2.0}
+    skipping = LatentConsistencyDistillation(skip=20, mu=0.9, **draw)
+    own = skipping.networks(Start(source))
+    cm = WithDDIM(grid_times=51, mu=0.9, guidance=2.0)
+    theirs = cm.networks(Start(source))
+    theirs.student, theirs.target = own.student, own.target
+    moved(own, "student")
+
+    def slopes(method: Method, nets: nn.Module) -> Tensor:
+        (update,) = method.updates(nets, batch(), Progress(fraction=0.5))  # type: ignore[arg-type]
+        return flat(torch.autograd.grad(update.loss, list(own.student.parameters())))
+
+    yield "gradient", slopes(skipping, own), slopes(cm, theirs)
+    yield (
+        "not with another skip",
+        slopes(LatentConsistencyDistillation(skip=25, mu=0.9, **draw), own),
+        slopes(cm, theirs),
+    )
+
+
+@row("PCM", "with one phase it is LCM at one weight, up to LCM's boundary coefficients (3e-6 from D)", 1e-4)
+def pcm() -> Pairs:
+    draw = {"guidance_min": 2.0, "guidance_max": 2.0, "mu": 0.9}
+    one = gradients_of(PhasedConsistencyDistillation(phases=1, **draw), teacher(), batch())
+    latent = gradients_of(LatentConsistencyDistillation(**draw), teacher(), batch())
+    two = gradients_of(PhasedConsistencyDistillation(phases=2, **draw), teacher(), batch())
+    yield "gradient", flat(one.values()), flat(latent.values())
+    yield "not with two phases", flat(two.values()), flat(latent.values())
+
+
+@row("PCM, a phase a step", "it regresses on the teacher's own DDIM step", 1e-12)
+def pcm_steps() -> Pairs:
+    source, schedule = teacher(), teacher().schedule
+    found = gradients_of(PhasedConsistencyDistillation(phases=10, skip=100), source, batch())
+    nets = PhasedConsistencyDistillation(phases=10, skip=100).networks(Start(source))
+    moved(nets, "student")
+
+    def regressed(phases: int) -> Tensor:
+        given, edges = batch(), Segments(phases).edges(schedule)
+        n = given.rng.integers(len(given.x), 0, phases)
+        t, s = edges.flip(0)[n], edges.flip(0)[n + 1]
+        x = schedule.add_noise(given.x, given.rng.normal_like(given.x), t)
+        loss = (nets.student(x, t, s, given.cond) - ddim_step(source, x, t, s, given.cond)).square().mean()
+        return flat(torch.autograd.grad(loss, list(nets.student.parameters())))
+
+    yield "gradient", flat(found.values()), regressed(10)
+    yield "not of another grid", flat(found.values()), regressed(9)
 
 
 # The test, after all rows

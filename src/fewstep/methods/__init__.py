@@ -29,6 +29,8 @@ RECIPES: dict[str, str] = {
     "scm-training": "fewstep.methods.consistency.scm:ContinuousConsistencyTraining",
     "ctm": "fewstep.methods.consistency.ctm:ConsistencyTrajectory",
     "ctm-training": "fewstep.methods.consistency.ctm:SelfConsistencyTrajectory",
+    "lcm": "fewstep.methods.consistency.lcm:LatentConsistencyDistillation",
+    "pcm": "fewstep.methods.consistency.pcm:PhasedConsistencyDistillation",
     "dmd": "fewstep.methods.matching.dmd:DMD",
     "dmd2": "fewstep.methods.matching.dmd2:DMD2",
     "diff-instruct": "fewstep.methods.matching.diff_instruct:DiffInstruct",
