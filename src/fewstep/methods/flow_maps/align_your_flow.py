@@ -35,6 +35,7 @@ from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Pr
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian, regression, sizes
 from fewstep.methods.parts.times import GapFirst, PairLaw
 from fewstep.methods.start import Start, denoiser_in
+from fewstep.methods.teachers.retime import check_time_input
 from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import FlowMatching
@@ -96,6 +97,7 @@ class _AlignYourFlow(Method):
     def networks(self, start: Start) -> Networks:
         schedule = FlowMatching()
         network = start.network("student", extras=("s", *self.weights), on=schedule)
+        check_time_input(network)
         modules: dict[str, nn.Module] = {
             "student": Jump(network, two_times=True, extras=self.weights),
             "teacher": start.teacher.on(schedule),
@@ -164,8 +166,8 @@ class AlignYourFlow(_AlignYourFlow):
          "the Eulerian one's warm-up and laws",
          "without a guide, classifier-free guidance in its place (the paper's ablation, worse there)",
          "samples have guidance weight 2 unless they ask for another (tuned for each number of calls there)",
-         "a teacher keeps its own time input (the paper first adapts it to t itself); that of EDM, a logarithm, has "
-         "larger derivatives at the ends",
+         "a network that is told a time that changes fast, a logarithm or a count of steps, is refused (the paper "
+         "first adapts it to t itself; retime does)",
          "the target time and the guidance weight are inputs that start at zero"),
     )  # fmt: skip
     system: ClassVar[System] = System(

@@ -35,6 +35,7 @@ from fewstep.methods.parts.identities import Direction, adaptive_weight, euleria
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.parts.times import Ordered, PairLaw
 from fewstep.methods.start import Start
+from fewstep.methods.teachers.retime import check_time_input
 from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import FlowMatching, align
@@ -45,8 +46,8 @@ DEVIATIONS = (
     "there)",
     "the network is told t and s, by an input that starts at zero (the paper's t and t - s)",
     "it starts from the weights of a given model (the paper's from fresh ones)",
-    "a teacher keeps its own time input (the paper's networks are told t); that of EDM, a logarithm, has larger "
-    "derivatives at the ends",
+    "a network that is told a time that changes fast, a logarithm or a count of steps, is refused (retime makes one "
+    "that is not)",
     "rows with s = t are drawn one by one and need no jvp (there the first rows of a batch, through a jvp whose factor "
     "is 0)",
     "sampling uses a power-function average (the paper's decays by 0.9999)",
@@ -79,6 +80,7 @@ class _MeanFlow(Method):
 
     def networks(self, start: Start) -> Networks:
         student = Jump(start.network("student", extras=("s",), on=FlowMatching()), two_times=True)
+        check_time_input(student.denoiser)
         optimizer = Optimizer(("student",), self.lr, betas=(0.9, 0.95), warmup=20, decay="cosine")
         return Networks({"student": student, **self.asked(start)}, {"student": optimizer}, ema=("student",))
 
