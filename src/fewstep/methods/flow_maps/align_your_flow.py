@@ -160,8 +160,8 @@ class AlignYourFlow(_AlignYourFlow):
          "no adversarial finetuning after the distillation (about 3000 iterations there, a relativistic GAN with R1 "
          "and R2), and so none of the paper's numbers with it",
          "no LoRA student for text-to-image models",
-         "the warm-up counts shares of the budget, the learning rate falls to 0 over it; the Lagrangian objective has the "
-         "Eulerian one's warm-up and laws",
+         "the warm-up counts shares of the budget, the learning rate falls to 0 over it; the Lagrangian objective has "
+         "the Eulerian one's warm-up and laws",
          "without a guide, classifier-free guidance in its place (the paper's ablation, worse there)",
          "samples have guidance weight 2 unless they ask for another (tuned for each number of calls there)",
          "a teacher keeps its own time input (the paper first adapts it to t itself); that of EDM, a logarithm, has "
