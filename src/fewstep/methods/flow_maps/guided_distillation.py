@@ -205,7 +205,7 @@ class GuidedDistillation(Recipe):
     )  # fmt: skip
     system: ClassVar[System] = System(
         "Guided distillation", 2022, "flow maps", "guided teacher, data", "1-16",
-        "guidance as an input of one network, then progressive distillation",
+        "guidance as an input of one network, then progressive distillation", real="composed_real",
     )  # fmt: skip
     roles: ClassVar[tuple[str, ...]] = ("student",)
 

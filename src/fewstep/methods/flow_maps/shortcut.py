@@ -86,7 +86,7 @@ class Shortcut(Method):
     )  # fmt: skip
     system: ClassVar[System] = System(
         "Shortcut Models", 2024, "flow maps", "data", "1, 2, 4, ...",
-        "one network for every step size, two half steps as the target of one",
+        "one network for every step size, two half steps as the target of one", real="composed_real",
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "student/loss": "that of flow matching, which does not reach 0, for the most part",
