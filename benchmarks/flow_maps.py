@@ -40,7 +40,7 @@ from fewstep.randomness import Rng
 from fewstep.runs.course import run_recipe
 from fewstep.sampling import DDIM, solve
 from fewstep.sampling.rollout import Student
-from fewstep.schedules import Schedule, TrigFlow
+from fewstep.schedules import FlowMatching, Schedule, TrigFlow
 from fewstep.training.budget import Budget
 from fewstep.training.settings import Settings
 
@@ -62,6 +62,16 @@ def ddim(grid: grids.Grid, steps: int) -> Callable[[Denoiser, Tensor], Tensor]:
     return steps_of
 
 
+def straight(steps: int) -> Callable[[Denoiser, Tensor], Tensor]:
+    """Euler steps of equal length on flow matching, from standard normal noise."""
+    return lambda teacher, noise: ddim(grids.uniform, steps)(teacher.on(FlowMatching()), noise)
+
+
+def skipping(schedule: Schedule, skip: int) -> Tensor:
+    """LCM's grid, every ``skip``-th of a thousand levels."""
+    return grids.skipping(schedule, skip)
+
+
 def heun(steps: int) -> Callable[[Denoiser, Tensor], Tensor]:
     """Heun steps of the teacher on a Karras grid, from standard normal noise."""
     return lambda teacher, noise: solve_heun(teacher, noise, steps)
@@ -77,12 +87,25 @@ class Setup:
     of_network: bool = False
 
 
+UNGUIDED = {"guidance": 1.0, "guidance_low": 1.0, "guidance_high": 1.0}
 SETUPS: dict[str, Setup] = {
     "cm": Setup({"lr": 1e-3}, heun(17)),
     "scm": Setup({"lr": 5e-4}),
     "ctm": Setup({"lr": 1e-3}, heun(17)),
-    "pd": Setup({"lr": 1e-3, "start": 16}, ddim(grids.even, 16)),
+    "lcm": Setup({"lr": 1e-3, "guidance_max": 1.0}, ddim(skipping, 20)),
+    "pcm": Setup({"lr": 1e-3}, ddim(skipping, 20)),
+    "tbcm": Setup({"lr": 5e-4}),
+    "mean-flow": Setup({}),
+    "ayf": Setup(UNGUIDED),
+    "ayf-lmd": Setup(UNGUIDED),
+    "boot": Setup({}, straight(10)),
+    "free-flow": Setup({}),
+    "mdt-dist": Setup({}),
+    "shortcut": Setup({"lr": 1e-3}, straight(32)),
+    "pd": Setup({"lr": 1e-3}, ddim(grids.even, 16)),
     "instaflow": Setup({"lr": 1e-3}, heun(16), of_network=True),
+    "slim-flow": Setup({}, heun(16)),
+    "caf": Setup({}, heun(16)),
 }
 
 
