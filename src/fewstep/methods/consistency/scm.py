@@ -52,6 +52,10 @@ class _ContinuousConsistency(Method):
         "tangent normalisation and warm-up prevent",
     }
 
+    unstable: ClassVar[dict[str, str]] = {
+        "student/tangent_norm": "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+    }
+
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     lr: Annotated[NonNegative, "learning rate"] = 1e-4

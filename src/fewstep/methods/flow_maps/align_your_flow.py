@@ -65,6 +65,9 @@ class _AlignYourFlow(Method):
         "student/tangent_norm": "falls, may rise while the warm-up lasts and falls again; growth to many times its "
         "first value is the instability that normalization and warm-up prevent",
     }
+    unstable: ClassVar[dict[str, str]] = {
+        "student/tangent_norm": "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+    }
     roles: ClassVar[tuple[str, ...]] = ("student", "guide")
 
     lr: Annotated[NonNegative, "learning rate"] = 5e-4

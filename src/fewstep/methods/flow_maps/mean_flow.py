@@ -68,6 +68,9 @@ class _MeanFlow(Method):
         "its own size",
         "student/error": "falls, then stays: of pairs the part that no map can tell remains",
     }
+    unstable: ClassVar[dict[str, str]] = {
+        "student/error": "lower lr, draw more rows with equal times (equal), or retime the network"
+    }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     lr: Annotated[NonNegative, "learning rate"] = 1e-3
