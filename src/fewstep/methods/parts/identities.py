@@ -28,7 +28,7 @@ from fewstep.flow_maps import FlowMap
 from fewstep.networks.parts import PositionalEmbedding, zeroed
 from fewstep.randomness import repeated_draws
 from fewstep.schedules import Schedule, align
-from fewstep.tangents import Field, tangent
+from fewstep.tangents import Field, forward, tangent
 
 #: How a directional derivative is taken: :func:`~fewstep.tangents.tangent` or one of its twins.
 Engine = Callable[[Field, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -163,10 +163,8 @@ def slopes(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """``(A, B)`` and their derivatives in ``t`` (or in ``s``), float64 ``[B]``."""
     if move_start:
-        found = torch.func.jvp(lambda t_: schedule.coefficients_of_move(t_, s), (t,), (torch.ones_like(t),))
-    else:
-        found = torch.func.jvp(lambda s_: schedule.coefficients_of_move(t, s_), (s,), (torch.ones_like(s),))
-    return found[0], found[1]
+        return forward(lambda t_: schedule.coefficients_of_move(t_, s), (t,), (torch.ones_like(t),))
+    return forward(lambda s_: schedule.coefficients_of_move(t, s_), (s,), (torch.ones_like(s),))
 
 
 def normalize(g: Tensor, c: float) -> Tensor:
