@@ -17,7 +17,7 @@ from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan as DiscretePlan
 from fewstep.exact import Gaussian
 from fewstep.exact.world import ExactFlowMap
-from fewstep.flow_maps import EDMConsistency, Jump
+from fewstep.flow_maps import EDMConsistency, Jump, LatentConsistency
 from fewstep.models.denoisers import (
     AnyDenoiser,
     NetworkModel,
@@ -33,6 +33,7 @@ from fewstep.models.students import (
     ConstantAccelerationModel,
     EDMConsistencyModel,
     JumpModel,
+    LatentConsistencyModel,
     RoutedFlowMapModel,
     StudentModel,
 )
@@ -139,6 +140,7 @@ MAKERS: dict[type[Model], Callable[[], Any]] = {
     JumpModel: lambda: Jump(network()),
     EDMConsistencyModel: lambda: EDMConsistency(on_edm()),
     ConstantAccelerationModel: accelerated,
+    LatentConsistencyModel: lambda: LatentConsistency(network()),
     RoutedFlowMapModel: routed_by_class,
     AnyFlowMap: lambda: ExactFlowMap(exact()),
     NetworkModel: network,

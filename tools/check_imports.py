@@ -25,7 +25,8 @@ BELOW_TRAINING = BELOW_METHODS | {"methods", "models", "hub"}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(IDEAS, IDEAS),
     "sampling": IDEAS,
-    "networks": IDEAS,
+    "networks": IDEAS - {"tangents"},
+    "tangents": IDEAS | {"networks"},  # attention with its rules
     "data": IDEAS,
     "discrete": IDEAS | {"sampling", "networks", "data"},
     "metrics": IDEAS | {"sampling", "networks", "data", "discrete"},

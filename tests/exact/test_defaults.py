@@ -68,6 +68,12 @@ CONTINUOUS = {**ADAM, "betas": (0.9, 0.99), "eps": 1e-11, "decay": "inverse-sqrt
 HALVING = {**ADAM, "clip": 1.0, "decay": "linear"}
 # gnobitab/RectifiedFlow, configs/default_cifar10_configs.py and rectified_flow/cifar10_rf_gaussian_reflow_train.py
 REFLOW = {**ADAM, "clip": 1.0, "warmup": 5000}
+# Align Your Flow: c and r_max of the paper; the gaps (64 x 64) and the range of weights of a re-implementation
+ALIGNED = {
+    "c": 0.1, "r_max": 0.99, "gap_mean": -0.6, "gap_std": 1.6, "guidance_low": 1.0, "guidance_high": 3.0,
+    **dict.fromkeys(("lr", "tangent_warmup", "guidance", "gamma", "steps"), OPEN),
+    "optimizer": dict.fromkeys(ADAM, OPEN),
+}  # fmt: skip
 UNPUBLISHED = dict.fromkeys(ADAM, OPEN)
 
 #: The published values of the fields of every class, and of the optimizer of all its groups.
@@ -173,6 +179,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "lr": OPEN, "reflow_guidance": 1.5,
         "optimizer": UNPUBLISHED,
     },
+    # section 4.3, appendix A and Gsunshine/meanflow (configs); distillation is not the paper's, guidance is the model's
+    "mean-flow": {
+        "lr": 1e-4, "power": 1.0, "c": 0.01, "equal": 0.75, "time_mean": -0.4, "time_std": 1.0, "steps": OPEN,
+        "guidance": OPEN,
+        "optimizer": {**ADAM, "betas": (0.9, 0.95)},
+    },
+    "mean-flow-training": {
+        "lr": 1e-4, "power": 1.0, "c": 0.01, "equal": 0.75, "time_mean": -0.4, "time_std": 1.0, "steps": OPEN,
+        **dict.fromkeys(("guidance", "kappa", "guided_from", "guided_to"), OPEN), "label_dropout": 0.1,
+        "optimizer": {**ADAM, "betas": (0.9, 0.95)},
+    },
+    "ayf": ALIGNED, "ayf-lmd": ALIGNED,
     "pd": {"start": 8192, "end": 1, "lr": 5e-5, "weighting": "snr-trunc", "guidance": 1.0, "optimizer": HALVING},
     "pd-halving": {"steps": OPEN, "lr": 5e-5, "weighting": "snr-trunc", "guidance": 1.0, "optimizer": HALVING},
 }  # fmt: skip

@@ -9,6 +9,9 @@ from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.discrete_vp import DiscreteVP
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow
+from fewstep.methods.flow_maps.mean_flow import MeanFlowDistillation
+from fewstep.methods.method import Method
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.retime import Retime, check_time_input, time_slope
 from fewstep.models.networks import build_named, describe_prediction
@@ -81,13 +84,21 @@ def test_it_learns_what_the_teacher_says() -> None:
     assert gap(fresh) > 0.1 and gap(made) < 0.25 * gap(fresh), (gap(fresh), gap(made))
 
 
-def test_scm_says_what_it_needs() -> None:
+PLAIN = {"guidance": 1.0, "guidance_low": 1.0, "guidance_high": 1.0}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [ContinuousConsistencyDistillation(), MeanFlowDistillation(), AlignYourFlow(**PLAIN)],
+    ids=lambda method: method.name,
+)
+def test_methods_that_differentiate_time_say_what_they_need(method: Method) -> None:
     """A teacher that sees a logarithm is refused, naming the remedy; its retimed copy as the student is taken."""
     teacher = of(EDM(), EDMPrediction())
     with pytest.raises(ValueError, match="fewstep distill retime"):
-        ContinuousConsistencyDistillation().networks(Start(teacher))
+        method.networks(Start(teacher))
     slow = NetworkDenoiser(teacher.net, EDM(), told_the_angle(EDMPrediction()), (3,))
-    nets = ContinuousConsistencyDistillation().networks(Start(teacher, given={"student": slow}))
+    nets = method.networks(Start(teacher, given={"student": slow}))
     assert time_slope(nets.student.denoiser) < 2.5 and time_slope(nets.teacher) > 35
 
 

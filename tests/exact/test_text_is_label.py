@@ -123,7 +123,7 @@ def test_one_hot_prompts_are_labels(name: str) -> None:
         assert torch.equal(by_label.sample(3, drawn, seed=4), by_text.sample(3, prompts(drawn), seed=4))
 
 
-@pytest.mark.parametrize("name", ["dmd", "dmd2", "reflow", "instaflow"])
+@pytest.mark.parametrize("name", ["dmd", "dmd2", "reflow", "instaflow", "boot", "free-flow"])
 def test_data_free_training_sees_conditions_only(name: str) -> None:
     """The weights are those of a run with data, whatever the data are."""
     recipe = short(name, gan_weight=0.0)

@@ -21,6 +21,7 @@ from fewstep.models.students import (
     ConstantAccelerationModel,
     EDMConsistencyModel,
     JumpModel,
+    LatentConsistencyModel,
     RoutedFlowMapModel,
     StudentModel,
 )
@@ -32,6 +33,7 @@ KINDS: tuple[type[Model], ...] = (
     JumpModel,
     EDMConsistencyModel,
     ConstantAccelerationModel,
+    LatentConsistencyModel,
     RoutedFlowMapModel,
     AnyFlowMap,
     NetworkModel,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewstep.constant_acceleration import ConstantAcceleration
 from fewstep.denoisers import Cond
 from fewstep.extras import NAME, Input
-from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
+from fewstep.flow_maps import EDMConsistency, FlowMap, Jump, LatentConsistency
 from fewstep.models.denoisers import DENOISER
 from fewstep.models.model import Config, Model
 from fewstep.models.networks import DIFFUSERS
@@ -151,18 +151,21 @@ class JumpModel(AnyFlowMap):
 
     kind = "jump"
     wraps = Jump
-    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "two_times": bool, "extras": Maybe(EXTRAS)}
+    holds: ClassVar[dict[str, Any]] = {
+        "denoiser": DENOISER, "two_times": bool, "extras": Maybe(EXTRAS), "upward": Maybe(bool)
+    }  # fmt: skip
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         jump: Jump = self.module
         return {
             "kind": self.kind, "denoiser": model(jump.denoiser), "two_times": jump.two_times,
-            **describe_extras(jump.extras),
+            **describe_extras(jump.extras), **({"upward": True} if jump.upward else {}),
         }  # fmt: skip
 
     @classmethod
     def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
-        return Jump(model(config["denoiser"]), config["two_times"], build_extras(config))
+        upward = config.get("upward", False)
+        return Jump(model(config["denoiser"]), config["two_times"], build_extras(config), upward)
 
 
 class EDMConsistencyModel(AnyFlowMap):
@@ -202,6 +205,29 @@ class ConstantAccelerationModel(AnyFlowMap):
         return ConstantAcceleration(model(config["velocity"]), model(config["accelerated"]), config["h"])
 
 
+class LatentConsistencyModel(AnyFlowMap):
+    """LCM's consistency function."""
+
+    kind = "latent-consistency"
+    wraps = LatentConsistency
+    holds: ClassVar[dict[str, Any]] = {
+        "denoiser": DENOISER, "sigma_data": float, "time_scale": float, "extras": Maybe(EXTRAS),
+    }  # fmt: skip
+
+    def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
+        made: LatentConsistency = self.module
+        return {
+            "kind": self.kind, "denoiser": model(made.denoiser), "sigma_data": made.sigma_data,
+            "time_scale": made.time_scale, **describe_extras(made.extras),
+        }  # fmt: skip
+
+    @classmethod
+    def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
+        return LatentConsistency(
+            model(config["denoiser"]), config["sigma_data"], config["time_scale"], build_extras(config)
+        )
+
+
 class RoutedFlowMapModel(AnyFlowMap):
     """A flow map made of experts."""
 
@@ -218,7 +244,7 @@ class RoutedFlowMapModel(AnyFlowMap):
 
 
 _FLOW_MAPS: dict[str, dict[str, Any]] = {
-    cls.kind: cls.holds for cls in (JumpModel, EDMConsistencyModel, ConstantAccelerationModel)
+    cls.kind: cls.holds for cls in (JumpModel, EDMConsistencyModel, LatentConsistencyModel, ConstantAccelerationModel)
 }
 FLOW_MAP = Choice("kind", _FLOW_MAPS)
 RoutedFlowMapModel.holds = _FLOW_MAPS[RoutedFlowMapModel.kind] = {

@@ -14,11 +14,12 @@ from fewstep.sampling.editing import (
     slerp,
     stroke_to_image,
 )
-from fewstep.sampling.encoding import encode
+from fewstep.sampling.encoding import encode, style_transfer
 from fewstep.sampling.engine import FieldTable, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.inversion import inpaint_by_inversion, reconstruct
 from fewstep.sampling.learned import LearnedSolver, folded
+from fewstep.sampling.likelihood import Likelihood, log_likelihood
 from fewstep.sampling.named import SOLVERS
 from fewstep.sampling.rollout import Call, Plan, Student, greedy_times, log_prob, rollout
 from fewstep.sampling.rows import FieldRow, Row
@@ -78,6 +79,7 @@ __all__ = [
     "Inpainting",
     "LearnedSolver",
     "Levels",
+    "Likelihood",
     "LinearMeasurement",
     "Multistep",
     "Plan",
@@ -102,6 +104,7 @@ __all__ = [
     "folded",
     "greedy_times",
     "inpaint_by_inversion",
+    "log_likelihood",
     "log_prob",
     "measured",
     "reconstruct",
@@ -113,4 +116,5 @@ __all__ = [
     "solve",
     "stroke_to_image",
     "student_plan",
+    "style_transfer",
 ]

@@ -109,14 +109,19 @@ def semigroup(
     cond: Cond = None,
     *,
     second: FlowMap | None = None,
+    clean: bool = False,
     **extras: Tensor,
 ) -> Tensor:
     """One jump against two: the mean velocity with which ``x`` at ``t`` lands where ``flow_map`` to ``mid`` and then
-    ``second`` (itself unless given) to ``s`` land; what a student's ``F(x, t, s)`` is moved :func:`towards`."""
+    ``second`` (itself unless given) to ``s`` land; what a student's ``F(x, t, s)`` is moved :func:`towards`.
+
+    The times may rise as well as fall.  With ``clean`` jumps to ``t_min`` count as jumps to pure data: the data
+    predictions agree there, whatever noise the schedule leaves.
+    """
     f_1 = flow_map.mean_velocity(x, t, mid, cond, **extras)
     x_mid = flow_map.schedule.move(x, f_1, t, mid)
     f_2 = (second or flow_map).mean_velocity(x_mid, mid, s, cond, **extras)
-    return composed(flow_map.schedule, x, f_1, f_2, t, mid, s)
+    return composed(flow_map.schedule, x, f_1, f_2, t, mid, s, clean)
 
 
 def towards(f: Tensor, target: Tensor) -> Direction:
@@ -125,14 +130,32 @@ def towards(f: Tensor, target: Tensor) -> Direction:
     return Direction(held, held - target)
 
 
-def composed(schedule: Schedule, x: Tensor, f_1: Tensor, f_2: Tensor, t: Tensor, mid: Tensor, s: Tensor) -> Tensor:
+def composed(
+    schedule: Schedule,
+    x: Tensor,
+    f_1: Tensor,
+    f_2: Tensor,
+    t: Tensor,
+    mid: Tensor,
+    s: Tensor,
+    clean: bool = False,
+) -> Tensor:
     """The mean velocity of the jump ``t -> s`` that lands where ``f_1`` to ``mid`` and then ``f_2`` land; half their
-    sum for equal halves on flow matching.  The coefficients are float64: no digit is lost at any ``t > s``."""
-    keep, go = schedule.coefficients_of_move(t, s)
+    sum for equal halves on flow matching.  The coefficients are float64: no digit is lost at any ``t != s``; ``clean``
+    as in :func:`semigroup`."""
     keep_1, go_1 = schedule.coefficients_of_move(t, mid)
-    keep_2, go_2 = schedule.coefficients_of_move(mid, s)
+    (keep, go), (keep_2, go_2) = (landing(schedule, start, s, clean) for start in (t, mid))
     parts = ((keep_2 * keep_1 - keep, x), (keep_2 * go_1, f_1), (go_2, f_2))
     return sum((align(c / go, x) * part for c, part in parts), start=torch.zeros_like(x))
+
+
+def landing(schedule: Schedule, t: Tensor, s: Tensor, clean: bool) -> tuple[Tensor, Tensor]:
+    """The coefficients of a move to ``s``; with ``clean`` those of the data prediction where ``s`` is ``t_min``."""
+    keep, go = schedule.coefficients_of_move(t, s)
+    if not clean:
+        return keep, go
+    last, w = s <= schedule.t_min, schedule.wronskian(t)
+    return torch.where(last, schedule.d_sigma(t) / w, keep), torch.where(last, -schedule.sigma(t) / w, go)
 
 
 def slopes(
