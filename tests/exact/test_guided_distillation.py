@@ -221,6 +221,7 @@ def test_steps_of_double_length(schedule: Schedule) -> None:
     asked = [*(plan.inner_at(schedule, i) for i in range(5)), schedule.t_min]
     assert list(zip(plan.times, asked, strict=True)) == list(zip(t.tolist(), s.tolist(), strict=True))
     half = plans[3]
+    assert half.times == tuple(grid[:-1:2].tolist())
     jumps = set(zip(half.times, [*half.times[1:], schedule.t_min], strict=True))
     assert jumps <= set(zip(t.tolist(), s.tolist(), strict=True))
     assert list(plans_of(schedule, 3, "stochastic")) == [3]

@@ -120,7 +120,7 @@ def test_the_shares_of_a_batch_are_drawn() -> None:
     """7/8 of it is flow matching at the finest size, at times of its grid; the rest has all larger sizes alike, each at
     times of its own grid.  One in ten of flow matching's labels is gone, none of the others'."""
     given = batch()
-    asked, _, _ = spied(Shortcut(finest=16), given)
+    asked, _, _ = spied(Shortcut(finest=16, share=1 / 8), given)
     finest = asked["d"] == 4
     assert float(finest.double().mean()) == pytest.approx(7 / 8, abs=0.02)
     counts = asked["d"][~finest].long().bincount()

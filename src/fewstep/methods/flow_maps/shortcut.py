@@ -77,15 +77,15 @@ class Shortcut(Method):
     paper: ClassVar[Paper] = Paper(
         "One Step Diffusion via Shortcut Models", "2410.12557", "verified",
         ("starts from the weights that it is given, a teacher's as a rule (fresh ones there)",
-         "`lr`, `decay`, `finest`, `share` and `mu` suit runs of minutes (1e-4, constant, 128 steps, 1/8 of the batch "
-         "and an average of 0.999 there)",
+         "`lr`, `finest`, `share` and `mu` suit runs of minutes (1e-4, 128 steps, 1/8 of the batch and an average of "
+         "0.999 there)",
          "the share of bootstrapped samples and their sizes are drawn, not counted off",
          "`bound`: states and targets are not clipped (to [-4, 4] in the authors' code, for latents of that size)",
          "sampling uses a power-function average (0.999 there)"),
     )  # fmt: skip
     system: ClassVar[System] = System(
         "Shortcut Models", 2024, "flow maps", "data", "1, 2, 4, ...",
-        "one network for every step size, two half steps as the target of one",
+        "one network for every step size, two half steps as the target of one", real="composed_real",
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "student/loss": "that of flow matching, which does not reach 0, for the most part",
@@ -94,13 +94,13 @@ class Shortcut(Method):
     }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
-    finest: Annotated[int, Least(2), "steps of the finest size, at which flow matching is trained: a power of 2"] = 128
-    share: Annotated[Share, "share of a batch that learns larger steps from smaller ones"] = 1 / 8
-    mu: Annotated[Share, "decay of the average whose smaller steps are the targets"] = 0.999
+    finest: Annotated[int, Least(2), "steps of the finest size, at which flow matching is trained: a power of 2"] = 32
+    share: Annotated[Share, "share of a batch that learns larger steps from smaller ones"] = 0.5
+    mu: Annotated[Share, "decay of the average whose smaller steps are the targets"] = 0.95
     bound: Annotated[Positive | None, "clip states between steps, and targets, to [-bound, bound]"] = None
     guidance: Annotated[float, "scale of classifier-free guidance in the smallest bootstrapped steps, 1 for none"] = 1.0
     label_dropout: Annotated[Share, "share of flow matching's samples without their condition"] = 0.1
-    lr: Annotated[NonNegative, "learning rate"] = 1e-4
+    lr: Annotated[NonNegative, "learning rate"] = 3e-4
     weight_decay: Annotated[NonNegative, "weight decay"] = 0.1
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for: powers of 2"] = (1, 2, 4, 8)
 
