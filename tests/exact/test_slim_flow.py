@@ -186,6 +186,24 @@ def test_the_first_half_is_the_students_or_the_teachers() -> None:
         torch.testing.assert_close(held[0].grad, expected)
 
 
+def test_both_terms_are_in_the_loss() -> None:
+    """The pair's, of the one step and the data, with weight 1, and the two-step one with its own."""
+    z = normal(9, 2)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        seen.append((a, b))
+        return torch.full((9,), 10.0 ** len(seen), dtype=torch.float64)
+
+    nets = Networks({"student": Jump(Straight()), "flow": Straight(), "distance": Plain(distance)}, {})
+    batch = Batch(7 * z, None, Rng(1), {"noise": z})
+    (update,) = FlowGuidedDistillation(two_steps=0.5).updates(nets, batch, Progress())
+    assert float(update.loss) == pytest.approx(10 + 0.5 * 100)
+    assert (float(update.logs["pairs"]), float(update.logs["two_steps"])) == pytest.approx((10, 100))
+    torch.testing.assert_close(seen[0], (C * z, 7 * z))
+    assert not torch.allclose(seen[1][0], seen[0][0])  # on noise of its own
+
+
 # --- flips -----------------------------------------------------------------------------------------------------------
 
 
