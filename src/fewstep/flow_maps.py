@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, View, check_prediction
 from fewstep.extras import Input, check_declared, values_for
+from fewstep.grids import own_index
 from fewstep.schedules import EDM, Schedule, align, as_time
 
 
@@ -31,11 +32,13 @@ class FlowMap(nn.Module, ABC):
     """A learned jump between two times of one schedule; ``shape``, ``classes`` and ``null`` as in :class:`Denoiser`.
 
     ``extras`` are the further inputs that sampling may set, by name; calls are given each as ``[B]``.  ``two_times``
-    says whether its network is told the target time too, ``only_to_data`` whether it knows jumps to ``t_min`` only.
+    says whether its network is told the target time too, ``only_to_data`` whether it knows jumps to ``t_min`` only,
+    ``calls_to_begin`` how many network calls :meth:`begin` makes.
     """
 
     two_times: bool = False
     only_to_data: bool = False
+    calls_to_begin: int = 0
 
     def __init__(
         self,
@@ -184,8 +187,7 @@ class Jump(FlowMap):
             raise ValueError("an encoder, whose network is no denoiser to start from")
         if self.two_times and "s" not in extras:
             raise ValueError("a student of two times, whose network is no denoiser to start from")
-        if lacking := sorted(set(self.extras) - set(extras)):
-            raise ValueError(f"a student with the further input {lacking[0]}, which this training does not pass on")
+        check_passed_on(self.extras, extras)
         return self.denoiser
 
     def instant(self) -> Denoiser:
@@ -202,26 +204,17 @@ class AtItself(View):
         return self.inner.affine(x, t, cond, s=self.label(t, x), **extras)
 
 
-class EDMConsistency(FlowMap):
-    """The consistency function of Song et al. 2023 (eq. 5 and appendix C) on the EDM schedule::
+class Consistency(FlowMap):
+    """A consistency function: it jumps to the data, ``t_min`` of its schedule, only.
 
-        f(x, t) = c_skip(t) x + c_out(t) F(c_in x, time(t)),   eps = t_min
-        c_skip = sd^2 / ((t - eps)^2 + sd^2),  c_out = sd (t - eps) / sqrt(t^2 + sd^2)
-
-    with the ``F`` of EDM's preconditioning, ``D = sd^2 / (t^2 + sd^2) x + sd t / sqrt(t^2 + sd^2) F``.  Eliminating
-    ``F`` writes it for any denoiser: ``f = c_skip x + (1 - eps / t) (D - sd^2 / (t^2 + sd^2) x)``, so it starts as
-    the teacher's denoiser where ``t >> eps``.  A jump to another time than ``t_min`` is not defined: ValueError.
+    ValueError for another target time.
     """
 
     only_to_data = True
 
-    def __init__(
-        self, denoiser: Denoiser, sigma_data: float = 0.5, extras: Mapping[str, Input] = MappingProxyType({})
-    ) -> None:
-        if not isinstance(denoiser.schedule, EDM):
-            raise TypeError(f"EDMConsistency is written on EDM, the denoiser is on {type(denoiser.schedule).__name__}")
+    def __init__(self, denoiser: Denoiser, sigma_data: float, extras: Mapping[str, Input]) -> None:
         if not sigma_data > 0:
-            raise ValueError(f"EDMConsistency: sigma_data={sigma_data} must be positive")
+            raise ValueError(f"{type(self).__name__}: sigma_data={sigma_data} must be positive")
         super().__init__(denoiser.schedule, denoiser.shape, denoiser.classes, extras)
         self.denoiser = denoiser
         self.sigma_data = sigma_data
@@ -230,14 +223,40 @@ class EDMConsistency(FlowMap):
     def null(self) -> Cond:
         return self.denoiser.null
 
+    @abstractmethod
+    def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor: ...
+
     def forward(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         time, target = as_time(t, x), as_time(s, x)
         if bool((target != self.schedule.t_min).any()):
-            raise ValueError(f"an EDM consistency function jumps to t_min={self.schedule.t_min} only")
+            raise ValueError(f"a {type(self).__name__} jumps to t_min={self.schedule.t_min} only")
         return self.to_data(x, time, cond, **extras)
 
     def teacher(self) -> Denoiser:
+        return self.start(())
+
+    def start(self, extras: tuple[str, ...]) -> Denoiser:
+        check_passed_on(self.extras, extras)
         return self.denoiser
+
+
+class EDMConsistency(Consistency):
+    """The consistency function of Song et al. 2023 (eq. 5 and appendix C) on the EDM schedule::
+
+        f(x, t) = c_skip(t) x + c_out(t) F(c_in x, time(t)),   eps = t_min
+        c_skip = sd^2 / ((t - eps)^2 + sd^2),  c_out = sd (t - eps) / sqrt(t^2 + sd^2)
+
+    with the ``F`` of EDM's preconditioning, ``D = sd^2 / (t^2 + sd^2) x + sd t / sqrt(t^2 + sd^2) F``.  Eliminating
+    ``F`` writes it for any denoiser: ``f = c_skip x + (1 - eps / t) (D - sd^2 / (t^2 + sd^2) x)``, so it starts as
+    the teacher's denoiser where ``t >> eps``.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, sigma_data: float = 0.5, extras: Mapping[str, Input] = MappingProxyType({})
+    ) -> None:
+        if not isinstance(denoiser.schedule, EDM):
+            raise TypeError(f"EDMConsistency is written on EDM, the denoiser is on {type(denoiser.schedule).__name__}")
+        super().__init__(denoiser, sigma_data, extras)
 
     def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         time, variance, eps = as_time(t, x), self.sigma_data**2, self.schedule.t_min
@@ -247,3 +266,40 @@ class EDMConsistency(FlowMap):
         x0 = self.denoiser(x, time, cond, **extras)
         check_prediction(x0, x)
         return align(rest, x) * x + align(out, x) * x0
+
+
+class LatentConsistency(Consistency):
+    """The consistency function of Luo et al. 2023 on any schedule::
+
+        f(x, t) = c_skip x + c_out D(x, t),   c_skip = sd^2 / (k^2 + sd^2),  c_out = k / sqrt(k^2 + sd^2)
+
+    with ``k = time_scale n`` and ``n`` the step of the table at ``t``, in thousandths of the family's own index where
+    there is no table.  It is ``x`` at ``t_min`` and ``D`` to six digits from ``n = 20`` on, at the paper's
+    ``time_scale`` of 10.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sigma_data: float = 0.5,
+        time_scale: float = 10.0,
+        extras: Mapping[str, Input] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(denoiser, sigma_data, extras)
+        if not time_scale > 0:
+            raise ValueError(f"LatentConsistency: time_scale={time_scale} must be positive")
+        self.time_scale = time_scale
+
+    def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        time = as_time(t, x)
+        scaled, variance = self.time_scale * own_index(self.schedule, time), self.sigma_data**2
+        x0 = self.denoiser(x, time, cond, **extras)
+        check_prediction(x0, x)
+        skip, out = variance / (scaled**2 + variance), scaled / (scaled**2 + variance).sqrt()
+        return align(skip, x) * x + align(out, x) * x0
+
+
+def check_passed_on(taken: Mapping[str, Input], extras: tuple[str, ...]) -> None:
+    """ValueError for a further input of a student that a training which passes on ``extras`` would leave out."""
+    if lacking := sorted(set(taken) - set(extras)):
+        raise ValueError(f"a student with the further input {lacking[0]}, which this training does not pass on")

@@ -260,6 +260,7 @@ class RoutedFlowMap(FlowMap):
         self.router = router
         self.two_times = all(expert.two_times for expert in experts)
         self.only_to_data = any(expert.only_to_data for expert in experts)
+        self.calls_to_begin = max(expert.calls_to_begin for expert in experts)
 
     @property
     def null(self) -> Cond:

@@ -1,7 +1,9 @@
 """Rollouts that are entered, left, looked at, recomputed and inverted: one path, whichever way it is walked."""
 
 import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,8 +36,9 @@ class Counting(MLP):
 
 
 def student(width: int = 16, blocks: int = 1) -> Jump:
-    net = Counting((2,), width=width, blocks=blocks)
-    nn.init.normal_(net.leave.weight, std=0.3)
+    net, chance = Counting((2,), width=width, blocks=blocks), torch.Generator().manual_seed(0)
+    for weights in net.parameters():
+        nn.init.normal_(weights, std=0.3, generator=chance)
     return Jump(NetworkDenoiser(net.double(), FlowMatching(), Velocity(), (2,)))
 
 
@@ -400,3 +403,13 @@ class Beginning(Jump):
 
     def begin(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Mapping[str, Tensor]:
         return {"v": x}
+
+
+def test_the_page_shows_what_it_says() -> None:
+    """The example of the page on flow maps: what its comments call zero is zero."""
+    page = (Path(__file__).parents[2] / "docs" / "ideas" / "flow-maps.md").read_text()
+    (example,) = re.findall(r"## Rollouts\n.*?```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    zeros = re.findall(r"^print\((.*)\)  #.*zero$", example, re.MULTILINE)
+    assert len(zeros) == 2 and all(float(eval(zero, names).abs().max()) < 1e-12 for zero in zeros)

@@ -17,7 +17,9 @@ from fewstep.sampling.editing import (
 from fewstep.sampling.encoding import encode, style_transfer
 from fewstep.sampling.engine import FieldTable, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
+from fewstep.sampling.inversion import inpaint_by_inversion, reconstruct
 from fewstep.sampling.learned import LearnedSolver, folded
+from fewstep.sampling.likelihood import Likelihood, log_likelihood
 from fewstep.sampling.named import SOLVERS
 from fewstep.sampling.rollout import Call, Plan, Student, greedy_times, log_prob, rollout
 from fewstep.sampling.rows import FieldRow, Row
@@ -77,6 +79,7 @@ __all__ = [
     "Inpainting",
     "LearnedSolver",
     "Levels",
+    "Likelihood",
     "LinearMeasurement",
     "Multistep",
     "Plan",
@@ -100,8 +103,11 @@ __all__ = [
     "ending_clean",
     "folded",
     "greedy_times",
+    "inpaint_by_inversion",
+    "log_likelihood",
     "log_prob",
     "measured",
+    "reconstruct",
     "rollout",
     "run",
     "sample",

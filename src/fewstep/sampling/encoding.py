@@ -16,14 +16,22 @@ from fewstep.sampling.rollout import Plan, Student, rollout
 from fewstep.schedules import Schedule, align
 
 
-def encode(flow_map: FlowMap, x: Tensor, plan: Plan, cond: Cond = None, **extras: Any) -> Tensor:
+def encode(
+    flow_map: FlowMap,
+    x: Tensor,
+    plan: Plan,
+    cond: Cond = None,
+    *,
+    begun: Mapping[str, Tensor] | None = None,
+    **extras: Any,
+) -> Tensor:
     """The standard normal noise from which a rollout along ``plan`` makes the data ``x`` ``[B, ...]``; one call a time
     of the plan, from the cleanest up.
 
     ``flow_map`` must know jumps to noisier times: exact flow maps do, and students trained on them; any
     :class:`~fewstep.flow_maps.Jump` of a denoiser makes the DDIM inversion, with the error of its steps.  What a map
-    begins with (:meth:`FlowMap.begin <fewstep.flow_maps.FlowMap.begin>`) is found from ``x``.  ``extras`` set further
-    inputs.  Rolled out under another condition, the noise of one picture gives its like there.
+    begins with (:meth:`FlowMap.begin <fewstep.flow_maps.FlowMap.begin>`) is found from ``x``, unless ``begun`` says it.
+    ``extras`` set further inputs.  Rolled out under another condition, the noise of one picture gives its like there.
 
     ValueError for a plan that re-noises, which would not come back to ``x``, and for a map that jumps to data only.
     """
@@ -34,7 +42,7 @@ def encode(flow_map: FlowMap, x: Tensor, plan: Plan, cond: Cond = None, **extras
         )
     inputs = {
         **flow_map.inputs(x, {**plan.extras, **extras}),
-        **flow_map.begin(x, schedule.t_min, cond),
+        **(flow_map.begin(x, schedule.t_min, cond) if begun is None else begun),
     }
     for t, s in pairwise((schedule.t_min, *reversed(plan.times))):
         moved = flow_map.jump_up(x, t, s, cond, **inputs)
@@ -73,5 +81,6 @@ def style_transfer(
         raise ValueError("style transfer needs a decoder with a deterministic plan: all plans of this one re-noise")
     with evaluating(encoder), evaluating(decoder):
         conds = [given_conditions(s.flow_map, y, c) for s, c in ((encoder, source), (decoder, target))]
-        noise = encode(encoder.flow_map, y, next(iter(encoder.plans.values())), conds[0], **(encoding or {}))
+        told: dict[str, Any] = dict(encoding or {})
+        noise = encode(encoder.flow_map, y, next(iter(encoder.plans.values())), conds[0], **told)
         return rollout(decoder.flow_map, noise.to(y), plan, conds[1], extras=extras)

@@ -309,10 +309,14 @@ class Student(nn.Module):
     ) -> Tensor:
         """Data from standard normal ``noise`` in ``steps`` calls (default: the fewest); ``extras`` are those of
         :meth:`sample`."""
+        return rollout(self.flow_map, noise, self.plan(steps), cond, rng, extras=extras)
+
+    def plan(self, steps: int | None = None) -> Plan:
+        """The plan for ``steps`` calls (default: the fewest); ValueError where there is none."""
         steps = next(iter(self.plans)) if steps is None else whole("steps", steps)
         if steps not in self.plans:
             raise ValueError(f"steps={steps}: this student has plans for {sorted(self.plans)} steps")
-        return rollout(self.flow_map, noise, self.plans[steps], cond, rng, extras=extras)
+        return self.plans[steps]
 
     @torch.no_grad()
     def sample(

@@ -35,7 +35,6 @@ from fewstep.guidance import Guided
 from fewstep.methods.flow_maps.progressive import (
     Step,
     Weighting,
-    check_tells_data,
     halved,
     halving_loss,
     halvings,
@@ -43,6 +42,7 @@ from fewstep.methods.flow_maps.progressive import (
 )
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
 from fewstep.methods.parts.identities import regression, towards
+from fewstep.methods.parts.teacher_steps import check_tells_data
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, NonNegative, Positive
 from fewstep.sampling.rollout import Plan, Student

@@ -22,18 +22,15 @@ from torch import Tensor, nn
 
 from fewstep import grids
 from fewstep.conditions import Cond
-from fewstep.denoisers import Denoiser, networks_in
 from fewstep.flow_maps import FlowMap, Jump
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
 from fewstep.methods.parts.identities import regression, semigroup, towards
-from fewstep.methods.parts.teacher_steps import guided
+from fewstep.methods.parts.teacher_steps import check_tells_data, guided
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, NonNegative
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule
 
-#: Beyond this a number of the network has no digit left in float32.
-MOST = 1e6
 Weighting = Literal["snr-trunc", "snr+1", "constant"]
 #: Three times of a step, ``[B]`` each: where it starts, its middle, where it ends.
 Step = tuple[Tensor, Tensor, Tensor]
@@ -50,20 +47,6 @@ def halving_loss(
     target = semigroup(teacher, z_t, *step, cond, second=teacher, clean=True, **extras)
     f = student.mean_velocity(z_t, t, s, cond, **extras)
     return regression(f, towards(f, target), weight=weight(student.schedule, t, kind))
-
-
-def check_tells_data(teacher: Denoiser) -> None:
-    """ValueError for a teacher whose data prediction magnifies what its network says more than ``MOST`` times at the
-    noisiest time: a prediction of the noise where alpha vanishes."""
-    t = torch.tensor(teacher.schedule.t_max, dtype=torch.float64)
-    for inner in networks_in(teacher):
-        own = inner.schedule.time_at(teacher.schedule.log_snr(t))
-        _, factor, _ = inner.prediction.coefficients(inner.schedule, own)
-        if not float(factor.abs()) <= MOST:
-            raise ValueError(
-                f"the teacher does not tell the data at t = {float(t):g}, where there is only noise: steps "
-                "from there need one that predicts velocity, v or the data"
-            )
 
 
 def weight(schedule: Schedule, t: Tensor, kind: Weighting) -> Tensor:

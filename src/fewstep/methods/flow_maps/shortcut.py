@@ -30,10 +30,9 @@ from fewstep.extras import Input
 from fewstep.flow_maps import FlowMap, Jump
 from fewstep.guidance import Guided
 from fewstep.methods.consistency.cm import follow
-from fewstep.methods.flow_maps.progressive import check_tells_data
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.identities import composed, regression, towards
-from fewstep.methods.parts.teacher_steps import guided
+from fewstep.methods.parts.teacher_steps import check_tells_data, guided
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student

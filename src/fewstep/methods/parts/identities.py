@@ -60,13 +60,14 @@ def eulerian(
     ``x`` are states ``[B, ...]`` at times ``t`` ``[B]`` with the velocities ``v``; ``s`` ``[B]`` are the target times.
     ``r`` in [0, 1] is the warm-up of the part that can explode: at 0 the direction is that of velocity matching.
     ``scale`` ``[B]`` multiplies all of it, the tangents before the derivative is taken, so that nothing large is
-    computed where it is small (sCM takes ``cos t``).  Dropout masks are those that the next call will draw.
+    computed where it is small (sCM takes ``cos t``).  Dropout masks are those that the next call will draw, and
+    autocast is off: times and norms are in float32 at least.
     """
     schedule = flow_map.schedule
     (keep, go), (d_keep, d_go) = slopes(schedule, t, s, move_start=True)
     factor = torch.ones_like(t) if scale is None else scale
     small = factor * go
-    with repeated_draws(x.device):
+    with repeated_draws(x.device), torch.autocast(x.device.type, enabled=False):
         f, j = engine(
             lambda x_, t_: flow_map.mean_velocity(x_, t_, s, cond, **extras), x, t, align(small, x) * v, small
         )
@@ -91,7 +92,7 @@ def lagrangian(
     own ``x_s``; the teacher is on the schedule of the map.  Arguments as in :func:`eulerian`."""
     schedule = flow_map.schedule
     (keep, go), (d_keep, d_go) = slopes(schedule, t, s, move_start=False)
-    with repeated_draws(x.device):
+    with repeated_draws(x.device), torch.autocast(x.device.type, enabled=False):
         f, j = engine(lambda x_, s_: flow_map.mean_velocity(x_, t, s_, cond, **extras), x, s, torch.zeros_like(x), go)
     end = align(keep, x) * x + align(go, x) * f
     u = teacher.velocity(end, s, cond)
@@ -205,12 +206,13 @@ def regression(
 ) -> Tensor:
     """``w ||F - sg(F^- - g)||^2 / d`` a sample ``[B]``: its gradient moves ``F`` against ``g``.
 
-    ``f`` is the student's mean velocity with a graph, equal to ``direction.F``.  With ``c`` the direction is normalised
-    (:func:`normalize`); ``weight`` ``[B]`` multiplies; a ``log_weight`` ``[B]`` that is learned (:class:`TimeWeight`)
-    multiplies by its exponential and is subtracted: ``e^w (...) - w``.
+    ``f`` is the student's mean velocity with a graph; its own value stands for ``F^-``, so that a pass in half
+    precision and a tangent in float32 may differ.  With ``c`` the direction is normalised (:func:`normalize`);
+    ``weight`` ``[B]`` multiplies; a ``log_weight`` ``[B]`` that is learned (:class:`TimeWeight`) multiplies by its
+    exponential and is subtracted: ``e^w (...) - w``.
     """
     g = direction.g if c is None else normalize(direction.g, c)
-    error = (f - direction.F + g).square().flatten(1).mean(1)
+    error = (f - f.detach() + g).square().flatten(1).mean(1)
     if weight is not None:
         error = weight.to(error) * error
     return error if log_weight is None else log_weight.exp() * error - log_weight
