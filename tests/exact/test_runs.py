@@ -163,7 +163,7 @@ def test_the_ladder_goes_on_from_the_small_student() -> None:
     class Watched(ProgressiveDistillation):
         def networks(self, start: Start) -> Networks:
             nets = super().networks(start)
-            seen.append(tuple(m.net.config["width"] for m in (nets.student.denoiser, nets.teacher)))  # type: ignore[arg-type]
+            seen.append(tuple(m.net.config["width"] for m in (nets.student.denoiser, nets.teacher.denoiser)))  # type: ignore[arg-type]
             if len(seen) == 2:
                 assert torch.equal(weights(nets.student), weights(nets.teacher))
             return nets
