@@ -1,6 +1,7 @@
 """How good few-step students become in a given time, beside their teacher, over several seeds.
 
     python benchmarks/quality.py --data digits --budget 60s --out results.json
+    python benchmarks/quality.py --defaults --methods scm ctm mean-flow --budget 40s --out family.json
     python benchmarks/quality.py --data fashion --methods cm dmd2 --seeds 0 1 2 --budget 3min --out fashion.json
 
 Every method trains from the same teacher with every seed; students are measured at all their numbers of steps, the
@@ -69,7 +70,7 @@ SETUPS: dict[str, dict[str, tuple[Recipe, int]]] = {
 }
 SOLVER = "unipc"
 FULL_STEPS = 16
-FEW_STEPS = (1, 2, 4)
+FEW_STEPS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def main() -> None:
             measure(teacher, key, "teacher", seed, (0.0, 0))
     for seed in chosen.seeds:
         for method in chosen.methods:
-            recipe, batch = setup(method, train.name)
+            recipe, batch = setup(method, "" if chosen.defaults else train.name)
             key = f"{recipe!r} batch={batch} {chosen.budget} {where} seed={seed}"
             if key in finished:
                 print(f"{method}, seed {seed}: done before")
@@ -128,7 +129,7 @@ def main() -> None:
             print(f"{method}, seed {seed}: {chosen.budget}")
             # the whole key names the folder: a run with other settings must not take up this one's checkpoint
             folder = chosen.runs / train.name / f"{method}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
-            settings = Settings(Budget.parse(chosen.budget), batch=batch, seed=seed)
+            settings = Settings(Budget.parse(chosen.budget), batch=batch, seed=seed, precision=chosen.precision)
             result = run_recipe(recipe, teacher, train, settings, folder)
             native.save(result.model, folder / "model", {"method": method, "teacher": name, "data": train.name})
             measure(result.model, key, method, seed, (result.seconds, result.steps))
@@ -143,6 +144,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", help="a model or run folder (default: the bundled teacher of the data)")
     parser.add_argument("--features", help="default: the classifier of digits and fashion, else pixels")
     parser.add_argument("--methods", nargs="+", default=["cm", "scm", "dmd2", "instaflow", "pd"], choices=RECIPES)
+    parser.add_argument("--defaults", action="store_true", help="every method as it is out of the box, batch 64")
+    parser.add_argument("--precision", default="auto", help="auto (default), fp32 or bf16")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", default="60s", help="of every run: 60s, 2min, 500steps")
     parser.add_argument("--n", type=int, default=1000, help="samples of each model (default 1000)")
