@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ class Reader(nn.Module, TakesInputs):
 
     def __init__(self, net: MLP) -> None:
         super().__init__()
-        self.net = net
+        self.net: Any = net
         self.feature_shape = net.feature_shape
 
     def labels(self, cond: Cond) -> Tensor | None:
