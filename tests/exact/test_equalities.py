@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, NetworkDenoiser
-from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.exact import ExactFlowMap, Gaussian
+from fewstep.guidance import Guided
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
+from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
 from fewstep.methods.method import Batch, Method, Progress, alone
 from fewstep.methods.parts.identities import eulerian
+from fewstep.methods.parts.teacher_steps import guided_by_choice
+from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
@@ -117,6 +122,49 @@ def scm() -> Pairs:
         paper = -(cos**2) * (f - v) - r * cos * sin * (x + slope)
         yield f"r = {r}", eulerian(nets.student, x, t, 0 * t, v, r=r, scale=t.cos()).g, -paper
         yield f"not another r than {r}", eulerian(nets.student, x, t, 0 * t, v, r=r / 2, scale=t.cos()).g, -paper
+
+
+@row("TBCM", "the velocity kept with a state is the teacher's there, under the guidance drawn")
+def tbcm_velocity() -> Pairs:
+    method = TBCM(sigma_data=0.7)
+    nets = method.networks(Start(teacher()))
+    n, rng = 8, Rng(3, "equalities")
+    guided, w = guided_by_choice(nets.teacher, method.guidances, n, rng)
+    times = jittered_times(nets.teacher.schedule, method.route, method.shift, n, rng)
+    cond = torch.arange(n) % CLASSES
+    for i, (x, t, v) in enumerate(zip(*walk(guided, batch(n).x, times, cond), strict=True)):
+        yield f"state {i}", v, Guided(nets.teacher, w).velocity(x, t, cond)
+        yield f"not without guidance {i}", v, nets.teacher.velocity(x, t, cond)
+
+
+@row("TBCM on noised data", "there its update is sCM's", 1e-12)
+def tbcm_update() -> Pairs:
+    scm_method, given, r = ContinuousConsistencyDistillation(sigma_data=0.7), batch(), 0.6
+    expected = gradients_of(scm_method, teacher(), given, Progress(fraction=r * scm_method.tangent_warmup))
+    nets = TBCM(sigma_data=0.7, guidances=(1.0,)).networks(Start(teacher()))
+    moved(nets, "student")
+    rng = batch().rng
+    t = LogNormal(scm_method.noise_mean, scm_method.noise_std).draw(nets.student.schedule, given.n, rng)
+    x = nets.student.schedule.add_noise(given.x, rng.normal_like(given.x), t)
+    for name, c in (("", 0.1), ("not ", 1.0)):
+        update = tangent_update(nets, x, t, nets.teacher.velocity(x, t, given.cond), given.cond, r=r, c=c)
+        for key, p in nets.student.named_parameters():
+            (slope,) = torch.autograd.grad(update.loss, p, retain_graph=True, allow_unused=True)
+            if slope is not None:
+                yield f"{name}{key}, c = {c}", slope, expected[f"student.{key}"]
+
+
+@row("TBCM on a whitened Gaussian", "the solution is sCM's, -tan(t / 2) x, at which the tangent is 0", 1e-12)
+def tbcm_solution() -> Pairs:
+    schedule = TrigFlow(sigma_data=0.7)
+    world = Gaussian(schedule, torch.zeros(SHAPE, dtype=torch.float64), 0.49)
+    times = jittered_times(schedule, 16, 2.5, 8, Rng(0))
+    x, t, v = (part[1:].flatten(0, 1) for part in walk(world, schedule.prior(batch().x), times))
+    zero = torch.zeros_like(t)
+    student = ExactFlowMap(world)
+    yield "solution", student.mean_velocity(x, t, zero), -(t / 2).tan()[:, None] * x
+    yield "tangent", x + eulerian(student, x, t, zero, v, scale=t.cos()).g, x
+    yield "not another velocity", x + eulerian(student, x, t, zero, v + x, scale=t.cos()).g, x
 
 
 # The test, after all rows

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
 from fewstep.networks import MLP
+from fewstep.networks.inputs import TakesInputs
 from fewstep.predictions import TrigPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.sampling import Student
@@ -27,13 +30,20 @@ OTHERS = {"discrete-denoising", "score-entropy", "lsd", "lsd-plus", "lowdiff", "
 METHODS = [name for name in RECIPES if name not in OTHERS]
 
 
-class Reader(nn.Module):
+class Reader(nn.Module, TakesInputs):
     """A text network: prompts ``[B, 1, classes]`` with a mask in place of labels."""
 
-    def __init__(self, net: MLP) -> None:
+    def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
         self.feature_shape = net.feature_shape
+
+    @property
+    def extra_inputs(self) -> tuple[str, ...]:
+        return self.net.extra_inputs
+
+    def widened(self, spans: Mapping[str, float], beside: int) -> Reader:
+        return Reader(self.net.widened(spans, beside))
 
     def labels(self, cond: Cond) -> Tensor | None:
         if cond is None:
@@ -41,8 +51,8 @@ class Reader(nn.Module):
         assert isinstance(cond, dict)
         return torch.where(cond["mask"][:, 0], cond["prompt_embeds"][:, 0].argmax(1), -1)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        return self.net(x, t, self.labels(cond))
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Tensor:
+        return self.net(x, t, self.labels(cond), **extras)
 
     def features(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         return self.net.features(x, t, self.labels(cond))

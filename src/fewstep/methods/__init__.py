@@ -26,6 +26,7 @@ RECIPES: dict[str, str] = {
     "ict": "fewstep.methods.consistency.ict:ImprovedConsistencyTraining",
     "scm": "fewstep.methods.consistency.scm:ContinuousConsistencyDistillation",
     "scm-training": "fewstep.methods.consistency.scm:ContinuousConsistencyTraining",
+    "tbcm": "fewstep.methods.consistency.tbcm:TBCM",
     "dmd": "fewstep.methods.matching.dmd:DMD",
     "dmd2": "fewstep.methods.matching.dmd2:DMD2",
     "diff-instruct": "fewstep.methods.matching.diff_instruct:DiffInstruct",
