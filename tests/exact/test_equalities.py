@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.exact import ExactFlowMap, Gaussian
+from fewstep.flow_maps import Jump
 from fewstep.guidance import Guided
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
+from fewstep.methods.flow_maps.mdt_dist import MDTDist, slope_engine, velocity_matching
 from fewstep.methods.method import Batch, Method, Progress, alone
 from fewstep.methods.parts.identities import eulerian
 from fewstep.methods.parts.teacher_steps import guided_by_choice
@@ -28,7 +30,7 @@ from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
-from fewstep.schedules import Schedule, TrigFlow
+from fewstep.schedules import FlowMatching, Schedule, TrigFlow
 
 SHAPE, CLASSES = (3,), 2
 #: Pairs by name: what must agree, and under a name that begins with "not " what must not.
@@ -165,6 +167,36 @@ def tbcm_solution() -> Pairs:
     yield "solution", student.mean_velocity(x, t, zero), -(t / 2).tan()[:, None] * x
     yield "tangent", x + eulerian(student, x, t, zero, v, scale=t.cos()).g, x
     yield "not another velocity", x + eulerian(student, x, t, zero, v + x, scale=t.cos()).g, x
+
+
+# Flow maps
+
+
+@row("MDT-dist", "velocity matching is the Eulerian direction at s = 0, which Align Your Flow's has there")
+def mdt_dist() -> Pairs:
+    start = Start(teacher(FlowMatching()))
+    one_time = MDTDist().networks(start).student
+    two_times = Jump(start.network("student", extras=("s",), on=FlowMatching()), two_times=True)  # s at zero
+    x, t = batch().x, torch.linspace(0.1, 0.95, 8, dtype=torch.float64)
+    v = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    engine = slope_engine(0.0, False)
+    found = velocity_matching(one_time, x, t, v, None, engine)[1].g
+    yield "s = 0", found, eulerian(two_times, x, t, 0 * t, v).g
+    yield "not s = t / 2", found, eulerian(two_times, x, t, t / 2, v).g
+    yield "not with a normalised slope", found, velocity_matching(one_time, x, t, v, None, slope_engine(0.0, True))[1].g
+
+
+@row("MDT-dist, in time", "velocity matching is the limit of consistency between neighbours", 1e-5)
+def mdt_dist_in_time() -> Pairs:
+    student = MDTDist().networks(Start(teacher(FlowMatching()))).student
+    x, t = batch().x, torch.linspace(0.1, 0.95, 8, dtype=torch.float64)
+    v = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    g = velocity_matching(student, x, t, v, None, slope_engine(0.0, False))[1].g
+    step = 1e-6
+    with torch.no_grad():
+        slope = (student.to_data(x, t) - student.to_data(x - step * v, t - step)) / step
+    yield "minus the slope of the consistency function", g, -slope
+    yield "not along another velocity", g + v, -slope
 
 
 # The test, after all rows

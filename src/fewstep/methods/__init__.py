@@ -34,6 +34,7 @@ RECIPES: dict[str, str] = {
     "sim": "fewstep.methods.matching.sim:SIM",
     "reflow": "fewstep.methods.flow_maps.rectified_flow:Reflow",
     "instaflow": "fewstep.methods.flow_maps.rectified_flow:InstaFlow",
+    "mdt-dist": "fewstep.methods.flow_maps.mdt_dist:MDTDist",
     "pd": "fewstep.methods.flow_maps.progressive:ProgressiveLadder",
     "pd-halving": "fewstep.methods.flow_maps.progressive:ProgressiveDistillation",
 }
