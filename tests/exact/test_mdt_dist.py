@@ -31,8 +31,8 @@ FLOW = FlowMatching()
 EXACT = slope_engine(0.0, False)
 PUBLISHED: dict[str, Any] = {
     # Zanue/MDT-dist, src/trellis/trainers/flow_matching/flow_matching_mdt.py and src/configs/*.json (structure)
-    "lr": 4e-8, "guidances": (41.0,), "gap": 0.01, "slope_norm": True, "time_mean": 1.0, "time_std": 1.0,
-    "steps": (1, 2),
+    "lr": 4e-8, "guidances": (41.0,), "gap": 0.01, "slope_norm": True, "c": 0.0, "tangent_warmup": 0.0,
+    "time_mean": 1.0, "time_std": 1.0, "steps": (1, 2),
     "optimizer": {
         "kind": "adamw", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "clip": "adaptive", "warmup": ...,
         "decay": "constant",
@@ -110,6 +110,25 @@ def test_a_normalised_derivative_moves_the_fixed_point_away() -> None:
     assert left(EXACT) < 1e-12
     assert 0.9 * gap < left(slope_engine(0.0, True)) < gap
     assert not MDTDist().slope_norm
+
+
+def test_normalising_the_whole_direction_keeps_the_fixed_point_and_the_warm_up_begins_at_the_teacher() -> None:
+    """With ``c`` the loss is 0 at the exact phi and of size 1 elsewhere; at r = 0 the teacher is the solution."""
+    x, t = states()
+    v = world().velocity(x, t)
+    at_phi, _ = velocity_matching(ExactFlowMap(world()), x, t, v, None, EXACT, c=0.1)
+    assert float(at_phi.abs().max()) < 1e-20
+    away, direction = velocity_matching(Jump(network(None)), x, t, v, None, EXACT, c=0.1)
+    size = direction.g.norm(dim=1)
+    torch.testing.assert_close(3 * away, (size / (size + 0.1)).square())
+    teacher = Jump(network(None))
+    for r, zero in ((0.0, True), (0.5, False)):
+        left = velocity_matching(teacher, x, t, teacher.denoiser.velocity(x, t), None, EXACT, r=r)[1].g
+        assert (float(left.detach().abs().max()) < 1e-12) == zero
+    nets = MDTDist().networks(Start(network(None)))
+    for fraction, r in ((0.0, 0.0), (0.25, 0.5), (0.9, 1.0)):
+        (update,) = MDTDist().updates(nets, Batch(x, None, Rng(0)), Progress(fraction=fraction))
+        assert update.logs["warmup"] == r
 
 
 def test_the_difference_is_along_the_path_and_sees_one_dropout_mask() -> None:
