@@ -89,8 +89,7 @@ def main() -> None:
         api.distill(fresh, FlowMatchingTraining(), data, chosen.teacher_budget, folder=chosen.teacher, **common)
     teacher = api.load(str(chosen.teacher))
     if not (chosen.student / "model").is_dir():
-        recipe = MDTDist(lr=2e-4)
-        api.distill(teacher, recipe, "shapes3d", chosen.budget, folder=chosen.student, **common)
+        api.distill(teacher, MDTDist(), "shapes3d", chosen.budget, folder=chosen.student, **common)
     student = api.load(str(chosen.student))
 
     real, labels = data.read(slice(None)), torch.arange(chosen.n) % data.classes
