@@ -31,6 +31,7 @@ docs: $(VENV)/docs
 bench: $(VENV)/test
 	$(BIN)/python benchmarks/speed_samplers.py
 	$(BIN)/python benchmarks/speed_training.py
+	$(BIN)/python benchmarks/speed_passes.py
 	$(BIN)/python benchmarks/speed_fixed.py
 
 ## Error against calls for every solver: tables and pictures in site/solvers (about three minutes).

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.constant_acceleration import ConstantAcceleration
 from fewstep.denoisers import NetworkDenoiser, OnSchedule
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
@@ -16,7 +17,7 @@ from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan as DiscretePlan
 from fewstep.exact import Gaussian
 from fewstep.exact.world import ExactFlowMap
-from fewstep.flow_maps import EDMConsistency, Jump
+from fewstep.flow_maps import EDMConsistency, Jump, LatentConsistency
 from fewstep.models.denoisers import (
     AnyDenoiser,
     NetworkModel,
@@ -29,8 +30,10 @@ from fewstep.models.model import Model
 from fewstep.models.staged import CascadedModel, DPMOTModel, SeparateCascadeModel
 from fewstep.models.students import (
     AnyFlowMap,
+    ConstantAccelerationModel,
     EDMConsistencyModel,
     JumpModel,
+    LatentConsistencyModel,
     RoutedFlowMapModel,
     StudentModel,
 )
@@ -83,6 +86,10 @@ def second_network() -> NetworkDenoiser:
     return NetworkDenoiser(net, TrigFlow(t_max=1.5, sigma_data=0.75), TrigPrediction(sigma_data=0.75), SHAPE, 10)
 
 
+def accelerated() -> ConstantAcceleration:
+    return ConstantAcceleration(network(), network(second=1), 1.2)
+
+
 def routed_by_class() -> RoutedFlowMap:
     return RoutedFlowMap([Jump(network()), Jump(second_network())], ByClass.even(10, 2))
 
@@ -132,6 +139,8 @@ MAKERS: dict[type[Model], Callable[[], Any]] = {
     StudentModel: student,
     JumpModel: lambda: Jump(network()),
     EDMConsistencyModel: lambda: EDMConsistency(on_edm()),
+    ConstantAccelerationModel: accelerated,
+    LatentConsistencyModel: lambda: LatentConsistency(network()),
     RoutedFlowMapModel: routed_by_class,
     AnyFlowMap: lambda: ExactFlowMap(exact()),
     NetworkModel: network,

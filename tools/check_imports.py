@@ -14,7 +14,8 @@ from pathlib import Path
 
 IDEAS = {
     "files", "digests", "schemas", "conditions", "schedules", "discrete_vp", "grids", "predictions", "denoisers",
-    "guidance", "extras", "flow_maps", "routing", "generators", "tangents", "randomness", "ranges", "values", "exact",
+    "guidance", "extras", "flow_maps", "constant_acceleration", "routing", "generators", "tangents", "randomness",
+    "ranges", "values", "exact",
 }  # fmt: skip
 BELOW_METHODS = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}
@@ -24,7 +25,8 @@ BELOW_TRAINING = BELOW_METHODS | {"methods", "models", "hub"}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(IDEAS, IDEAS),
     "sampling": IDEAS,
-    "networks": IDEAS,
+    "networks": IDEAS - {"tangents"},
+    "tangents": IDEAS | {"networks"},  # attention with its rules
     "data": IDEAS,
     "discrete": IDEAS | {"sampling", "networks", "data"},
     "metrics": IDEAS | {"sampling", "networks", "data", "discrete"},

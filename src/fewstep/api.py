@@ -20,7 +20,7 @@ from fewstep.hub.models import locate as locate
 from fewstep.hub.models import pictures as pictures
 from fewstep.methods.method import Recipe
 from fewstep.methods.start import teacher_in
-from fewstep.runs.conditions import embed_of
+from fewstep.runs.conditions import NO_DATA, embed_of, without_data
 from fewstep.runs.course import run_recipe
 from fewstep.runs.record import Record, data_source, model_source, record_of
 from fewstep.sampling.rollout import Student
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from fewstep.report import Comparison
 
 
-def _data(data: str | Path | Samples | Items, teacher: Denoiser) -> Samples:
+def _data(data: str | Path | Samples | Items | None, teacher: Denoiser) -> Samples:
+    if data is None or data == NO_DATA:
+        return without_data(teacher)
     if isinstance(data, str | Path):
         return load_samples(data, captions=embed_of(teacher) is not None)
     if isinstance(data, Samples):
@@ -45,7 +47,7 @@ def _data(data: str | Path | Samples | Items, teacher: Denoiser) -> Samples:
 def distill(
     teacher: Denoiser | str,
     recipe: Recipe,
-    data: str | Path | Samples | Items,
+    data: str | Path | Samples | Items | None = None,
     budget: str | Budget = "2min",
     *,
     folder: str | Path | None = None,
@@ -59,6 +61,8 @@ def distill(
 ) -> Student | Denoiser:
     """Train ``recipe`` from ``teacher`` and give back what it made; the teacher stays as it is.
 
+    Without ``data`` (or with "none") a method that needs none draws noise, and classes in turn; a teacher of prompts
+    takes a list of them, or a text file.
     ``budget`` is steps, images or time ("500steps", "20k images", "2min").  With a ``folder`` the run is recorded there
     as ``fewstep distill`` records it, and the same call or command resumes it; a folder with another run is refused.
     ``student`` is where the student's weights start, a model of any architecture that makes the same samples;

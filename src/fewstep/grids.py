@@ -8,7 +8,9 @@ strictly decreasing, because a repeated level is a silent division by zero in ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -86,12 +88,16 @@ def uniform(schedule: Schedule, steps: int, end: float | None = None) -> Tensor:
 def even(schedule: Schedule, steps: int) -> Tensor:
     """Equal steps for students: of the schedule's own time where those are sensible (:attr:`Schedule.even`), else of
     TrigFlow's angle ``atan(2 sigma / alpha)``, which is EDM's grid seen on a circle."""
+    return _with_ends(even_time(schedule, _unit(steps)), schedule, None)
+
+
+def even_time(schedule: Schedule, u: Tensor) -> Tensor:
+    """The time at a share ``u`` in [0, 1] of the way along :func:`even` grids, from noise to data."""
     if schedule.even:
-        return uniform(schedule, steps)
+        first, last = _ends(schedule, None)
+        return first + u * (last - first)
     first, last = torch.atan(2 * reach(schedule, None))
-    return _with_ends(
-        schedule.time_at(-torch.log(torch.tan(first + _unit(steps) * (last - first)) / 2)), schedule, None
-    )
+    return schedule.time_at(-torch.log(torch.tan(first + u * (last - first)) / 2))
 
 
 def power(schedule: Schedule, steps: int, kappa: float = 2.0, end: float | None = None) -> Tensor:
@@ -177,6 +183,47 @@ def balanced(schedule: Schedule, steps: int, centre: float = 1.0, kappa: float =
     inner = schedule.time_at(-(centre * u / (1 - u)).log())
     ends = torch.tensor([schedule.t_max, schedule.data_time], dtype=torch.float64)
     return check_grid(torch.cat([ends[:1], inner, ends[1:]]))
+
+
+def last_index(schedule: Schedule) -> int:
+    """The last place of the index in which a teacher counts its times: that of its table, 1000 without one."""
+    return 1000 if schedule.table_length is None else schedule.table_length - 1
+
+
+def own_index(schedule: Schedule, t: Tensor) -> Tensor:
+    """The place of a time in the teacher's own index: the step of its table, or the thousandth of its range in the
+    family's own index (:meth:`~fewstep.schedules.Schedule.own_share`), 0 at ``t_min``."""
+    if schedule.table_length is not None:
+        return t
+    first, last = own_range(schedule)
+    return last_index(schedule) * (schedule.own_share(t) - first) / (last - first)
+
+
+def at_index(schedule: Schedule, n: Tensor) -> Tensor:
+    """The times at float64 places of :func:`own_index`, the ends of which are exactly those of the schedule."""
+    end = last_index(schedule)
+    first, last = own_range(schedule)
+    t = n if schedule.table_length is not None else schedule.own_time(first + n / end * (last - first))
+    return torch.where(n <= 0, schedule.t_min, torch.where(n >= end, schedule.t_max, t))
+
+
+def own_range(schedule: Schedule) -> tuple[float, float]:
+    """The shares of the family's own index at the two ends of a schedule."""
+    first, last = schedule.own_share(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
+    return first, last
+
+
+def skipping(schedule: Schedule, skip: int, edges: Tensor | None = None) -> Tensor:
+    """The falling times of a solver that takes ``skip`` steps of the :func:`own_index` at once: 999, 979, ..., 19, 0 of
+    a table of 1000, for 20 (Latent Consistency Models).
+
+    ``edges``, rising places in the index from 0 to its last, cut it into parts: the solver starts again at each.
+    """
+    cuts = [0.0, float(last_index(schedule))] if edges is None else edges.tolist()
+    # counted, because places that are a rounding error apart are one
+    counts = [math.ceil((high - low) / skip - 1e-6) for low, high in pairwise(cuts)]
+    places = [high - skip * torch.arange(n, dtype=torch.float64) for n, high in zip(counts, cuts[1:], strict=True)]
+    return check_grid(at_index(schedule, torch.cat([*reversed(places), torch.zeros(1, dtype=torch.float64)])))
 
 
 #: Grids by name: functions of a schedule and a number of steps, and of parameters with defaults.

@@ -128,6 +128,11 @@ class Autoguided(Guidance):
     def steered(self, plain: Tensor, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         return self.extrapolated(plain, self.bad(x, t, cond))
 
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        # of the velocities themselves, which lose nothing where there is little noise
+        plain = self.inner.velocity(x, t, cond, **extras)
+        return self.extrapolated(plain, self.bad.velocity(x, t, cond, **extras))
+
 
 class GuidanceInterval(View):
     """Guidance at noise levels ``low <= sigma / alpha <= high`` only (Kynkäänniemi et al. 2024, "Applying Guidance in a

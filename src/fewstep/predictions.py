@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar
 
 import torch
@@ -138,3 +138,62 @@ PREDICTIONS: dict[str, type[Prediction]] = {
     "edm": EDMPrediction,
     "trig": TrigPrediction,
 }
+
+
+@dataclass(frozen=True)
+class Retimed(Prediction):
+    """Another prediction, ``of`` by name, whose network is told TrigFlow's angle ``atan(rho / sigma_data)`` instead of
+    its own time: a logarithm or a count of steps changes fast, and continuous-time losses differentiate it.
+
+    ``sigma_data`` is that of the angle, and of the prediction where it has one.  A network that was trained with its
+    own time has to learn the angle first (:class:`~fewstep.methods.teachers.retime.Retime`).
+    """
+
+    of: Annotated[str, "name of the prediction"] = "v"
+    sigma_data: Annotated[Positive, "standard deviation of the data"] = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.of not in PREDICTIONS:
+            raise ValueError(f"Retimed: of='{self.of}' is unknown; choose from {', '.join(PREDICTIONS)}")
+
+    @property
+    def inner(self) -> Prediction:
+        """The prediction itself."""
+        return self.carried(PREDICTIONS[self.of])
+
+    def carried(self, cls: type[Prediction]) -> Prediction:
+        """A prediction of a class with what it shares with this one."""
+        own = {field.name for field in fields(cls)} & {"sigma_data"}
+        return cls(**dict.fromkeys(own, self.sigma_data))
+
+    @property
+    def portable(self) -> bool:  # type: ignore[override]
+        return PREDICTIONS[self.of].portable
+
+    @property
+    def noise(self) -> bool:  # type: ignore[override]
+        return PREDICTIONS[self.of].noise
+
+    @property
+    def data(self) -> bool:  # type: ignore[override]
+        return PREDICTIONS[self.of].data
+
+    def coefficients(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inner.coefficients(schedule, t)
+
+    def time(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return torch.atan2(schedule.sigma(t), schedule.alpha(t) * self.sigma_data) * self.time_scale
+
+
+def retimed(prediction: Prediction, sigma_data: float = 0.5) -> Prediction:
+    """A prediction whose network is told the angle; itself where it is already.  Its own ``sigma_data`` stays."""
+    name = next((name for name, cls in PREDICTIONS.items() if cls is type(prediction)), "trig")
+    if name == "trig":
+        return prediction
+    sd = float(vars(prediction).get("sigma_data", sigma_data))
+    return Retimed(of=name, sigma_data=sd)
+
+
+#: What saved models may have besides.
+ALL_PREDICTIONS: dict[str, type[Prediction]] = {**PREDICTIONS, "retimed": Retimed}

@@ -260,6 +260,7 @@ class RoutedFlowMap(FlowMap):
         self.router = router
         self.two_times = all(expert.two_times for expert in experts)
         self.only_to_data = any(expert.only_to_data for expert in experts)
+        self.calls_to_begin = max(expert.calls_to_begin for expert in experts)
 
     @property
     def null(self) -> Cond:
@@ -273,6 +274,24 @@ class RoutedFlowMap(FlowMap):
     def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         return ask_experts(self.router, self.experts, _to_data, x, (as_time(t, x),), cond, extras)[0]
 
+    def jump_up(self, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        """Routed by the noisier time ``s``, from which the same path is jumped down."""
+        times = as_time(s, x), as_time(t, x)
+        return ask_experts(self.router, self.experts, _jumped_up, x, times, cond, extras)[0]
+
+    def begin(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Mapping[str, Tensor]:
+        """What the expert of every sample begins with; they must begin with the same names."""
+        names: list[str] = []
+
+        def begun(expert: Any, *given: Any) -> tuple[Tensor, ...]:
+            told = expert.begin(*given)
+            names[:] = sorted(told)
+            return tuple(told[name] for name in names)
+
+        return dict(
+            zip(names, ask_experts(self.router, self.experts, begun, x, (as_time(t, x),), cond, {}), strict=True)
+        )
+
     def teacher(self) -> Denoiser:
         return RoutedDenoiser([expert.teacher() for expert in self.experts], self.router)
 
@@ -282,6 +301,10 @@ class RoutedFlowMap(FlowMap):
 
 def _jumped(expert: Any, *given: Any, **extras: Tensor) -> tuple[Tensor]:
     return (expert(*given, **extras),)
+
+
+def _jumped_up(expert: Any, x: Tensor, s: Tensor, t: Tensor, cond: Cond, **extras: Tensor) -> tuple[Tensor]:
+    return (expert.jump_up(x, t, s, cond, **extras),)
 
 
 def _to_data(expert: Any, *given: Any, **extras: Tensor) -> tuple[Tensor]:

@@ -53,6 +53,12 @@ def karras_level(u: Tensor, low: float = 0.002, high: float = 80.0) -> Tensor:
     return (first + u * (last - first)) ** 7
 
 
+def karras_share(level: Tensor, low: float = 0.002, high: float = 80.0) -> Tensor:
+    """The share of EDM's ramp at a noise level, 0 below it and 1 above it."""
+    first, last = low ** (1 / 7), high ** (1 / 7)
+    return ((level ** (1 / 7) - first) / (last - first)).clamp(0, 1)
+
+
 def described(schedule: Schedule) -> dict[str, Any]:
     """A schedule as plain data: its name and its fields."""
     return {"name": type(schedule).__name__, **asdict(schedule)}
@@ -77,6 +83,8 @@ class Schedule(ABC):
     even: ClassVar[bool] = True
     #: The name of the grid of few-step plans for a denoiser.
     few_steps: ClassVar[str] = "karras"
+    #: Whether networks of the family are trained along EDM's ramp of noise levels, and not of times.
+    ramped: ClassVar[bool] = False
 
     t_min: Earliest
     t_max: Latest
@@ -169,7 +177,13 @@ class Schedule(ABC):
     def own_time(self, u: Tensor) -> Tensor:
         """The time at a share ``u`` in [0, 1] of the family's own index, in which its networks are trained: the time
         itself for tables and flows, ``rho^(1/7)`` for the noise levels of EDM."""
+        if self.ramped:
+            return self.time_at(-torch.log(karras_level(u)))
         return self.t_min + (self.t_max - self.t_min) * u
+
+    def own_share(self, t: Tensor) -> Tensor:
+        """The share of the family's own index at a time: the inverse of :meth:`own_time`, inside [0, 1]."""
+        return karras_share(self.ratio(t)) if self.ramped else (t - self.t_min) / (self.t_max - self.t_min)
 
     def prior(self, noise: Tensor) -> Tensor:
         """The start state ``sigma(t_max) noise`` of a sampler, from standard normal ``noise``."""
@@ -264,6 +278,7 @@ class EDM(Schedule):
     """Variance-exploding with time = noise level: ``alpha = 1``, ``sigma = t`` (Karras et al. 2022)."""
 
     even: ClassVar[bool] = False
+    ramped: ClassVar[bool] = True
 
     t_min: Earliest = 0.002
     t_max: Latest = 80.0
@@ -282,9 +297,6 @@ class EDM(Schedule):
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-log_snr).clamp(self.t_min, self.t_max)
-
-    def own_time(self, u: Tensor) -> Tensor:
-        return self.time_at(-torch.log(karras_level(u)))
 
 
 @dataclass(frozen=True)
@@ -359,6 +371,7 @@ class TrigFlow(Schedule):
     """
 
     few_steps: ClassVar[str] = "uniform"
+    ramped: ClassVar[bool] = True
 
     t_min: Earliest = 0.0
     t_max: Latest = TRIG_LATEST
@@ -383,6 +396,3 @@ class TrigFlow(Schedule):
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         return torch.atan(torch.exp(-log_snr) / self.sigma_data).clamp(self.t_min, self.t_max)
-
-    def own_time(self, u: Tensor) -> Tensor:
-        return self.time_at(-torch.log(karras_level(u)))

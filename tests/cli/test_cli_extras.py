@@ -108,7 +108,7 @@ def test_models_without_inputs_take_none(cli: Cli) -> None:
         ),
         (
             ("distill", "cm", "--teacher", "digits", "--student", "guided", "--data", "digits", "--budget", "1steps"),
-            "the network takes the extra inputs ['k', 'w'], it was given []",
+            "the student: a student with the further input k, which this training does not pass on",
         ),
     ],
 )

@@ -245,6 +245,7 @@ def test_runs_of_one_teacher_under_two_names(cli: Cli) -> None:
         ("tune-steps", "digits", "--out", "{}/x.json"),
         ("statistics", "digits", "--out", "{}/x.safetensors"),
         ("sample", "digits", "--out", "{}/x.png"),
+        ("inspect", "fashion-1step", "--out", "{}/x.png"),
     ],
     ids=lambda words: words[0],
 )

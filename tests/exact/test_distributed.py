@@ -25,7 +25,7 @@ from fewstep.methods.method import Method, Networks, Optimizer
 from fewstep.methods.parts import stores
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
-from fewstep.predictions import EDMPrediction
+from fewstep.predictions import TrigPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
@@ -55,7 +55,7 @@ def teacher(name: str) -> NetworkDenoiser:
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=gen))
-    return NetworkDenoiser(net, EDM(), EDMPrediction(), shape, 3)
+    return NetworkDenoiser(net, EDM(), TrigPrediction(), shape, 3)
 
 
 @dataclass(frozen=True)

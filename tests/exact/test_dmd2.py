@@ -21,7 +21,7 @@ from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
-from fewstep.sampling.rollout import Plan, rollout
+from fewstep.sampling.rollout import Call, Plan, rollout
 from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPLinear, align
 
 F64 = torch.float64
@@ -296,12 +296,9 @@ def test_backward_simulation_is_inference(steps: int) -> None:
         again = batch_of(seed=seed)
         j = again.rng.shared_integer(0, steps)
         seen.add(j)
-        states: list[torch.Tensor] = []
+        calls: list[Call] = []
         noise = again.rng.normal_like(again.x)
-        rollout(
-            nets.student, noise, Plan(plan.times, 1.0), again.cond, again.rng,
-            on_step=lambda i, a, b, states=states: states.append(b.detach()),
-        )  # fmt: skip
-        assert torch.equal(states[j], x.detach())
+        rollout(nets.student, noise, Plan(plan.times, 1.0), again.cond, again.rng, calls=calls)
+        assert torch.equal(calls[j].out.detach(), x.detach())
         assert x.requires_grad
     assert len(seen) == min(steps, len(seen)) and (steps == 1 or len(seen) > 1)

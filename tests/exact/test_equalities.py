@@ -6,7 +6,8 @@ bit; and one pair that must not, from a case beside the limiting one, so that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +16,42 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond
-from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.constant_acceleration import ConstantAcceleration, acceleration
+from fewstep.denoisers import Denoiser, NetworkDenoiser, View
 from fewstep.exact import ExactFlowMap, Gaussian
 from fewstep.flow_maps import Jump
 from fewstep.guidance import Guided
+from fewstep.methods.consistency.cm import ConsistencyDistillation
+from fewstep.methods.consistency.ctm import ConsistencyTrajectory
+from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
+from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
+from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
+from fewstep.methods.flow_maps.boot import BOOT, signal_step
+from fewstep.methods.flow_maps.constant_acceleration import InitialVelocity
+from fewstep.methods.flow_maps.free_flow import FreeFlow, followed
+from fewstep.methods.flow_maps.guided_distillation import GuidedDenoiser, GuidedHalving
 from fewstep.methods.flow_maps.mdt_dist import MDTDist, slope_engine, velocity_matching
-from fewstep.methods.method import Batch, Method, Progress, alone
-from fewstep.methods.parts.identities import eulerian
-from fewstep.methods.parts.teacher_steps import guided_by_choice
-from fewstep.methods.parts.times import LogNormal
+from fewstep.methods.flow_maps.mean_flow import MeanFlowDistillation, MeanFlowTraining
+from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
+from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, Reflow, straight_pair
+from fewstep.methods.flow_maps.shortcut import Shortcut
+from fewstep.methods.flow_maps.slim_flow import AnnealingReflow
+from fewstep.methods.method import Batch, Method, Networks, Progress, alone
+from fewstep.methods.parts.from_noise import FromNoise
+from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
+from fewstep.methods.parts.ramp import Ramp
+from fewstep.methods.parts.score_matching import denoising_loss
+from fewstep.methods.parts.teacher_steps import ddim_step, guided, guided_by_choice
+from fewstep.methods.parts.times import LogNormal, Ordered, PairLaw, Segments
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
-from fewstep.predictions import TrigPrediction
+from fewstep.networks.inputs import with_inputs
+from fewstep.predictions import TrigPrediction, Velocity
 from fewstep.randomness import Rng
-from fewstep.schedules import FlowMatching, Schedule, TrigFlow
+from fewstep.sampling.rollout import Plan, rollout
+from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow
 
 SHAPE, CLASSES = (3,), 2
 #: Pairs by name: what must agree, and under a name that begins with "not " what must not.
@@ -107,6 +128,11 @@ def gradients_of(
     raise AssertionError(f"{method.name} has no update of {group}")
 
 
+def flat(slopes: Iterable[Tensor]) -> Tensor:
+    """Gradients as one vector."""
+    return torch.cat([slope.flatten() for slope in slopes])
+
+
 # Consistency
 
 
@@ -169,6 +195,27 @@ def tbcm_solution() -> Pairs:
     yield "not another velocity", x + eulerian(student, x, t, zero, v + x, scale=t.cos()).g, x
 
 
+@row("CTM", "one step on a grid of two times, without denoising, is CM's step with this parameterisation", 1e-12)
+def ctm() -> Pairs:
+    class Same(Rng):
+        """The same noise wherever it is drawn."""
+
+        def normal_like(self, x: Tensor) -> Tensor:
+            return torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))
+
+    class OnJumps(ConsistencyDistillation):
+        def networks(self, start: Start) -> Networks:
+            return ConsistencyTrajectory(denoising_weight=0.0).networks(start)
+
+    given = dataclasses.replace(batch(), rng=Same(3, "equalities"))
+    one_step = ConsistencyTrajectory(grid_times=2, most_steps=1, denoising_weight=0.0)
+    found, cm = gradients_of(one_step, teacher(), given), gradients_of(OnJumps(grid_times=2), teacher(), given)
+    other = gradients_of(dataclasses.replace(one_step, grid_times=3), teacher(), given)
+    for name, slope in cm.items():
+        yield name, found[name], slope
+        yield f"not {name}", other[name], slope
+
+
 # Flow maps
 
 
@@ -197,6 +244,373 @@ def mdt_dist_in_time() -> Pairs:
         slope = (student.to_data(x, t) - student.to_data(x - step * v, t - step)) / step
     yield "minus the slope of the consistency function", g, -slope
     yield "not along another velocity", g + v, -slope
+
+
+class FromPairs(AlignYourFlow):
+    """The Eulerian objective of Align Your Flow with the pair's velocity ``eps - x_0`` in place of the teacher's, and
+    MeanFlow's law of times."""
+
+    def times(self) -> PairLaw:
+        return Ordered(-0.4, 1.0, 0.5)
+
+    def direction(self, student: Jump, teacher: Denoiser, asked: Asked, r: float) -> Direction:
+        t = asked.t[:, None]
+        return eulerian(student, asked.x, asked.t, asked.s, (asked.x - batch().x) / t, asked.cond, r=r)
+
+
+PLAIN = {"guidance": 1.0, "guidance_low": 1.0, "guidance_high": 1.0}
+
+
+@row("MeanFlow", "without its weight it is Align Your Flow's Eulerian objective along the pair's velocity", 1e-7)
+def mean_flow() -> Pairs:
+    method = MeanFlowTraining(power=0.0, equal=0.5, label_dropout=0.0)
+    ours = gradients_of(method, teacher(), batch())
+    far = 1e9  # so large a constant normalizes nothing: it divides
+    other = FromPairs(c=far, r_max=1.0, tangent_warmup=0.0, **PLAIN)
+    theirs = gradients_of(other, teacher(), batch())
+    distilled = gradients_of(MeanFlowDistillation(power=0.0, equal=0.5), teacher(), batch())
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        yield name, ours[name], far * theirs[name]
+    name = "student.denoiser.net.leave.weight"
+    yield "not the teacher's velocity", distilled[name], ours[name]
+
+
+@row("MeanFlow, equal times", "where s = t it is flow matching", 1e-12)
+def mean_flow_at_equal_times() -> Pairs:
+    method = MeanFlowTraining(power=0.0, equal=1.0, label_dropout=0.0)
+    ours = gradients_of(method, teacher(), batch())
+    nets, given = method.networks(Start(teacher())), batch()
+    moved(nets, "student")
+    t, _ = method.times().draw(nets.student.schedule, given.n, given.rng)
+    eps = given.rng.normal_like(given.x)
+    x = (1 - t[:, None]) * given.x + t[:, None] * eps
+    denoiser = nets.student.denoiser
+    velocity = denoiser.velocity(x, t, given.cond, s=denoiser.label(t, x))
+    loss = torch.nn.functional.mse_loss(velocity, eps - given.x)
+    named = {name: p for name, p in nets.named_parameters() if name in ours}
+    for name, slope in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
+        yield name, ours[name], slope
+    name = "student.denoiser.net.leave.weight"
+    apart = gradients_of(dataclasses.replace(method, equal=0.0), teacher(), batch())
+    yield "not where the times differ", apart[name], ours[name]
+
+
+def aligned() -> tuple[Jump, Tensor, Tensor, Tensor]:
+    """A student of Align Your Flow away from its teacher, states, their times, and velocities of the teacher."""
+    nets = AlignYourFlow(**PLAIN).networks(Start(teacher()))
+    moved(nets, "student")
+    x = batch().x
+    t = torch.linspace(0.1, 0.95, len(x), dtype=torch.float64)
+    return nets.student, x, t, nets.teacher.velocity(x, t).detach()
+
+
+@row(
+    "Align Your Flow",
+    "to the data it moves the consistency function against its slope, as sCM does",
+    1e-10,
+)
+def align_your_flow() -> Pairs:
+    student, x, t, v = aligned()
+    g = eulerian(student, x, t, 0 * t, v).g
+    slope = torch.func.jvp(lambda x_, t_: student.to_data(x_, t_), (x, t), (v, torch.ones_like(t)))[1]
+    yield "the slope of the consistency function", g, -slope
+    # the same student seen on TrigFlow: the state on the circle, and the angle that moves as 1 / ((1 - t)^2 + t^2)
+    trig = TrigFlow(t_min=0.0, t_max=1.5707, sigma_data=1.0)
+    on_circle = Jump(student.denoiser.on(trig), two_times=True)
+    angle, radius = torch.atan2(t, 1 - t), torch.sqrt((1 - t) ** 2 + t**2)
+    state = x / radius[:, None]
+    speed = (v / radius[:, None] - (2 * t - 1)[:, None] * x / radius[:, None] ** 3) * radius[:, None] ** 2
+    scm = eulerian(on_circle, state, angle, 0 * t, speed, scale=angle.cos()).g
+    yield "sCM's direction", g, scm / (angle.cos() * radius**2)[:, None]
+    yield "not to another time", eulerian(student, x, t, 0.05 + 0 * t, v).g, -slope
+
+
+@row("Align Your Flow, equal times", "where s = t it is velocity matching, by both objectives", 1e-12)
+def align_your_flow_at_equal_times() -> Pairs:
+    student, x, t, v = aligned()
+    source = AlignYourFlow(**PLAIN).networks(Start(teacher())).teacher
+    match = student.mean_velocity(x, t, t) - v
+    yield "Eulerian", eulerian(student, x, t, t, v).g, match.detach()
+    yield "Lagrangian", lagrangian(student, x, t, t, source).g, match.detach()
+    yield "not between two times", eulerian(student, x, t, 0.9 * t, v).g, match.detach()
+
+
+# Flow maps: what composes
+
+
+class At(View):
+    """A denoiser whose network is always told the same of its further inputs."""
+
+    def __init__(self, inner: Denoiser, **told: float) -> None:
+        super().__init__(inner)
+        self.told = told
+
+    def forward(self, x: Tensor, t: Any, cond: Cond = None, **extras: Tensor) -> Tensor:
+        return self.inner(x, t, cond, **self.values(x), **extras)
+
+    def affine(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inner.affine(x, t, cond, **self.values(x), **extras)
+
+    def values(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: torch.full((len(x),), value, dtype=torch.float64) for name, value in self.told.items()}
+
+
+def told(name: str, schedule: Schedule | None = None) -> NetworkDenoiser:
+    """A teacher whose network takes a further input, which has an effect."""
+    found = teacher(schedule)
+    found.net = with_inputs(found.net, (name,))
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for p in found.net.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return found
+
+
+def in_order(found: Mapping[str, Tensor]) -> Tensor:
+    """Gradients as one vector, whatever the parameters are called."""
+    return torch.cat([slope.flatten() for slope in found.values()])
+
+
+@row("Guided distillation", "its halvings at one weight are Progressive Distillation of the network told that weight")
+def guided_distillation() -> Pairs:
+    source = told("w")
+    pd = gradients_of(ProgressiveDistillation(steps=4), At(source, w=3.0), batch())
+    for name, w in (("w = 3", 3.0), ("not w = 2", 2.0)):
+        halving = GuidedHalving(steps=4, w_min=w, w_max=w)
+        yield name, in_order(gradients_of(halving, source, batch())), in_order(pd)
+
+
+@row("Guided distillation, stage 1", "its loss is 0 at the guided teacher itself, at every weight", 1e-12)
+def guided_denoiser() -> Pairs:
+    method, source = GuidedDenoiser(w_min=0.0, w_max=4.0), teacher()
+
+    class Itself(View):
+        """The guided teacher, told the weight."""
+
+        def velocity(self, x: Tensor, t: Any, cond: Cond = None, **extras: Tensor) -> Tensor:
+            return Guided(source, self.scale * extras["w"]).velocity(x, t, cond)
+
+        def forward(self, x: Tensor, t: Any, cond: Cond = None, **extras: Tensor) -> Tensor:
+            return Guided(source, self.scale * extras["w"])(x, t, cond)
+
+    for name, scale in (("the scale", 1.0), ("not another", 1.1)):
+        student = Itself(source)
+        student.scale = scale
+        nets = Networks({"student": method.jump(student, "ddim"), "teacher": Jump(source)}, {})
+        (update,) = alone(method.updates(nets, batch(), Progress()))
+        yield name, 1 + update.loss, torch.ones_like(update.loss)
+
+
+@row("Shortcut", "one step from two on flow matching is Progressive Distillation's halving from two to one", 1e-12)
+def shortcut() -> Pairs:
+    source, given = told("d", FlowMatching()), batch()
+    given.rng.integers(given.n, 0, 1)  # which step it is, drawn first there
+    mine = gradients_of(Shortcut(finest=2, share=1.0, steps=(1, 2), label_dropout=0.0), source, given)
+    for name, d in (("d = 1/2", 1.0), ("not d = 1", 0.0)):
+        pd = gradients_of(ProgressiveDistillation(steps=1), At(source, d=d), batch(), student=At(source, d=0.0))
+        yield name, in_order(mine), in_order(pd)
+
+
+# Flow maps: couplings
+
+
+def noise(n: int = 8) -> Tensor:
+    return torch.randn(n, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+
+
+def paired(cond: Cond = None) -> Batch:
+    """The batch with a noise beside each sample."""
+    given = batch(cond=cond)
+    return dataclasses.replace(given, columns={"noise": noise()})
+
+
+def with_velocity(schedule: Schedule = STRAIGHT) -> NetworkDenoiser:
+    """A small network that predicts the velocity on the straight paths, as flow matching has it."""
+    return NetworkDenoiser(teacher().net, schedule, Velocity(), SHAPE, CLASSES)
+
+
+def flattened(gradients: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([slope.flatten() for _, slope in sorted(gradients.items())])
+
+
+@row("Constant Acceleration Flow", "h = 1: reflow's states and targets, and with exact data no acceleration", 1e-14)
+def caf() -> Pairs:
+    x, n = batch().x, noise()
+    tau = torch.linspace(0, 0.9, 8, dtype=torch.float64)
+    nets = InitialVelocity(h=1).networks(Start(with_velocity()))
+    moved(nets, "velocity")
+    reflow = nets.velocity.velocity(straight_pair(x, n, 1 - tau), 1 - tau, batch().cond)
+    for h in (1.0, 1.5):
+        said, wanted, _ = InitialVelocity(h=h).prediction(nets, x, n, tau, batch())
+        name = "" if h == 1 else "not "
+        yield f"{name}reflow's prediction at h = {h}", said, reflow
+        yield f"{name}its target at h = {h}", wanted, n - x
+        curved = acceleration(n - x, h * (n - x))
+        yield f"{name}rectified flow at h = {h}", n - x + curved, n - x
+    flow = with_velocity(FlowMatching())
+    made, euler = ConstantAcceleration(flow, Told(flow), 1.0), Jump(flow)
+    one, two = (Plan(tuple((1 - torch.arange(k) / k).tolist()), gamma=0.0) for k in (1, 2))
+    yield "one step is one Euler step", rollout(made, n, one), rollout(euler, n, one)
+    yield "not of two, whose second call is bent", rollout(made, n, two), rollout(euler, n, two)
+
+
+def annealed(given: Batch, b: float) -> Tensor:
+    """The gradient of annealing reflow with a constant share of fresh noise."""
+    return flattened(gradients_of(AnnealingReflow(beta=Ramp(b)), with_velocity(), fresh(given), group="model"))
+
+
+@row("SlimFlow", "without fresh noise, b = 0, annealing reflow is reflow")
+def slim_flow() -> Pairs:
+    given = paired()
+    reflow = flattened(gradients_of(Reflow(), with_velocity(), fresh(given), group="model"))
+    yield "b = 0", annealed(given, 0.0), reflow
+    yield "not b = 0.5", annealed(given, 0.5), reflow
+
+
+@row("SlimFlow, b = 1", "with nothing but fresh noise it is flow matching on the teacher's samples", 1e-13)
+def slim_flow_independent() -> Pairs:
+    given, model = paired(), with_velocity()
+    nets = AnnealingReflow().networks(Start(model))
+    moved(nets, "model")
+    rng = Rng(3, "equalities")
+    t = rng.uniform(len(given.x), low=STRAIGHT.t_min, high=1.0)
+    loss = denoising_loss(nets.model, given.x, t, given.cond, rng.stream("annealing"))
+    names, parameters = zip(*nets.named_parameters(), strict=True)
+    slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+    matched = {k: slope for k, slope in zip(names, slopes, strict=True) if slope is not None}
+    yield "b = 1", annealed(given, 1.0), flattened(matched)
+    yield "not b = 0.9", annealed(given, 0.9), flattened(matched)
+
+
+def fresh(given: Batch) -> Batch:
+    """The batch with nothing drawn yet."""
+    return dataclasses.replace(given, rng=Rng(3, "equalities"))
+
+
+class Told(View):
+    """A denoiser that is told a velocity and does not listen."""
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        return self.inner(x, t, cond)
+
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
+        return self.inner.velocity(x, t, cond)
+
+
+# Flow maps: from the prior alone
+
+
+def from_noise(method: FromNoise) -> tuple[Networks, Tensor, Tensor, Cond]:
+    """Networks on flow matching with a student that moved, noise, times and labels."""
+    nets = method.networks(Start(teacher(FlowMatching())))
+    moved(nets, "student")
+    given = batch()
+    return nets, given.normal(), torch.linspace(0.05, 0.75, given.n, dtype=torch.float64), given.cond
+
+
+@row("BOOT", "one bootstrap step on flow matching is FreeFlow's by a difference of the path: y = z + F", 1e-14)
+def boot() -> Pairs:
+    nets, z, s, cond = from_noise(BOOT())
+    one, t = torch.ones_like(s), s + 0.2
+    with torch.no_grad():
+        y = nets.student.predict(z, one, t, cond)
+        step = signal_step(nets.teacher, z, y, t, s, cond)
+    found = followed(nets.student, z, s, nets.teacher, cond, step=0.2)
+    own, go = z - found.F, (1 - s[:, None]) / 0.2
+    yield "the target", go * (own - step.y), -found.g
+    d, later, state = (1 - t)[:, None], (1 - s)[:, None], z + (1 - t)[:, None] * (y - z)
+    u = -nets.teacher.velocity(state, t, cond)
+    yield "F(d + D) = F(d) + D / (d + D) (u - F(d))", step.y - z, (y - z) + 0.2 / later * (u - (y - z))
+    # the slip of feeding the advanced state in place of the prediction
+    yield "not the advanced state", step.y - z, (y - z) + 0.2 / later * (state + 0.2 * u - z - d * (y - z))
+
+
+@row("FreeFlow", "its gradient is that of the Lagrangian direction at t = 1, g = F - d dF/ds - u", 1e-12)
+def free_flow() -> Pairs:
+    method = FreeFlow(difference=0.0, k=1.0, eps=0.1)
+    z = batch().normal()
+    found = gradients_of(method, teacher(FlowMatching()), batch())
+
+    def by_hand(sign: float) -> Mapping[str, Tensor]:
+        nets = method.networks(Start(teacher(FlowMatching())))
+        moved(nets, "student")
+        rng, cond = batch().rng, batch().cond
+        rng.normal_like(z)
+        times = 1 - rng.uniform(len(z)) ** (1 / (1 + method.power))
+        one = torch.ones_like(times)
+        f, slope = torch.func.jvp(
+            lambda s_: nets.student.mean_velocity(z, one, s_, cond), (times,), (torch.ones_like(one),)
+        )
+        d = (1 - times)[:, None]
+        g = (f - d * slope - sign * nets.teacher.velocity(z - d * f, times, cond)).detach()
+        weight = 1 / (g.square().mean(1, keepdim=True) + 0.1)
+        own = nets.student.mean_velocity(z, one, times, cond)
+        loss = (2 * weight * g * own).mean()
+        held = {name: p for name, p in nets.named_parameters() if p.requires_grad}
+        return dict(zip(held, torch.autograd.grad(loss, list(held.values())), strict=True))
+
+    flat = [torch.cat([v.flatten() for v in grads.values()]) for grads in (found, by_hand(1.0), by_hand(-1.0))]
+    yield "the gradient", flat[0], flat[1]
+    yield "not with the other sign of the velocity", flat[0], flat[2]
+
+
+@row("LCM", "at one weight it is consistency distillation with a DDIM step, whose grid on EDM it shares", 1e-12)
+def lcm() -> Pairs:
+    """Both around one consistency function: the two papers' differ in their boundary coefficients, LCM's being the
+    teacher's denoiser to 3e-6 from the first time of the grid on, and in nothing else."""
+
+    class WithDDIM(ConsistencyDistillation):
+        def partner(self, nets: Any, given: Batch, x_t: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return ddim_step(guided(nets.teacher, self.guidance), x_t, t, s, given.cond)
+
+    source, draw = teacher(EDM()), {"guidance_min": 2.0, "guidance_max": 2.0}
+    skipping = LatentConsistencyDistillation(skip=20, mu=0.9, **draw)
+    own = skipping.networks(Start(source))
+    cm = WithDDIM(grid_times=51, mu=0.9, guidance=2.0)
+    theirs = cm.networks(Start(source))
+    theirs.student, theirs.target = own.student, own.target
+    moved(own, "student")
+
+    def slopes(method: Method, nets: nn.Module) -> Tensor:
+        (update,) = method.updates(nets, batch(), Progress(fraction=0.5))  # type: ignore[arg-type]
+        return flat(torch.autograd.grad(update.loss, list(own.student.parameters())))
+
+    yield "gradient", slopes(skipping, own), slopes(cm, theirs)
+    yield (
+        "not with another skip",
+        slopes(LatentConsistencyDistillation(skip=25, mu=0.9, **draw), own),
+        slopes(cm, theirs),
+    )
+
+
+@row("PCM", "with one phase it is LCM at one weight, up to LCM's boundary coefficients (3e-6 from D)", 1e-4)
+def pcm() -> Pairs:
+    draw = {"guidance_min": 2.0, "guidance_max": 2.0, "mu": 0.9}
+    one = gradients_of(PhasedConsistencyDistillation(phases=1, **draw), teacher(), batch())
+    latent = gradients_of(LatentConsistencyDistillation(**draw), teacher(), batch())
+    two = gradients_of(PhasedConsistencyDistillation(phases=2, **draw), teacher(), batch())
+    yield "gradient", flat(one.values()), flat(latent.values())
+    yield "not with two phases", flat(two.values()), flat(latent.values())
+
+
+@row("PCM, a phase a step", "it regresses on the teacher's own DDIM step", 1e-12)
+def pcm_steps() -> Pairs:
+    source, schedule = teacher(), teacher().schedule
+    found = gradients_of(PhasedConsistencyDistillation(phases=10, skip=100), source, batch())
+    nets = PhasedConsistencyDistillation(phases=10, skip=100).networks(Start(source))
+    moved(nets, "student")
+
+    def regressed(phases: int) -> Tensor:
+        given, edges = batch(), Segments(phases).edges(schedule)
+        n = given.rng.integers(len(given.x), 0, phases)
+        t, s = edges.flip(0)[n], edges.flip(0)[n + 1]
+        x = schedule.add_noise(given.x, given.rng.normal_like(given.x), t)
+        loss = (nets.student(x, t, s, given.cond) - ddim_step(source, x, t, s, given.cond)).square().mean()
+        return flat(torch.autograd.grad(loss, list(nets.student.parameters())))
+
+    yield "gradient", flat(found.values()), regressed(10)
+    yield "not of another grid", flat(found.values()), regressed(9)
 
 
 # The test, after all rows

@@ -30,7 +30,7 @@ from fewstep.models import model_of
 from fewstep.models.kinds import describe
 from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
-from fewstep.predictions import TrigPrediction
+from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import TrigFlow
 from fewstep.training.budget import Budget
@@ -47,7 +47,7 @@ SMALL = {
 #: Methods of token models.
 TOKEN_METHODS = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 #: Methods that make networks or pairs of their own, which are float32; the others are tried in float64.
-SINGLE = (*TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "reflow", "instaflow")
+SINGLE = (*TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "reflow", "instaflow", "caf", "slim-flow")
 #: Every method, and DMD2 with a loss over the pairs of the whole batch.
 CASES = (*RECIPES, "dmd2-energy")
 
@@ -78,7 +78,8 @@ def teacher(name: str) -> Any:
             return NetworkDiscreteDenoiser(net, Masked(TOKENS), LENGTH).eval()
         kind = UNet(SHAPE, (8, 8), 1, 16, CLASSES) if name == "lowdiff" else MLP(SHAPE, 16, 1, CLASSES)
         net = away_from_its_start(kind)
-    prediction = TrigPrediction(sigma_data=0.7)
+    # what is told the angle already is not retimed
+    prediction = EDMPrediction(sigma_data=0.7) if name == "retime" else TrigPrediction(sigma_data=0.7)
     return NetworkDenoiser(net, TrigFlow(sigma_data=0.7), prediction, SHAPE, CLASSES).to(kind_of_number).eval()
 
 

@@ -21,7 +21,7 @@ from fewstep.methods.parts.distribution_matching import matching_loss
 from fewstep.methods.parts.score_matching import matching_vector, surrogate
 from fewstep.methods.parts.times import Own
 from fewstep.randomness import Rng
-from fewstep.sampling import Plan, StudentGenerator, rollout
+from fewstep.sampling import Call, Plan, StudentGenerator, rollout
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPLinear, align
 
 F64 = torch.float64
@@ -82,10 +82,10 @@ def test_a_simulated_sample_has_the_gradient_of_its_own_call() -> None:
     last = gradient(x)
     rng = Rng(seed)
     rng.shared_integer(0, 2)
-    states: list[Tensor] = []
+    calls: list[Call] = []
     noise = rng.normal(2, *SHAPE, dtype=F64)
-    rollout(flow_map, noise, plan, cond, rng, on_step=lambda i, x, out: states.append(x.detach()))
-    assert torch.equal(last, gradient(flow_map.to_data(states[1], 0.9, cond)))
+    rollout(flow_map, noise, plan, cond, rng, calls=calls)
+    assert torch.equal(last, gradient(flow_map.to_data(calls[1].x.detach(), 0.9, cond)))
     whole = StudentGenerator(flow_map, plan, simulate=False)
     assert x.dtype == F64 and not torch.equal(last, gradient(whole.draw(2, Rng(seed), cond)[0]))
 

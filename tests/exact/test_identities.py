@@ -161,3 +161,15 @@ def test_dropout_is_that_of_the_call_after() -> None:
     found = eulerian(model, x, t, 0 * t, torch.randn_like(x))
     torch.testing.assert_close(model.mean_velocity(x, t, 0 * t), found.F, atol=1e-6, rtol=1e-6)
     assert not torch.allclose(model.mean_velocity(x, t, 0 * t), found.F)
+
+
+def test_tangents_are_not_taken_in_half_precision() -> None:
+    """Under autocast the direction is the one without, bit for bit; the network's own call is not."""
+    model = student(FlowMatching()).float()
+    t = torch.tensor([0.9, 0.6], dtype=torch.float64)
+    x, v = (torch.randn(2, 3, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    plain = eulerian(model, x, t, 0 * t, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = eulerian(model, x, t, 0 * t, v)
+        assert not torch.allclose(model.mean_velocity(x, t, 0 * t).float(), plain.F, atol=1e-5)
+    assert torch.equal(under.F, plain.F) and torch.equal(under.g, plain.g)

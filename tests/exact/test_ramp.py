@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -30,6 +31,13 @@ def test_a_ramp_is_a_straight_line_and_then_stays() -> None:
     assert Ramp(1, 3).at(0.5) == 2 and Ramp(7).at(0.9) == 7
 
 
+def test_a_ramp_along_a_cosine_and_an_exponential() -> None:
+    """Half a period of the one; of the other ``exp(-1)`` of the way is left at ``until``, where it does not stop."""
+    assert [Ramp(3, 1, 0.5, "cosine").at(f) for f in (0, 0.25, 0.5, 0.9)] == pytest.approx([3, 2, 1, 1])
+    ramp = Ramp(3, 1, 0.25, "exponential")
+    assert [ramp.at(f) for f in (0, 0.25, 0.5)] == pytest.approx([1 + 2 * math.exp(-u) for u in (0, 1, 2)])
+
+
 def test_a_run_starts_with_nothing_done() -> None:
     assert dataclasses.astuple(Progress()) == (0, 0, 0.0)
 
@@ -41,6 +49,8 @@ def test_a_run_starts_with_nothing_done() -> None:
         ("1->1e-07", Ramp(1, 1e-7)),
         ("0.1", Ramp(0.1)),
         ("-1->2@0.5", Ramp(-1, 2, 0.5)),
+        ("cosine:1->0@0.4", Ramp(1, 0, 0.4, "cosine")),
+        ("exponential:1->0", Ramp(1, 0, course="exponential")),
     ],
 )
 def test_a_ramp_is_one_word(word: str, ramp: Ramp) -> None:
@@ -55,6 +65,7 @@ def test_a_ramp_is_one_word(word: str, ramp: Ramp) -> None:
         ("1->2@", "'' is not a"),
         ("1->2@1.5", "until=1.5 must lie in"),
         ("a", "'a' is not"),
+        ("cosin:1->0", "'cosin' is not one of linear, cosine, exponential"),
     ],
 )
 def test_words_that_are_none_are_explained(word: str, said: str) -> None:
@@ -65,7 +76,7 @@ def test_words_that_are_none_are_explained(word: str, said: str) -> None:
 def test_a_ramp_comes_from_python_a_flag_and_a_recipe() -> None:
     """The same method from all of them, and a number or a word stands for it in a file."""
     parameter = next(p for p in of_dataclass(Guided) if p.name == "scale")
-    assert parameter.metavar == "X|X->X@SHARE" and parameter.help == "scale that moves"
+    assert parameter.metavar == "X|[COURSE:]X->X@SHARE" and parameter.help == "scale that moves"
     for ramp, written in ((Ramp(3, 1, 0.5), "3->1@0.5"), (Ramp(2.5), 2.5)):
         method = Guided(scale=ramp)
         assert hyper_parameters(method)["scale"] == written

@@ -35,7 +35,7 @@ from fewstep.files import load_tensors, save_tensors
 from fewstep.methods import RECIPES
 from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
-from fewstep.predictions import TrigPrediction
+from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import TrigFlow
@@ -91,7 +91,8 @@ def teacher(name: str) -> Any:
         p.data = 0.3 * rng.normal_like(p.data)
     if name in TOKEN_METHODS:
         return NetworkDiscreteDenoiser(net, Masked(TOKENS), LENGTH).eval()
-    prediction = TrigPrediction(sigma_data=0.7)
+    # what is told the angle already is not retimed
+    prediction = EDMPrediction(sigma_data=0.7) if name == "retime" else TrigPrediction(sigma_data=0.7)
     return NetworkDenoiser(net, TrigFlow(sigma_data=0.7), prediction, SHAPE, CLASSES).double().eval()
 
 

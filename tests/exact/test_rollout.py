@@ -97,16 +97,12 @@ TIMES = (1.0, 0.7, 0.4, 0.2)
 def test_stopping_early_sees_the_states_of_inference(gamma, gen):
     """stop = j is the clean prediction from exactly the state that inference reaches at its j-th time."""
     student, noise = model(), torch.randn(5, 2, generator=gen, dtype=torch.float64)
-    inputs: dict[int, torch.Tensor] = {}
-
-    def keep(i, x, out):
-        inputs[i] = x
-
-    full = rollout(student, noise, Plan(TIMES, gamma), rng=Rng(0, "noise"), on_step=keep)
-    assert sorted(inputs) == [0, 1, 2, 3] and torch.equal(inputs[0], noise)
+    calls = []
+    full = rollout(student, noise, Plan(TIMES, gamma), rng=Rng(0, "noise"), calls=calls)
+    assert [call.i for call in calls] == [0, 1, 2, 3] and torch.equal(calls[0].x, noise)
     for j in range(4):
         stopped = rollout(student, noise, Plan(TIMES, gamma), rng=Rng(0, "noise"), stop=j)
-        assert torch.equal(stopped, student.to_data(inputs[j], TIMES[j]))
+        assert torch.equal(stopped, student.to_data(calls[j].x, TIMES[j]))
     assert torch.equal(stopped, full)
 
 
@@ -142,12 +138,10 @@ def test_gradient_at_a_stop_sees_no_graph_before(gen):
     """DMD2's step: stop and grad_at at the same call make the gradient of that call on a constant state,
     also when the noise itself is differentiable."""
     student, noise = model(), torch.randn(5, 2, generator=gen, dtype=torch.float64, requires_grad=True)
-    states = {}
-    out = rollout(
-        student, noise, Plan(TIMES), rng=Rng(0), stop=2, grad_at=2, on_step=lambda i, x, y: states.update({i: (x, y)})
-    )
-    assert not states[0][1].requires_grad and not states[2][0].requires_grad
-    again = student.to_data(states[2][0], TIMES[2])
+    calls = []
+    out = rollout(student, noise, Plan(TIMES), rng=Rng(0), stop=2, grad_at=2, calls=calls)
+    assert not calls[0].out.requires_grad and not calls[2].x.requires_grad
+    again = student.to_data(calls[2].x, TIMES[2])
     for ours, expected in zip(gradient(student, out.sum()), gradient(student, again.sum()), strict=True):
         assert torch.equal(ours, expected)
 

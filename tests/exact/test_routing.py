@@ -29,7 +29,7 @@ from fewstep.models import model_of
 from fewstep.networks import MLP
 from fewstep.randomness import Rng
 from fewstep.routing import ByClass, ByEmbedding, ByTime, RoutedDenoiser, RoutedFlowMap, Router
-from fewstep.sampling import Plan, Student, rollout, sample
+from fewstep.sampling import Call, Plan, Student, rollout, sample
 from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPLinear
 
 F64 = torch.float64
@@ -187,10 +187,10 @@ def test_a_base_model_before_a_student() -> None:
     plain = Student(student, PLANS)
     for steps in PLANS:
         assert torch.equal(itself.sample(4, steps=steps), plain.sample(4, steps=steps))
-    seen: list[Tensor] = []
-    rollout(hybrid.flow_map, states(4), PLANS[3], MIXED[:4], Rng(0), on_step=lambda i, x, out: seen.extend((x, out)))
-    for i, expert in enumerate((base, student, student)):
-        assert torch.equal(seen[2 * i + 1], expert.to_data(seen[2 * i], PLANS[3].times[i], MIXED[:4]))
+    calls: list[Call] = []
+    rollout(hybrid.flow_map, states(4), PLANS[3], MIXED[:4], Rng(0), calls=calls)
+    for call, expert in zip(calls, (base, student, student), strict=True):
+        assert torch.equal(call.out, expert.to_data(call.x, call.t, MIXED[:4]))
 
 
 def test_times_and_further_inputs_go_with_their_rows() -> None:

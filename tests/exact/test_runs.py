@@ -29,7 +29,7 @@ from fewstep.methods.parts.stores import Pairs, made_now
 from fewstep.methods.start import Start, denoiser_in, teacher_in
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP
-from fewstep.predictions import EDMPrediction, Eps
+from fewstep.predictions import Eps, TrigPrediction
 from fewstep.runs import record as records
 from fewstep.runs.course import run_recipe
 from fewstep.runs.resume import OtherRun, held
@@ -67,7 +67,7 @@ def network(width: int = 16, seed: int = 3, classes: int | None = 3, shape: tupl
 
 
 def teacher(width: int = 16, seed: int = 3) -> NetworkDenoiser:
-    return NetworkDenoiser(network(width, seed), EDM(), EDMPrediction(), (2,), 3)
+    return NetworkDenoiser(network(width, seed), EDM(), TrigPrediction(), (2,), 3)
 
 
 def points(n: int = 24) -> Dataset:
@@ -163,7 +163,7 @@ def test_the_ladder_goes_on_from_the_small_student() -> None:
     class Watched(ProgressiveDistillation):
         def networks(self, start: Start) -> Networks:
             nets = super().networks(start)
-            seen.append(tuple(m.net.config["width"] for m in (nets.student.denoiser, nets.teacher)))  # type: ignore[arg-type]
+            seen.append(tuple(m.net.config["width"] for m in (nets.student.denoiser, nets.teacher.denoiser)))  # type: ignore[arg-type]
             if len(seen) == 2:
                 assert torch.equal(weights(nets.student), weights(nets.teacher))
             return nets
@@ -185,10 +185,10 @@ def test_roles_that_a_method_does_not_use_are_refused() -> None:
 
 
 def test_a_student_that_makes_other_samples_is_refused() -> None:
-    wide = NetworkDenoiser(network(8, shape=(3,)), EDM(), EDMPrediction(), (3,), 3)
+    wide = NetworkDenoiser(network(8, shape=(3,)), EDM(), TrigPrediction(), (3,), 3)
     with pytest.raises(ValueError, match=r"the student makes samples \[3\], the teacher \[2\]"):
         run(DMD2(), given={"student": wide})
-    other = NetworkDenoiser(network(8, classes=4), EDM(), EDMPrediction(), (2,), 4)
+    other = NetworkDenoiser(network(8, classes=4), EDM(), TrigPrediction(), (2,), 4)
     with pytest.raises(ValueError, match="the student knows 4 classes, the teacher 3"):
         run(DMD2(), given={"student": other})
 
@@ -508,7 +508,7 @@ def test_digests_see_every_bit_and_no_mode() -> None:
     b = teacher()
     next(iter(b.parameters())).data.view(-1)[0].mul_(1 + 1e-6)
     assert model_sha256(a) != model_sha256(b)
-    assert model_sha256(a) != model_sha256(NetworkDenoiser(a.net, EDM(), EDMPrediction(sigma_data=0.6), (2,), 3))
+    assert model_sha256(a) != model_sha256(NetworkDenoiser(a.net, EDM(), TrigPrediction(sigma_data=0.6), (2,), 3))
     for x in (torch.tensor(1.0), torch.zeros(0, 3), torch.ones(2, dtype=torch.bfloat16), torch.eye(3).t()):
         assert tensors_sha256([("x", x)]) == tensors_sha256([("x", x.clone())]) != tensors_sha256([("y", x)])
 

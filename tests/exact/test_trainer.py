@@ -27,7 +27,7 @@ from fewstep.methods.method import Batch, Method, Networks, Optimizer, Progress,
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP, UNet
-from fewstep.predictions import EDMPrediction
+from fewstep.predictions import EDMPrediction, Retimed
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import EDM
 from fewstep.training import precision
@@ -54,16 +54,17 @@ METHODS: dict[str, Method] = {
 SETTINGS = Settings(Budget(8), 16, precision="fp32", log_steps=1)
 
 
-def teacher(unet: bool = False) -> NetworkDenoiser:
-    """A small network away from its neutral start, of points or of 8x8 pictures, with three classes."""
-    gen = torch.Generator().manual_seed(3)
+def teacher(name: str = "cm") -> NetworkDenoiser:
+    """A small network away from its neutral start, of points or of 8x8 pictures, with three classes; told the
+    angle for a method that differentiates its time."""
+    gen, unet = torch.Generator().manual_seed(3), name == "unet"
     shape = (1, 8, 8) if unet else (2,)
     net = UNet((1, 8, 8), (8, 16), 1, 16, classes=3, dropout=0.2) if unet else MLP((2,), 16, 2, classes=3)
     with torch.no_grad():
         for p in net.parameters():
             noise = torch.randn(p.shape, generator=gen)
             p.copy_(noise * (0.3 if p.ndim < 2 else p[0].numel() ** -0.5))
-    return NetworkDenoiser(net, EDM(), EDMPrediction(), shape, 3)
+    return NetworkDenoiser(net, EDM(), Retimed(of="edm") if name == "scm" else EDMPrediction(), shape, 3)
 
 
 def points(unet: bool = False) -> Dataset:
@@ -90,7 +91,8 @@ def weights(result: Result) -> Tensor:
 
 def started(method: Method) -> Tensor:
     """The weights of the method's product before training."""
-    made = method.student(method.networks(begin(teacher(), points())))
+    name = next(name for name, known in METHODS.items() if known is method)
+    made = method.student(method.networks(begin(teacher(name), points())))
     return torch.cat([p.detach().flatten() for p in made.parameters()])
 
 
@@ -122,10 +124,10 @@ def stopped_at(step: int, data: Dataset) -> Dataset:
 def test_accumulation_changes_nothing(name: str) -> None:
     """Two and four micro-batches give the losses, gradient norms and weights of one batch."""
     method = METHODS[name]
-    whole = train(method, begin(teacher(), points()), SETTINGS, show=False)
+    whole = train(method, begin(teacher(name), points()), SETTINGS, show=False)
     assert (weights(whole) - started(method)).abs().max() > 1e-3, "the run moved nothing: the test shows nothing"
     for parts in (2, 4):
-        split = train(method, begin(teacher(), points()), replace(SETTINGS, accumulate=parts), show=False)
+        split = train(method, begin(teacher(name), points()), replace(SETTINGS, accumulate=parts), show=False)
         for a, b in zip(whole.records, split.records, strict=True):
             assert a.keys() == b.keys()
             for key in a:
@@ -180,16 +182,16 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     unet = name == "unet"
     method = Denoising(lr=1e-2) if unet else METHODS[name]
     settings = replace(SETTINGS, averages=(Power(0.1), HalfLife(20)), accumulate=2, log_steps=3)
-    whole = train(method, begin(teacher(unet), points(unet)), settings, show=False)
+    whole = train(method, begin(teacher(name), points(unet)), settings, show=False)
     with pytest.raises(Interrupted, match=r"stopped after 5 steps, saved in .*; the same command resumes") as stop:
-        train(method, begin(teacher(unet), stopped_at(10, points(unet))), settings, tmp_path, show=False)
+        train(method, begin(teacher(name), stopped_at(10, points(unet))), settings, tmp_path, show=False)
     assert stop.value.number == signal.SIGTERM
-    rest = train(method, begin(teacher(unet), points(unet)), settings, tmp_path, show=False)
+    rest = train(method, begin(teacher(name), points(unet)), settings, tmp_path, show=False)
     assert torch.equal(weights(whole), weights(rest))
     clock = {"seconds": 0.0}
     assert [r | clock for r in rest.records] == [r | clock for r in whole.records]
     assert rest.steps == 8 and rest.images == 8 * 16
-    again = train(method, begin(teacher(unet), points(unet)), settings, tmp_path, show=False)
+    again = train(method, begin(teacher(name), points(unet)), settings, tmp_path, show=False)
     assert torch.equal(weights(whole), weights(again)), "a finished run is not trained again"
 
 
@@ -473,9 +475,9 @@ def test_the_probe_tells_the_truth_here() -> None:
 def test_bfloat16_trains_like_float32(name: str) -> None:
     """Under autocast the first losses and gradient norms are those of float32 to bfloat16's precision; a gradient that
     is lost (a weight cast without a graph and used again) would halve the norm."""
-    exact = train(METHODS[name], begin(teacher(), points()), replace(SETTINGS, budget=Budget(1)), show=False)
+    exact = train(METHODS[name], begin(teacher(name), points()), replace(SETTINGS, budget=Budget(1)), show=False)
     rough = train(
-        METHODS[name], begin(teacher(), points()), replace(SETTINGS, budget=Budget(1), precision="bf16"), show=False
+        METHODS[name], begin(teacher(name), points()), replace(SETTINGS, budget=Budget(1), precision="bf16"), show=False
     )
     for key, value in exact.records[0].items():
         if key.endswith(("/loss", "/grad_norm")):

@@ -19,7 +19,7 @@ from fewstep.data.dataset import Dataset
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.files import load_tensors, save_tensors
 from fewstep.methods.method import Batch, Mean, Networks, Optimizer, Progress, Update, alone
-from fewstep.methods.parts.balance import balance
+from fewstep.methods.parts.balance import balance, balance_losses
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import MLP
@@ -121,8 +121,20 @@ class Balanced(Plain):
         yield Update("model", h.mean() + weight * second, {"weight": weight})
 
 
+@dataclass(frozen=True)
+class BalancedOnce(Plain):
+    """The same at the output, which is differentiated once."""
+
+    name: ClassVar[str] = "balanced-once"
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Updates:
+        out, h = self.errors(nets, batch)
+        loss, weight = yield from balance_losses(h.mean(), out.pow(4).mean(), out)
+        yield Update("model", loss, {"weight": weight})
+
+
 METHODS: dict[str, Plain] = {
-    "statistic": Statistic(), "output": Balanced(), "weight": Balanced(at_weight=True)
+    "statistic": Statistic(), "output": Balanced(), "weight": Balanced(at_weight=True), "once": BalancedOnce(),
 }  # fmt: skip
 
 
@@ -156,6 +168,12 @@ def test_a_mean_does_not_depend_on_how_the_batch_is_split(name: str, two_process
     for parts in (1, 2):
         there = load_tensors(two_processes / f"{name}-{parts}.safetensors")["weights"]
         assert largest(whole, there) < 1e-12
+
+
+def test_balanced_losses_are_differentiated_once_and_the_same() -> None:
+    """The weights and the logged loss of the sum with the weight before it."""
+    one, other = (train(METHODS[name], Start(teacher(), points()), SETTINGS, show=False) for name in ("output", "once"))
+    assert largest(weights(one), weights(other)) < 1e-12
 
 
 def test_a_statistic_of_the_part_does_depend_on_it() -> None:

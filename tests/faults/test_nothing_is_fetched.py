@@ -22,6 +22,7 @@ AT_WORK = (
     f"distill cm --teacher digits --out run {QUICK}",
     "sample digits --n 2 --steps 2 --out a.npz",
     "sample run --n 2 --out b.npz",
+    "inspect run --n 2 --out b.png",
     "sample pixels --n 2 --steps 2 --out c.npz",
     "sample text --n 1 --steps 2 --prompt a --guidance 2 --out d.npz",
     "tune-steps digits --calls 2 --n 2 --reference 20 --solvers ddim --grids uniform --out tuned.json",

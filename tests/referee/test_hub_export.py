@@ -36,11 +36,15 @@ from fewstep.hub.source import standalone  # noqa: E402
 from fewstep.hub.tables import network_of, plan_table, scheduler_table  # noqa: E402
 from fewstep.hub.text_adapters import TextAdapter  # noqa: E402
 from fewstep.methods.consistency.cm import ConsistencyDistillation  # noqa: E402
+from fewstep.methods.consistency.lcm import LatentConsistencyDistillation  # noqa: E402
+from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation  # noqa: E402
+from fewstep.methods.method import Method  # noqa: E402
 from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP, UNet  # noqa: E402
 from fewstep.predictions import EDMPrediction, TrigPrediction  # noqa: E402
 from fewstep.randomness import Rng, derive_seed  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
+from fewstep.sampling.student_samplers import tcd  # noqa: E402
 from fewstep.schedules import EDM, TrigFlow  # noqa: E402
 
 CLOSE = 1e-5  # between float32 images of size 1 to 4 (the promise is 1e-4; 1.1e-6 was measured)
@@ -176,8 +180,8 @@ def sd3() -> Any:
     return tiny.sd3().to(torch.float32)
 
 
-def flux() -> Any:
-    return tiny.flux().to(torch.float32)
+def flux(**changes: Any) -> Any:
+    return tiny.flux(**changes).to(torch.float32)
 
 
 def sana() -> Any:
@@ -267,10 +271,52 @@ def make_cases(root: Path) -> dict[str, Case]:
         written = export(weighted, root / name, extras=constant)
         call = {"output_type": "latent", **({"guidance_scale": asked} if asked else {})}
         cases[name] = Case(weighted, written, inputs, call, text, noise, extras={"w": w})
+    # TCD undercuts by a share of the time: eta of its scheduler
+    student = Student(
+        weighted.flow_map, {n: tcd(weighted.flow_map.schedule, n, eta=0.3) for n in (2, 4)}
+    ).requires_grad_(False)
+    written = export(student, root / "sd-tcd-weight")
+    call = {"output_type": "latent", "guidance_scale": 3.0}
+    inputs = {**text, "latents": written.start * noise}
+    cases["sd-tcd-weight"] = Case(student, written, inputs, call, text, noise, extras={"w": 2.0})
     distilled = Jump(tokens.denoiser, extras={"w": Input(3.5, 1.0, 10.0, unguided=1.0)})
     student = plans(distilled, {n: tokens.grid(n)[:-1].tolist() for n in (1, 4)}, 0.0)
     inputs = {**cond, "latents": diffusers.FluxPipeline._pack_latents(noise, BATCH, 4, 8, 8)}
     for name, asked, w in (("flux-weight", {}, 3.5), ("flux-weight-asked", {"guidance_scale": 2.0}, 2.0)):
+        written = export(student, root / name)
+        cases[name] = Case(student, written, inputs, {**size, **asked}, cond, noise, pack=True, extras={"w": w})
+
+    # students as LCM and PCM make them: LCM's scheduler, trailing DDIM, Euler; the weight is an input of a network that
+    # had none
+    null = {"prompt_embeds": prompt[:1], "pooled_prompt_embeds": pooled[:1]}
+    empty = NetworkDenoiser(
+        loaded.denoiser.net, loaded.denoiser.schedule, loaded.denoiser.prediction, loaded.denoiser.shape,
+        null={"prompt_embeds": prompt[:1]},
+    )  # fmt: skip
+    for skip, plan_steps in ((20, (1, 2, 4, 8)), (40, (4,))):
+        student = distilled_by(LatentConsistencyDistillation(skip=skip, steps=plan_steps), empty)
+        for name, asked, w in ((f"sd-lcm-{skip}", {}, 0.0), (f"sd-lcm-{skip}-asked", {"guidance_scale": 3.0}, 2.0)):
+            written = export(student, root / name)
+            inputs = {**text, "latents": written.start * noise}
+            call = {"output_type": "latent", **asked}
+            cases[name] = Case(student, written, inputs, call, text, noise, extras={"w": w})
+    for phases in (1, 4):
+        student = distilled_by(PhasedConsistencyDistillation(phases=phases), empty)
+        written = export(student, root / f"sd-pcm-{phases}")
+        inputs = {**text, "latents": written.start * noise}
+        cases[f"sd-pcm-{phases}"] = Case(student, written, inputs, {"output_type": "latent"}, text, noise)
+    baked = LatentConsistencyDistillation(guidance_max=1.0, steps=(1, 2, 4))
+    for name, method in (("sd3-lcm", baked), ("sd3-pcm", PhasedConsistencyDistillation(phases=4))):
+        student = distilled_by(method, straight.denoiser)
+        inputs = {**cond, "latents": noise}
+        cases[name] = Case(student, export(student, root / name), inputs, {"output_type": "latent"}, cond, noise)
+    unweighted = from_pipeline(flux(guidance_embeds=False), size=(16, 16)).denoiser
+    unweighted = NetworkDenoiser(
+        unweighted.net, unweighted.schedule, unweighted.prediction, unweighted.shape, null=null
+    )
+    student = distilled_by(PhasedConsistencyDistillation(phases=2, guidance_max=5.0), unweighted)
+    inputs = {**cond, "latents": diffusers.FluxPipeline._pack_latents(noise, BATCH, 4, 8, 8)}
+    for name, asked, w in (("flux-pcm", {}, 1.0), ("flux-pcm-asked", {"guidance_scale": 2.0}, 2.0)):
         written = export(student, root / name)
         cases[name] = Case(student, written, inputs, {**size, **asked}, cond, noise, pack=True, extras={"w": w})
 
@@ -361,6 +407,18 @@ def consistency(teacher: Denoiser) -> Student:
     return student.requires_grad_(False)
 
 
+def distilled_by(method: Method, teacher: Denoiser) -> Student:
+    """The student of a method, its weights away from their start, those of new inputs too."""
+    nets = method.networks(Start(teacher))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in nets.group_parameters("student"):
+            p += 0.03 * torch.randn(p.shape, generator=generator)
+    student = method.student(nets)
+    assert isinstance(student, Student)
+    return student.requires_grad_(False).eval()
+
+
 def own(student: Student, exported: Exported) -> Case:
     """Our own networks are called with the number of samples only: noise and labels are the pipeline's own."""
     labels = torch.arange(BATCH) % student.classes if student.classes else None
@@ -402,6 +460,17 @@ PLAIN = {
     "sd-weight": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-weight-three": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd-weight-asked": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd-tcd-weight": ("StableDiffusionPipeline", "TCDScheduler"),
+    "sd-lcm-20": ("StableDiffusionPipeline", "LCMScheduler"),
+    "sd-lcm-20-asked": ("StableDiffusionPipeline", "LCMScheduler"),
+    "sd-lcm-40": ("StableDiffusionPipeline", "LCMScheduler"),
+    "sd-lcm-40-asked": ("StableDiffusionPipeline", "LCMScheduler"),
+    "sd-pcm-1": ("StableDiffusionPipeline", "DDIMScheduler"),
+    "sd-pcm-4": ("StableDiffusionPipeline", "DDIMScheduler"),
+    "sd3-lcm": ("StableDiffusion3Pipeline", "FlowMatchLCMScheduler"),
+    "sd3-pcm": ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"),
+    "flux-pcm": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
+    "flux-pcm-asked": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
     "flux-weight": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
     "flux-weight-asked": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
     "sd3-euler": ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"),
@@ -531,7 +600,13 @@ def test_readme_names_the_call(made: Any) -> None:
 def test_further_inputs_reach_the_exported_network(made: Any) -> None:
     """Another value makes other images, by a thousand times the tolerance: none of the inputs is without effect."""
     cases, _ = made
-    for name, other in (("sd-weight", {"w": 3.0}), ("flux-weight", {"w": 2.0}), ("own-inputs", {"w": 1.0})):
+    for name, other in (
+        ("sd-weight", {"w": 3.0}),
+        ("flux-weight", {"w": 2.0}),
+        ("own-inputs", {"w": 1.0}),
+        ("sd-lcm-20", {"w": 1.0}),
+        ("flux-pcm", {"w": 3.0}),
+    ):
         case = cases[name]
         steps = max(case.student.plans)
         mine = case.expected(steps, SEED)

@@ -39,6 +39,7 @@ COMMANDS = {
     "demo": Command("demo", "a teacher, its students and a report page, in a few minutes on a laptop"),
     "systems": Command("systems", "the catalogue: every system, what it needs, what it gives"),
     "sample": Command("sample", "pictures from a teacher (any solver) or a student, as a PNG grid"),
+    "inspect": Command("inspect", "what a student sees at each of its calls, as a PNG grid"),
     "tune-steps": Command("tune_steps", "the best solver and time grid for a budget of network calls"),
     "statistics": Command("statistics", "what DPM-Solver-v3 needs to know of a teacher, made once from data"),
     "train": Command("train", "train a teacher on a data set"),

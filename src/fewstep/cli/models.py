@@ -15,8 +15,9 @@ from fewstep.data.bundled import BUNDLED
 from fewstep.denoisers import Denoiser
 from fewstep.hub import native
 from fewstep.hub.models import adapter_of
+from fewstep.methods.start import teacher_in
 from fewstep.models import Model, model_of
-from fewstep.runs.conditions import embed_of
+from fewstep.runs.conditions import NO_DATA, embed_of, without_data
 from fewstep.runs.record import model_source, weights_sha256
 
 
@@ -61,7 +62,8 @@ class Named:
         if (self.folder / "config.json").is_file():
             source = native.card(self.folder).get("data")
             if source is not None:
-                return str(source["source"] if isinstance(source, dict) else source)
+                named = str(source["source"] if isinstance(source, dict) else source)
+                return None if named == NO_DATA else named
         return self.name if self.name in BUNDLED else None
 
 
@@ -87,10 +89,15 @@ def check_conditions(named: Named) -> None:
 
 
 def named_data(name: str | None, model: Named) -> tuple[str, Samples]:
-    """Data by name; without one the data that ``model`` was made from."""
+    """Data by name, "none" for conditions only; without one the data that ``model`` was made from."""
     source = name or model.data
     if source is None:
-        raise UserError(f"--data is missing, and model '{model.name}' does not say what it was made from")
+        raise UserError(
+            f"--data is missing, and model '{model.name}' does not say what it was made from; methods that need no "
+            f"data take '{NO_DATA}'"
+        )
+    if source == NO_DATA:
+        return source, without_data(teacher_in(model.model, f"'{model.name}'"))
     return source, training_samples(source, captions=embed_of(model.model) is not None)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +24,43 @@ from fewstep.schedules import TrigFlow, align, as_time
 SUBSTEPS = (2, 4, 6, 8, 10, 12)
 
 CIRCLE = TrigFlow(t_min=0.0, t_max=math.pi / 2, sigma_data=1.0)
+
+
+@dataclass(frozen=True)
+class CirclePath:
+    """The probability flow of a denoiser on the circle, along ``w``: what integrators walk.
+
+    ``scales`` are the smallest and the largest length in the data; ValueError for scales that are not ordered.
+    """
+
+    denoiser: Denoiser
+    cond: Cond
+    scales: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        small, large = self.scales
+        if not 0 < small < large:
+            raise ValueError(f"scales={self.scales}: need 0 < smallest < largest")
+
+    @cached_property
+    def on_circle(self) -> Denoiser:
+        """The denoiser as it is on the circle."""
+        return self.denoiser.on(CIRCLE)
+
+    def place(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Radius ``sqrt(alpha^2 + sigma^2)`` and place ``w`` of a time of the denoiser's schedule."""
+        (small, large), schedule = self.scales, self.denoiser.schedule
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        w = torch.log(sigma + small * alpha) - torch.log(alpha + sigma / large)
+        return torch.sqrt(alpha**2 + sigma**2), w
+
+    def slope(self, y: Tensor, w: Tensor) -> Tensor:
+        """``dy/dw`` at states ``y = x / radius``; ``w`` is of the shape of a time."""
+        small, large = self.scales
+        grown = torch.exp(w)
+        p, q = (grown - small).clamp_min(0), (1 - grown / large).clamp_min(0)
+        rate = grown * (1 - small / large) / (p**2 + q**2)
+        return align(rate, y) * self.on_circle.velocity(y, torch.atan2(p, q), self.cond)
 
 
 def probability_flow(
@@ -39,27 +78,11 @@ def probability_flow(
     The number of steps is fixed, so that a sample does not depend on its batch and the map can be differentiated.
     Works in the type of ``x``; float64 is what it is for.  Raises ValueError for scales that are not ordered.
     """
-    small, large = scales
-    if not 0 < small < large:
-        raise ValueError(f"scales={scales}: need 0 < smallest < largest")
-    schedule, on_circle = denoiser.schedule, denoiser.on(CIRCLE)
-    t, s = as_time(t, x), as_time(s, x)
-
-    def place(time: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = schedule.alpha(time), schedule.sigma(time)
-        w = torch.log(sigma + small * alpha) - torch.log(alpha + sigma / large)
-        return torch.sqrt(alpha**2 + sigma**2), w
-
-    def slope(y: Tensor, w: Tensor) -> Tensor:
-        grown = torch.exp(w)
-        p, q = (grown - small).clamp_min(0), (1 - grown / large).clamp_min(0)
-        rate = grown * (1 - small / large) / (p**2 + q**2)
-        return align(rate, y) * on_circle.velocity(y, torch.atan2(p, q), cond)
-
-    (radius, start), (end_radius, end) = place(t), place(s)
+    path = CirclePath(denoiser, cond, scales)
+    (radius, start), (end_radius, end) = path.place(as_time(t, x)), path.place(as_time(s, x))
     y = x / align(radius, x)
     for i in range(steps):
-        y = _extrapolated_step(slope, y, start + (end - start) * (i / steps), (end - start) / steps)
+        y = _extrapolated_step(path.slope, y, start + (end - start) * (i / steps), (end - start) / steps)
     return align(end_radius, x) * y
 
 

@@ -21,6 +21,8 @@ Only the first channels of an output are kept, as many as a sample has: what fol
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +31,10 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.hub.autoencoders import autoencoder_name, latent_channels, pixels_per_latent, step_of_sides
+from fewstep.networks.inputs import FurtherInputs, TakesInputs
+
+#: The name by which networks take their guidance weight.
+WEIGHT = "w"
 
 #: What pipelines put beside the noisy channels of their network's input: the condition ``concat``, in its order.
 BESIDE = {
@@ -64,11 +70,14 @@ class Origin:
         return self
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, TakesInputs):
     """A diffusers model behind the signature of fewstep's networks.
 
     ``model`` is the diffusers model, ``origin`` the pipeline it came from (None for a bare model), ``size`` the height
     and width of one sample (default: the config's), ``classes`` the number of class labels (None without).
+
+    Further inputs ``[B]`` are added where the model embeds its time; a guidance weight ``w`` the way diffusers has for
+    it, where it has one.
     """
 
     #: The component's name in diffusers pipelines.
@@ -77,8 +86,6 @@ class Adapter(nn.Module):
     guidance: float = 1.0
     #: Whether the network takes the guidance scale as an input.
     takes_guidance: bool = False
-    #: The pipeline's ``guidance_scale`` less the weight ``w`` that the network is given.
-    guidance_offset: ClassVar[float] = 0.0
     #: Whether its students go back into the pipeline that it came from, which knows its conditions.
     in_own_pipeline: bool = False
     #: Whether that pipeline makes samples of the config's size only.
@@ -94,10 +101,56 @@ class Adapter(nn.Module):
         self.model = model
         self.origin = origin
         self.size = self.config_size() if size is None else size
+        #: What adds the further inputs that no network of diffusers has; None without.
+        self.further: FurtherInputs | None = None
         #: Whether a call has succeeded.
         self.ran = False
         #: Whether samples are latents, of an autoencoder that may be out of reach.
         self.latent = origin is not None and autoencoder_name(origin.pipe) is not None
+
+    @property
+    def guidance_offset(self) -> float:
+        """The pipeline's ``guidance_scale`` less the weight ``w`` that the network is given."""
+        return 1.0 - self.unguided
+
+    @property
+    def extra_inputs(self) -> tuple[str, ...]:
+        own = (WEIGHT,) if self.takes_guidance else ()
+        return own if self.further is None else (*own, *self.further.spans)
+
+    def widened(self, spans: Mapping[str, float], beside: int) -> Adapter:
+        """Itself, taking ``spans`` too; ValueError for a second sample, and where its weights are low-rank ones."""
+        kind = type(self.model).__name__
+        if beside:
+            raise ValueError(f"a {kind} takes no second sample")
+        if self.frozen:
+            raise ValueError(
+                f"a {kind} with low-rank weights takes no further inputs ({', '.join(spans)}): train the whole "
+                "network, or by a method that asks for none"
+            )
+        spans = {name: span for name, span in spans.items() if name != WEIGHT or not self.take_weight()}
+        if self.further is not None:
+            self.further.take(spans)
+        elif spans:
+            sites = self.time_embeddings()
+            self.further = FurtherInputs(spans, sites[0].linear_2.out_features, sites).to(next(self.model.parameters()))
+        return self
+
+    def take_weight(self) -> bool:
+        """Make the network take a guidance weight the way diffusers has for it, if there is one, as an input that
+        changes nothing until it is trained; whether there is."""
+        return False
+
+    @abstractmethod
+    def time_embeddings(self) -> list[Any]:
+        """The modules of diffusers, of one width, that embed the time."""
+
+    def tell(self, extras: Mapping[str, Tensor]) -> None:
+        """Hold the further inputs of the coming call; TypeError unless they are all there are."""
+        if self.further is not None:
+            self.further.give(extras)
+        elif extras:
+            raise TypeError(f"a {type(self.model).__name__} takes no further inputs, it was given {sorted(extras)}")
 
     @property
     def reads_prompts(self) -> bool:
@@ -310,6 +363,9 @@ class UNetAdapter(Adapter):
     def bottleneck(self) -> nn.Module:
         middle: nn.Module = self.model.mid_block
         return middle
+
+    def time_embeddings(self) -> list[Any]:
+        return [self.model.time_embedding]
 
 
 def as_adapter(net: Any) -> Adapter | None:

@@ -7,12 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from fewstep.extras import check_given
-from fewstep.hub.adapters import Adapter
+from fewstep.hub.adapters import WEIGHT, Adapter
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.values import real
-
-#: The name by which networks of diffusers take their guidance weight.
-WEIGHT = "w"
 
 
 def with_constants(student: Student, extras: Mapping[str, float]) -> Student:

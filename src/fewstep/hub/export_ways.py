@@ -7,6 +7,7 @@ the plan's own coefficients.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -218,6 +219,11 @@ def _exportable(model: nn.Module) -> Any:
     if adapter is not None:
         if any(".lora_A." in name for name in net.state_dict()):
             raise ValueError("the network holds LoRA layers: export lora.merged(model), or write them with lora.save")
+        if adapter.further is not None:
+            raise ValueError(
+                f"the network takes the further inputs {', '.join(adapter.further.spans)}, which no "
+                f"{type(adapter.model).__name__} of diffusers has: keep it in a folder of fewstep's own"
+            )
         if adapter.latent and adapter.origin is None:
             raise ValueError("the model makes latents, and the pipeline with their autoencoder is not where it was")
     elif type(net) not in NETWORKS.values():
@@ -300,19 +306,35 @@ def _candidates(
         for spacing, offset in spacings:
             grid = {**betas, "timestep_spacing": spacing, "steps_offset": offset}
             yield diffusers.DDIMScheduler(**grid, clip_sample=False, set_alpha_to_one=False), counted
-    # the grids of these two are subsets of original_inference_steps equal steps: the usual 50, one each, the plan's own
+    # the grids of these two are subsets of original_inference_steps equal steps: the usual 50, one each, the plan's,
+    # those of which the times of all plans are multiples (LCM's, of another skip)
     table_length = len(schedule.alphas_cumprod)
-    for original in dict.fromkeys((50, table_length, max(plans))):
+    stride = math.gcd(*(round(t) + 1 for plan in plans.values() for t in plan.times))
+    for original in dict.fromkeys((50, table_length, max(plans), table_length // stride)):
         if original <= table_length:
             yield diffusers.LCMScheduler(**betas, original_inference_steps=original), counted
             if host.eta:
-                noisy = {n: {**counted[n], "eta": plan.gamma} for n, plan in plans.items()}
+                noisy = {n: {**counted[n], "eta": eta_of(plan)} for n, plan in plans.items()}
                 yield diffusers.TCDScheduler(**betas, original_inference_steps=original), noisy
     if host.eta and all(t == round(t) for plan in plans.values() for t in plan.times):
         listed = {
-            n: {"timesteps": [round(t) for t in plan.times], "eta": plan.gamma} for n, plan in plans.items()
+            n: {"timesteps": [round(t) for t in plan.times], "eta": eta_of(plan)} for n, plan in plans.items()
         }  # fmt: skip
         yield diffusers.TCDScheduler(**betas, original_inference_steps=table_length), listed
+
+
+def eta_of(plan: Plan) -> float:
+    """The ``eta`` of TCD's scheduler whose undercut times ``floor((1 - eta) s)`` are the plan's, to as few digits as
+    say it; the plan's ``gamma`` where it names none."""
+    lifted = plan.times[1:]
+    if not plan.inner or not lifted:
+        return plan.gamma if plan.inner is None else 0.0
+    exact = 1 - (plan.inner[0] + 0.5) / lifted[0]
+    for digits in (1, 2, 3):
+        eta = abs(round(exact, digits))
+        if all(math.floor((1 - eta) * s) == r for s, r in zip(lifted, plan.inner, strict=True)):
+            return eta
+    return min(max(exact, 0.0), 1.0)
 
 
 def _beta_config(schedule: DiscreteVP, prediction: Prediction, config: Any) -> Arguments:

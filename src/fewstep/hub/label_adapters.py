@@ -66,7 +66,8 @@ class UNet2D(UNetAdapter, LabelAdapter):
             and (self.origin is None or autoencoder_name(self.origin.pipe) in (None, "vqvae"))
         )
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Tensor:
+        self.tell(extras)
         time = t.round().long() if self.integer_times else t
         given = self.conditions(cond, x)
         out = self.called(self.with_concat(x, given), time, class_labels=given.get("class_labels"))
@@ -86,7 +87,11 @@ class DiT(LabelAdapter):
             # in training mode the model would drop labels by itself, with unseeded randomness
             block.norm1.emb.class_embedder.dropout_prob = 0.0
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+    def time_embeddings(self) -> list[Any]:
+        return [block.norm1.emb.timestep_embedder for block in self.model.transformer_blocks]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Tensor:
+        self.tell(extras)
         labels = self.conditions(cond, x)["class_labels"]
         out = self.called(x, timestep=t, class_labels=labels)
         return out[:, : x.shape[1]]

@@ -50,6 +50,11 @@ def attach(
         raise ValueError(f"rank={rank}: LoRA needs a rank of at least 1")
     if _layers(_adapter(denoiser)):
         raise ValueError("the network holds LoRA layers already: merge them first with lora.merged(model)")
+    if (further := _adapter(denoiser).further) is not None:
+        raise ValueError(
+            f"the network takes the further inputs {', '.join(further.spans)}: low-rank weights do not train them, "
+            "train the whole network"
+        )
     shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
     student = copy.deepcopy(denoiser, dict(shared))
     adapter = _adapter(student)

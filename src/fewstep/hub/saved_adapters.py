@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.hub.adapter_kinds import adapt, adapter_class
-from fewstep.hub.adapters import Adapter, pipeline_folder
+from fewstep.hub.adapters import WEIGHT, Adapter, pipeline_folder
 from fewstep.hub.diffusers import network_in, open_pipeline
 from fewstep.hub.folders import check_config
 from fewstep.hub.requires import require
@@ -25,6 +25,7 @@ def described(net: Adapter) -> dict[str, Any]:
         "size": list(net.size),
         "pipeline": None if folder is None else str(folder),
         "latent": net.latent,
+        **({} if net.further is None else {"inputs": net.further.spans}),
     }
 
 
@@ -39,7 +40,7 @@ def fresh(description: dict[str, Any]) -> Adapter:
     config = check_config(check(description["config"], dict, place), model_class, place)
     net = adapt(model_class.from_config(config), size=description["size"])
     net.latent = description["latent"]
-    return net
+    return with_inputs_of(description, net)
 
 
 def rebuilt(description: dict[str, Any]) -> Adapter:
@@ -48,5 +49,15 @@ def rebuilt(description: dict[str, Any]) -> Adapter:
     if folder is not None and (Path(folder) / "model_index.json").is_file():
         found = network_in(open_pipeline(folder), description["size"])
         if isinstance(found, adapter_class(description["class"])):
-            return found
+            return with_inputs_of(description, found)
     return fresh(description)
+
+
+def with_inputs_of(description: dict[str, Any], net: Adapter) -> Adapter:
+    """The network with the further inputs that a description has and it has not: a guidance weight that diffusers knows
+    is in the config, others stand beside it."""
+    config = description["config"]
+    weight = config.get("time_cond_proj_dim") is not None or bool(config.get("guidance_embeds"))
+    spans = {WEIGHT: 1.0} if weight else {}
+    missing = {n: span for n, span in (spans | description.get("inputs", {})).items() if n not in net.extra_inputs}
+    return net.widened(missing, 0) if missing else net

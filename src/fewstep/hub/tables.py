@@ -127,7 +127,13 @@ def plan_table(flow_map: FlowMap, plan: Plan) -> Table:
     probe: FlowMap = copy.deepcopy(flow_map, {id(network_of(flow_map).net): recorder})
     noise = rng.normal(1, PROBE, dtype=torch.float64)
     # a condition that nobody reads, because guidance is left out where there is none
-    data = rollout(probe, noise, plan, torch.zeros(1, dtype=torch.long), rng)
+    cond = torch.zeros(1, dtype=torch.long)
+    if begun := probe.begin(noise, plan.times[0], cond):
+        raise ValueError(
+            f"the student finds {', '.join(begun)} from its noise before the first step, which no scheduler does: it "
+            "cannot be exported"
+        )
+    data = rollout(probe, noise, plan, cond, rng)
     if len(recorder.inputs) != len(plan.times):
         raise ValueError(
             f"the student calls its network {len(recorder.inputs)} times in {len(plan.times)} steps (guidance?): "

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fewstep.conditions import Cond
 from fewstep.hub.adapters import Adapter, Origin, UNetAdapter
 from fewstep.hub.autoencoders import pixels_per_latent
+from fewstep.hub.requires import require
+from fewstep.networks.parts import zeroed
 
 
 class TextAdapter(Adapter):
@@ -85,6 +87,10 @@ class TextAdapter(Adapter):
         return found
 
 
+#: The width of the embedding of a guidance weight that a U-Net is made to take, that of the LCM authors' script.
+WEIGHT_EMBEDDING = 256
+
+
 class UNet2DCondition(UNetAdapter, TextAdapter):
     """UNet2DConditionModel: Stable Diffusion 1 and 2, SDXL with its pooled embedding and sizes, LCM, LDM, Kandinsky,
     inpainting and other conditions on pictures.
@@ -93,7 +99,7 @@ class UNet2DCondition(UNetAdapter, TextAdapter):
     pipelines' ``guidance_scale - 1`` and takes the place of the condition ``guidance_scale``.
     """
 
-    guidance_offset = 1.0
+    unguided = 0.0
 
     def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
         super().__init__(model, origin, size)
@@ -127,13 +133,22 @@ class UNet2DCondition(UNetAdapter, TextAdapter):
             found["class_labels"] = () if kind in (None, "timestep") else (None if kind == "identity" else label,)
         return {**found, **super().needs()}
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None, w: Tensor | None = None) -> Tensor:
+    def take_weight(self) -> bool:
+        layer = self.model.time_embedding.linear_1
+        self.model.register_to_config(time_cond_proj_dim=WEIGHT_EMBEDDING)
+        made = zeroed(nn.Linear(WEIGHT_EMBEDDING, layer.in_features, bias=False))
+        self.model.time_embedding.cond_proj = made.to(layer.weight)
+        self.takes_guidance, self.guidance = True, guidance_of(self.origin, 8.5)
+        return True
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None, w: Tensor | None = None, **extras: Tensor) -> Tensor:
         given = self.conditions(cond, x)
         width = self.model.config.time_cond_proj_dim
         if w is not None and width is None:
             raise ValueError(f"a network without time_cond_proj_dim was called with w={w}")
         if w is None and width is not None:
             w = self.guidance_scale(given, x) - 1
+        self.tell(extras)
         names = {"text_embeds": "pooled_prompt_embeds", "time_ids": "time_ids", "image_embeds": "image_embeds"}
         added = {theirs: given[ours] for theirs, ours in names.items() if ours in given}
         out = self.called(
@@ -185,8 +200,12 @@ class SD3(TextAdapter):
             **super().needs(),
         }
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+    def time_embeddings(self) -> list[Any]:
+        return [self.model.time_text_embed.timestep_embedder]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Tensor:
         given = self.conditions(cond, x)
+        self.tell(extras)
         out = self.called(
             hidden_states=self.with_concat(x, given),
             timestep=t,
@@ -237,8 +256,28 @@ class Flux(TextAdapter):
             **super().needs(),
         }
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None, w: Tensor | None = None) -> Tensor:
+    def take_weight(self) -> bool:
+        model = self.model
+        old = model.time_text_embed
+        config = model.config
+        made = type_with_guidance()(
+            embedding_dim=old.timestep_embedder.linear_2.out_features,
+            pooled_projection_dim=config.pooled_projection_dim,
+        ).to(old.timestep_embedder.linear_2.weight)
+        made.time_proj, made.timestep_embedder, made.text_embedder = (
+            old.time_proj, old.timestep_embedder, old.text_embedder,
+        )  # fmt: skip
+        zeroed(made.guidance_embedder.linear_2)
+        model.register_to_config(guidance_embeds=True)
+        model.time_text_embed, self.takes_guidance = made, True
+        return True
+
+    def time_embeddings(self) -> list[Any]:
+        return [self.model.time_text_embed.timestep_embedder]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None, w: Tensor | None = None, **extras: Tensor) -> Tensor:
         given = self.conditions(cond, x)
+        self.tell(extras)
         height, width = x.shape[2] // 2, x.shape[3] // 2
         if self.takes_guidance and w is None:
             w = self.guidance_scale(given, x)
@@ -274,8 +313,12 @@ class Sana(TextAdapter):
     def optional(self) -> dict[str, tuple[int | None, ...]]:
         return {"prompt_attention_mask": (None,), **super().optional()}
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+    def time_embeddings(self) -> list[Any]:
+        return [self.model.time_embed.emb.timestep_embedder]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Tensor:
         given = self.conditions(cond, x)
+        self.tell(extras)
         out = self.called(
             self.with_concat(x, given),
             encoder_hidden_states=given["prompt_embeds"],
@@ -291,6 +334,12 @@ class Sana(TextAdapter):
     def embed_null(self) -> dict[str, Tensor]:
         """The empty prompt without the instruction that the pipeline writes before prompts."""
         return self.embed([""], complex_human_instruction=None)
+
+
+def type_with_guidance() -> Any:
+    """Flux's embedding of time, guidance and pooled text."""
+    module = require("diffusers.models.embeddings", "networks of diffusers")
+    return module.CombinedTimestepGuidanceTextProjEmbeddings
 
 
 def guidance_of(origin: Origin | None, bare: float) -> float:

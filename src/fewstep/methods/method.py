@@ -228,6 +228,8 @@ class Method(Recipe):
 
     #: What a healthy run looks like: name of a logged scalar -> one sentence for the user.
     healthy: ClassVar[Mapping[str, str]] = {}
+    #: Logged scalars whose growth to many times their first value is an instability -> what to change then.
+    unstable: ClassVar[Mapping[str, str]] = {}
 
     def stages(self) -> list[Stage]:
         return [Stage(self)]

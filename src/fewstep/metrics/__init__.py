@@ -5,6 +5,7 @@ The distances are pure functions of features ``[N, d]``; :func:`evaluate` puts t
 
 from fewstep.metrics.classes import accuracy, diversity
 from fewstep.metrics.cost import Cost, measure
+from fewstep.metrics.couplings import coupling_preservation, path_straightness, psnr, straightness
 from fewstep.metrics.estimates import Estimate, bootstrap, jackknife, real_against_real
 from fewstep.metrics.features import Features, ModuleFeatures, Pixels, load_features
 from fewstep.metrics.frechet import frechet_distance, gaussian_frechet_distance, principal_directions
@@ -32,6 +33,7 @@ __all__ = [
     "Quality",
     "accuracy",
     "bootstrap",
+    "coupling_preservation",
     "density_coverage",
     "diversity",
     "energy_distance",
@@ -47,9 +49,12 @@ __all__ = [
     "median_distance",
     "memorisation",
     "nearest_distances",
+    "path_straightness",
     "precision_recall",
     "principal_directions",
+    "psnr",
     "real_against_real",
     "sliced_wasserstein",
+    "straightness",
     "wasserstein_1d",
 ]

@@ -19,7 +19,7 @@ from fewstep.models.networks import (
     describe_prediction,
 )
 from fewstep.models.routers import ROUTER, build_router, describe_router
-from fewstep.predictions import PREDICTIONS
+from fewstep.predictions import ALL_PREDICTIONS
 from fewstep.randomness import Rng
 from fewstep.routing import RoutedDenoiser
 from fewstep.sampling import sample
@@ -109,7 +109,7 @@ class NetworkModel(AnyDenoiser):
     @classmethod
     def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
         prediction, schedule = (
-            build_named(PREDICTIONS, config["prediction"]),
+            build_named(ALL_PREDICTIONS, config["prediction"]),
             build_named(SCHEDULES, config["schedule"]),
         )
         net: Any = network(config["network"])

@@ -16,7 +16,15 @@ from fewstep.models.discrete import AnyDiscreteDenoiser, LearnedSamplerModel, Ne
 from fewstep.models.model import Config, Model
 from fewstep.models.networks import build_network, describe_network
 from fewstep.models.staged import CascadedModel, DPMOTModel, SeparateCascadeModel
-from fewstep.models.students import AnyFlowMap, EDMConsistencyModel, JumpModel, RoutedFlowMapModel, StudentModel
+from fewstep.models.students import (
+    AnyFlowMap,
+    ConstantAccelerationModel,
+    EDMConsistencyModel,
+    JumpModel,
+    LatentConsistencyModel,
+    RoutedFlowMapModel,
+    StudentModel,
+)
 from fewstep.schemas import Choice, Place, check
 
 #: Every kind of model, the nearest class first where one inherits from another.
@@ -24,6 +32,8 @@ KINDS: tuple[type[Model], ...] = (
     StudentModel,
     JumpModel,
     EDMConsistencyModel,
+    ConstantAccelerationModel,
+    LatentConsistencyModel,
     RoutedFlowMapModel,
     AnyFlowMap,
     NetworkModel,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from fewstep import schedules
 from fewstep.discrete_vp import DiscreteVP
+from fewstep.extras import NAME
 from fewstep.networks import NETWORKS
 from fewstep.networks.transformer import Transformer
-from fewstep.predictions import PREDICTIONS, Prediction
+from fewstep.predictions import ALL_PREDICTIONS, Prediction
 from fewstep.schedules import Schedule
-from fewstep.schemas import Choice, Maybe, Size, arguments_of, fields_of
+from fewstep.schemas import Choice, Map, Maybe, Range, Size, arguments_of, fields_of
 
 #: The name of networks that are diffusers' own.
 DIFFUSERS = "diffusers"
@@ -25,12 +26,14 @@ SCHEDULES: dict[str, type[Schedule]] = {
     )
 }  # fmt: skip
 TOKEN_NETWORKS: dict[str, type[nn.Module]] = {"transformer": Transformer}
-_PREDICTION_NAMES = {cls: name for name, cls in PREDICTIONS.items()}
+_PREDICTION_NAMES = {cls: name for name, cls in ALL_PREDICTIONS.items()}
 
 # What config.json may hold.
 SCHEDULE = Choice("name", {name: fields_of(cls) for name, cls in SCHEDULES.items()})
-PREDICTION = Choice("name", {name: fields_of(cls) for name, cls in PREDICTIONS.items()})
+PREDICTION = Choice("name", {name: fields_of(cls) for name, cls in ALL_PREDICTIONS.items()})
 TOKEN_NETWORK = Choice("name", {name: arguments_of(cls) for name, cls in TOKEN_NETWORKS.items()})
+#: The size of the values of a further input.
+Span = Annotated[float, Range(1e-6, 1e6)]
 #: Low-rank weights on a frozen network; ``base`` is the SHA-256 of its weights, null where they are kept too.
 LOW_RANK = {"rank": Size, "alpha": float, "targets": tuple[str, ...], "base": str | None}
 NETWORK = Choice(
@@ -44,6 +47,7 @@ NETWORK = Choice(
             "pipeline": str | None,
             "latent": bool,
             "low_rank": Maybe(LOW_RANK),
+            "inputs": Maybe(Map(NAME, "the name of an input", Span)),
         }
     },
 )

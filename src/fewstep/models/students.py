@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fewstep.constant_acceleration import ConstantAcceleration
 from fewstep.denoisers import Cond
 from fewstep.extras import NAME, Input
-from fewstep.flow_maps import EDMConsistency, FlowMap, Jump
+from fewstep.flow_maps import EDMConsistency, FlowMap, Jump, LatentConsistency
 from fewstep.models.denoisers import DENOISER
 from fewstep.models.model import Config, Model
 from fewstep.models.networks import DIFFUSERS
@@ -102,7 +103,8 @@ class StudentModel(Model):
         return made
 
     def calls(self, steps: int | None = None, **options: Any) -> int:
-        return self.usual_steps if steps is None else steps
+        taken = self.usual_steps if steps is None else steps
+        return taken + self.student().flow_map.calls_to_begin
 
     def teacher(self) -> Any:
         return self.module.flow_map.teacher()
@@ -149,18 +151,21 @@ class JumpModel(AnyFlowMap):
 
     kind = "jump"
     wraps = Jump
-    holds: ClassVar[dict[str, Any]] = {"denoiser": DENOISER, "two_times": bool, "extras": Maybe(EXTRAS)}
+    holds: ClassVar[dict[str, Any]] = {
+        "denoiser": DENOISER, "two_times": bool, "extras": Maybe(EXTRAS), "upward": Maybe(bool)
+    }  # fmt: skip
 
     def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
         jump: Jump = self.module
         return {
             "kind": self.kind, "denoiser": model(jump.denoiser), "two_times": jump.two_times,
-            **describe_extras(jump.extras),
+            **describe_extras(jump.extras), **({"upward": True} if jump.upward else {}),
         }  # fmt: skip
 
     @classmethod
     def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
-        return Jump(model(config["denoiser"]), config["two_times"], build_extras(config))
+        upward = config.get("upward", False)
+        return Jump(model(config["denoiser"]), config["two_times"], build_extras(config), upward)
 
 
 class EDMConsistencyModel(AnyFlowMap):
@@ -182,6 +187,47 @@ class EDMConsistencyModel(AnyFlowMap):
         return EDMConsistency(model(config["denoiser"]), config["sigma_data"], build_extras(config))
 
 
+class ConstantAccelerationModel(AnyFlowMap):
+    """The map of two networks, an initial velocity and an acceleration."""
+
+    kind = "constant-acceleration"
+    wraps = ConstantAcceleration
+    holds: ClassVar[dict[str, Any]] = {"velocity": DENOISER, "accelerated": DENOISER, "h": float}
+
+    def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
+        made: ConstantAcceleration = self.module
+        return {
+            "kind": self.kind, "velocity": model(made.velocity), "accelerated": model(made.accelerated), "h": made.h,
+        }  # fmt: skip
+
+    @classmethod
+    def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
+        return ConstantAcceleration(model(config["velocity"]), model(config["accelerated"]), config["h"])
+
+
+class LatentConsistencyModel(AnyFlowMap):
+    """LCM's consistency function."""
+
+    kind = "latent-consistency"
+    wraps = LatentConsistency
+    holds: ClassVar[dict[str, Any]] = {
+        "denoiser": DENOISER, "sigma_data": float, "time_scale": float, "extras": Maybe(EXTRAS),
+    }  # fmt: skip
+
+    def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
+        made: LatentConsistency = self.module
+        return {
+            "kind": self.kind, "denoiser": model(made.denoiser), "sigma_data": made.sigma_data,
+            "time_scale": made.time_scale, **describe_extras(made.extras),
+        }  # fmt: skip
+
+    @classmethod
+    def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
+        return LatentConsistency(
+            model(config["denoiser"]), config["sigma_data"], config["time_scale"], build_extras(config)
+        )
+
+
 class RoutedFlowMapModel(AnyFlowMap):
     """A flow map made of experts."""
 
@@ -197,7 +243,9 @@ class RoutedFlowMapModel(AnyFlowMap):
         return RoutedFlowMap(list(map(model, config["experts"])), build_router(config["router"]))
 
 
-_FLOW_MAPS: dict[str, dict[str, Any]] = {cls.kind: cls.holds for cls in (JumpModel, EDMConsistencyModel)}
+_FLOW_MAPS: dict[str, dict[str, Any]] = {
+    cls.kind: cls.holds for cls in (JumpModel, EDMConsistencyModel, LatentConsistencyModel, ConstantAccelerationModel)
+}
 FLOW_MAP = Choice("kind", _FLOW_MAPS)
 RoutedFlowMapModel.holds = _FLOW_MAPS[RoutedFlowMapModel.kind] = {
     "experts": list[FLOW_MAP],  # type: ignore[valid-type]

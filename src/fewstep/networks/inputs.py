@@ -20,6 +20,9 @@ from fewstep.networks.parts import PositionalEmbedding, zeroed
 class TakesInputs(ABC):
     """A network that can be given further inputs."""
 
+    #: What its guidance weight ``w`` is where there is no guidance: 1 for the scale of ``unc + w (cond - unc)``.
+    unguided: float = 1.0
+
     @property
     @abstractmethod
     def extra_inputs(self) -> tuple[str, ...]:
@@ -66,12 +69,20 @@ class FurtherInputs(nn.Module):
 
     def __init__(self, spans: Mapping[str, float], width: int, sites: list[nn.Module], embedding: int = 64) -> None:
         super().__init__()
-        self.spans = dict(spans)
+        self.spans: dict[str, float] = {}
+        self.width = width
         self.embedding = PositionalEmbedding(embedding)
-        self.projections = nn.ModuleDict({name: zeroed(nn.Linear(embedding, width, bias=False)) for name in spans})
+        self.projections = nn.ModuleDict()
         self.given: dict[str, Tensor] = {}
+        self.take(spans)
         for site in sites:
             site.register_forward_hook(self.add)
+
+    def take(self, spans: Mapping[str, float]) -> None:
+        """Add more inputs, in the type and on the device of those there are."""
+        for name, span in spans.items():
+            made = zeroed(nn.Linear(2 * len(self.embedding.frequencies), self.width, bias=False))
+            self.spans[name], self.projections[name] = span, made.to(self.embedding.frequencies)
 
     def give(self, extras: Mapping[str, Tensor]) -> None:
         """Hold the values for the coming call; TypeError unless they are all there are."""

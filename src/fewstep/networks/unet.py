@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fewstep.networks.attention import attend
 from fewstep.networks.inputs import Configured
 from fewstep.networks.parts import Beside, Conditioning, Dropout, GroupNorm, Modulation, zeroed
 from fewstep.ranges import Count, Multiple, Share
@@ -185,7 +186,7 @@ class JoiningBlock(ResBlock):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over positions, written out so that it has a forward-mode derivative."""
+    """Single-head self-attention over positions."""
 
     def __init__(self, channels: int, conv: Convolution) -> None:
         super().__init__()
@@ -195,8 +196,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
-        weights = torch.softmax(q.transpose(1, 2) @ k * q.shape[1] ** -0.5, dim=-1)
-        return x + self.out((v @ weights.transpose(1, 2)).reshape(x.shape))
+        seen = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return x + self.out(seen.transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Conv2d):

@@ -42,6 +42,8 @@ def report_runs(
     runs, left_out = finished(folders)
     teacher = teacher or found_teacher(runs)
     data = data or common(runs, "data")[0]
+    if data == "none":
+        raise ValueError("these runs were made without data: say with data= what their samples are compared with")
     places = {run.name: Path(run.folder) for run in runs if Path(run.folder).resolve() != Path(teacher).resolve()}
     students = {name: native.load(model_folder(place)) for name, place in places.items()}
     found = compare_models(load(teacher), students, data, n, seed, extras=extras, show=show)

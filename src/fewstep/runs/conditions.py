@@ -8,14 +8,37 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fewstep.conditions import leaves
 from fewstep.data.captions import Captioned
-from fewstep.data.dataset import First, Samples
+from fewstep.data.dataset import First, Prior, Samples
 from fewstep.data.encoded import Embed, Latents, Tell
 from fewstep.denoisers import Denoiser
 from fewstep.hub.autoencoders import autoencoder_name, encode, picture_channels, pixels_per_latent
 from fewstep.hub.models import adapter_of
+from fewstep.models import model_of
 from fewstep.training.feed import fitted
 from fewstep.training.progress import Bar
+
+#: What stands for a data set where there is none.
+NO_DATA = "none"
+
+
+def without_data(teacher: Denoiser) -> Prior:
+    """What a run without data draws: the classes of the teacher in turn, or nothing.
+
+    ValueError for a teacher of other conditions, which must be given, and for one of tokens.
+    """
+    found = model_of(teacher)
+    if found.tokens is not None:
+        raise ValueError(f"data '{NO_DATA}': {found.called} learns from text, give some")
+    if teacher.classes:
+        return Prior(tuple(teacher.shape), torch.arange(teacher.classes), NO_DATA)
+    if teacher.null is not None:
+        raise ValueError(
+            f"data '{NO_DATA}': this teacher takes {', '.join(leaves(teacher.null))}, not classes: give a text file of "
+            "prompts, one a line"
+        )
+    return Prior(tuple(teacher.shape), name=NO_DATA)
 
 
 def embed_of(model: nn.Module) -> Embed | None:

@@ -14,11 +14,14 @@ from fewstep.sampling.editing import (
     slerp,
     stroke_to_image,
 )
+from fewstep.sampling.encoding import encode, style_transfer
 from fewstep.sampling.engine import FieldTable, Solver, Stage, Step, Table, run, solve
 from fewstep.sampling.hooks import Hooks
+from fewstep.sampling.inversion import inpaint_by_inversion, reconstruct
 from fewstep.sampling.learned import LearnedSolver, folded
+from fewstep.sampling.likelihood import Likelihood, log_likelihood
 from fewstep.sampling.named import SOLVERS
-from fewstep.sampling.rollout import Plan, Student, greedy_times, rollout
+from fewstep.sampling.rollout import Call, Plan, Student, greedy_times, log_prob, rollout
 from fewstep.sampling.rows import FieldRow, Row
 from fewstep.sampling.sample import sample
 from fewstep.sampling.solvers.abm import ABM
@@ -57,6 +60,7 @@ __all__ = [
     "AdaptiveDPMSolver",
     "Ancestral",
     "BrownianPath",
+    "Call",
     "Churn",
     "Colorization",
     "DDPMLarge",
@@ -75,6 +79,7 @@ __all__ = [
     "Inpainting",
     "LearnedSolver",
     "Levels",
+    "Likelihood",
     "LinearMeasurement",
     "Multistep",
     "Plan",
@@ -94,10 +99,15 @@ __all__ = [
     "UniPC",
     "balanced",
     "edit",
+    "encode",
     "ending_clean",
     "folded",
     "greedy_times",
+    "inpaint_by_inversion",
+    "log_likelihood",
+    "log_prob",
     "measured",
+    "reconstruct",
     "rollout",
     "run",
     "sample",
@@ -106,4 +116,5 @@ __all__ = [
     "solve",
     "stroke_to_image",
     "student_plan",
+    "style_transfer",
 ]

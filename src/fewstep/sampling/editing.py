@@ -179,6 +179,9 @@ class Edited(FlowMap):
         noisy = self.schedule.add_noise(self.reference, self.noise, as_time(s, x))
         return self.measurement.replace(self.inner.jump(x, t, s, cond, **extras), noisy)
 
+    def begin(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Mapping[str, Tensor]:
+        return self.inner.begin(x, t, cond)
+
     def to_data(self, x: Tensor, t: Tensor | float, cond: Cond = None, **extras: Tensor) -> Tensor:
         x0 = self.inner.to_data(x, t, cond, **extras)
         if self.bound is not None:
@@ -218,9 +221,10 @@ def edit(
     y = states_for(flow_map, "reference", reference)
     noise = normal_like(rng, y)
     edited = Edited(flow_map, measurement, y, normal_like(rng, y), bound)
-    start = noised_start(flow_map, measurement.inverse(measurement.measure(y)), noise, plan)
+    known = measurement.inverse(measurement.measure(y))
+    start = flow_map.schedule.add_noise(known, noise, as_time(plan.times[0], y))
     with evaluating(edited):
-        return rollout(edited, start, plan, given_conditions(flow_map, y, cond), rng, extras=extras)
+        return rollout(edited, None, plan, given_conditions(flow_map, y, cond), rng, start=(0, start), extras=extras)
 
 
 def stroke_to_image(
@@ -237,29 +241,21 @@ def stroke_to_image(
     :func:`edit`."""
     check_parts(flow_map, plan)
     y = states_for(flow_map, "stroke", stroke)
-    start = noised_start(flow_map, y, normal_like(rng, y), plan)
+    start = flow_map.schedule.add_noise(y, normal_like(rng, y), as_time(plan.times[0], y))
     with evaluating(flow_map):
-        return rollout(flow_map, start, plan, given_conditions(flow_map, y, cond), rng, extras=extras)
+        return rollout(flow_map, None, plan, given_conditions(flow_map, y, cond), rng, start=(0, start), extras=extras)
 
 
 def check_parts(flow_map: FlowMap, plan: Plan) -> None:
-    """TypeError for what is no flow map or no plan."""
+    """TypeError for what is no flow map or no plan, ValueError for a plan that starts beyond the schedule's times or
+    without noise."""
     if not isinstance(flow_map, FlowMap):
         raise TypeError(f"flow_map is a {type(flow_map).__name__}: give a FlowMap, of a student student.flow_map")
     if not isinstance(plan, Plan):
         raise TypeError(f"plan={plan!r} must be a Plan, such as student.plans[4]")
-
-
-def noised_start(flow_map: FlowMap, x0: Tensor, noise: Tensor, plan: Plan) -> Tensor:
-    """The "noise" from which a rollout starts in the state ``alpha x0 + sigma noise`` at ``plan.times[0]``.
-
-    ValueError for a time beyond the schedule's, or without noise.
-    """
-    start, schedule = as_time(plan.times[0], x0), flow_map.schedule
-    if plan.times[0] > schedule.t_max or not bool((schedule.sigma(start) > 0).all()):
-        raise ValueError(f"the plan starts at {plan.times[0]}: it must be a noisy time of {schedule}")
-    ratio = schedule.alpha(start) / schedule.sigma(start)
-    return noise + align(ratio, x0) * x0
+    first, schedule = plan.times[0], flow_map.schedule
+    if first > schedule.t_max or not float(schedule.sigma(torch.tensor(first, dtype=torch.float64))) > 0:
+        raise ValueError(f"the plan starts at {first}: it must be a noisy time of {schedule}")
 
 
 def slerp(a: Tensor, b: Tensor, u: float | Tensor) -> Tensor:

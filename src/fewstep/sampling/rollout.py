@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from fewstep.denoisers import Cond, GradientMode, check_prediction, gradients
 from fewstep.extras import Input, check_given
@@ -79,50 +80,149 @@ def inner_time(schedule: Schedule, s: float, gamma: float) -> float:
     return float(schedule.time_at(-torch.tensor(inner, dtype=torch.float64).log()))
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a rollout, as it was made: number ``i`` of the plan, from the state ``x`` at time ``t`` to ``out`` at
+    time ``r``, which noise lifts to ``next`` at the plan's next time ``s`` (None after the last call: ``next`` is
+    ``out``).
+
+    ``x0`` is the data prediction whose DDIM move the jump is, whatever the flow map is made of (``out`` itself where
+    ``r`` has no noise), and ``begun`` what the map was told in every call of this rollout (:meth:`FlowMap.begin
+    <fewstep.flow_maps.FlowMap.begin>`).
+    """
+
+    i: int
+    t: float
+    r: float
+    s: float | None
+    x: Tensor
+    x0: Tensor
+    out: Tensor
+    next: Tensor
+    begun: Mapping[str, Tensor]
+
+
 def rollout(
     flow_map: FlowMap,
-    noise: Tensor,
+    noise: Tensor | None,
     plan: Plan,
     cond: Cond = None,
     rng: Noise | None = None,
     *,
-    extras: Mapping[str, Any] | None = None,
+    start: tuple[int, Tensor] | None = None,
     stop: int | None = None,
+    end: float | None = None,
     grad_at: int | None = None,
-    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    checkpoint: bool = False,
+    extras: Mapping[str, Any] | None = None,
+    begun: Mapping[str, Tensor] | None = None,
+    calls: list[Call] | None = None,
 ) -> Tensor:
     """Sample with a student: standard normal ``noise`` in, data out.  ``extras`` set further inputs of the student by
-    name, each a number or one a sample ``[B]``, over those of the plan and the defaults.
+    name, each a number or one a sample ``[B]``, over those of the plan and the defaults.  ``rng`` is needed when
+    ``gamma > 0`` and there is more than one call.
 
-    ``stop`` (an index into ``plan.times``) returns the output of that call instead of the last one: with
-    ``stop = j`` the result is the student's clean prediction at its ``j``-th time, reached exactly as inference
-    reaches it (DMD2's backward simulation).  With ``grad_at = i`` parameters are differentiated in call ``i`` only: no
-    graph before it, and later calls pass the gradient on through their input (None: whatever mode the caller is in).
-    ``rng`` is needed when ``gamma > 0`` and there is more than one call.  ``on_step(i, x, out)`` sees each
-    call's input and output.
+    ``start = (k, state)`` enters at the plan's ``k``-th time with a state at that time; ``noise`` is None then.
+
+    ``stop`` (an index into ``plan.times``) makes that call the last one: with ``stop = j`` the result is the
+    student's clean prediction at its ``j``-th time, reached exactly as inference reaches it (DMD2's backward
+    simulation).  ``end`` lets the last call go to that time instead of ``t_min``, for what goes on from there.
+
+    With ``grad_at = i`` parameters are differentiated in call ``i`` only: no graph before it, and later calls pass the
+    gradient on through their input (None: whatever mode the caller is in).  ``checkpoint`` keeps of every call its
+    input only and makes it again in the backward pass, during which the flow map must be in the mode, training or
+    evaluation, that it is in now.
+
+    ``begun`` stands for what the map finds at the start of a rollout, in place of asking it.  Every :class:`Call` is
+    appended to ``calls``.  ValueError for what contradicts the plan.
     """
-    last = len(plan.times) - 1 if stop is None else stop
-    if not 0 <= last < len(plan.times):
-        raise ValueError(f"stop={stop} is not an index into the {len(plan.times)} times of the plan")
     schedule = flow_map.schedule
-    start = torch.tensor(plan.times[0], dtype=torch.float64, device=noise.device)
-    x = align(schedule.sigma(start), noise) * noise
+    first, x = _entered(schedule, noise, plan, start)
+    last = len(plan.times) - 1 if stop is None else stop
+    if not first <= last < len(plan.times):
+        since = f" from the start at {first} on" if first else ""
+        raise ValueError(f"stop={stop} is not an index into the {len(plan.times)} times of the plan{since}")
+    if end is not None and not schedule.t_min <= end < plan.times[last]:
+        raise ValueError(
+            f"end={end} must lie in [{schedule.t_min:g}, {plan.times[last]:g}), below the last call's time"
+        )
     inputs = flow_map.inputs(x, {**plan.extras, **(extras or {})})
-    for i in range(last + 1):
+    if begun is None:
+        with gradients(flow_map, "all" if grad_at is None else "none" if first < grad_at else "input"):
+            begun = flow_map.begin(x, plan.times[first], cond)
+    inputs |= begun
+    for i in range(first, last + 1):
         mode: GradientMode = "all" if grad_at is None or grad_at == i else "none" if i < grad_at else "input"
-        with gradients(flow_map, mode):
-            r = schedule.t_min if i == last else plan.inner_at(schedule, i)
-            if r == schedule.t_min:
-                out = flow_map.to_data(x, plan.times[i], cond, **inputs)
-            else:
-                out = flow_map.jump(x, plan.times[i], r, cond, **inputs)
+        t, s = plan.times[i], None if i == last else plan.times[i + 1]
+        r = plan.inner_at(schedule, i) if s is not None else schedule.t_min if end is None else end
+        if checkpoint and mode != "none":
+            out = recomputed(jumped, flow_map, x, t, r, cond, inputs, mode, use_reentrant=False)
+        else:
+            out = jumped(flow_map, x, t, r, cond, inputs, mode)
         check_prediction(out, x, "student")
-        if on_step is not None:
-            on_step(i, x, out)
-        if i == last:
-            return out
-        x = out if r == plan.times[i + 1] else renoise(out, r, plan.times[i + 1], schedule, rng)
-    raise AssertionError("unreachable")
+        after = out if s is None or r == s else renoise(out, r, s, schedule, rng)
+        if calls is not None:
+            calls.append(Call(i, t, r, s, x, data_prediction(x, out, t, r, schedule), out, after, begun))
+        x = after
+    return x
+
+
+def _entered(
+    schedule: Schedule, noise: Tensor | None, plan: Plan, start: tuple[int, Tensor] | None
+) -> tuple[int, Tensor]:
+    """The first call of a rollout and the state that it gets."""
+    if start is not None and noise is None:
+        return whole("start", start[0], 0, len(plan.times) - 1), start[1]
+    if start is not None or noise is None:
+        raise ValueError("a rollout starts from noise, or from start=(k, state) with noise=None: give one of them")
+    time = torch.tensor(plan.times[0], dtype=torch.float64, device=noise.device)
+    return 0, align(schedule.sigma(time), noise) * noise
+
+
+def jumped(
+    flow_map: FlowMap,
+    x: Tensor,
+    t: float,
+    r: float,
+    cond: Cond,
+    inputs: Mapping[str, Tensor],
+    mode: GradientMode = "all",
+) -> Tensor:
+    """One call: ``x`` at ``t`` moved to ``r``.  The gradient mode is set in here, so that it holds as well where the
+    call is made again in the backward pass."""
+    with gradients(flow_map, mode):
+        if r == flow_map.schedule.t_min:
+            return flow_map.to_data(x, t, cond, **inputs)
+        return flow_map.jump(x, t, r, cond, **inputs)
+
+
+def data_prediction(x: Tensor, out: Tensor, t: float, r: float, schedule: Schedule) -> Tensor:
+    """The ``x0`` whose DDIM move from ``x`` at ``t`` to a cleaner ``r`` is ``out``."""
+    time = torch.tensor([t, r], dtype=torch.float64, device=x.device)
+    alpha, sigma = schedule.alpha(time), schedule.sigma(time)
+    carry = sigma[1] / sigma[0]
+    scale = alpha[1] - carry * alpha[0]
+    return align(1 / scale, x) * out - align(carry / scale, x) * x
+
+
+def log_prob(flow_map: FlowMap, plan: Plan, call: Call, cond: Cond = None, **extras: Any) -> Tensor:
+    """The log-density of what a call was followed by, float64 ``[B]``: of ``call.next`` under the Gaussian around the
+    jump of ``flow_map`` from ``call.x``, the mean over dimensions::
+
+        -1/2 mean((next - a jump)^2) / sd^2 - log sd - 1/2 log 2 pi,   (a, sd) the forward kernel r -> s
+
+    As in the policies of preference tuning (PSO, DPO): ``flow_map`` may be another than the one that made the call;
+    ``plan``, conditions and ``extras`` are those of the rollout.  Differentiable.  ValueError for a call that no noise
+    follows: what it makes has no density.
+    """
+    if call.s is None or call.r == call.s:
+        raise ValueError(f"call {call.i} of the rollout is followed by no noise: what it makes has no density")
+    inputs = {**flow_map.inputs(call.x, {**plan.extras, **extras}), **call.begun}
+    out = jumped(flow_map, call.x, call.t, call.r, cond, inputs)
+    r, s = torch.tensor([call.r, call.s], dtype=torch.float64, device=out.device)
+    a, sd = flow_map.schedule.transition(r, s)
+    gap = (call.next.double() - a * out.double()) / sd
+    return -0.5 * gap.square().flatten(1).mean(1) - torch.log(sd) - 0.5 * math.log(2 * math.pi)
 
 
 def renoise(x: Tensor, inner: float, outer: float, schedule: Schedule, rng: Noise | None) -> Tensor:
@@ -209,10 +309,14 @@ class Student(nn.Module):
     ) -> Tensor:
         """Data from standard normal ``noise`` in ``steps`` calls (default: the fewest); ``extras`` are those of
         :meth:`sample`."""
+        return rollout(self.flow_map, noise, self.plan(steps), cond, rng, extras=extras)
+
+    def plan(self, steps: int | None = None) -> Plan:
+        """The plan for ``steps`` calls (default: the fewest); ValueError where there is none."""
         steps = next(iter(self.plans)) if steps is None else whole("steps", steps)
         if steps not in self.plans:
             raise ValueError(f"steps={steps}: this student has plans for {sorted(self.plans)} steps")
-        return rollout(self.flow_map, noise, self.plans[steps], cond, rng, extras=extras)
+        return self.plans[steps]
 
     @torch.no_grad()
     def sample(

@@ -18,15 +18,16 @@ from torch.utils._pytree import tree_map
 
 from fewstep.denoisers import Cond, Denoiser, half_level_of, predicts_noise
 from fewstep.guidance import Guided
-from fewstep.randomness import Rng
+from fewstep.randomness import Rng, derive_seed
 from fewstep.sampling.coefficients import Levels
 from fewstep.sampling.engine import run
 from fewstep.sampling.hooks import Hooks
 from fewstep.sampling.inputs import evaluating, start_of
 from fewstep.sampling.named import named_solver, named_times
+from fewstep.sampling.rollout import Student
 from fewstep.sampling.sample import Threshold, sample
 from fewstep.sampling.solvers.abm import ABM, USUAL, order_for, scale_for
-from fewstep.schedules import Schedule
+from fewstep.schedules import Schedule, align
 from fewstep.values import whole
 
 #: What is searched.  Stochastic solvers follow no path that a reference could give.
@@ -238,6 +239,46 @@ def half_level(denoiser: Denoiser, cond: Cond = None, n: int = 32, steps: int = 
     above, below = (rho / (rho + USUAL) for rho, _ in (seen[half - 1], seen[half]))  # finite at pure noise
     v = above + share * (below - above)
     return USUAL * v / (1 - v)
+
+
+@torch.no_grad()
+def best_noise(
+    student: Student,
+    score: Callable[[Tensor, Cond], Tensor],
+    n: int,
+    of: int = 16,
+    cond: Cond = None,
+    *,
+    seed: int = 0,
+    **extras: float | Tensor,
+) -> tuple[Tensor, Cond]:
+    """Standard normal noise ``[n, *shape]`` whose samples in the student's fewest calls score highest, each the best
+    ``of`` so many, and the conditions that go with it.
+
+    A student keeps its teacher's noise, so that a search at one call a candidate serves many calls of the teacher
+    (FreeFlow's best of N)::
+
+        noise, cond = best_noise(student, score, 16, of=32)
+        pictures = sample(teacher, 16, noise=noise, cond=cond)
+
+    ``score(samples, cond)`` gives ``[n]`` numbers.  The candidates of a sample share its condition; ``extras`` set
+    further inputs of the student.  ValueError for fewer than one candidate.
+    """
+    best = chosen = None
+    with evaluating(student):
+        for k in range(whole("of", of, 1)):
+            start = start_of(student.flow_map, n, cond, seed=derive_seed(seed, "candidate", k))
+            found = score(student(start.noise, start.cond, None, start.fresh, **extras), start.cond)
+            if best is None or chosen is None:
+                best, chosen = found, start.noise
+            else:
+                better = found > best
+                best, chosen = (
+                    torch.where(better, found, best),
+                    torch.where(align(better, chosen) > 0, start.noise, chosen),
+                )
+    assert chosen is not None
+    return chosen, start.cond
 
 
 def noise_for(denoiser: Denoiser, n: int, seed: int) -> Tensor:

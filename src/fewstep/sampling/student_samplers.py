@@ -84,12 +84,15 @@ def _check_steps(steps: int, most: int, name: str = "steps") -> None:
         raise ValueError(f"{name}={steps} must lie in 1 .. {most}, the number of times there are")
 
 
-def ending_clean(schedule: DiscreteVP) -> DiscreteVP:
-    """The same table with clean data (``sigma = 1e-8``) in the place of its first level, at time 0.
+def ending_clean(schedule: Any) -> Any:
+    """The same table with clean data (``sigma = 1e-8``) in the place of its first level, at time 0; another schedule is
+    left as it is.
 
     From time 1 on nothing changes, so ``Jump(denoiser.on(ending_clean(schedule)))`` is the same student with LCM's end:
     its map to data is the network's own data prediction.
     """
+    if schedule.table_length is None:
+        return schedule
     return DiscreteVP(alphas_cumprod=(1 - 2.0**-53, *schedule.alphas_cumprod[1:]))
 
 

@@ -34,6 +34,7 @@ from fewstep.methods.start import Start
 from fewstep.randomness import Rng, derive_seed, repeated_draws, seed_own_draws
 from fewstep.sampling.rollout import Student
 from fewstep.training import checkpoint, nonfinite, snapshots
+from fewstep.training.alarms import Alarms
 from fewstep.training.checkpoint import Checkpoint
 from fewstep.training.feed import MAIN, Feed, fitted
 from fewstep.training.groups import Groups
@@ -322,7 +323,7 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
         snapshots.forget_after(folder / "snapshots", run.steps)
         if settings.tensorboard:
             outputs.append(TensorBoard(folder / "tensorboard", run.steps))
-    bar = Bar(run.method.name, show)
+    bar, alarms = Bar(run.method.name, show), Alarms(run.method.unstable, show)
     said = ""
     start, before, last_save = time.perf_counter(), run.seconds, time.perf_counter()
     with stop_on_signals() as caught:
@@ -336,6 +337,7 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
                 after = run.progress().fraction
                 if run.steps % settings.log_steps == 0 or run.steps == 1 or after == 1:
                     record = run.record()
+                    alarms.check(record, records.lines)
                     for output in outputs:
                         output.write(record)
                     said = losses(record)

@@ -33,12 +33,30 @@ from fewstep.schedules import Schedule
 
 
 def consistency_loss(
-    model: FlowMap, target: FlowMap, batch: Batch, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, distance: Compare
+    model: FlowMap,
+    target: FlowMap,
+    batch: Batch,
+    x_t: Tensor,
+    x_s: Tensor,
+    t: Tensor,
+    s: Tensor,
+    distance: Compare,
+    end: Tensor | None = None,
+    **extras: Tensor,
 ) -> Tensor:
-    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, with the same dropout mask in both calls."""
+    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, with the same dropout mask in both calls.
+
+    ``f`` goes to the data, or to the times ``end`` ``[B]``; ``extras`` are further inputs of both networks.
+    """
+
+    def jump(flow_map: FlowMap, x: Tensor, time: Tensor) -> Tensor:
+        if end is None:
+            return flow_map.to_data(x, time, batch.cond, **extras)
+        return flow_map.jump(x, time, end, batch.cond, **extras)
+
     with torch.no_grad(), repeated_draws(x_t.device):
-        aim = target.to_data(x_s, s, batch.cond)
-    return distance(model.to_data(x_t, t, batch.cond), aim)
+        aim = jump(target, x_s, s)
+    return distance(jump(model, x_t, t), aim)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from fewstep.methods.parts.identities import Direction, TimeWeight, eulerian, re
 from fewstep.methods.parts.teacher_steps import edm_like, guided
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
+from fewstep.methods.teachers.retime import check_time_input
 from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule, TrigFlow
@@ -73,6 +74,10 @@ class _ContinuousConsistency(Method):
         "tangent normalisation and warm-up prevent",
     }
 
+    unstable: ClassVar[dict[str, str]] = {
+        "student/tangent_norm": "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+    }
+
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     lr: Annotated[NonNegative, "learning rate"] = 1e-4
@@ -86,6 +91,7 @@ class _ContinuousConsistency(Method):
     def networks(self, start: Start) -> Networks:
         schedule = trig_like(start.teacher.schedule, self.sigma_data)
         model = Jump(start.network("student", on=schedule))
+        check_time_input(model.denoiser)
         return Networks(
             {"student": model, "weight": TimeWeight(), **self.asked(start, schedule)},
             {
@@ -133,9 +139,8 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
          "`decay`: the learning rate follows a cosine over the budget (the paper's falls as an inverse square root)",
          "`tangent_warmup` is half of the budget (the paper's counts 10k iterations, 2.5 to 10 %)",
          "time weight on its own small embedding",
-         "a teacher keeps its own time input, which is the angle itself for TrigPrediction only; that of EDM, a "
-         "logarithm, has larger derivatives at the ends",
-         "in a bf16 run the tangent is taken under autocast, norms and times in float32 (the paper's in float32)",
+         "a network that is told another time than the angle is refused; retiming it is a training of its own "
+         "(retime)",
          "the teacher's guidance is baked in, not an input of the network",
          "no adaptive variational score distillation; normalized tangents, not clipped ones"),
     )  # fmt: skip

@@ -5,6 +5,9 @@ One student step must land where two teacher steps land.  From noised data ``z_t
 
     x_target = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)
 
+which is the semigroup identity (:mod:`fewstep.methods.parts.identities`) for a map that is not told its target time.
+It is written in velocities here, where nothing is 0/0: ``x_target = (sigma'_t z_t - sigma_t F_target) / w_t``.
+
 Read against the official repository (google-research/diffusion_distillation, Apache-2.0).
 """
 
@@ -19,53 +22,46 @@ from torch import Tensor, nn
 
 from fewstep import grids
 from fewstep.conditions import Cond
-from fewstep.denoisers import Denoiser, networks_in
-from fewstep.flow_maps import Jump, ddim_move
+from fewstep.flow_maps import FlowMap, Jump
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
-from fewstep.methods.parts.teacher_steps import ddim_step, guided
+from fewstep.methods.parts.identities import regression, semigroup, towards
+from fewstep.methods.parts.teacher_steps import check_tells_data, guided
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, NonNegative
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.schedules import Schedule, align
+from fewstep.schedules import Schedule
 
-#: Beyond this a number of the network has no digit left in float32.
-MOST = 1e6
 Weighting = Literal["snr-trunc", "snr+1", "constant"]
+#: Three times of a step, ``[B]`` each: where it starts, its middle, where it ends.
+Step = tuple[Tensor, Tensor, Tensor]
 
 
-def two_step_target(teacher: Denoiser, z_t: Tensor, t: Tensor, mid: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
-    """The data prediction that makes one DDIM step from ``z_t`` land where the teacher's two steps land.
+def halving_loss(
+    student: FlowMap, teacher: FlowMap, z_t: Tensor, step: Step, cond: Cond, kind: Weighting, **extras: Tensor
+) -> Tensor:
+    """The weighted squared error ``[B]`` of one student step against two teacher steps.
 
-    Where ``s`` holds (nearly) no noise the formula is 0/0 in the noise and the teacher's second data prediction is
-    what it tends to; the official code uses that prediction at the last step, and so does this.
+    Where ``s`` is ``t_min`` the target is the teacher's second data prediction, as in the official code.
     """
-    schedule = teacher.schedule
-    z_mid = ddim_step(teacher, z_t, t, mid, cond)
-    x_mid = teacher(z_mid, mid, cond)
-    z_s = ddim_move(z_mid, x_mid, mid, s, schedule)
-    carry = schedule.sigma(s) / schedule.sigma(t)
-    target = (z_s - align(carry, z_t) * z_t) / align(schedule.alpha(s) - carry * schedule.alpha(t), z_t)
-    return torch.where(align((s <= schedule.t_min).double(), z_t) > 0, x_mid, target)
-
-
-def check_tells_data(teacher: Denoiser) -> None:
-    """ValueError for a teacher whose data prediction magnifies what its network says more than ``MOST`` times at the
-    noisiest time: a prediction of the noise where alpha vanishes."""
-    t = torch.tensor(teacher.schedule.t_max, dtype=torch.float64)
-    for inner in networks_in(teacher):
-        own = inner.schedule.time_at(teacher.schedule.log_snr(t))
-        _, factor, _ = inner.prediction.coefficients(inner.schedule, own)
-        if not float(factor.abs()) <= MOST:
-            raise ValueError(
-                f"the teacher does not tell the data at t = {float(t):g}, where there is only noise: progressive "
-                "distillation needs one that predicts velocity, v or the data"
-            )
+    t, _, s = step
+    target = semigroup(teacher, z_t, *step, cond, second=teacher, clean=True, **extras)
+    f = student.mean_velocity(z_t, t, s, cond, **extras)
+    return regression(f, towards(f, target), weight=weight(student.schedule, t, kind))
 
 
 def weight(schedule: Schedule, t: Tensor, kind: Weighting) -> Tensor:
-    """Weight of the squared error in the data: ``max(SNR, 1)``, ``SNR + 1`` (the v loss) or 1; SNR up to 1e4."""
-    snr = torch.exp(2 * schedule.log_snr(t)).clamp_max(1e4)
-    return {"snr-trunc": snr.clamp_min(1.0), "snr+1": snr + 1, "constant": torch.ones_like(snr)}[kind]
+    """Weight of the squared error in the velocity that weighs the error in the data, ``(sigma / w)^2`` as large, by
+    ``max(SNR, 1)``, ``SNR + 1`` (the v loss) or 1."""
+    signal, noise = schedule.alpha(t) ** 2, schedule.sigma(t) ** 2
+    kinds = {"snr-trunc": torch.maximum(signal, noise), "snr+1": signal + noise, "constant": noise}
+    return kinds[kind] / schedule.wronskian(t) ** 2
+
+
+def halved(schedule: Schedule, steps: int, i: Tensor) -> Step:
+    """The steps number ``i`` of ``steps``, counted from the data, and their middles: times of the grid of twice as many
+    steps."""
+    grid = grids.even(schedule, 2 * steps).flip(0).to(i.device)
+    return grid[2 * i + 2], grid[2 * i + 1], grid[2 * i]
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,6 @@ class ProgressiveDistillation(Method):
         ("the ladder's `start` is 16 (8192 on CIFAR-10 there), and `lr` suits networks of a million parameters (5e-5 "
          "there)",
          "the network keeps the teacher's own prediction instead of an x or (x, eps) head",
-         "SNR weights are capped at 1e4",
          "on EDM, which the paper does not treat, steps are equal in TrigFlow's angle",
          "every halving has the same share of the budget; the paper trains the last ones longer",
          "a teacher of the noise is taken as it is, its first step dividing by alpha, unless alpha is below 1e-6",
@@ -106,18 +101,14 @@ class ProgressiveDistillation(Method):
         check_tells_data(teacher)
         student = Jump(start.network("student", on=teacher.schedule))
         optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="linear")
-        return Networks({"student": student, "teacher": teacher}, {"student": optimizer})
+        return Networks({"student": student, "teacher": Jump(guided(teacher, self.guidance))}, {"student": optimizer})
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
-        schedule, rng = nets.teacher.schedule, batch.rng
-        grid = grids.even(schedule, 2 * self.steps).flip(0).to(batch.x.device)
-        i = rng.integers(len(batch.x), 0, self.steps)
-        s, mid, t = grid[2 * i], grid[2 * i + 1], grid[2 * i + 2]
-        z_t = schedule.add_noise(batch.x, rng.normal_like(batch.x), t)
-        with torch.no_grad():
-            target = two_step_target(guided(nets.teacher, self.guidance), z_t, t, mid, s, batch.cond)
-        error = (nets.student.predict(z_t, t, s, batch.cond) - target).square().flatten(1).mean(1)
-        yield Update("student", (weight(schedule, t, self.weighting).to(error) * error).mean())
+        schedule, rng = nets.student.schedule, batch.rng
+        step = halved(schedule, self.steps, rng.integers(len(batch.x), 0, self.steps))
+        z_t = schedule.add_noise(batch.x, rng.normal_like(batch.x), step[0])
+        loss = halving_loss(nets.student, nets.teacher, z_t, step, batch.cond, self.weighting)
+        yield Update("student", loss.mean())
 
     def student(self, nets: Networks) -> Student:
         times = grids.even(nets.student.schedule, self.steps)[:-1]
@@ -147,14 +138,18 @@ class ProgressiveLadder(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rounds = self.start // self.end if self.end > 0 else 0
-        if self.start != rounds * self.end or rounds < 2 or rounds & (rounds - 1):
-            raise ValueError(f"start={self.start} must be end={self.end} doubled at least once")
+        halvings(self.start, self.end)
 
     def stages(self) -> list[Stage]:
-        rounds = (self.start // self.end).bit_length() - 1
-        guidance = [self.guidance, *[1.0] * (rounds - 1)]
-        return [
-            Stage(ProgressiveDistillation(self.start >> (k + 1), self.lr, self.weighting, guidance[k]))
-            for k in range(rounds)
-        ]
+        first, *rest = halvings(self.start, self.end)
+        guidance = {first: self.guidance, **dict.fromkeys(rest, 1.0)}
+        return [Stage(ProgressiveDistillation(n, self.lr, self.weighting, w)) for n, w in guidance.items()]
+
+
+def halvings(start: int, end: int) -> list[int]:
+    """The steps of the students from a teacher of ``start`` steps down to ``end``; ValueError unless ``start`` is
+    ``end`` doubled once or more."""
+    rounds = start // end if end > 0 else 0
+    if start != rounds * end or rounds < 2 or rounds & (rounds - 1):
+        raise ValueError(f"start={start} must be end={end} doubled at least once")
+    return [start >> k for k in range(1, rounds.bit_length())]

@@ -39,10 +39,11 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().flatten(1).mean(1)
 
 
-def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
-    """``sqrt(||a - b||^2 + c^2) - c`` over the whole sample, ``c = 0.00054 sqrt(d)`` (Song & Dhariwal 2023, eq. 7)."""
+def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
+    """``sqrt(||a - b||^2 + c^2) - c`` over the whole sample, by default with ``c = 0.00054 sqrt(d)`` (Song & Dhariwal
+    2023, eq. 7)."""
     difference = (a - b).flatten(1)
-    c = 0.00054 * difference.shape[1] ** 0.5
+    c = 0.00054 * difference.shape[1] ** 0.5 if c is None else c
     return (difference.square().sum(1) + c**2).sqrt() - c
 
 

@@ -28,7 +28,7 @@ from fewstep.flow_maps import FlowMap
 from fewstep.networks.parts import PositionalEmbedding, zeroed
 from fewstep.randomness import repeated_draws
 from fewstep.schedules import Schedule, align
-from fewstep.tangents import Field, tangent
+from fewstep.tangents import Field, forward, tangent
 
 #: How a directional derivative is taken: :func:`~fewstep.tangents.tangent` or one of its twins.
 Engine = Callable[[Field, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -60,13 +60,14 @@ def eulerian(
     ``x`` are states ``[B, ...]`` at times ``t`` ``[B]`` with the velocities ``v``; ``s`` ``[B]`` are the target times.
     ``r`` in [0, 1] is the warm-up of the part that can explode: at 0 the direction is that of velocity matching.
     ``scale`` ``[B]`` multiplies all of it, the tangents before the derivative is taken, so that nothing large is
-    computed where it is small (sCM takes ``cos t``).  Dropout masks are those that the next call will draw.
+    computed where it is small (sCM takes ``cos t``).  Dropout masks are those that the next call will draw, and
+    autocast is off: times and norms are in float32 at least.
     """
     schedule = flow_map.schedule
     (keep, go), (d_keep, d_go) = slopes(schedule, t, s, move_start=True)
     factor = torch.ones_like(t) if scale is None else scale
     small = factor * go
-    with repeated_draws(x.device):
+    with repeated_draws(x.device), torch.autocast(x.device.type, enabled=False):
         f, j = engine(
             lambda x_, t_: flow_map.mean_velocity(x_, t_, s, cond, **extras), x, t, align(small, x) * v, small
         )
@@ -91,7 +92,7 @@ def lagrangian(
     own ``x_s``; the teacher is on the schedule of the map.  Arguments as in :func:`eulerian`."""
     schedule = flow_map.schedule
     (keep, go), (d_keep, d_go) = slopes(schedule, t, s, move_start=False)
-    with repeated_draws(x.device):
+    with repeated_draws(x.device), torch.autocast(x.device.type, enabled=False):
         f, j = engine(lambda x_, s_: flow_map.mean_velocity(x_, t, s_, cond, **extras), x, s, torch.zeros_like(x), go)
     end = align(keep, x) * x + align(go, x) * f
     u = teacher.velocity(end, s, cond)
@@ -108,14 +109,19 @@ def semigroup(
     cond: Cond = None,
     *,
     second: FlowMap | None = None,
+    clean: bool = False,
     **extras: Tensor,
 ) -> Tensor:
     """One jump against two: the mean velocity with which ``x`` at ``t`` lands where ``flow_map`` to ``mid`` and then
-    ``second`` (itself unless given) to ``s`` land; what a student's ``F(x, t, s)`` is moved :func:`towards`."""
+    ``second`` (itself unless given) to ``s`` land; what a student's ``F(x, t, s)`` is moved :func:`towards`.
+
+    The times may rise as well as fall.  With ``clean`` jumps to ``t_min`` count as jumps to pure data: the data
+    predictions agree there, whatever noise the schedule leaves.
+    """
     f_1 = flow_map.mean_velocity(x, t, mid, cond, **extras)
     x_mid = flow_map.schedule.move(x, f_1, t, mid)
     f_2 = (second or flow_map).mean_velocity(x_mid, mid, s, cond, **extras)
-    return composed(flow_map.schedule, x, f_1, f_2, t, mid, s)
+    return composed(flow_map.schedule, x, f_1, f_2, t, mid, s, clean)
 
 
 def towards(f: Tensor, target: Tensor) -> Direction:
@@ -124,14 +130,32 @@ def towards(f: Tensor, target: Tensor) -> Direction:
     return Direction(held, held - target)
 
 
-def composed(schedule: Schedule, x: Tensor, f_1: Tensor, f_2: Tensor, t: Tensor, mid: Tensor, s: Tensor) -> Tensor:
+def composed(
+    schedule: Schedule,
+    x: Tensor,
+    f_1: Tensor,
+    f_2: Tensor,
+    t: Tensor,
+    mid: Tensor,
+    s: Tensor,
+    clean: bool = False,
+) -> Tensor:
     """The mean velocity of the jump ``t -> s`` that lands where ``f_1`` to ``mid`` and then ``f_2`` land; half their
-    sum for equal halves on flow matching.  The coefficients are float64: no digit is lost at any ``t > s``."""
-    keep, go = schedule.coefficients_of_move(t, s)
+    sum for equal halves on flow matching.  The coefficients are float64: no digit is lost at any ``t != s``; ``clean``
+    as in :func:`semigroup`."""
     keep_1, go_1 = schedule.coefficients_of_move(t, mid)
-    keep_2, go_2 = schedule.coefficients_of_move(mid, s)
+    (keep, go), (keep_2, go_2) = (landing(schedule, start, s, clean) for start in (t, mid))
     parts = ((keep_2 * keep_1 - keep, x), (keep_2 * go_1, f_1), (go_2, f_2))
     return sum((align(c / go, x) * part for c, part in parts), start=torch.zeros_like(x))
+
+
+def landing(schedule: Schedule, t: Tensor, s: Tensor, clean: bool) -> tuple[Tensor, Tensor]:
+    """The coefficients of a move to ``s``; with ``clean`` those of the data prediction where ``s`` is ``t_min``."""
+    keep, go = schedule.coefficients_of_move(t, s)
+    if not clean:
+        return keep, go
+    last, w = s <= schedule.t_min, schedule.wronskian(t)
+    return torch.where(last, schedule.d_sigma(t) / w, keep), torch.where(last, -schedule.sigma(t) / w, go)
 
 
 def slopes(
@@ -139,10 +163,8 @@ def slopes(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """``(A, B)`` and their derivatives in ``t`` (or in ``s``), float64 ``[B]``."""
     if move_start:
-        found = torch.func.jvp(lambda t_: schedule.coefficients_of_move(t_, s), (t,), (torch.ones_like(t),))
-    else:
-        found = torch.func.jvp(lambda s_: schedule.coefficients_of_move(t, s_), (s,), (torch.ones_like(s),))
-    return found[0], found[1]
+        return forward(lambda t_: schedule.coefficients_of_move(t_, s), (t,), (torch.ones_like(t),))
+    return forward(lambda s_: schedule.coefficients_of_move(t, s_), (s,), (torch.ones_like(s),))
 
 
 def normalize(g: Tensor, c: float) -> Tensor:
@@ -182,12 +204,13 @@ def regression(
 ) -> Tensor:
     """``w ||F - sg(F^- - g)||^2 / d`` a sample ``[B]``: its gradient moves ``F`` against ``g``.
 
-    ``f`` is the student's mean velocity with a graph, equal to ``direction.F``.  With ``c`` the direction is normalised
-    (:func:`normalize`); ``weight`` ``[B]`` multiplies; a ``log_weight`` ``[B]`` that is learned (:class:`TimeWeight`)
-    multiplies by its exponential and is subtracted: ``e^w (...) - w``.
+    ``f`` is the student's mean velocity with a graph; its own value stands for ``F^-``, so that a pass in half
+    precision and a tangent in float32 may differ.  With ``c`` the direction is normalised (:func:`normalize`);
+    ``weight`` ``[B]`` multiplies; a ``log_weight`` ``[B]`` that is learned (:class:`TimeWeight`) multiplies by its
+    exponential and is subtracted: ``e^w (...) - w``.
     """
     g = direction.g if c is None else normalize(direction.g, c)
-    error = (f - direction.F + g).square().flatten(1).mean(1)
+    error = (f - f.detach() + g).square().flatten(1).mean(1)
     if weight is not None:
         error = weight.to(error) * error
     return error if log_weight is None else log_weight.exp() * error - log_weight

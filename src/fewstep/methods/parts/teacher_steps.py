@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Cond, Denoiser
+from fewstep.denoisers import Cond, Denoiser, networks_in
 from fewstep.flow_maps import ddim_move
 from fewstep.guidance import Guided
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM, Schedule, align
+
+#: Beyond this a number of the network has no digit left in float32.
+MOST = 1e6
 
 
 def guided(teacher: Denoiser, scale: float) -> Denoiser:
@@ -60,3 +63,17 @@ def edm_like(schedule: Schedule, t_min: float = 0.002, t_max: float = 80.0) -> E
     """The EDM schedule over the noise levels of another one, at most ``[t_min, t_max]``."""
     ends = schedule.ratio(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64))
     return EDM(t_min=max(t_min, float(ends[0])), t_max=min(t_max, float(ends[1])))
+
+
+def check_tells_data(teacher: Denoiser) -> None:
+    """ValueError for a teacher whose data prediction magnifies what its network says more than ``MOST`` times at the
+    noisiest time: a prediction of the noise where alpha vanishes."""
+    t = torch.tensor(teacher.schedule.t_max, dtype=torch.float64)
+    for inner in networks_in(teacher):
+        own = inner.schedule.time_at(teacher.schedule.log_snr(t))
+        _, factor, _ = inner.prediction.coefficients(inner.schedule, own)
+        if not float(factor.abs()) <= MOST:
+            raise ValueError(
+                f"the teacher does not tell the data at t = {float(t):g}, where there is only noise: this method "
+                "needs one that predicts velocity, v or the data"
+            )

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep import grids
 from fewstep.randomness import Rng
-from fewstep.schedules import Schedule
+from fewstep.schedules import Schedule, karras_level
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ class Own(TimeLaw):
         return schedule.own_time(rng.uniform(n, low=self.low, high=self.high))
 
 
+@dataclass(frozen=True)
+class EarlyRamp(TimeLaw):
+    """Uniform on EDM's ramp ``rho^(1/7)``, from its noisiest end over the share ``share`` of it (CTM's denoising)."""
+
+    share: float = 0.7
+
+    def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
+        return schedule.time_at(-karras_level(1 - rng.uniform(n, high=self.share)).log())
+
+
 class PairLaw(ABC):
     """Draws ``n`` pairs of float64 times ``(t, s)`` with ``t >= s``."""
 
@@ -102,9 +113,9 @@ class Ordered(PairLaw):
     equal: float = 0.75
 
     def draw(self, schedule: Schedule, n: int, rng: Rng) -> tuple[Tensor, Tensor]:
-        u = torch.sigmoid(self.mean + self.std * rng.normal(2, n, dtype=torch.float64))
+        u = torch.sigmoid(self.mean + self.std * rng.normal(n, 2, dtype=torch.float64))
         u = schedule.t_min + (schedule.t_max - schedule.t_min) * u
-        t, s = u.amax(0), u.amin(0)
+        t, s = u.amax(1), u.amin(1)
         return t, torch.where(rng.uniform(n) < self.equal, t, s)
 
 
@@ -112,19 +123,33 @@ class Ordered(PairLaw):
 class Segments:
     """The range of times cut into ``count`` parts of equal shares of the family's own index, told by their edges.
 
-    ``edges`` are ``count + 1`` times from ``t_min`` up; a time that is an edge belongs to the part below it, so that a
-    jump within the part of its start always goes down.
+    A time that is an edge belongs to the part below it, so that a jump within the part of its start always goes down.
+    ValueError where the schedule has no times in some of the parts.
     """
 
     count: int
 
+    def indices(self, schedule: Schedule) -> Tensor:
+        """``count + 1`` places in the own index from 0 up; of a table they are the steps of its
+        :func:`~fewstep.grids.trailing` grid, 999, 749, 499 and 249 for four parts, and 0."""
+        steps = schedule.table_length
+        share = torch.linspace(0, 1, self.count + 1, dtype=torch.float64)
+        if steps is None:
+            return grids.last_index(schedule) * share
+        return torch.where(share > 0, torch.round(steps * share) - 1, 0.0)
+
     def edges(self, schedule: Schedule) -> Tensor:
-        return schedule.own_time(torch.linspace(0, 1, self.count + 1, dtype=torch.float64))
+        """``count + 1`` times from ``t_min`` up."""
+        times = grids.at_index(schedule, self.indices(schedule))
+        if not bool((times.diff() > 0).all()):
+            raise ValueError(f"{self.count} segments: {type(schedule).__name__} has no times in some, take fewer")
+        return times
 
     def of(self, schedule: Schedule, t: Tensor) -> Tensor:
         """The number of the part, 0 for the one next to the data."""
-        inner = self.edges(schedule)[1:-1].to(t.device)
-        return torch.searchsorted(inner, t.contiguous())
+        # an edge that comes out of another computation has a rounding error, and belongs to the part below it still
+        inner = (self.indices(schedule)[1:-1] + 1e-6).to(t.device)
+        return torch.searchsorted(inner, grids.own_index(schedule, t).contiguous())
 
     def end(self, schedule: Schedule, t: Tensor) -> Tensor:
         """The lower edge of the part: where the jump from ``t`` ends."""
