@@ -18,18 +18,21 @@ from torch import Tensor, nn
 from fewstep.conditions import Cond
 from fewstep.constant_acceleration import ConstantAcceleration, acceleration
 from fewstep.denoisers import Denoiser, NetworkDenoiser, View
+from fewstep.exact import ExactFlowMap, Gaussian
 from fewstep.flow_maps import Jump
 from fewstep.guidance import Guided
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
-from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
+from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
 from fewstep.methods.flow_maps.boot import BOOT, signal_step
 from fewstep.methods.flow_maps.constant_acceleration import InitialVelocity
 from fewstep.methods.flow_maps.free_flow import FreeFlow, followed
 from fewstep.methods.flow_maps.guided_distillation import GuidedDenoiser, GuidedHalving
+from fewstep.methods.flow_maps.mdt_dist import MDTDist, slope_engine, velocity_matching
 from fewstep.methods.flow_maps.mean_flow import MeanFlowDistillation, MeanFlowTraining
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, Reflow, straight_pair
@@ -40,8 +43,8 @@ from fewstep.methods.parts.from_noise import FromNoise
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
 from fewstep.methods.parts.ramp import Ramp
 from fewstep.methods.parts.score_matching import denoising_loss
-from fewstep.methods.parts.teacher_steps import ddim_step, guided
-from fewstep.methods.parts.times import Ordered, PairLaw, Segments
+from fewstep.methods.parts.teacher_steps import ddim_step, guided, guided_by_choice
+from fewstep.methods.parts.times import LogNormal, Ordered, PairLaw, Segments
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.networks.inputs import with_inputs
@@ -149,6 +152,49 @@ def scm() -> Pairs:
         yield f"not another r than {r}", eulerian(nets.student, x, t, 0 * t, v, r=r / 2, scale=t.cos()).g, -paper
 
 
+@row("TBCM", "the velocity kept with a state is the teacher's there, under the guidance drawn")
+def tbcm_velocity() -> Pairs:
+    method = TBCM(sigma_data=0.7)
+    nets = method.networks(Start(teacher()))
+    n, rng = 8, Rng(3, "equalities")
+    guided, w = guided_by_choice(nets.teacher, method.guidances, n, rng)
+    times = jittered_times(nets.teacher.schedule, method.route, method.shift, n, rng)
+    cond = torch.arange(n) % CLASSES
+    for i, (x, t, v) in enumerate(zip(*walk(guided, batch(n).x, times, cond), strict=True)):
+        yield f"state {i}", v, Guided(nets.teacher, w).velocity(x, t, cond)
+        yield f"not without guidance {i}", v, nets.teacher.velocity(x, t, cond)
+
+
+@row("TBCM on noised data", "there its update is sCM's", 1e-12)
+def tbcm_update() -> Pairs:
+    scm_method, given, r = ContinuousConsistencyDistillation(sigma_data=0.7), batch(), 0.6
+    expected = gradients_of(scm_method, teacher(), given, Progress(fraction=r * scm_method.tangent_warmup))
+    nets = TBCM(sigma_data=0.7, guidances=(1.0,)).networks(Start(teacher()))
+    moved(nets, "student")
+    rng = batch().rng
+    t = LogNormal(scm_method.noise_mean, scm_method.noise_std).draw(nets.student.schedule, given.n, rng)
+    x = nets.student.schedule.add_noise(given.x, rng.normal_like(given.x), t)
+    for name, c in (("", 0.1), ("not ", 1.0)):
+        update = tangent_update(nets, x, t, nets.teacher.velocity(x, t, given.cond), given.cond, r=r, c=c)
+        for key, p in nets.student.named_parameters():
+            (slope,) = torch.autograd.grad(update.loss, p, retain_graph=True, allow_unused=True)
+            if slope is not None:
+                yield f"{name}{key}, c = {c}", slope, expected[f"student.{key}"]
+
+
+@row("TBCM on a whitened Gaussian", "the solution is sCM's, -tan(t / 2) x, at which the tangent is 0", 1e-12)
+def tbcm_solution() -> Pairs:
+    schedule = TrigFlow(sigma_data=0.7)
+    world = Gaussian(schedule, torch.zeros(SHAPE, dtype=torch.float64), 0.49)
+    times = jittered_times(schedule, 16, 2.5, 8, Rng(0))
+    x, t, v = (part[1:].flatten(0, 1) for part in walk(world, schedule.prior(batch().x), times))
+    zero = torch.zeros_like(t)
+    student = ExactFlowMap(world)
+    yield "solution", student.mean_velocity(x, t, zero), -(t / 2).tan()[:, None] * x
+    yield "tangent", x + eulerian(student, x, t, zero, v, scale=t.cos()).g, x
+    yield "not another velocity", x + eulerian(student, x, t, zero, v + x, scale=t.cos()).g, x
+
+
 @row("CTM", "one step on a grid of two times, without denoising, is CM's step with this parameterisation", 1e-12)
 def ctm() -> Pairs:
     class Same(Rng):
@@ -171,6 +217,33 @@ def ctm() -> Pairs:
 
 
 # Flow maps
+
+
+@row("MDT-dist", "velocity matching is the Eulerian direction at s = 0, which Align Your Flow's has there")
+def mdt_dist() -> Pairs:
+    start = Start(teacher(FlowMatching()))
+    one_time = MDTDist().networks(start).student
+    two_times = Jump(start.network("student", extras=("s",), on=FlowMatching()), two_times=True)  # s at zero
+    x, t = batch().x, torch.linspace(0.1, 0.95, 8, dtype=torch.float64)
+    v = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    engine = slope_engine(0.0, False)
+    found = velocity_matching(one_time, x, t, v, None, engine)[1].g
+    yield "s = 0", found, eulerian(two_times, x, t, 0 * t, v).g
+    yield "not s = t / 2", found, eulerian(two_times, x, t, t / 2, v).g
+    yield "not with a normalised slope", found, velocity_matching(one_time, x, t, v, None, slope_engine(0.0, True))[1].g
+
+
+@row("MDT-dist, in time", "velocity matching is the limit of consistency between neighbours", 1e-5)
+def mdt_dist_in_time() -> Pairs:
+    student = MDTDist().networks(Start(teacher(FlowMatching()))).student
+    x, t = batch().x, torch.linspace(0.1, 0.95, 8, dtype=torch.float64)
+    v = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    g = velocity_matching(student, x, t, v, None, slope_engine(0.0, False))[1].g
+    step = 1e-6
+    with torch.no_grad():
+        slope = (student.to_data(x, t) - student.to_data(x - step * v, t - step)) / step
+    yield "minus the slope of the consistency function", g, -slope
+    yield "not along another velocity", g + v, -slope
 
 
 class FromPairs(AlignYourFlow):

@@ -3,15 +3,19 @@
 import pytest
 import torch
 
-from fewstep.networks import MLP, UNet
+from fewstep.models.networks import build_network, describe_network
+from fewstep.networks import MLP, UNet, UNet3d
 from fewstep.networks.parts import Dropout, GroupNorm, Modulation, PositionalEmbedding
 from fewstep.networks.transformer import Block, Offsets
+from fewstep.networks.unet import folded, unfolded
 from fewstep.randomness import Rng
+from fewstep.tangents import finite_difference, tangent
 
 MAKE = {
     "mlp on pictures": lambda beside: MLP((1, 4, 4), width=16, blocks=1, beside=beside),
     "mlp on vectors": lambda beside: MLP((3,), width=16, blocks=1, beside=beside),
     "unet": lambda beside: UNet((1, 8, 8), channels=(8, 16), blocks=1, width=16, beside=beside),
+    "unet3d": lambda beside: UNet3d((1, 4, 8, 4), channels=(8, 16), blocks=1, width=16, beside=beside),
 }
 
 
@@ -129,3 +133,84 @@ def test_one_sample_is_the_first_of_two_down_to_one_place(kind: torch.dtype) -> 
     net = UNet((1, 4, 4), (8, 8), 1, 16, None).to(kind)
     x, t = Rng(0).normal(2, 1, 4, 4).to(kind), torch.full((2,), 0.5)
     torch.testing.assert_close(net(x[:1], t[:1]), net(x, t)[:1], rtol=1e-2, atol=1e-3)
+
+
+def moved_unet3d(dtype: torch.dtype) -> UNet3d:
+    torch.manual_seed(1)
+    net = UNet3d((2, 4, 8, 4), (8, 16), 1, 16, 3, ("s",)).to(dtype)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return net
+
+
+def test_patches_of_voxels_are_channels_and_back():
+    """A patch of 2x2x2 is eight channels in place order; pictures as PyTorch has it."""
+    x = torch.arange(2 * 3 * 4 * 6 * 8.0).reshape(2, 3, 4, 6, 8)
+    patches = folded(x)
+    assert patches.shape == (2, 24, 2, 3, 4)
+    assert torch.equal(patches[1, 8:16, 1, 2, 3], x[1, 1, 2:4, 4:6, 6:8].flatten())
+    assert torch.equal(unfolded(patches), x)
+    assert torch.equal(folded(x[:, :, 0]), torch.nn.functional.pixel_unshuffle(x[:, :, 0], 2))
+
+
+def test_a_flat_unet3d_is_the_unet():
+    """On voxels that are alike along one side, with kernels that look at the middle there only, patches included."""
+    torch.manual_seed(0)
+    flat, deep = UNet((1, 8, 8), (8,), 1, 16, 3), UNet3d((1, 8, 8, 8), (8,), 1, 16, 3)
+    for p in flat.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    weights = deep.state_dict()
+    for name, value in flat.state_dict().items():
+        if value.ndim == 4 and value.shape[-1] == 3:
+            wide = torch.zeros(*value.shape[:2], 3, 3, 3)
+            wide[:, :, 1] = value
+            value = wide
+        elif value.ndim == 4:
+            value = value[:, :, None]
+        if name == "enter.weight":
+            value = torch.cat([value, torch.zeros_like(value)], 1)  # the first of two layers of a patch
+        if name.startswith("leave."):
+            value = torch.cat([value, value])
+        assert weights[name].shape == value.shape
+        weights[name] = value
+    deep.load_state_dict(weights)
+    x, t, cond = torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4) % 3
+    x3 = x[:, :, None].expand(-1, -1, 8, -1, -1).contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(deep(x3, t, cond)[:, :, 3], flat(x, t, cond), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(deep(x3.flip(4), t, cond)[:, :, 3], flat(x, t, cond), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_unet3d_has_a_forward_mode_derivative(dtype: torch.dtype) -> None:
+    net, exact = moved_unet3d(dtype), moved_unet3d(torch.float64)
+    exact.load_state_dict({name: p.double() for name, p in net.state_dict().items()})
+    x = torch.randn(3, *net.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=dtype)
+    cond = torch.arange(3)
+    value, slope = tangent(lambda y, s: net(y, s, cond, s=s), x, t, torch.ones_like(x), torch.ones_like(t))
+    plain, difference = finite_difference(
+        lambda y, s: exact(y, s, cond, s=s), x.double(), t.double(), torch.ones_like(x.double()),
+        torch.ones_like(t.double()), step=1e-5,
+    )  # fmt: skip
+    tolerance = 1e-6 if dtype == torch.float64 else 2e-4
+    torch.testing.assert_close(value.double(), plain, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(slope.double(), difference, atol=tolerance, rtol=tolerance)
+
+
+def test_the_unet3d_is_described_and_built_again():
+    net = moved_unet3d(torch.float32)
+    again = build_network(describe_network(net))
+    again.load_state_dict(net.state_dict())
+    x, t, cond = torch.randn(2, *net.shape), torch.rand(2), torch.tensor([0, -1])
+    assert torch.equal(again(x, t, cond, s=t), net(x, t, cond, s=t))
+    assert net.features(x, t, cond, s=t).shape[1:] == net.feature_shape == (16, 1, 2, 1)
+
+
+def test_samples_of_another_kind_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"UNet3d: samples of shape \[1, 8, 8\] are not voxels \[C, D, H, W\]"):
+        UNet3d((1, 8, 8))
+    with pytest.raises(ValueError, match=r"UNet: samples of shape \[1, 8, 8, 8\] are not pictures \[C, H, W\]"):
+        UNet((1, 8, 8, 8))
+    with pytest.raises(ValueError, match=r"UNet3d: a grid of 12x6x12 does not divide into 2 levels \(4\)"):
+        UNet3d((1, 12, 6, 12))

@@ -17,7 +17,9 @@ SETTINGS = of_dataclass(Settings)
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, folder and the settings of the trainer."""
     parser.add_argument(
-        "--data", metavar="DATA", help="digits, fashion, or the path of a data set; none: noise and classes only"
+        "--data",
+        metavar="DATA",
+        help="digits, fashion, shapes3d, or a path; none: noise and classes only",
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="the run's folder (default: a name in runs/)")
     parser.add_argument("--recipe", metavar="FILE", type=Path, help="run a recorded recipe.json (again)")

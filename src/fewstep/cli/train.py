@@ -145,7 +145,7 @@ def run(chosen: argparse.Namespace) -> None:
         if not re.fullmatch(FOLDER, chosen.name) or not chosen.name.strip(" ."):
             raise UserError(f"NAME '{chosen.name}' is not the name of a folder in runs/; --out takes a path")
         if chosen.data is None:
-            raise UserError("--data is missing: digits, fashion, or the path of a data set")
+            raise UserError("--data is missing: digits, fashion, shapes3d, or the path of a data set")
         recipe = methods.build(chosen.method, given(methods.parameters(chosen.method), chosen))
         data = models.training_samples(chosen.data)
         start, source = fresh_model(chosen, data), data_source(chosen.data, data)

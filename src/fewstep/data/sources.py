@@ -32,7 +32,7 @@ def load(source: str | Path, split: Split = "train") -> Dataset:
 
     ``source`` is one of
 
-    * ``"digits"`` or ``"fashion"``, which come with the library;
+    * ``"digits"``, ``"fashion"`` or ``"shapes3d"`` (voxels), which come with the library;
     * ``"shakespeare"``, which does too, or a ``.txt`` file: windows of 64 letters, see :mod:`fewstep.data.text`;
     * a folder of pictures, sub-folders being classes (needs Pillow); with sub-folders ``train`` and ``test`` (or
       ``validation``, ``val``) these are the two parts;

@@ -77,7 +77,7 @@ class Beside(nn.Module):
     without, and None stands for zeros.  ValueError for a second sample that the network was not made for.
     """
 
-    def __init__(self, channels: int, layer: nn.Linear | nn.Conv2d | None) -> None:
+    def __init__(self, channels: int, layer: nn.Linear | nn.Conv2d | nn.Conv3d | None) -> None:
         super().__init__()
         if channels < 0:
             raise ValueError(f"beside={channels} must not be negative")
@@ -97,7 +97,7 @@ def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation that has a forward-mode derivative on channels-last pictures too, where PyTorch's raises.
+    """Group normalisation that has a forward-mode derivative on channels-last samples too, where PyTorch's raises.
 
     The written-out form is used under a jvp only: it is several times slower.  Half precision on a CPU is computed in
     float32, as autocast does on CUDA: PyTorch's own kernel for channels-last bfloat16 takes two to three times as long
@@ -112,11 +112,13 @@ class GroupNorm(nn.GroupNorm):
             weight, bias = (self.weight.float(), self.bias.float()) if self.affine else (None, None)
             return torch.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
         groups = x.unflatten(1, (self.num_groups, -1))
-        variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0, keepdim=True)
+        inside = tuple(range(2, groups.ndim))
+        variance, mean = torch.var_mean(groups, dim=inside, correction=0, keepdim=True)
         normalised = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
         if not self.affine:
             return normalised
-        return torch.addcmul(self.bias[:, None, None], normalised, self.weight[:, None, None])
+        view = (-1,) + (1,) * (x.ndim - 2)
+        return torch.addcmul(self.bias.view(view), normalised, self.weight.view(view))
 
 
 class Dropout(nn.Dropout):
@@ -149,7 +151,7 @@ class Modulation(nn.Module):
         return torch.addcmul(shift.reshape(view), normalised, 1 + scale.reshape(view))
 
 
-def zeroed(module: nn.Linear | nn.Conv2d) -> nn.Module:
+def zeroed(module: nn.Linear | nn.Conv2d | nn.Conv3d) -> nn.Module:
     """``module`` with its parameters set to zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

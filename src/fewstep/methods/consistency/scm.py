@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import grids
+from fewstep.conditions import Cond
 from fewstep.flow_maps import Jump
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.identities import Direction, TimeWeight, eulerian, regression, sizes
@@ -34,6 +35,27 @@ from fewstep.methods.teachers.retime import check_time_input
 from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule, TrigFlow
+from fewstep.tangents import tangent
+
+
+def trig_like(schedule: Schedule, sigma_data: float) -> TrigFlow:
+    """TrigFlow up to the noise level at which another schedule begins, at most EDM's 80."""
+    trig = TrigFlow(sigma_data=sigma_data)
+    top = trig.time_at(torch.tensor(edm_like(schedule).t_max, dtype=torch.float64).log().neg())
+    return TrigFlow(t_max=float(top), sigma_data=sigma_data)
+
+
+def tangent_update(
+    nets: Networks, x: Tensor, t: Tensor, v: Tensor, cond: Cond, *, r: float, c: float, **extras: Tensor
+) -> Update:
+    """The update at the states ``x`` ``[B, ...]``, times ``t`` ``[B]`` and velocities ``v``, whatever they come from:
+    the tangent without a graph, then the regression with one.  ``extras`` are further inputs of the student."""
+    student, scale = nets.student, nets.student.schedule.sigma_data
+    s = torch.full_like(t, student.schedule.t_min)
+    own, g = eulerian(student, x, t, s, v, cond, r=r, scale=t.cos(), engine=tangent, **extras)
+    f = student.mean_velocity(x, t, s, cond, **extras)
+    loss = regression(f / scale, Direction(own / scale, g), c=c, log_weight=nets.weight(t)).mean()
+    return Update("student", loss, {"tangent_norm": sizes(g).mean(), "warmup": r})
 
 
 @dataclass(frozen=True)
@@ -67,10 +89,7 @@ class _ContinuousConsistency(Method):
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4)
 
     def networks(self, start: Start) -> Networks:
-        reach = edm_like(start.teacher.schedule)
-        trig = TrigFlow(sigma_data=self.sigma_data)
-        top = trig.time_at(torch.tensor(reach.t_max, dtype=torch.float64).log().neg())
-        schedule = TrigFlow(t_max=float(top), sigma_data=self.sigma_data)
+        schedule = trig_like(start.teacher.schedule, self.sigma_data)
         model = Jump(start.network("student", on=schedule))
         check_time_input(model.denoiser)
         return Networks(
@@ -99,13 +118,7 @@ class _ContinuousConsistency(Method):
         with torch.no_grad():
             v = self.trajectory_velocity(nets, batch, x_t, z, t)
         r = min(1.0, progress.fraction / self.tangent_warmup) if self.tangent_warmup else 1.0
-        s = torch.full_like(t, schedule.t_min)
-        own, g = eulerian(nets.student, x_t, t, s, v, batch.cond, r=r, scale=t.cos())
-        f = nets.student.mean_velocity(x_t, t, s, batch.cond)
-        loss = regression(
-            f / self.sigma_data, Direction(own / self.sigma_data, g), c=self.c, log_weight=nets.weight(t)
-        ).mean()
-        yield Update("student", loss, {"tangent_norm": sizes(g).mean(), "warmup": r})
+        yield tangent_update(nets, x_t, t, v, batch.cond, r=r, c=self.c)
 
     def student(self, nets: Networks) -> Student:
         schedule = nets.student.schedule

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser, networks_in
 from fewstep.flow_maps import ddim_move
 from fewstep.guidance import Guided
+from fewstep.randomness import Rng
 from fewstep.schedules import EDM, Schedule, align
 
 #: Beyond this a number of the network has no digit left in float32.
@@ -22,6 +25,18 @@ def guided(teacher: Denoiser, scale: float) -> Denoiser:
     if teacher.null is None:
         raise ValueError(f"guidance={scale:g}: this teacher is unconditional, or knows no empty condition; set 1")
     return Guided(teacher, scale)
+
+
+def guided_by_choice(teacher: Denoiser, scales: Sequence[float], n: int, rng: Rng) -> tuple[Denoiser, Tensor]:
+    """The teacher under one of the ``scales`` a sample, all equally probable, and which they are, ``[n]`` in float32;
+    errors as :func:`guided`.  A single scale is not drawn."""
+    if len(scales) == 1:
+        return guided(teacher, scales[0]), torch.full((n,), float(scales[0]), device=rng.device)
+    for scale in scales:
+        guided(teacher, scale)
+    drawn = rng.choice(n, [1.0] * len(scales))
+    w = torch.tensor(scales, dtype=torch.float32, device=rng.device)[drawn]
+    return Guided(teacher, w), w
 
 
 def ddim_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
