@@ -9,7 +9,9 @@ from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.discrete_vp import DiscreteVP
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
+from fewstep.methods.consistency.tbcm import TBCM
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow
+from fewstep.methods.flow_maps.mdt_dist import MDTDist
 from fewstep.methods.flow_maps.mean_flow import MeanFlowDistillation
 from fewstep.methods.method import Method
 from fewstep.methods.start import Start
@@ -89,7 +91,13 @@ PLAIN = {"guidance": 1.0, "guidance_low": 1.0, "guidance_high": 1.0}
 
 @pytest.mark.parametrize(
     "method",
-    [ContinuousConsistencyDistillation(), MeanFlowDistillation(), AlignYourFlow(**PLAIN)],
+    [
+        ContinuousConsistencyDistillation(),
+        MeanFlowDistillation(),
+        AlignYourFlow(**PLAIN),
+        TBCM(guidances=(1.0,)),
+        MDTDist(gap=0.0),
+    ],
     ids=lambda method: method.name,
 )
 def test_methods_that_differentiate_time_say_what_they_need(method: Method) -> None:

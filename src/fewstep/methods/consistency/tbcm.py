@@ -30,6 +30,7 @@ from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Pr
 from fewstep.methods.parts.identities import TimeWeight
 from fewstep.methods.parts.teacher_steps import guided, guided_by_choice
 from fewstep.methods.start import Start
+from fewstep.methods.teachers.retime import check_time_input
 from fewstep.randomness import Rng
 from fewstep.ranges import Least, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
@@ -107,7 +108,8 @@ class TBCM(Method):
          "calming down to 0.75 is off, because the fixed point is then not consistent; the official code begins it at "
          "iteration 15000, over 2000",
          "no further factor 1 / (sigma_data tan t) on the loss, which the learned weight would take up",
-         "a teacher keeps its own time input, which is the angle itself for TrigPrediction only",
+         "a network that is told another time than the angle is refused; retiming it is a training of its own "
+         "(retime)",
          "trajectories that come out black are not left out"),
     )  # fmt: skip
     system: ClassVar[System] = System(
@@ -118,6 +120,9 @@ class TBCM(Method):
         "student/loss": "stays near (||G|| / (||G|| + c))^2 - w by construction: it says nothing about quality",
         "student/tangent_norm": "falls over the run; growth to many times its first value is the instability that "
         "tangent normalisation and warm-up prevent",
+    }
+    unstable: ClassVar[dict[str, str]] = {
+        "student/tangent_norm": "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
     }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
@@ -152,6 +157,7 @@ class TBCM(Method):
             guided(start.teacher, scale)  # raises for a teacher that cannot be guided
         inputs = self.inputs()
         student = Jump(start.network("student", extras=tuple(inputs), on=schedule), extras=inputs)
+        check_time_input(student.denoiser)
         return Networks(
             {"student": student, "weight": TimeWeight(), "teacher": start.teacher.on(schedule)},
             {

@@ -28,6 +28,7 @@ from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Pr
 from fewstep.methods.parts.identities import Direction, Engine, eulerian, normalize, regression, sizes
 from fewstep.methods.parts.teacher_steps import guided, guided_by_choice
 from fewstep.methods.start import Start
+from fewstep.methods.teachers.retime import check_time_input
 from fewstep.randomness import Rng, repeated_draws
 from fewstep.ranges import Count, NonNegative, Share
 from fewstep.sampling.rollout import Plan, Student
@@ -116,6 +117,9 @@ class MDTDist(Method):
         "student/direction_norm": "the same as a norm; growth that goes on when the warm-up is over is an unstable "
         "derivative: lower the learning rate",
     }
+    unstable: ClassVar[dict[str, str]] = {
+        "student/direction_norm": "lower lr, give the derivative a longer warm-up (tangent_warmup), or normalise (c)"
+    }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     lr: Annotated[NonNegative, "learning rate"] = 1e-4
@@ -141,9 +145,12 @@ class MDTDist(Method):
         schedule = FlowMatching()
         for scale in self.guidances:
             guided(start.teacher, scale)  # raises for a teacher that cannot be guided
+        student = Jump(start.network("student", on=schedule))
+        if not self.gap:
+            check_time_input(student.denoiser)
         return Networks(
             {
-                "student": Jump(start.network("student", on=schedule)),
+                "student": student,
                 "teacher": start.teacher.on(schedule),
             },
             {"student": Optimizer(("student",), self.lr, kind="adamw", clip=1.0, warmup=10, decay="cosine")},
