@@ -110,10 +110,11 @@ class TBCM(Method):
          "no further factor 1 / (sigma_data tan t) on the loss, which the learned weight would take up",
          "a network that is told another time than the angle is refused; retiming it is a training of its own "
          "(retime)",
-         "trajectories that come out black are not left out"),
+         "trajectories that come out black are not left out",
+         "`steps`: four and eight calls too, at equal angles (one and two in the official code)"),
     )  # fmt: skip
     system: ClassVar[System] = System(
-        "TBCM", 2025, "consistency", "teacher", "1, 2",
+        "TBCM", 2025, "consistency", "teacher", "1, 2, 4, 8",
         "continuous-time consistency on states of the teacher's own trajectories: no images",
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
@@ -139,7 +140,7 @@ class TBCM(Method):
     tangent_warmup: Annotated[Share, "share of the budget over which the tangent's unstable part rises to 1"] = 0.5
     calm_down: Annotated[Share, "share of the budget, its last, over which that part falls to calm_level"] = 0.0
     calm_level: Annotated[Share, "where the tangent's unstable part ends with calm_down"] = 0.75
-    steps: Annotated[tuple[Annotated[int, Least(1)], ...], "network calls that the student is made for"] = (1, 2)
+    steps: Annotated[tuple[Annotated[int, Least(1)], ...], "network calls that the student is made for"] = (1, 2, 4, 8)
 
     def __post_init__(self) -> None:
         super().__post_init__()
