@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from fewstep import grids
+from fewstep.conditions import Cond
 from fewstep.data import Dataset
-from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.denoisers import Denoiser, NetworkDenoiser, View
 from fewstep.exact.mixture import GaussianMixture
 from fewstep.files import write_atomically
 from fewstep.methods import RECIPES, recipe_class
@@ -85,6 +86,8 @@ class Setup:
     discretisation: Callable[[Denoiser, Tensor], Tensor] | None = None
     #: The teacher is the trained network instead of the exact one, for methods that train a copy of it.
     of_network: bool = False
+    #: The modes have labels, which the student is told, for methods that need a teacher that can be guided.
+    labelled: bool = False
 
 
 UNGUIDED = {"guidance": 1.0, "guidance_low": 1.0, "guidance_high": 1.0}
@@ -94,7 +97,7 @@ SETUPS: dict[str, Setup] = {
     "ctm": Setup({"lr": 1e-3}, heun(17)),
     "lcm": Setup({"lr": 1e-3, "guidance_max": 1.0}, ddim(skipping, 20)),
     "pcm": Setup({"lr": 1e-3}, ddim(skipping, 20)),
-    "tbcm": Setup({"lr": 5e-4}),
+    "tbcm": Setup({"lr": 5e-4, "guidances": (1.0,)}),
     "mean-flow": Setup({}),
     "ayf": Setup(UNGUIDED),
     "ayf-lmd": Setup(UNGUIDED),
@@ -103,6 +106,7 @@ SETUPS: dict[str, Setup] = {
     "mdt-dist": Setup({}),
     "shortcut": Setup({"lr": 1e-3}, straight(32)),
     "pd": Setup({"lr": 1e-3}, ddim(grids.even, 16)),
+    "guided-distillation": Setup({}, ddim(grids.even, 16), labelled=True),
     "instaflow": Setup({"lr": 1e-3}, heun(16), of_network=True),
     "slim-flow": Setup({}, heun(16)),
     "caf": Setup({}, heun(16)),
@@ -122,8 +126,8 @@ class Result:
     discretisation: float | None
 
 
-def world(dimensions: int) -> GaussianMixture:
-    """Five modes: on a circle in two dimensions, at random places in more."""
+def world(dimensions: int, labelled: bool = False) -> GaussianMixture:
+    """Five modes, of two classes where they have labels: on a circle in two dimensions, at random places in more."""
     rng = Rng(0, "world", dimensions)
     if dimensions == 2:
         angle = 2 * torch.pi * torch.arange(5, dtype=torch.float64) / 5
@@ -131,22 +135,29 @@ def world(dimensions: int) -> GaussianMixture:
     else:
         means = 0.45 * rng.normal(5, dimensions, dtype=torch.float64)
     weights = torch.tensor([1.0, 2.0, 1.0, 0.5, 1.5], dtype=torch.float64)
-    return GaussianMixture(SCHEDULE, weights, means, torch.full((5,), 0.15**2, dtype=torch.float64))
+    labels = [0, 0, 0, 1, 1] if labelled else None
+    return GaussianMixture(SCHEDULE, weights, means, torch.full((5,), 0.15**2, dtype=torch.float64), labels)
+
+
+def labels_of(exact: GaussianMixture, n: int) -> Tensor | None:
+    """Labels for ``n`` samples in turn; None for a world without."""
+    return None if exact.classes is None else torch.arange(n) % exact.classes
 
 
 def data_of(exact: GaussianMixture, n: int = 50_000) -> Dataset:
-    return Dataset("modes", exact.sample(n, Rng(1, "data")).float())
+    labels = labels_of(exact, n)
+    return Dataset("modes", exact.sample(n, Rng(1, "data"), labels).float(), labels)
 
 
 def trained_network(exact: GaussianMixture, steps: int) -> NetworkDenoiser:
     """The network that every student starts from."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = MLP(exact.shape, 128, 3)
-    start = NetworkDenoiser(net, SCHEDULE, TrigPrediction(sigma_data=0.5), exact.shape)
-    made: NetworkDenoiser = run_recipe(
-        Denoising(lr=2e-3), start, data_of(exact), Settings(Budget(steps), batch=BATCH, precision="fp32"), show=False
-    ).model
+        net = MLP(exact.shape, 128, 3, exact.classes)
+    start = NetworkDenoiser(net, SCHEDULE, TrigPrediction(sigma_data=0.5), exact.shape, exact.classes)
+    settings = Settings(Budget(steps), batch=BATCH, precision="fp32")
+    recipe = Denoising(lr=2e-3, label_dropout=0.1)
+    made: NetworkDenoiser = run_recipe(recipe, start, data_of(exact), settings, show=False).model
     return made
 
 
@@ -162,18 +173,18 @@ def measure(method: str, exact: GaussianMixture, network: NetworkDenoiser, steps
             recipe, network if setup.of_network else exact, data_of(exact), settings, given=given, show=False
         )
     student: Student = run.model
-    noise = Rng(2, "test").normal(2000, *exact.shape)
+    noise, cond = Rng(2, "test").normal(2000, *exact.shape), labels_of(exact, 2000)
     size = float(exact.sample(2000, Rng(3, "size")).square().mean().sqrt())
 
     def error(found: Tensor, flow_schedule: Schedule) -> float:
         there = exact.on(flow_schedule)
         start = flow_schedule.prior(noise.double())
-        truth = there.flow(start, flow_schedule.t_max, max(flow_schedule.t_min, 1e-9))  # type: ignore[operator]
+        truth = there.flow(start, flow_schedule.t_max, max(flow_schedule.t_min, 1e-9), cond)  # type: ignore[operator]
         return float((found.double() - truth).square().mean().sqrt()) / size
 
     here = student.flow_map.schedule
     calls = {
-        str(k): error(student(noise, steps=k), here)
+        str(k): error(student(noise, cond, k), here)
         for k, plan in student.plans.items()
         if k == 1 or (plan.gamma == 0 and plan.inner is None)
     }
@@ -187,21 +198,37 @@ def measure(method: str, exact: GaussianMixture, network: NetworkDenoiser, steps
         # in units of what the state is wide at s
         wide = torch.sqrt(here.alpha(s) ** 2 * size**2 + here.sigma(s) ** 2)[:, None]
         jumps = float((gap / wide).square().mean().sqrt())
-    allowed = None if setup.discretisation is None else error(setup.discretisation(exact, noise.double()), SCHEDULE)
+    solved = None if setup.discretisation is None else setup.discretisation(Conditioned(exact, cond), noise.double())
+    allowed = None if solved is None else error(solved, SCHEDULE)
     return Result(method, dimensions, steps * BATCH, run.seconds, calls, jumps, allowed), student
+
+
+class Conditioned(View):
+    """A world with its labels given."""
+
+    def __init__(self, inner: Denoiser, cond: Tensor | None) -> None:
+        super().__init__(inner)
+        self.cond = cond
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        return self.inner(x, t, self.cond)
+
+    def on(self, schedule: Schedule) -> Denoiser:
+        return Conditioned(self.inner.on(schedule), self.cond)
 
 
 @torch.no_grad()
 def picture(method: str, exact: GaussianMixture, student: Student, path: Path) -> None:
     """Where the noise goes: the truth, and the student in one call and in its most; a colour is a direction."""
-    noise = Rng(5, "picture").normal(1500, 2)
+    noise, cond = Rng(5, "picture").normal(1500, 2), labels_of(exact, 1500)
     schedule = student.flow_map.schedule
     angle = torch.atan2(noise[:, 1], noise[:, 0])
-    truth = exact.on(schedule).flow(schedule.prior(noise.double()), schedule.t_max, schedule.t_min)  # type: ignore[operator]
+    start = schedule.prior(noise.double())
+    truth = exact.on(schedule).flow(start, schedule.t_max, schedule.t_min, cond)  # type: ignore[operator]
     fewest, most = min(student.plans), max(student.plans)
-    panels = [("noise", noise), ("exact map", truth), (f"{method}, {called(fewest)}", student(noise, steps=fewest))]
+    panels = [("noise", noise), ("exact map", truth), (f"{method}, {called(fewest)}", student(noise, cond, fewest))]
     if most != fewest:
-        panels.append((f"{method}, {called(most)}", student(noise, steps=most, rng=Rng(6, "fresh"))))
+        panels.append((f"{method}, {called(most)}", student(noise, cond, most, Rng(6, "fresh"))))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(2.3 * len(panels), 2.5), constrained_layout=True)
     for axis, (title, points) in zip(axes, panels, strict=True):
         axis.scatter(points[:, 0], points[:, 1], c=angle, cmap="twilight", s=2, linewidths=0)
@@ -270,13 +297,15 @@ def main() -> None:
     file = chosen.out / "flow-maps.json"
     rows = [Result(**row) for row in json.loads(file.read_text())] if file.exists() else []
     for dimensions in chosen.dimensions:
-        exact = world(dimensions)
-        network: NetworkDenoiser | None = None
+        networks: dict[bool, NetworkDenoiser] = {}
         for method in chosen.methods:
             if any((r.method, r.dimensions, r.images) == (method, dimensions, chosen.steps * BATCH) for r in rows):
                 continue
-            network = network or trained_network(exact, chosen.steps)
-            row, student = measure(method, exact, network, chosen.steps)
+            labelled = SETUPS[method].labelled
+            exact = world(dimensions, labelled)
+            if labelled not in networks:
+                networks[labelled] = trained_network(exact, chosen.steps)
+            row, student = measure(method, exact, networks[labelled], chosen.steps)
             rows.append(row)
             write_atomically(file.absolute(), json.dumps([asdict(row) for row in rows], indent=1).encode())
             print(f"{method}, {dimensions}-D: {row.calls} jumps {row.jumps} of {row.discretisation}", flush=True)
