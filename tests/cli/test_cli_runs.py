@@ -27,7 +27,7 @@ from fewstep.methods import RECIPES, recipe_class
 from fewstep.models import model_of
 from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
-from fewstep.predictions import TrigPrediction
+from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.report import read_run
 from fewstep.runs import record as records
 from fewstep.sampling.search import half_level
@@ -50,6 +50,10 @@ def teacher_of(method: str) -> tuple[str, ...]:
         unet = UNet((1, 8, 8), channels=(8, 16), blocks=1, width=16, classes=10)
         native.save(NetworkDenoiser(unet, TrigFlow(), TrigPrediction(), (1, 8, 8), 10), "pictures", {"data": "digits"})
         return ("--teacher", "pictures")
+    if method == "retime":  # which is for networks that are not told the angle
+        net = MLP((1, 8, 8), width=16, blocks=1, classes=10)
+        native.save(NetworkDenoiser(net, TrigFlow(), EDMPrediction(), (1, 8, 8), 10), "told", {"data": "digits"})
+        return ("--teacher", "told")
     if method not in DISCRETE:
         return ("--teacher", "digits")
     net = Transformer(64, 27, 28, width=8, blocks=1, heads=2, timed=False)
