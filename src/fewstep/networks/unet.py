@@ -8,13 +8,15 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.attention import attend
 from fewstep.networks.inputs import Configured
 from fewstep.networks.parts import Beside, Conditioning, Dropout, GroupNorm, Modulation, zeroed
 from fewstep.ranges import Count, Multiple, Share
 from fewstep.values import check_arguments
 
 Convolution = type[nn.Conv2d] | type[nn.Conv3d]
+
+#: Positions up to which attention is written out.
+WRITTEN_OUT = 128
 
 
 class UNet(nn.Module, Configured):
@@ -186,7 +188,11 @@ class JoiningBlock(ResBlock):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over positions."""
+    """Single-head self-attention over positions.
+
+    Over few positions it is written out, which is faster and has a derivative of every kind; over more it is PyTorch's
+    own, which :func:`fewstep.tangents.tangent` gives its derivative in memory linear in the positions.
+    """
 
     def __init__(self, channels: int, conv: Convolution) -> None:
         super().__init__()
@@ -196,8 +202,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
-        seen = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return x + self.out(seen.transpose(1, 2).reshape(x.shape))
+        if q.shape[2] > WRITTEN_OUT:
+            parts = (part.transpose(1, 2)[:, None] for part in (q, k, v))
+            seen = nn.functional.scaled_dot_product_attention(*parts)[:, 0].transpose(1, 2)
+        else:
+            weights = torch.softmax(q.transpose(1, 2) @ k * q.shape[1] ** -0.5, dim=-1)
+            seen = v @ weights.transpose(1, 2)
+        return x + self.out(seen.reshape(x.shape))
 
 
 class Downsample(nn.Conv2d):
