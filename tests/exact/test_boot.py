@@ -169,7 +169,7 @@ def test_training_reaches_the_map_of_its_own_steps() -> None:
     teacher = world(FlowMatching())
     ends = {}
     for weight in (1.0, 0.0):
-        student = learned(BOOT(delta=0.1, step="heun", boundary_weight=weight), teacher)
+        student = learned(BOOT(delta=0.1, teacher_step="heun", boundary_weight=weight), teacher)
         with torch.no_grad():
             top, data = at(teacher.schedule, 1), at(teacher.schedule, 0)
             ends[weight] = student.predict(EPS, top, data), student.predict(EPS, top, top)
@@ -244,7 +244,7 @@ def test_it_learns_the_map_of_a_mixture_without_a_sample() -> None:
     torch.manual_seed(0)
     fresh = NetworkDenoiser(MLP((1,), 32, 1), FlowMatching(), Velocity(), (1,))
     settings = Settings(Budget(400), 128, precision="fp32", averages=(Power(0.1),))
-    method = BOOT(lr=1e-2, delta=0.1, step="heun")
+    method = BOOT(lr=1e-2, delta=0.1, teacher_step="heun")
     start = Start(teacher, Prior((1,)), given={"student": fresh})
     student = train(method, start, settings, None, show=False).model
     z = torch.linspace(-2, 2, 41)[:, None]
@@ -322,6 +322,6 @@ def test_guidance_needs_a_teacher_that_knows_no_condition() -> None:
 #: Nothing of it is published where we could read it.
 PUBLISHED = {
     **dict.fromkeys(
-        ("lr", "guidance", "guidance_range", "delta", "boundary_weight", "boundary_share", "step"), ...),
+        ("lr", "guidance", "guidance_range", "delta", "boundary_weight", "boundary_share", "teacher_step"), ...),
     "optimizer": dict.fromkeys(("kind", "betas", "eps", "weight_decay", "clip", "warmup", "decay"), ...),
 }  # fmt: skip

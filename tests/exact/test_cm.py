@@ -23,7 +23,7 @@ from fewstep.methods.parts.distances import Plain, l2, pseudo_huber
 from fewstep.methods.parts.teacher_steps import ddim_step, edm_like, heun_step
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
-from fewstep.predictions import EDMPrediction
+from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM, FlowMatching, TrigFlow
 
@@ -208,7 +208,7 @@ def test_student_starts_as_the_teacher() -> None:
 
 def test_training_from_data_keeps_no_teacher() -> None:
     """A frozen network that no loss calls would take a third of the memory; distillation has one."""
-    start = Start(NetworkDenoiser(MLP((2,), 8, 1), EDM(), EDMPrediction(), (2,)))
+    start = Start(NetworkDenoiser(MLP((2,), 8, 1), EDM(), TrigPrediction(), (2,)))
     for method, held in (
         (ConsistencyDistillation(), True), (ConsistencyTraining(), False),
         (ContinuousConsistencyDistillation(), True), (ContinuousConsistencyTraining(), False),

@@ -140,8 +140,8 @@ def with_inputs(
 
     ``extras`` are names, or names with the size of their values (1000 for times that run to 1000); those that the
     network takes already stay.  A network of another make needs ``site``, the name of the module in it whose output
-    ``[B, width]`` is its embedding of time: it then takes ``extras`` and no second sample.  ValueError where the
-    network cannot be widened.
+    ``[B, width]`` is its embedding of time, for ``extras``; whether it takes a second sample is its own business.
+    ValueError where the network cannot be widened.
     """
     spans = dict(extras) if isinstance(extras, Mapping) else dict.fromkeys(extras, 1.0)
     made = copy.deepcopy(net)
@@ -154,7 +154,7 @@ def with_inputs(
             )
         missing = beside if beside and not made.beside_channels else made.beside_channels
         return made.widened(new, missing) if new or missing != made.beside_channels else made
-    if not spans and not beside:
+    if not spans:
         return made
     if site is None or beside:
         raise ValueError(

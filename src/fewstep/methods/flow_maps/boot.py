@@ -97,7 +97,9 @@ class BOOT(FromNoise):
     delta: Annotated[Share, "step of the bootstrapping, as a share of the range of times"] = 0.1
     boundary_weight: Annotated[NonNegative, "weight of the boundary at t_max"] = 1.0
     boundary_share: Annotated[Share, "share of a batch that is at the boundary"] = 0.25
-    step: Annotated[Literal["euler", "heun"], "the teacher's step of the signal ODE; heun calls it twice"] = "euler"
+    teacher_step: Annotated[Literal["euler", "heun"], "the teacher's step of the signal ODE; heun calls it twice"] = (
+        "euler"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +118,9 @@ class BOOT(FromNoise):
         extras, x = self.weights(batch, eps), schedule.prior(eps)
         with torch.no_grad(), repeated_draws(eps.device):
             y = nets.student.predict(x, top, t, batch.cond, **extras)
-        target, share = signal_step(self.target(nets, extras), eps, y, t, s, batch.cond, heun=self.step == "heun")
+        target, share = signal_step(
+            self.target(nets, extras), eps, y, t, s, batch.cond, heun=self.teacher_step == "heun"
+        )
         error = (nets.student.predict(x, top, s, batch.cond, **extras) - target).square().flatten(1).mean(1)
         q = self.boundary_share
         weight = torch.where(edge, self.boundary_weight / q, share**-2 / (1 - q))
