@@ -86,6 +86,8 @@ class Setup:
     discretisation: Callable[[Denoiser, Tensor], Tensor] | None = None
     #: The teacher is the trained network instead of the exact one, for methods that train a copy of it.
     of_network: bool = False
+    #: Samples an iteration; a trajectory of TBCM is fifteen states.
+    batch: int = BATCH
     #: The modes have labels, which the student is told, for methods that need a teacher that can be guided.
     labelled: bool = False
 
@@ -97,7 +99,7 @@ SETUPS: dict[str, Setup] = {
     "ctm": Setup({"lr": 1e-3}, heun(17)),
     "lcm": Setup({"lr": 1e-3, "guidance_max": 1.0}, ddim(skipping, 20)),
     "pcm": Setup({"lr": 1e-3}, ddim(skipping, 20)),
-    "tbcm": Setup({"lr": 5e-4, "guidances": (1.0,)}),
+    "tbcm": Setup({"lr": 5e-4, "guidances": (1.0,)}, batch=BATCH // 15),
     "mean-flow": Setup({}),
     "ayf": Setup(UNGUIDED),
     "ayf-lmd": Setup(UNGUIDED),
@@ -167,7 +169,7 @@ def measure(method: str, exact: GaussianMixture, network: NetworkDenoiser, steps
     cls = recipe_class(method)
     recipe: Recipe = cls(**setup.settings)
     given = {"student": network} if "student" in recipe.roles and not setup.of_network else {}
-    settings = Settings(Budget(steps), batch=BATCH, precision="fp32")
+    settings = Settings(Budget(steps), batch=setup.batch, precision="fp32")
     with torch.enable_grad():
         run = run_recipe(
             recipe, network if setup.of_network else exact, data_of(exact), settings, given=given, show=False
