@@ -191,7 +191,7 @@ class Attention(nn.Module):
     """Single-head self-attention over positions.
 
     Over few positions it is written out, which is faster and has a derivative of every kind; over more it is PyTorch's
-    own, which :func:`fewstep.tangents.tangent` gives its derivative in memory linear in the positions.
+    own, to which a tangent's pass gives a forward-mode rule with memory linear in the positions.
     """
 
     def __init__(self, channels: int, conv: Convolution) -> None:
