@@ -13,7 +13,7 @@ sigma_s``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from fewstep.denoisers import Cond, GradientMode, check_prediction, gradients
 from fewstep.extras import Input, check_given
 from fewstep.flow_maps import FlowMap
+from fewstep.grids import Grid
 from fewstep.randomness import Noise
 from fewstep.sampling.inputs import Generators, Numbers, evaluating, start_of
 from fewstep.schedules import Schedule, align
@@ -66,6 +67,11 @@ class Plan:
     def inner_at(self, schedule: Schedule, i: int) -> float:
         """The time that call ``i`` jumps to, before noise lifts the state back to the next time."""
         return inner_time(schedule, self.times[i + 1], self.gamma) if self.inner is None else self.inner[i]
+
+
+def plans_along(grid: Grid, schedule: Schedule, steps: Iterable[int], gamma: float) -> dict[int, Plan]:
+    """A plan for each of the numbers of ``steps``, called at the times of the grid of so many."""
+    return {k: Plan(tuple(grid(schedule, k)[:-1].tolist()), gamma) for k in steps}
 
 
 def inner_time(schedule: Schedule, s: float, gamma: float) -> float:

@@ -28,7 +28,7 @@ from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
 from fewstep.methods.start import Start
 from fewstep.randomness import repeated_draws
 from fewstep.ranges import Above, Count, Least, NonNegative, Positive, Share
-from fewstep.sampling.rollout import Plan, Student
+from fewstep.sampling.rollout import Student, plans_along
 from fewstep.schedules import Schedule
 
 
@@ -123,9 +123,7 @@ class _ConsistencyModel(Method):
 
     def student(self, nets: Networks) -> Student:
         schedule = nets.student.schedule
-        return Student(
-            nets.student, {k: Plan(tuple(grids.karras(schedule, k)[:-1].tolist()), gamma=1.0) for k in self.steps}
-        )
+        return Student(nets.student, plans_along(grids.karras, schedule, self.steps, 1.0))
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
 from fewstep.methods.parts.times import EarlyRamp, LogNormal
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative, Positive, Share
-from fewstep.sampling.rollout import Plan, Student
+from fewstep.sampling.rollout import Student, plans_along
 from fewstep.schedules import Schedule, align
 
 
@@ -133,9 +133,7 @@ class _ConsistencyTrajectory(Method):
 
     def student(self, nets: Networks) -> Student:
         schedule = nets.student.schedule
-        return Student(
-            nets.student, {k: Plan(tuple(grids.karras(schedule, k)[:-1].tolist()), gamma=0.0) for k in self.steps}
-        )
+        return Student(nets.student, plans_along(grids.karras, schedule, self.steps, 0.0))
 
 
 @dataclass(frozen=True)

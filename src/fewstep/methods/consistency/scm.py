@@ -27,13 +27,13 @@ from fewstep import grids
 from fewstep.conditions import Cond
 from fewstep.flow_maps import Jump
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
-from fewstep.methods.parts.identities import Direction, TimeWeight, eulerian, regression, sizes
+from fewstep.methods.parts.identities import TimeWeight, eulerian, regression, sizes
 from fewstep.methods.parts.teacher_steps import edm_like, guided
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.retime import check_time_input
 from fewstep.ranges import Count, NonNegative, Positive, Share
-from fewstep.sampling.rollout import Plan, Student
+from fewstep.sampling.rollout import Plan, Student, plans_along
 from fewstep.schedules import Schedule, TrigFlow
 from fewstep.tangents import tangent
 
@@ -52,10 +52,10 @@ def tangent_update(
     the tangent without a graph, then the regression with one.  ``extras`` are further inputs of the student."""
     student, scale = nets.student, nets.student.schedule.sigma_data
     s = torch.full_like(t, student.schedule.t_min)
-    own, g = eulerian(student, x, t, s, v, cond, r=r, scale=t.cos(), engine=tangent, **extras)
+    own = eulerian(student, x, t, s, v, cond, r=r, scale=t.cos(), engine=tangent, **extras)
     f = student.mean_velocity(x, t, s, cond, **extras)
-    loss = regression(f / scale, Direction(own / scale, g), c=c, log_weight=nets.weight(t)).mean()
-    return Update("student", loss, {"tangent_norm": sizes(g).mean(), "warmup": r})
+    loss = regression(f / scale, own, c=c, log_weight=nets.weight(t)).mean()
+    return Update("student", loss, {"tangent_norm": sizes(own.g).mean(), "warmup": r})
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _ContinuousConsistency(Method):
 
     def student(self, nets: Networks) -> Student:
         schedule = nets.student.schedule
-        plans = {k: Plan(tuple(grids.uniform(schedule, k)[:-1].tolist()), gamma=1.0) for k in self.steps}
+        plans = plans_along(grids.uniform, schedule, self.steps, 1.0)
         if 2 in plans:
             plans[2] = Plan((schedule.t_max, 1.1), gamma=1.0)
         return Student(nets.student, plans)

@@ -33,7 +33,7 @@ from fewstep.methods.start import Start
 from fewstep.methods.teachers.retime import check_time_input
 from fewstep.randomness import Rng
 from fewstep.ranges import Least, NonNegative, Positive, Share
-from fewstep.sampling.rollout import Plan, Student
+from fewstep.sampling.rollout import Plan, Student, plans_along
 from fewstep.schedules import Schedule
 
 #: The last time of a table of 1000, where the reference grid begins to be shifted.
@@ -192,7 +192,7 @@ class TBCM(Method):
 
     def student(self, nets: Networks) -> Student:
         schedule = nets.student.schedule
-        plans = {k: Plan(tuple(grids.uniform(schedule, k)[:-1].tolist()), gamma=1.0) for k in self.steps}
+        plans = plans_along(grids.uniform, schedule, self.steps, 1.0)
         if 2 in plans:
             second = SECOND if schedule.t_max > SECOND else schedule.t_max / 2
             plans[2] = Plan((schedule.t_max, second), gamma=1.0)

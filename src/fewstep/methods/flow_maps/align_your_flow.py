@@ -37,7 +37,7 @@ from fewstep.methods.parts.times import GapFirst, PairLaw
 from fewstep.methods.start import Start, denoiser_in
 from fewstep.methods.teachers.retime import check_time_input
 from fewstep.ranges import Count, NonNegative, Positive, Share
-from fewstep.sampling.rollout import Plan, Student
+from fewstep.sampling.rollout import Student, plans_along
 from fewstep.schedules import FlowMatching
 
 
@@ -150,7 +150,7 @@ class _AlignYourFlow(Method):
         schedule = nets.student.schedule
         return Student(
             nets.student,
-            {k: Plan(tuple(grids.uniform(schedule, k)[:-1].tolist()), gamma=self.gamma) for k in self.steps},
+            plans_along(grids.uniform, schedule, self.steps, self.gamma),
         )
 
 

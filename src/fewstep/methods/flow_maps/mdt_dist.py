@@ -31,7 +31,7 @@ from fewstep.methods.start import Start
 from fewstep.methods.teachers.retime import check_time_input
 from fewstep.randomness import Rng, repeated_draws
 from fewstep.ranges import Count, NonNegative, Share
-from fewstep.sampling.rollout import Plan, Student
+from fewstep.sampling.rollout import Student, plans_along
 from fewstep.schedules import FlowMatching, Schedule, align
 from fewstep.tangents import Field, tangent
 
@@ -179,5 +179,5 @@ class MDTDist(Method):
 
     def student(self, nets: Networks) -> Student:
         schedule = nets.student.schedule
-        plans = {k: Plan(tuple(grids.uniform(schedule, k)[:-1].tolist()), gamma=0.0) for k in self.steps}
+        plans = plans_along(grids.uniform, schedule, self.steps, 0.0)
         return Student(nets.student, plans)

@@ -37,7 +37,7 @@ from fewstep.methods.parts.times import Ordered, PairLaw
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.retime import check_time_input
 from fewstep.ranges import Count, NonNegative, Positive, Share
-from fewstep.sampling.rollout import Plan, Student
+from fewstep.sampling.rollout import Student, plans_along
 from fewstep.schedules import FlowMatching, align
 
 TITLE = "Mean Flows for One-step Generative Modeling"
@@ -126,9 +126,7 @@ class _MeanFlow(Method):
 
     def student(self, nets: Networks) -> Student:
         schedule = nets.student.schedule
-        return Student(
-            nets.student, {k: Plan(tuple(grids.uniform(schedule, k)[:-1].tolist()), gamma=0.0) for k in self.steps}
-        )
+        return Student(nets.student, plans_along(grids.uniform, schedule, self.steps, 0.0))
 
 
 def rows_where(mask: Tensor) -> tuple[Tensor, int]:

@@ -78,17 +78,6 @@ class PairLaw(ABC):
 
 
 @dataclass(frozen=True)
-class ToData(PairLaw):
-    """Jumps to the data: ``t`` by a law, ``s = t_min``."""
-
-    law: TimeLaw
-
-    def draw(self, schedule: Schedule, n: int, rng: Rng) -> tuple[Tensor, Tensor]:
-        t = self.law.draw(schedule, n, rng)
-        return t, torch.full_like(t, schedule.t_min)
-
-
-@dataclass(frozen=True)
 class GapFirst(PairLaw):
     """The length of the jump first, ``d = sigmoid(mean + std n)`` of the range, then its place, uniform where it fits
     (Align Your Flow)."""
