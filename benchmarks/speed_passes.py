@@ -4,15 +4,16 @@
 
 Every call of a network in an iteration is recorded: of which network, with how many samples, without a graph, with
 one, or under a forward-mode derivative.  Then the same calls are made bare, in plain PyTorch with fused Adam: random
-inputs of the same shapes, the sum of squares as the loss, no draws, checks, averages or records.  What is printed
-is the median ratio of neighbours, and the difference in milliseconds on a network so small that its passes cost next to
-nothing.  Processor time, one thread.
+inputs of the same shapes, the sum of squares as the loss, no draws, checks, averages or records; now one of a pair
+goes first, now the other.  What is printed is the median ratio of neighbours, and the difference in milliseconds on a
+network so small that its passes cost next to nothing.  Processor time, one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -114,34 +115,46 @@ def replay(nets: Networks, optimisers: list[torch.optim.Optimizer], calls: list[
             torch._foreach_lerp_(mine, [p.detach().clone() for p in mine], 0.5)
 
 
-def compare(method: Method, big: bool, batch: int, rounds: int) -> tuple[float, float, float, str]:
-    """Median milliseconds of an iteration, ours and bare, the median ratio of neighbours, and its passes in words."""
+def begin(big: bool) -> Start:
+    """A teacher with random weights, the last layer's too (zeros there leave gradients too small for fast kernels), and
+    data."""
     model = teacher(big)
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(0))
     x = torch.randn(256, *model.shape, generator=torch.Generator().manual_seed(0))
-    data = Dataset("random", x, torch.arange(256) % 10, columns={"noise": x.flip(0)})
-    nets = method.networks(Start(model, data))
+    return Start(model, Dataset("random", x, torch.arange(256) % 10, columns={"noise": x.flip(0)}))
+
+
+def compare(method: Method, start: Start, batch: int, rounds: int) -> tuple[float, float, float, str, Start]:
+    """Median milliseconds of an iteration, ours and bare, the median ratio of neighbours, its passes in words, and what
+    the next stage of a recipe starts from."""
+    data = start.data
+    nets = method.networks(start)
     bare = copy.deepcopy(nets)
     optimisers = [torch.optim.Adam(bare.group_parameters(group), 1e-4, fused=True) for group in bare.groups]
     calls: list[Call] = []
     recorded(nets, calls)
     run = Run(method, nets, Settings(Budget(10**6), batch=batch, precision="fp32"), Parallel())
     times: tuple[list[float], list[float]] = ([], [])
-    for k in range(rounds + 2):
-        calls.clear()
-        start = time.process_time()
-        run.step(data)
-        ours = time.process_time() - start
-        given = [inputs_for(call) for call in calls]
-        start = time.process_time()
-        replay(bare, optimisers, calls, given)
-        plain = time.process_time() - start
-        if k >= 2:
-            times[0].append(1e3 * ours)
-            times[1].append(1e3 * plain)
-    kinds = [sum(bool(c.tangents) for c in calls), sum(c.graph and not c.tangents for c in calls)]
-    words = f"{len(calls) - sum(kinds)} plain, {kinds[0]} tangent, {kinds[1]} with a graph"
+    passes: list[Call] = []
+    for k in range(-1, rounds + 2):
+        for ours in (True, False) if k % 2 else (False, True):
+            given = [inputs_for(call) for call in passes]
+            calls.clear()
+            begun = time.process_time()
+            if ours:
+                run.step(data)
+            elif passes:
+                replay(bare, optimisers, passes, given)
+            if k >= 2:
+                times[0 if ours else 1].append(1e3 * (time.process_time() - begun))
+            passes = list(calls) or passes
+    kinds = [sum(bool(c.tangents) for c in passes), sum(c.graph and not c.tangents for c in passes)]
+    words = f"{len(passes) - sum(kinds)} plain, {kinds[0]} tangent, {kinds[1]} with a graph"
     ratios = [one / other for one, other in zip(*times, strict=True)]
-    return statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios), words
+    following = dataclasses.replace(start, made={**start.made, **method.hands_on(nets)})
+    return statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios), words, following
 
 
 def main() -> None:
@@ -152,14 +165,18 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=family, default=family)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'method':24}{'ours ms':>10}{'bare ms':>10}{'ratio':>8}{'fixed ms':>10}  passes of the last iteration")
+    print(f"{'method':38}{'ours ms':>10}{'bare ms':>10}{'ratio':>8}{'fixed ms':>10}  passes of the last iteration")
     for name in chosen.methods:
-        methods = {stage.method.name: stage.method for stage in recipe_class(name)().stages()}
-        for method in methods.values():
-            ours, plain, ratio, words = compare(method, True, chosen.batch, chosen.rounds)
-            small, small_plain, _, _ = compare(method, False, 8, 60)
-            label = name if len(methods) == 1 else f"{name}: {method.name}"
-            print(f"{label:24}{ours:10.1f}{plain:10.1f}{ratio:8.3f}{small - small_plain:10.2f}  {words}", flush=True)
+        large, small, shown = begin(True), begin(False), set()
+        for stage in recipe_class(name)().stages():
+            method = stage.method
+            if method.name in shown:
+                continue
+            shown.add(method.name)
+            ours, plain, ratio, words, large = compare(method, large, chosen.batch, chosen.rounds)
+            little, bare, _, _, small = compare(method, small, 8, 60)
+            label = name if name == method.name else f"{name}: {method.name}"
+            print(f"{label:38}{ours:10.1f}{plain:10.1f}{ratio:8.3f}{little - bare:10.2f}  {words}", flush=True)
 
 
 if __name__ == "__main__":

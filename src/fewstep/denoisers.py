@@ -276,8 +276,8 @@ class NetworkDenoiser(Denoiser):
         return align(skip, x) * x + align(out, x) * f
 
     def affine(self, x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        skip, out, _ = self.prediction.coefficients(self.schedule, t)
-        return skip, out, self.raw(x, t, cond, **extras)
+        skip, out, scale = self.prediction.coefficients(self.schedule, t)
+        return skip, out, self.net(align(scale, x) * x, self.label(t, x), cond, **extras)
 
     def on(self, schedule: Schedule) -> Denoiser:
         if not self.prediction.portable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from fewstep.methods.flow_maps import mean_flow
 from fewstep.methods.flow_maps.mean_flow import MeanFlowDistillation, MeanFlowTraining, rows_where
 from fewstep.methods.method import Batch, Method, Networks, Progress
 from fewstep.methods.parts.identities import Direction, adaptive_weight, eulerian, regression
+from fewstep.methods.parts.times import Ordered
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.networks.inputs import TakesInputs
@@ -110,25 +112,38 @@ def test_rows_without_a_tangent_are_those_whose_tangent_is_zero(equal: float, mo
     assert float(update.logs["error"]) == pytest.approx(float(own.g.square().mean()), rel=1e-10)
 
 
-def test_every_part_makes_the_same_calls() -> None:
+@pytest.mark.parametrize(("equal", "moving"), [(0.25, {1, 2}), (0.75, {0, 1})])
+def test_every_part_makes_the_same_calls(equal: float, moving: set[int]) -> None:
     """A part of few rows, none of which moves or all of which do, calls the network as often as any other: one row
     stands in, without a weight."""
-    method = MeanFlowDistillation(equal=0.5)
+    method = MeanFlowDistillation(equal=equal)
     nets = made(method)
     calls: list[int] = []
     nets.student.denoiser.net.register_forward_hook(lambda *_: calls.append(1))
-    counts, moving = set(), set()
+    counts, moved = set(), set()
     for seed in range(12):
         calls.clear()
         update = next(method.updates(nets, batch(2, seed), Progress()))
         counts.add(len(calls))
         loss, _, moves = plain_loss(method, nets, batch(2, seed))
-        moving.add(moves)
+        moved.add(moves)
         torch.testing.assert_close(update.loss, loss, atol=1e-13, rtol=1e-12)
-    assert moving == {0, 1, 2} and counts == {3}
+    assert moved == moving and counts == {3}
     assert rows_where(torch.tensor([False, True, True]))[0].tolist() == [1, 2]
     rows, n = rows_where(torch.tensor([False, False]))
     assert rows.tolist() == [0] and n == 0
+
+
+def test_as_many_rows_have_equal_times_in_every_batch_and_each_as_often() -> None:
+    """Systematic sampling: ``equal`` of the batch to within one row, every row with that probability, and the slices of
+    parts are those of the whole."""
+    law = Ordered(equal=0.3)
+    drawn = torch.stack([torch.eq(*law.draw(FLOW, 12, Rng(seed))) for seed in range(4000)])
+    assert {int(n) for n in drawn.sum(1)} == {3, 4}
+    bound = 4 * math.sqrt(0.3 * 0.7 / 4000)  # standard deviations of a share
+    assert float((drawn.double().mean(0) - 0.3).abs().max()) < bound
+    parts = torch.cat([torch.eq(*law.draw(FLOW, 3, Rng(7, part=k, parts=4))) for k in range(4)])
+    assert torch.equal(parts, drawn[7])
 
 
 def test_three_quarters_of_the_rows_have_equal_times() -> None:

@@ -312,6 +312,32 @@ def test_rates_are_factors_of_a_module() -> None:
     assert float(fast.abs().min()) > 1e-3 and largest(slow, 0.1 * fast) < 1e-15
 
 
+@pytest.mark.parametrize("beta", [0.999, 0.9])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_rectified_adam_is_pytorchs(beta: float, resumed: bool) -> None:
+    """Before and after the second moment counts, with eps and weight decay that matter, and after a resume."""
+    spec = Optimizer(("model",), 0.1, kind="radam", betas=(0.9, beta), eps=0.05, weight_decay=0.1)
+    nets, other = (nn.Linear(5, 3, dtype=torch.float64) for _ in range(2))
+    other.load_state_dict(nets.state_dict())
+    held = Networks({"model": nets}, {"model": spec})
+    ours = make_optimizer(spec, held, "model")
+    plain = torch.optim.RAdam(other.parameters(), 0.1, (0.9, beta), 0.05, 0.1, foreach=False)
+    rng = torch.Generator().manual_seed(0)
+    for step in range(16):
+        for mine, theirs in zip(nets.parameters(), other.parameters(), strict=True):
+            mine.grad = torch.randn(mine.shape, dtype=torch.float64, generator=rng)
+            theirs.grad = mine.grad.clone()
+        ours.step()
+        plain.step()
+        for mine, theirs in zip(nets.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-14, rtol=1e-13)
+        if resumed and step in (3, 9):
+            again = make_optimizer(spec, held, "model")
+            again.load_state_dict(ours.state_dict())
+            ours = again
+    assert ours.param_groups[0]["lr"] == 0.1 and ours.param_groups[0]["eps"] == 0.05
+
+
 @pytest.mark.parametrize("kind", ["adam", "adamw", "radam", "sgd"])
 def test_a_small_step_on_one_thread_has_the_same_bits(kind: Any) -> None:
     """And the number of threads is put back, also after an error."""

@@ -95,7 +95,11 @@ class GapFirst(PairLaw):
 @dataclass(frozen=True)
 class Ordered(PairLaw):
     """Two times of one logit-normal law, the later one first; a share ``equal`` of the pairs has ``s = t`` (MeanFlow,
-    whose share is 0.75)."""
+    whose share is 0.75).
+
+    Which rows these are is drawn for the whole batch at once (systematic sampling): each with probability ``equal``,
+    and always as many but for one at most, so that the networks see batches of the same sizes.
+    """
 
     mean: float = -0.4
     std: float = 1.0
@@ -105,7 +109,9 @@ class Ordered(PairLaw):
         u = torch.sigmoid(self.mean + self.std * rng.normal(n, 2, dtype=torch.float64))
         u = schedule.t_min + (schedule.t_max - schedule.t_min) * u
         t, s = u.amax(1), u.amin(1)
-        return t, torch.where(rng.uniform(n) < self.equal, t, s)
+        row = rng.part * n + torch.arange(n, dtype=torch.float64, device=t.device)
+        before = self.equal * row + rng.shared_integer(0, 2**32) / 2**32
+        return t, torch.where((before + self.equal).floor() > before.floor(), t, s)
 
 
 @dataclass(frozen=True)
