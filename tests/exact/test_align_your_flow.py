@@ -215,14 +215,14 @@ class Gain(nn.Module, TakesInputs):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_it_learns_the_power_law_of_an_autoguided_teacher(objective: type[AlignYourFlow]) -> None:
-    """From fresh weights, at every guidance weight, between any two times: within 0.1 of the closed form (0.07 and 0.05
-    were seen), where one call maps deviation 1 to 0.5 at weight 1 and to 0.125 at weight 3."""
+    """From fresh weights, at every guidance weight, between any two times: within 0.1 of the closed form (0.025
+    to 0.06 over six first weights), where one call maps deviation 1 to 0.5 at weight 1 and to 0.125 at weight 3."""
     good, bad = (Gaussian(FLOW, torch.zeros(1, dtype=F64), variance) for variance in (0.25, 1.0))
     torch.manual_seed(0)
     fresh = NetworkDenoiser(Gain(), FLOW, Velocity(), (1,))
     data = Dataset("x", good.sample(4096, Rng(1)).float())
     method = objective(lr=2e-2, tangent_warmup=0.3)
-    settings = Settings(Budget(240), 256, precision="fp32", averages=(Power(0.1),))
+    settings = Settings(Budget(400), 256, precision="fp32", averages=(Power(0.1),))
     start = Start(good, data, given={"student": fresh, "guide": bad})
     student = train(method, start, settings, None, show=False).model
     z = torch.special.ndtri((torch.arange(64, dtype=F64) + 0.5) / 64)[:, None]
