@@ -88,9 +88,9 @@ def is_plain(x: Any) -> TypeGuard[Tensor | float]:
     return type(x) in (Tensor, nn.Parameter, float, int)
 
 
-def unpacked(x: Tensor | float) -> tuple[Any, Any]:
-    """A value and its tangent, None where it has none."""
-    return forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None)
+def unpacked(x: Tensor | float | None) -> tuple[Any, Any]:
+    """A value and its tangent, None where it has none, as numbers and parameters (a dual one is a plain tensor)."""
+    return forward_ad.unpack_dual(x) if isinstance(x, Tensor) and type(x) is not nn.Parameter else (x, None)
 
 
 def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -156,7 +156,7 @@ def normalized(
 
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether one of them has a tangent."""
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return any(unpacked(x)[1] is not None for x in tensors)
 
 
 #: Functions with a rule of their own; a rule gives None where it has nothing to say.

@@ -93,8 +93,9 @@ class TBCM(Method):
     ``route`` is the number of states of a trajectory, of which all but the first are trained on: a batch of B
     conditions makes an update of ``(route - 1) B`` states, so that small batches are the rule.  ``guidances`` are the
     scales of the teacher's guidance that are drawn from; the student takes the scale as an input ``w`` where there are
-    several.  The tangent's unstable part is turned up over ``tangent_warmup``, the first share of the budget, and down
-    to ``calm_level`` over ``calm_down``, the last one: at a level below 1 the solution is not exactly consistent.
+    several, the middle one for samples that ask for none.  The tangent's unstable part is turned up over
+    ``tangent_warmup``, the first share of the budget, and down to ``calm_level`` over ``calm_down``, the last one: at a
+    level below 1 the solution is not exactly consistent.
     """
 
     name: ClassVar[str] = "tbcm"
@@ -170,9 +171,10 @@ class TBCM(Method):
         )
 
     def inputs(self) -> dict[str, Input]:
-        """The guidance scale as an input of the student, where there are several."""
-        low, high = min(self.guidances), max(self.guidances)
-        return {"w": Input(self.guidances[0], low, high, unguided=1.0)} if low < high else {}
+        """The guidance scale as an input of the student, where there are several: the middle one unless asked."""
+        scales = sorted(self.guidances)
+        middle = scales[len(scales) // 2]
+        return {"w": Input(middle, scales[0], scales[-1], unguided=1.0)} if scales[0] < scales[-1] else {}
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         schedule, n = nets.student.schedule, batch.n

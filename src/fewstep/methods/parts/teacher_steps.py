@@ -47,9 +47,9 @@ def ddim_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond = 
 def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
     """One Heun step of ``d(x/alpha) / d(sigma/alpha) = eps`` from ``t`` to ``s``, both ``[B]`` (EDM, algorithm 1)."""
     schedule = denoiser.schedule
-    first = denoiser.eps_from(denoiser(x, t, cond), x, t)
+    first = denoiser.eps(x, t, cond)
     ahead = _along(x, first, t, s, schedule)
-    second = denoiser.eps_from(denoiser(ahead, s, cond), ahead, s)
+    second = denoiser.eps(ahead, s, cond)
     return _along(x, (first + second) / 2, t, s, schedule)
 
 
