@@ -1,7 +1,7 @@
 """How good few-step students become in a given time, beside their teacher, over several seeds.
 
     python benchmarks/quality.py --data digits --budget 60s --out results.json
-    python benchmarks/quality.py --defaults --methods scm ctm mean-flow --budget 40s --out family.json
+    python benchmarks/quality.py --defaults --methods scm ctm "mean-flow --guidance 2" --budget 40s --out family.json
     python benchmarks/quality.py --data fashion --methods cm dmd2 --seeds 0 1 2 --budget 3min --out fashion.json
 
 Every method trains from the same teacher with every seed; students are measured at all their numbers of steps, the
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import api
+from fewstep.cli import flags
+from fewstep.cli import methods as methods_of_the_cli
 from fewstep.data import load as load_data
 from fewstep.denoisers import Denoiser
 from fewstep.files import write_atomically
@@ -128,7 +131,9 @@ def main() -> None:
                 continue
             print(f"{method}, seed {seed}: {chosen.budget}")
             # the whole key names the folder: a run with other settings must not take up this one's checkpoint
-            folder = chosen.runs / train.name / f"{method}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
+            folder = (
+                chosen.runs / train.name / f"{method.split()[0]}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
+            )
             settings = Settings(Budget.parse(chosen.budget), batch=batch, seed=seed, precision=chosen.precision)
             result = run_recipe(recipe, teacher, train, settings, folder)
             native.save(result.model, folder / "model", {"method": method, "teacher": name, "data": train.name})
@@ -143,7 +148,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="digits", help="digits, fashion, or the path of a data set with a test part")
     parser.add_argument("--teacher", help="a model or run folder (default: the bundled teacher of the data)")
     parser.add_argument("--features", help="default: the classifier of digits and fashion, else pixels")
-    parser.add_argument("--methods", nargs="+", default=["cm", "scm", "dmd2", "instaflow", "pd"], choices=RECIPES)
+    parser.add_argument(
+        "--methods", nargs="+", default=["cm", "scm", "dmd2", "instaflow", "pd"],
+        help="names, or in quotes a name with the flags of fewstep distill: 'mean-flow --guidance 2'",
+    )  # fmt: skip
     parser.add_argument("--defaults", action="store_true", help="every method as it is out of the box, batch 64")
     parser.add_argument("--precision", default="auto", help="auto (default), fp32 or bf16")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -153,13 +161,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("results.json"))
     chosen = parser.parse_args()
     Budget.parse(chosen.budget)
+    for asked in chosen.methods:
+        if asked.split()[0] not in RECIPES:
+            parser.error(f"--methods: there is no method '{asked}'")
+        setup(asked, chosen.data)
     return chosen
 
 
-def setup(name: str, data: str) -> tuple[Recipe, int]:
-    """The recipe of a method on this data and its batch."""
-    known = SETUPS.get(data, {})
-    return known[name] if name in known else (recipe_class(name)(), 64)
+def setup(asked: str, data: str) -> tuple[Recipe, int]:
+    """The recipe of a method, and of flags behind its name, on this data, and its batch."""
+    name, *words = shlex.split(asked)
+    if not words:
+        known = SETUPS.get(data, {})
+        return known[name] if name in known else (recipe_class(name)(), 64)
+    parser, parameters = argparse.ArgumentParser(name), methods_of_the_cli.parameters(name)
+    for parameter in parameters:
+        parameter.add_to(parser)
+    return methods_of_the_cli.build(name, flags.given(parameters, parser.parse_args(words))), 64
 
 
 def steps_of(model: Student | Denoiser, name: str) -> tuple[int, ...]:

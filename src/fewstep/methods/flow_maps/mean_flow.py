@@ -48,8 +48,8 @@ DEVIATIONS = (
     "it starts from the weights of a given model (the paper's from fresh ones)",
     "a network that is told a time that changes fast, a logarithm or a count of steps, is refused (retime makes one "
     "that is not)",
-    "rows with s = t are spread evenly over the batch and need no jvp (there its first rows, through a jvp whose factor "
-    "is 0)",
+    "rows with s = t are spread evenly over the batch and need no jvp (there its first rows, through a jvp with a "
+    "factor of 0)",
     "sampling uses a power-function average (the paper's decays by 0.9999)",
 )
 
