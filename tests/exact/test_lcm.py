@@ -152,7 +152,7 @@ def test_the_weight_is_drawn_anew_for_every_sample_and_told_as_the_network_count
     method = LatentConsistencyDistillation(guidance_min=2.0, guidance_max=5.0)
     nets = method.networks(Start(network()))
     declared = nets.student.extras["w"]
-    assert (declared.low, declared.default, declared.high, declared.unguided) == (2.0, 2.0, 5.0, 1.0)
+    assert (declared.low, declared.default, declared.high, declared.unguided) == (2.0, 3.5, 5.0, 1.0)
     led, told = method.led(nets, batch(20_000))
     scale = led.scale
     assert torch.equal(scale, told["w"]) and float(scale.min()) >= 2 and float(scale.max()) < 5

@@ -124,12 +124,13 @@ class SkippingDistillation(Method):
             raise ValueError(f"skip={self.skip} must be at most {last}, the steps of the teacher's own index")
 
     def weight_of(self, denoiser: Denoiser) -> dict[str, Input]:
-        """The guidance weight as an input, counted as the network counts it; none where it is not told."""
+        """The guidance weight as an input, counted as the network counts it, the middle of its range for samples that
+        ask for none; no input where it is not told."""
         if not self.tells:
             return {}
         unguided = networks_in(denoiser)[0].net.unguided
         low, high = self.guidance_min - 1 + unguided, self.guidance_max - 1 + unguided
-        return {WEIGHT: Input(low, low, high, unguided)}
+        return {WEIGHT: Input((low + high) / 2, low, high, unguided)}
 
     def led(self, nets: Networks, batch: Batch) -> tuple[Denoiser, dict[str, Tensor]]:
         """The guided teacher, and what the student is told of it; a weight of its own for every sample."""
