@@ -20,7 +20,6 @@ from fewstep.data import Dataset  # noqa: E402
 from fewstep.denoisers import NetworkDenoiser  # noqa: E402
 from fewstep.extras import Input  # noqa: E402
 from fewstep.flow_maps import Jump  # noqa: E402
-from fewstep.hub import lora  # noqa: E402
 from fewstep.hub.diffusers import export, load_pipeline, wrap  # noqa: E402
 from fewstep.hub.text_adapters import guidance_embedding  # noqa: E402
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation  # noqa: E402
@@ -195,16 +194,12 @@ def test_the_native_weight_is_the_one_of_diffusers() -> None:
 
 
 def test_what_cannot_be_says_so(tmp_path: Path) -> None:
-    """A second sample, low-rank weights with further inputs and the other way round, an export: one line each."""
+    """A second sample, an export: one line each."""
     text = teacher("text unet")
     two_times = Jump(Start(text).network("student", extras=("s",)), two_times=True)
-    low_rank = lora.attach(text, rank=2)
     refused: list[tuple[Callable[[], Any], str]] = [
         (lambda: with_inputs(text.net, beside=4), "UNet2DConditionModel takes no second sample"),
         (lambda: Start(text).network("student", beside=4), "the student: a UNet2DConditionModel takes no second"),
-        (lambda: Start(text, given={"student": low_rank}).network("student", extras=("w",)),
-         "the student: a UNet2DConditionModel with low-rank weights takes no further inputs .w."),
-        (lambda: lora.attach(two_times.denoiser, rank=2), "further inputs s: low-rank weights do not train them"),
         (lambda: export(Student(two_times, {1: Plan((999.0,))}), tmp_path / "no"),
          "further inputs s, which no UNet2DConditionModel of diffusers has"),
     ]  # fmt: skip
@@ -213,5 +208,3 @@ def test_what_cannot_be_says_so(tmp_path: Path) -> None:
             make()
         assert "\n" not in str(found.value)
     assert not list(tmp_path.iterdir())
-    weighted = Start(text).network("student", extras=("w",))  # an ordinary network of diffusers
-    assert lora.attach(weighted, rank=2).net.takes_guidance

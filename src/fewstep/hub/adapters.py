@@ -93,7 +93,9 @@ class Adapter(nn.Module, TakesInputs):
     classes: int | None = None
     #: Names of the weights that LoRA froze (they are buffers then), see :mod:`fewstep.hub.lora`.
     frozen: tuple[str, ...] = ()
-    #: SHA-256 of those, where they are the ones in the pipeline's folder and need not be kept a second time.
+    #: Names of weights that new inputs brought: they are trained in full beside low-rank ones.
+    trained: tuple[str, ...] = ()
+    #: SHA-256 of the frozen ones, where they are those in the pipeline's folder and need not be kept a second time.
     base: str | None = None
 
     def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
@@ -119,16 +121,13 @@ class Adapter(nn.Module, TakesInputs):
         return own if self.further is None else (*own, *self.further.spans)
 
     def widened(self, spans: Mapping[str, float], beside: int) -> Adapter:
-        """Itself, taking ``spans`` too; ValueError for a second sample, and where its weights are low-rank ones."""
-        kind = type(self.model).__name__
+        """Itself, taking ``spans`` too; ValueError for a second sample."""
         if beside:
-            raise ValueError(f"a {kind} takes no second sample")
-        if self.frozen:
-            raise ValueError(
-                f"a {kind} with low-rank weights takes no further inputs ({', '.join(spans)}): train the whole "
-                "network, or by a method that asks for none"
-            )
+            raise ValueError(f"a {type(self.model).__name__} takes no second sample")
+        before = {name for name, _ in self.model.named_parameters()}
         spans = {name: span for name, span in spans.items() if name != WEIGHT or not self.take_weight()}
+        new = (name for name, _ in self.model.named_parameters() if name not in before)
+        self.trained = (*self.trained, *new)
         if self.further is not None:
             self.further.take(spans)
         elif spans:
