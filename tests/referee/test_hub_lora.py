@@ -325,7 +325,7 @@ def test_further_inputs_are_trained_in_full_beside_low_rank_weights(pipe: Any, t
     assert not (tmp_path / "file").exists()
     config = tmp_path / "student" / "config.json"
     config.write_text(config.read_text().replace('"time_embedding.cond_proj.weight"', '"time_embedding.none"'))
-    with pytest.raises(ValueError, match="low_rank.trained: 'time_embedding.none' is no weight"):
+    with pytest.raises(ValueError, match=r"low_rank\.trained: 'time_embedding\.none' is no weight"):
         native.load(tmp_path / "student")
 
 
