@@ -191,4 +191,4 @@ def test_the_command_line_distils_prompts(
     assert main(f"distill tbcm {quick} --out {tmp_path / 'no'}".split()) == 2
     said = capsys.readouterr().err
     assert "fewstep distill retime" in said.splitlines()[-1] and "Traceback" not in said
-    assert not (tmp_path / "no").exists()
+    assert not (tmp_path / "no" / "model").exists()
