@@ -68,8 +68,10 @@ def attach(
 
 def _of_inputs(adapter: Adapter) -> list[Tensor]:
     """The weights of the further inputs."""
-    added = [] if adapter.further is None else [*adapter.further.parameters(), *adapter.further.buffers()]
-    return [*added, *(adapter.model.get_parameter(name) for name in adapter.trained)]
+    modules: list[nn.Module | None] = [adapter.further, adapter.second]
+    held = [module for module in modules if module is not None]
+    tensors = [tensor for module in held for tensor in (*module.parameters(), *module.buffers())]
+    return [*tensors, *(adapter.model.get_parameter(name) for name in adapter.trained)]
 
 
 def inject(
@@ -224,12 +226,13 @@ def save(model: Student | Denoiser, folder: str | Path) -> Path:
             f"diffusers loads no LoRA weights into a {type(net.model).__name__}: write the whole student with "
             "export(lora.merged(student), folder)"
         )
-    if net.further is not None or net.trained:
-        inputs = ", ".join(net.extra_inputs)
+    if _of_inputs(net):
+        inputs = ", ".join([*net.extra_inputs, *(["beside"] if net.beside_channels else [])])
+        apart = net.further is not None or net.second is not None
         remedy = "write the whole student with export(lora.merged(student), folder)"
         raise ValueError(
             f"a file of LoRA weights has no place for the layers of the further inputs {inputs}: "
-            f"{remedy if net.further is None else 'keep the student in a folder of fewstep'}"
+            f"{'keep the student in a folder of fewstep' if apart else remedy}"
         )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():

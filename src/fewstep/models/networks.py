@@ -51,6 +51,7 @@ NETWORK = Choice(
             "latent": bool,
             "low_rank": Maybe(LOW_RANK),
             "inputs": Maybe(Map(NAME, "the name of an input", Span)),
+            "beside": Maybe(Size),
         }
     },
 )
