@@ -27,7 +27,7 @@ from fewstep.methods import RECIPES, recipe_class
 from fewstep.models import model_of
 from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
-from fewstep.predictions import EDMPrediction, TrigPrediction
+from fewstep.predictions import EDMPrediction, TrigPrediction, Velocity
 from fewstep.report import read_run
 from fewstep.runs import record as records
 from fewstep.sampling.search import half_level
@@ -365,7 +365,23 @@ def test_train_makes_a_consistency_model_without_a_teacher(method: str, cli: Cli
     assert weights(Path("again")) == weights(Path("runs/alone"))
 
 
-@pytest.mark.parametrize(("method", "network"), [("ict", "unet"), ("lowdiff", "cascade-unet")])
+def test_train_makes_a_shortcut_model_from_fresh_weights(cli: Cli) -> None:
+    """The paper's own start: a velocity network on flow matching, which is told the size of its step; the recipe
+    repeats the run."""
+    fresh = ("--data", "digits", "--network", "mlp", "--width", "16", "--method", "shortcut", "--finest", "8")
+    cli("train", "alone", *fresh, *SHORT)
+    model = api.load("runs/alone")
+    assert model.sample(4, torch.arange(4), steps=8).shape == (4, 1, 8, 8)
+    assert model.plans[8].extras == {"d": 3.0} and model.extras["d"].high == 3
+    network = model.flow_map.denoiser
+    assert network.schedule == FlowMatching() and network.prediction == Velocity()
+    recipe = json.loads(Path("runs/alone/recipe.json").read_text())
+    assert (recipe["command"], recipe["method"]) == ("train", "shortcut")
+    cli("train", "--recipe", "runs/alone/recipe.json", "--out", "again", "--quiet")
+    assert weights(Path("again")) == weights(Path("runs/alone"))
+
+
+@pytest.mark.parametrize(("method", "network"), [("ict", "unet"), ("lowdiff", "cascade-unet"), ("shortcut", "unet")])
 def test_a_flag_of_model_and_method_is_there_once(method: str, network: str, cli: Cli) -> None:
     """Help is printed whatever names they share."""
     cli("train", "--method", method, "--network", network, "--help")

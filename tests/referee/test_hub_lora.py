@@ -19,9 +19,11 @@ from tiny_pipelines import autoencoder, ddim, dit, flux, kandinsky, sana, sd3, u
 import fewstep as fs  # noqa: E402
 from fewstep.data.dataset import Dataset  # noqa: E402
 from fewstep.denoisers import Denoiser, NetworkDenoiser  # noqa: E402
+from fewstep.extras import Input  # noqa: E402
 from fewstep.flow_maps import Jump  # noqa: E402
 from fewstep.hub import lora, native  # noqa: E402
 from fewstep.hub.diffusers import export, from_pipeline, load_pipeline  # noqa: E402
+from fewstep.methods.flow_maps.boot import BOOT  # noqa: E402
 from fewstep.methods.flow_maps.progressive import ProgressiveDistillation  # noqa: E402
 from fewstep.methods.method import Networks, Optimizer  # noqa: E402
 from fewstep.methods.start import Start  # noqa: E402
@@ -282,3 +284,63 @@ def test_a_base_that_is_another_is_named(pipe: Any, tmp_path: Path) -> None:
     (tmp_path / "pipe").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="pipe is not there any more"):
         native.load(tmp_path / "student")
+
+
+GIVEN = {"s": torch.tensor([100.0, 300.0]), "w": torch.tensor([1.0, 4.0])}
+
+
+@pytest.mark.parametrize("order", ["low rank first", "inputs first"])
+def test_further_inputs_are_trained_in_full_beside_low_rank_weights(pipe: Any, tmp_path: Path, order: str) -> None:
+    """A target time, which no network of diffusers has, and a guidance weight, which this one can have: bit for bit the
+    teacher until trained, saved as the factors and the inputs' own layers over the base, opened as it was."""
+    pipe.save_pretrained(tmp_path / "pipe")
+    teacher = load_pipeline(tmp_path / "pipe").denoiser
+    if order == "low rank first":
+        student = Start(teacher, given={"student": lora.attach(teacher, 2)}).network("student", extras=("s", "w"))
+    else:
+        wider = Start(teacher).network("student", extras=("s", "w"))
+        student = lora.attach(wider, 2)
+        assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in wider.parameters()}
+    assert torch.equal(student(X, 500.0, PROMPT, **GIVEN), teacher(X, 500.0, PROMPT))
+    names = {name for name, _ in student.named_parameters() if "lora_" not in name}
+    assert names == {"net.further.projections.s.weight", "net.model.time_embedding.cond_proj.weight"}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    expected = student(X, 500.0, PROMPT, **GIVEN)
+    for name, value in GIVEN.items():
+        assert not torch.equal(student(X, 500.0, PROMPT, **{**GIVEN, name: value + 1}), expected), name
+    made = Student(Jump(student, two_times=True, extras={"w": Input(1.0, 0.0, 14.0)}), {2: Plan((999.0, 499.0), 0.0)})
+    native.save(made, tmp_path / "student")
+    saved = load_file(tmp_path / "student" / "model.safetensors")
+    assert all("lora_" in name or "further" in name or "cond_proj" in name for name in saved)
+    opened = native.load(tmp_path / "student")
+    assert torch.equal(opened(X, PROMPT, 2, w=5.0), made(X, PROMPT, 2, w=5.0))
+    assert not torch.equal(opened(X, PROMPT, 2, w=5.0), opened(X, PROMPT, 2, w=2.0))
+    whole = lora.merged(opened)(X, PROMPT, 2, w=5.0)
+    torch.testing.assert_close(whole, opened(X, PROMPT, 2, w=5.0), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="no place for the layers of the further inputs w, s: keep the student in a"):
+        lora.save(opened, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    config = tmp_path / "student" / "config.json"
+    config.write_text(config.read_text().replace('"time_embedding.cond_proj.weight"', '"time_embedding.none"'))
+    with pytest.raises(ValueError, match=r"low_rank\.trained: 'time_embedding\.none' is no weight"):
+        native.load(tmp_path / "student")
+
+
+def test_a_method_with_a_target_time_trains_a_low_rank_student(pipe: Any, tmp_path: Path) -> None:
+    """BOOT in a run folder: the factors and the layer of the target time move, and lie there without the base."""
+    pipe.save_pretrained(tmp_path / "pipe")
+    teacher = load_pipeline(tmp_path / "pipe").denoiser
+    latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    made: Any = fs.distill(
+        teacher, BOOT(lr=1e-2), Dataset("latents", latents, PROMPT[:1].expand(8, 7, 6)), "3steps",
+        folder=tmp_path / "run", batch=4, show=False, precision="fp32", student=lora.attach(teacher, 2),
+    )  # fmt: skip
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all("lora_" in name or "further" in name for name in saved)
+    moved = [name for name, value in saved.items() if ("lora_B" in name or "projections" in name) and value.any()]
+    assert any("lora_B" in name for name in moved) and any("projections.s" in name for name in moved)
+    opened = native.load(tmp_path / "run" / "model")
+    assert torch.equal(opened(X, PROMPT), made(X, PROMPT))

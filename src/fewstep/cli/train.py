@@ -1,4 +1,4 @@
-"""Train a teacher, a diffusion or flow model, or a consistency model, from scratch.
+"""Train a teacher, a diffusion or flow model, or a few-step model that needs no teacher, from scratch.
 
   fewstep train NAME --data DATA [--network unet --channels 40,80] [--budget 4000steps] [--out FOLDER]
   fewstep train NAME --network mlp --help          the flags of another network, schedule or prediction
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fewstep.predictions import Prediction
     from fewstep.schedules import Schedule
 
-METHODS = ("denoising", "flow-matching", "cm-training", "ict", "analog-bits", "lowdiff")
+METHODS = ("denoising", "flow-matching", "cm-training", "ict", "shortcut", "analog-bits", "lowdiff")
 SCHEDULES = ("TrigFlow", "FlowMatching", "EDM", "VPLinear", "VPCosine")
 #: What the data and the method decide about a network.
 FROM_DATA = ("shape", "classes", "extras", "beside")
@@ -33,7 +33,8 @@ FROM_DATA = ("shape", "classes", "extras", "beside")
 MOST_TENSORS = 2000
 DEFAULTS = {"method": "denoising", "network": "unet", "schedule": "TrigFlow", "prediction": "trig"}
 #: What a method's paper trains where that is something else.
-OWN_DEFAULTS = {"flow-matching": {"schedule": "FlowMatching", "prediction": "velocity"}}
+FLOW = {"schedule": "FlowMatching", "prediction": "velocity"}
+OWN_DEFAULTS = {"flow-matching": FLOW, "shortcut": FLOW}
 #: What can be the name of a folder.
 FOLDER = r"[^/\\\x00-\x1f\x7f]+"
 

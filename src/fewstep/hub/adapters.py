@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.hub.autoencoders import autoencoder_name, latent_channels, pixels_per_latent, step_of_sides
-from fewstep.networks.inputs import FurtherInputs, TakesInputs
+from fewstep.networks.inputs import FurtherInputs, SecondSample, TakesInputs
 
 #: The name by which networks take their guidance weight.
 WEIGHT = "w"
@@ -93,7 +93,9 @@ class Adapter(nn.Module, TakesInputs):
     classes: int | None = None
     #: Names of the weights that LoRA froze (they are buffers then), see :mod:`fewstep.hub.lora`.
     frozen: tuple[str, ...] = ()
-    #: SHA-256 of those, where they are the ones in the pipeline's folder and need not be kept a second time.
+    #: Names of weights that new inputs brought: they are trained in full beside low-rank ones.
+    trained: tuple[str, ...] = ()
+    #: SHA-256 of the frozen ones, where they are those in the pipeline's folder and need not be kept a second time.
     base: str | None = None
 
     def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
@@ -103,6 +105,8 @@ class Adapter(nn.Module, TakesInputs):
         self.size = self.config_size() if size is None else size
         #: What adds the further inputs that no network of diffusers has; None without.
         self.further: FurtherInputs | None = None
+        #: What adds a second sample; None without.
+        self.second: SecondSample | None = None
         #: Whether a call has succeeded.
         self.ran = False
         #: Whether samples are latents, of an autoencoder that may be out of reach.
@@ -118,17 +122,25 @@ class Adapter(nn.Module, TakesInputs):
         own = (WEIGHT,) if self.takes_guidance else ()
         return own if self.further is None else (*own, *self.further.spans)
 
+    @property
+    def beside_channels(self) -> int:
+        return 0 if self.second is None else self.second.channels
+
+    @property
+    def entrance(self) -> Any:
+        """The convolution that reads the state; None where there is none."""
+        return None
+
     def widened(self, spans: Mapping[str, float], beside: int) -> Adapter:
-        """Itself, taking ``spans`` too; ValueError for a second sample, and where its weights are low-rank ones."""
-        kind = type(self.model).__name__
-        if beside:
-            raise ValueError(f"a {kind} takes no second sample")
-        if self.frozen:
-            raise ValueError(
-                f"a {kind} with low-rank weights takes no further inputs ({', '.join(spans)}): train the whole "
-                "network, or by a method that asks for none"
-            )
+        """Itself, taking ``spans`` and a second sample too; ValueError where it cannot take one."""
+        if beside and self.second is None:
+            if not isinstance(self.entrance, nn.Conv2d):
+                raise ValueError(f"a {type(self.model).__name__} takes no second sample")
+            self.second = SecondSample(beside, self.entrance)
+        before = {name for name, _ in self.model.named_parameters()}
         spans = {name: span for name, span in spans.items() if name != WEIGHT or not self.take_weight()}
+        new = (name for name, _ in self.model.named_parameters() if name not in before)
+        self.trained = (*self.trained, *new)
         if self.further is not None:
             self.further.take(spans)
         elif spans:
@@ -147,10 +159,13 @@ class Adapter(nn.Module, TakesInputs):
 
     def tell(self, extras: Mapping[str, Tensor]) -> None:
         """Hold the further inputs of the coming call; TypeError unless they are all there are."""
+        own = dict(extras)
+        if self.second is not None:
+            self.second.given = own.pop("beside", None)
         if self.further is not None:
-            self.further.give(extras)
-        elif extras:
-            raise TypeError(f"a {type(self.model).__name__} takes no further inputs, it was given {sorted(extras)}")
+            self.further.give(own)
+        elif own:
+            raise TypeError(f"a {type(self.model).__name__} takes no further inputs, it was given {sorted(own)}")
 
     @property
     def reads_prompts(self) -> bool:
@@ -363,6 +378,10 @@ class UNetAdapter(Adapter):
     def bottleneck(self) -> nn.Module:
         middle: nn.Module = self.model.mid_block
         return middle
+
+    @property
+    def entrance(self) -> Any:
+        return self.model.conv_in
 
     def time_embeddings(self) -> list[Any]:
         return [self.model.time_embedding]

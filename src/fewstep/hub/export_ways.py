@@ -219,10 +219,12 @@ def _exportable(model: nn.Module) -> Any:
     if adapter is not None:
         if any(".lora_A." in name for name in net.state_dict()):
             raise ValueError("the network holds LoRA layers: export lora.merged(model), or write them with lora.save")
-        if adapter.further is not None:
+        if adapter.further is not None or adapter.second is not None:
+            inputs = [] if adapter.further is None else [f"the further inputs {', '.join(adapter.further.spans)}"]
+            second = [] if adapter.second is None else ["a second sample"]
             raise ValueError(
-                f"the network takes the further inputs {', '.join(adapter.further.spans)}, which no "
-                f"{type(adapter.model).__name__} of diffusers has: keep it in a folder of fewstep's own"
+                f"the network takes {' and '.join([*inputs, *second])}, which no {type(adapter.model).__name__} of "
+                "diffusers has: keep it in a folder of fewstep's own"
             )
         if adapter.latent and adapter.origin is None:
             raise ValueError("the model makes latents, and the pipeline with their autoencoder is not where it was")

@@ -87,6 +87,10 @@ class DiT(LabelAdapter):
             # in training mode the model would drop labels by itself, with unseeded randomness
             block.norm1.emb.class_embedder.dropout_prob = 0.0
 
+    @property
+    def entrance(self) -> Any:
+        return self.model.pos_embed.proj
+
     def time_embeddings(self) -> list[Any]:
         return [block.norm1.emb.timestep_embedder for block in self.model.transformer_blocks]
 

@@ -3,7 +3,8 @@
 ``attach`` gives a trainable copy of a denoiser whose only parameters are the low-rank ones.  The frozen weights become
 buffers that share the memory of the original's, so any method can train the copy as it trains any denoiser, and a
 teacher and its LoRA student (and critic) cost one network.  The second factor starts at zero: the copy starts as the
-original, exactly.
+original, exactly.  Where the network is given further inputs, their own small layers are trained in full beside the
+low-rank weights and saved with them.
 
 In a run such a student is saved as its factors, where the frozen weights are those of a pipeline that lies in a folder
 (``fewstep.load`` opens it there), and whole where they are not.
@@ -50,31 +51,46 @@ def attach(
         raise ValueError(f"rank={rank}: LoRA needs a rank of at least 1")
     if _layers(_adapter(denoiser)):
         raise ValueError("the network holds LoRA layers already: merge them first with lora.merged(model)")
-    if (further := _adapter(denoiser).further) is not None:
-        raise ValueError(
-            f"the network takes the further inputs {', '.join(further.spans)}: low-rank weights do not train them, "
-            "train the whole network"
-        )
-    shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+    own = {id(tensor) for tensor in _of_inputs(_adapter(denoiser))}
+    tensors = (*denoiser.parameters(), *denoiser.buffers())
+    shared = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
     student = copy.deepcopy(denoiser, dict(shared))
     adapter = _adapter(student)
     net = adapter.model
     names = [n for n, m in net.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets) and _plain(m)]
     if not names:
         raise ValueError(f"targets={targets}: no linear or convolution layer of this network has such a name")
-    inject(adapter, rank, float(rank if alpha is None else alpha), names, kept_in_folder(adapter), seed)
+    inject(
+        adapter, rank, float(rank if alpha is None else alpha), names, kept_in_folder(adapter), seed, adapter.trained
+    )
     return student
 
 
-def inject(adapter: Adapter, rank: int, alpha: float, names: Sequence[str], base: str | None, seed: int = 0) -> None:
-    """Put low-rank weights on the layers of these names, in place, and freeze all others.
+def _of_inputs(adapter: Adapter) -> list[Tensor]:
+    """The weights of the further inputs."""
+    modules: list[nn.Module | None] = [adapter.further, adapter.second]
+    held = [module for module in modules if module is not None]
+    tensors = [tensor for module in held for tensor in (*module.parameters(), *module.buffers())]
+    return [*tensors, *(adapter.model.get_parameter(name) for name in adapter.trained)]
+
+
+def inject(
+    adapter: Adapter,
+    rank: int,
+    alpha: float,
+    names: Sequence[str],
+    base: str | None,
+    seed: int = 0,
+    trained: Sequence[str] = (),
+) -> None:
+    """Put low-rank weights on the layers of these names, in place, and freeze all weights but the ``trained`` ones.
 
     With a ``base``, the digest of weights that lie in a folder, those are no part of the model's state: checkpoints and
     model folders hold the factors only.
     """
     net = adapter.model
-    adapter.frozen = tuple(name for name, _ in net.named_parameters(remove_duplicate=False))
-    adapter.base = base
+    adapter.frozen = tuple(name for name, _ in net.named_parameters(remove_duplicate=False) if name not in trained)
+    adapter.trained, adapter.base = tuple(trained), base
     for path in adapter.frozen:
         # parameters of its own on the same memory: peft is going to freeze them
         module, name = _owner(net, path)
@@ -83,6 +99,8 @@ def inject(adapter: Adapter, rank: int, alpha: float, names: Sequence[str], base
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names))
     with torch.random.fork_rng(devices=[]):
         peft.inject_adapter_in_model(config, net)
+    for path in trained:
+        net.get_parameter(path).requires_grad_(True)
     for path, parameter in list(net.named_parameters(remove_duplicate=False)):
         if not parameter.requires_grad:
             module, name = _owner(net, path)
@@ -101,16 +119,18 @@ def kept_in_folder(adapter: Adapter) -> str | None:
     folder = pipeline_folder(adapter)
     if folder is None:
         return None
-    own = dict(adapter.model.named_parameters(remove_duplicate=False))
+    named = adapter.model.named_parameters(remove_duplicate=False)
+    own = {name: parameter for name, parameter in named if name not in adapter.trained}
     found: dict[str, Tensor] = {}
     for file in sorted((folder / adapter.component).glob("*.safetensors")):
         found |= load_tensors(file)
     same = all(n in found and torch.equal(found[n].float(), p.detach().float().cpu()) for n, p in own.items())
-    return _digest(adapter) if same else None
+    return _digest(adapter, adapter.trained) if same else None
 
 
-def _digest(adapter: Adapter) -> str:
-    return tensors_sha256((n, p.float()) for n, p in sorted(adapter.model.named_parameters(remove_duplicate=False)))
+def _digest(adapter: Adapter, without: Sequence[str] = ()) -> str:
+    named = sorted(adapter.model.named_parameters(remove_duplicate=False))
+    return tensors_sha256((n, p.float()) for n, p in named if n not in without)
 
 
 def described(adapter: Adapter) -> dict[str, Any]:
@@ -119,14 +139,17 @@ def described(adapter: Adapter) -> dict[str, Any]:
     layer = next(iter(layers.values()))
     return {
         "rank": layer.r["default"], "alpha": float(layer.lora_alpha["default"]), "targets": list(layers),
-        "base": adapter.base,
+        "base": adapter.base, **({"trained": list(adapter.trained)} if adapter.trained else {}),
     }  # fmt: skip
 
 
 def factored(adapter: Any, low_rank: dict[str, Any]) -> Any:
-    """A network with the low-rank weights that were :func:`described`, untrained, in place; ValueError for layers that
-    it has not."""
-    inject(adapter, low_rank["rank"], low_rank["alpha"], low_rank["targets"], low_rank["base"])
+    """A network with the low-rank weights that were :func:`described`, untrained, in place; ValueError for layers and
+    weights that it has not."""
+    trained = low_rank.get("trained", ())
+    if unknown := sorted(set(trained) - {name for name, _ in adapter.model.named_parameters()}):
+        raise ValueError(f"low_rank.trained: '{unknown[0]}' is no weight of this network")
+    inject(adapter, low_rank["rank"], low_rank["alpha"], low_rank["targets"], low_rank["base"], trained=trained)
     if missing := sorted(set(low_rank["targets"]) ^ set(_layers(adapter.model))):
         raise ValueError(f"low_rank.targets: '{missing[0]}' is not a layer that takes low-rank weights")
     return adapter
@@ -138,7 +161,7 @@ def with_low_rank(adapter: Adapter, network: dict[str, Any]) -> Adapter:
     if low_rank["base"] is not None:
         if pipeline_folder(adapter) is None:
             raise ValueError(f"the pipeline {folder} is not there any more, on whose weights these are low-rank ones")
-        if _digest(adapter) != low_rank["base"]:
+        if _digest(adapter, low_rank.get("trained", ())) != low_rank["base"]:
             raise ValueError(f"the pipeline {folder} has other weights than when these low-rank ones were trained")
     made: Adapter = factored(adapter, low_rank)
     return made
@@ -180,7 +203,7 @@ def merged(model: Student | Denoiser) -> Any:
         weight = nn.Parameter(module.get_buffer(name), requires_grad=False)
         delattr(module, name)
         module.register_parameter(name, weight)
-    adapter.frozen, adapter.base = (), None
+    adapter.frozen, adapter.trained, adapter.base = (), (), None
     return plain
 
 
@@ -191,7 +214,8 @@ def save(model: Student | Denoiser, folder: str | Path) -> Path:
 
     ``alpha / rank`` is multiplied into the second factor, so that the file means the same to every version of
     diffusers, with or without metadata.  Raises ValueError for a network into which diffusers loads no LoRA weights
-    (``UNet2DModel``, DiT): export the student merged.
+    (``UNet2DModel``, DiT): export the student merged; and for one with layers of further inputs, which such a file
+    does not hold.
     """
     net = _adapter(model)
     layers = _layers(net.model)
@@ -201,6 +225,14 @@ def save(model: Student | Denoiser, folder: str | Path) -> Path:
         raise ValueError(
             f"diffusers loads no LoRA weights into a {type(net.model).__name__}: write the whole student with "
             "export(lora.merged(student), folder)"
+        )
+    if _of_inputs(net):
+        inputs = ", ".join([*net.extra_inputs, *(["beside"] if net.beside_channels else [])])
+        apart = net.further is not None or net.second is not None
+        remedy = "write the whole student with export(lora.merged(student), folder)"
+        raise ValueError(
+            f"a file of LoRA weights has no place for the layers of the further inputs {inputs}: "
+            f"{'keep the student in a folder of fewstep' if apart else remedy}"
         )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():

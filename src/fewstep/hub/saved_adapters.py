@@ -26,6 +26,7 @@ def described(net: Adapter) -> dict[str, Any]:
         "pipeline": None if folder is None else str(folder),
         "latent": net.latent,
         **({} if net.further is None else {"inputs": net.further.spans}),
+        **({"beside": net.beside_channels} if net.beside_channels else {}),
     }
 
 
@@ -54,10 +55,11 @@ def rebuilt(description: dict[str, Any]) -> Adapter:
 
 
 def with_inputs_of(description: dict[str, Any], net: Adapter) -> Adapter:
-    """The network with the further inputs that a description has and it has not: a guidance weight that diffusers knows
-    is in the config, others stand beside it."""
+    """The network with the further inputs and the second sample that a description has and it has not: a guidance
+    weight that diffusers knows is in the config, others stand beside it."""
     config = description["config"]
     weight = config.get("time_cond_proj_dim") is not None or bool(config.get("guidance_embeds"))
     spans = {WEIGHT: 1.0} if weight else {}
     missing = {n: span for n, span in (spans | description.get("inputs", {})).items() if n not in net.extra_inputs}
-    return net.widened(missing, 0) if missing else net
+    beside = description.get("beside", 0)
+    return net.widened(missing, beside) if missing or beside else net

@@ -200,6 +200,10 @@ class SD3(TextAdapter):
             **super().needs(),
         }
 
+    @property
+    def entrance(self) -> Any:
+        return self.model.pos_embed.proj
+
     def time_embeddings(self) -> list[Any]:
         return [self.model.time_text_embed.timestep_embedder]
 
@@ -312,6 +316,10 @@ class Sana(TextAdapter):
 
     def optional(self) -> dict[str, tuple[int | None, ...]]:
         return {"prompt_attention_mask": (None,), **super().optional()}
+
+    @property
+    def entrance(self) -> Any:
+        return self.model.patch_embed.proj
 
     def time_embeddings(self) -> list[Any]:
         return [self.model.time_embed.emb.timestep_embedder]

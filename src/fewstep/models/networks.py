@@ -34,8 +34,11 @@ PREDICTION = Choice("name", {name: fields_of(cls) for name, cls in ALL_PREDICTIO
 TOKEN_NETWORK = Choice("name", {name: arguments_of(cls) for name, cls in TOKEN_NETWORKS.items()})
 #: The size of the values of a further input.
 Span = Annotated[float, Range(1e-6, 1e6)]
-#: Low-rank weights on a frozen network; ``base`` is the SHA-256 of its weights, null where they are kept too.
-LOW_RANK = {"rank": Size, "alpha": float, "targets": tuple[str, ...], "base": str | None}
+#: Low-rank weights on a frozen network; ``base`` is the SHA-256 of its weights, null where they are kept too;
+#: ``trained`` are the weights in it that are not frozen.
+LOW_RANK = {
+    "rank": Size, "alpha": float, "targets": tuple[str, ...], "base": str | None, "trained": Maybe(tuple[str, ...])
+}  # fmt: skip
 NETWORK = Choice(
     "name",
     {name: arguments_of(cls) for name, cls in NETWORKS.items()}
@@ -48,6 +51,7 @@ NETWORK = Choice(
             "latent": bool,
             "low_rank": Maybe(LOW_RANK),
             "inputs": Maybe(Map(NAME, "the name of an input", Span)),
+            "beside": Maybe(Size),
         }
     },
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fewstep.networks.parts import PositionalEmbedding, zeroed
+from fewstep.networks.parts import Beside, PositionalEmbedding, zeroed
 
 
 class TakesInputs(ABC):
@@ -95,6 +95,24 @@ class FurtherInputs(nn.Module):
             value = self.embedding(self.given[name] / self.spans[name])
             out = out + projection(value.to(projection.weight)).to(out)
         return out
+
+
+class SecondSample(nn.Module):
+    """What adds a second sample ``[B, channels, h, w]`` to the output of ``entrance``, the convolution of a network of
+    another make that reads the state: by a convolution of the same kind that starts at zero.  None stands for zeros."""
+
+    def __init__(self, channels: int, entrance: nn.Conv2d) -> None:
+        super().__init__()
+        shape: Any = (entrance.kernel_size, entrance.stride, entrance.padding)
+        self.beside = Beside(channels, nn.Conv2d(channels, entrance.out_channels, *shape, bias=False))
+        self.channels = channels
+        self.given: Tensor | None = None
+        self.to(entrance.weight)
+        entrance.register_forward_hook(self.add)
+
+    def add(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        added: Tensor = self.beside(out, self.given)
+        return added
 
 
 class WithInputs(nn.Module, TakesInputs):

@@ -79,8 +79,7 @@ def run_recipe(
         begin = start(folder / "stores", show)
         result = run_stages(recipe, begin, settings, folder, seeds=record.stage_seeds, show=show)
         if record.command == "train":
-            trained: NetworkDenoiser = model_of(result.model).teacher()
-            trained.half_level = measured_half_level(trained)
+            keep_half_level(result.model)
         native.save(result.model, folder / "model", card(record, recipe, result))
         join_logs(folder)
     return result
@@ -94,12 +93,17 @@ def check_roles(recipe: Recipe, given: Mapping[str, object]) -> None:
             raise ValueError(f"{recipe.name} has no use for a {role} ({uses})")
 
 
-def measured_half_level(teacher: NetworkDenoiser) -> float | None:
-    """What samplers want to know of a teacher; None where nothing was learned yet."""
+def keep_half_level(model: nn.Module) -> None:
+    """Measure what samplers want to know of a teacher, and keep it there; None where nothing was learned yet, nothing
+    in a student that is no teacher."""
     try:
-        return half_level(teacher)
+        teacher: NetworkDenoiser = model_of(model).teacher()
     except ValueError:
-        return None
+        return
+    try:
+        teacher.half_level = half_level(teacher)
+    except ValueError:
+        teacher.half_level = None
 
 
 def card(record: Record, recipe: Recipe, result: Result) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class Shortcut(Method):
     name: ClassVar[str] = "shortcut"
     paper: ClassVar[Paper] = Paper(
         "One Step Diffusion via Shortcut Models", "2410.12557", "verified",
-        ("starts from the weights that it is given, a teacher's as a rule (fresh ones there)",
+        ("starts from the weights that it is given, a teacher's as a rule: fresh ones, as there, with 'fewstep train "
+         "--method shortcut'",
          "`lr`, `finest`, `share` and `mu` suit runs of minutes (1e-4, 128 steps, 1/8 of the batch and an average of "
          "0.999 there)",
          "the share of bootstrapped samples and their sizes are drawn, not counted off",
