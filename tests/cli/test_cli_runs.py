@@ -31,7 +31,7 @@ from fewstep.predictions import EDMPrediction, TrigPrediction, Velocity
 from fewstep.report import read_run
 from fewstep.runs import record as records
 from fewstep.sampling.search import half_level
-from fewstep.schedules import FlowMatching, TrigFlow
+from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow
 
 Cli = Callable[..., Any]
 
@@ -363,6 +363,17 @@ def test_train_makes_a_consistency_model_without_a_teacher(method: str, cli: Cli
     assert recipe["hyper_parameters"]["sigma_data"] == 0.7
     cli("train", "--recipe", "runs/alone/recipe.json", "--out", "again", "--quiet")
     assert weights(Path("again")) == weights(Path("runs/alone"))
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule"), [("ctm-training", EDM), ("scm-training", TrigFlow), ("mean-flow-training", FlowMatching)]
+)
+def test_train_makes_flow_maps_without_a_teacher(method: str, schedule: type[Schedule], cli: Cli) -> None:
+    """Students of two times and of continuous time, each on the schedule of its paper."""
+    cli("train", "alone", "--data", "digits", "--network", "mlp", "--width", "16", "--method", method, *SHORT)
+    model = api.load("runs/alone")
+    assert type(model.flow_map.schedule) is schedule
+    assert model.sample(4, torch.arange(4), steps=2).shape == (4, 1, 8, 8)
 
 
 def test_train_makes_a_shortcut_model_from_fresh_weights(cli: Cli) -> None:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from fewstep.predictions import Prediction
     from fewstep.schedules import Schedule
 
-METHODS = ("denoising", "flow-matching", "cm-training", "ict", "shortcut", "analog-bits", "lowdiff")
+METHODS = (
+    "denoising", "flow-matching", "cm-training", "ict", "ctm-training", "scm-training", "mean-flow-training",
+    "shortcut", "analog-bits", "lowdiff",
+)  # fmt: skip
 SCHEDULES = ("TrigFlow", "FlowMatching", "EDM", "VPLinear", "VPCosine")
 #: What the data and the method decide about a network.
 FROM_DATA = ("shape", "classes", "extras", "beside")
@@ -34,7 +37,7 @@ MOST_TENSORS = 2000
 DEFAULTS = {"method": "denoising", "network": "unet", "schedule": "TrigFlow", "prediction": "trig"}
 #: What a method's paper trains where that is something else.
 FLOW = {"schedule": "FlowMatching", "prediction": "velocity"}
-OWN_DEFAULTS = {"flow-matching": FLOW, "shortcut": FLOW}
+OWN_DEFAULTS = dict.fromkeys(("flow-matching", "mean-flow-training", "shortcut"), FLOW)
 #: What can be the name of a folder.
 FOLDER = r"[^/\\\x00-\x1f\x7f]+"
 

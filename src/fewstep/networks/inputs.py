@@ -103,8 +103,11 @@ class SecondSample(nn.Module):
 
     def __init__(self, channels: int, entrance: nn.Conv2d) -> None:
         super().__init__()
-        shape: Any = (entrance.kernel_size, entrance.stride, entrance.padding)
-        self.beside = Beside(channels, nn.Conv2d(channels, entrance.out_channels, *shape, bias=False))
+        kernel: Any = entrance.kernel_size
+        stride: Any = entrance.stride
+        padding: Any = entrance.padding
+        convolution = nn.Conv2d(channels, entrance.out_channels, kernel, stride, padding, bias=False)
+        self.beside = Beside(channels, convolution)
         self.channels = channels
         self.given: Tensor | None = None
         self.to(entrance.weight)
