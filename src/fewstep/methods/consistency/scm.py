@@ -64,7 +64,8 @@ class _ContinuousConsistency(Method):
 
     ``sigma_data`` is TrigFlow's scale (the teacher's own); ``c`` the constant of tangent normalisation;
     ``tangent_warmup`` the share of the budget over which ``r`` rises to 1 (10k of 100k to 400k iterations in the
-    paper; short runs need a larger share: with 0.1 one digits run of three diverged); ``noise_mean`` and ``noise_std``
+    paper; short runs need nearly all of theirs: on a mixture of five modes the map of 1,500 iterations is 0.23 off with
+    a half and 0.05 with 0.9, and digits bear four times the rate); ``noise_mean`` and ``noise_std``
     the law of ``log(sigma / alpha)``.
     """
 
@@ -83,7 +84,7 @@ class _ContinuousConsistency(Method):
     lr: Annotated[NonNegative, "learning rate"] = 1e-4
     sigma_data: Annotated[Positive, "TrigFlow's scale, the teacher's own"] = 0.5
     c: Annotated[Positive, "constant of the tangent normalization G / (|G| + c)"] = 0.1
-    tangent_warmup: Annotated[Share, "share of the budget over which the tangent's unstable part rises to 1"] = 0.5
+    tangent_warmup: Annotated[Share, "share of the budget over which the tangent's unstable part rises to 1"] = 0.9
     noise_mean: Annotated[float, "mean of log(sigma / alpha) at the times that training looks at"] = -1.0
     noise_std: Annotated[NonNegative, "standard deviation of log(sigma / alpha) at those times"] = 1.6
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4)
@@ -137,7 +138,7 @@ class ContinuousConsistencyDistillation(_ContinuousConsistency):
         "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", "2410.11081", "from paper text",
         ("no official code: equations and tables from the paper's text",
          "`decay`: the learning rate follows a cosine over the budget (the paper's falls as an inverse square root)",
-         "`tangent_warmup` is half of the budget (the paper's counts 10k iterations, 2.5 to 10 %)",
+         "`tangent_warmup` is nine tenths of the budget (the paper's counts 10k iterations, 2.5 to 10 %)",
          "time weight on its own small embedding",
          "a network that is told another time than the angle is refused; retiming it is a training of its own "
          "(retime)",
