@@ -4,9 +4,9 @@
 
 Every call of a network in an iteration is recorded: of which network, with how many samples, without a graph, with
 one, or under a forward-mode derivative.  Then the same calls are made bare, in plain PyTorch with fused Adam: random
-inputs of the same shapes, the sum of squares as the loss, no draws, checks, averages or records; now one of a pair
-goes first, now the other.  What is printed is the median ratio of neighbours, and the difference in milliseconds on a
-network so small that its passes cost next to nothing.  Processor time, one thread.
+inputs of the same shapes, the sum of squares as the loss, no draws, checks, averages or records.  What is printed is
+the median ratio of neighbours, and the median difference in milliseconds on a network so small that its passes cost
+next to nothing.  Processor time, one thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from speed_training import teacher
@@ -126,9 +126,20 @@ def begin(big: bool) -> Start:
     return Start(model, Dataset("random", x, torch.arange(256) % 10, columns={"noise": x.flip(0)}))
 
 
-def compare(method: Method, start: Start, batch: int, rounds: int) -> tuple[float, float, float, str, Start]:
-    """Median milliseconds of an iteration, ours and bare, the median ratio of neighbours, its passes in words, and what
-    the next stage of a recipe starts from."""
+class Compared(NamedTuple):
+    """Median milliseconds of an iteration, ours and bare; medians of their ratio and difference, neighbour by
+    neighbour; its passes in words; what the next stage of a recipe starts from."""
+
+    ours: float
+    bare: float
+    ratio: float
+    difference: float
+    passes: str
+    following: Start
+
+
+def compare(method: Method, start: Start, batch: int, rounds: int) -> Compared:
+    """A method's iterations in turns with its passes alone."""
     data = start.data
     nets = method.networks(start)
     bare = copy.deepcopy(nets)
@@ -137,24 +148,26 @@ def compare(method: Method, start: Start, batch: int, rounds: int) -> tuple[floa
     recorded(nets, calls)
     run = Run(method, nets, Settings(Budget(10**6), batch=batch, precision="fp32"), Parallel())
     times: tuple[list[float], list[float]] = ([], [])
-    passes: list[Call] = []
-    for k in range(-1, rounds + 2):
-        for ours in (True, False) if k % 2 else (False, True):
-            given = [inputs_for(call) for call in passes]
-            calls.clear()
-            begun = time.process_time()
-            if ours:
-                run.step(data)
-            elif passes:
-                replay(bare, optimisers, passes, given)
-            if k >= 2:
-                times[0 if ours else 1].append(1e3 * (time.process_time() - begun))
-            passes = list(calls) or passes
+    for k in range(rounds + 2):
+        calls.clear()
+        begun = time.process_time()
+        run.step(data)
+        ours = time.process_time() - begun
+        passes = list(calls)
+        given = [inputs_for(call) for call in passes]
+        begun = time.process_time()
+        replay(bare, optimisers, passes, given)
+        plain = time.process_time() - begun
+        if k >= 2:
+            times[0].append(1e3 * ours)
+            times[1].append(1e3 * plain)
     kinds = [sum(bool(c.tangents) for c in passes), sum(c.graph and not c.tangents for c in passes)]
     words = f"{len(passes) - sum(kinds)} plain, {kinds[0]} tangent, {kinds[1]} with a graph"
-    ratios = [one / other for one, other in zip(*times, strict=True)]
+    pairs = list(zip(*times, strict=True))
+    ratio = statistics.median(ours / plain for ours, plain in pairs)
+    difference = statistics.median(ours - plain for ours, plain in pairs)
     following = dataclasses.replace(start, made={**start.made, **method.hands_on(nets)})
-    return statistics.median(times[0]), statistics.median(times[1]), statistics.median(ratios), words, following
+    return Compared(*map(statistics.median, times), ratio, difference, words, following)
 
 
 def main() -> None:
@@ -173,10 +186,12 @@ def main() -> None:
             if method.name in shown:
                 continue
             shown.add(method.name)
-            ours, plain, ratio, words, large = compare(method, large, chosen.batch, chosen.rounds)
-            little, bare, _, _, small = compare(method, small, 8, 60)
+            big = compare(method, large, chosen.batch, chosen.rounds)
+            little = compare(method, small, 8, 60)
+            large, small = big.following, little.following
             label = name if name == method.name else f"{name}: {method.name}"
-            print(f"{label:38}{ours:10.1f}{plain:10.1f}{ratio:8.3f}{little - bare:10.2f}  {words}", flush=True)
+            row = f"{big.ours:10.1f}{big.bare:10.1f}{big.ratio:8.3f}{little.difference:10.2f}"
+            print(f"{label:38}{row}  {big.passes}", flush=True)
 
 
 if __name__ == "__main__":
