@@ -215,7 +215,7 @@ class Gain(nn.Module, TakesInputs):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_it_learns_the_power_law_of_an_autoguided_teacher(objective: type[AlignYourFlow]) -> None:
-    """From fresh weights, at every guidance weight, between any two times: within 0.1 of the closed form (0.025
+    """From fresh weights, at every guidance weight, between any two times: within 0.1 of the closed form (0.02
     to 0.06 over six first weights), where one call maps deviation 1 to 0.5 at weight 1 and to 0.125 at weight 3."""
     good, bad = (Gaussian(FLOW, torch.zeros(1, dtype=F64), variance) for variance in (0.25, 1.0))
     torch.manual_seed(0)
