@@ -173,7 +173,7 @@ def _run(scheduler: Any, schedule: Any, model: Denoiser, noise: Tensor, cond: Co
         elif flow:
             out = (x - x0) / sigma
         else:
-            out = model.eps_from(x0, x * to_ours, float(time))
+            out = (x * to_ours - float(schedule.alpha(time)) * x0) / float(schedule.sigma(time))
         x = scheduler.step(out, step, x).prev_sample
     return x
 

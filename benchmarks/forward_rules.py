@@ -10,11 +10,10 @@ thread, and ours over PyTorch's.  At the end a whole tangent of the U-Net of the
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from speed_fixed import alternate
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
@@ -50,23 +49,6 @@ def plain(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
         function(x)
 
 
-def compare(function: Callable[[Tensor], Tensor], x: Tensor, rounds: int) -> list[float]:
-    """Median microseconds of a plain call, of PyTorch's tangent and of ours."""
-    ways = (
-        lambda: plain(function, x),
-        lambda: with_tangent(function, x, False),
-        lambda: with_tangent(function, x, True),
-    )
-    times: list[list[float]] = [[] for _ in ways]
-    for k in range(rounds + 3):
-        for way, taken in zip(ways, times, strict=True):
-            start = time.perf_counter()
-            way()
-            if k >= 3:
-                taken.append(1e6 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40, help="times that everything is done")
@@ -81,7 +63,12 @@ def main() -> None:
     labels = torch.arange(32) % 10
     cases.append(("digits teacher", lambda x: model.velocity(x, t, labels), torch.rand(32, *model.shape)))
     for name, function, x in cases:
-        bare, theirs, ours = compare(function, x, rounds)
+        ways = [
+            lambda f=function, x=x: plain(f, x),
+            lambda f=function, x=x: with_tangent(f, x, False),
+            lambda f=function, x=x: with_tangent(f, x, True),
+        ]
+        bare, theirs, ours = (1e3 * ms for ms in alternate(ways, rounds))
         shape = "x".join(map(str, x.shape))
         print(f"{name:18}{shape:>18}{bare:12.0f}{theirs:10.0f}{ours:10.0f}{ours / theirs:8.2f}", flush=True)
 

@@ -120,11 +120,6 @@ class Denoiser(nn.Module, ABC):
         sigma, d_sigma, w = schedule.sigma(time), schedule.d_sigma(time), schedule.wronskian(time)
         return align((d_sigma - w * a) / sigma, x) * x - align(w * b / sigma, x) * f
 
-    def eps_from(self, x0: Tensor, x: Tensor, t: Tensor | float) -> Tensor:
-        """The noise that goes with a data prediction ``x0`` at ``(x, t)``."""
-        time = as_time(t, x)
-        return (x - align(self.schedule.alpha(time), x) * x0) / align(self.schedule.sigma(time), x)
-
     def label(self, t: Tensor, x: Tensor) -> Tensor:
         """A time as the network is told it, for states like ``x``: the rule for every further time that it takes."""
         raise TypeError(f"a {type(self).__name__} has no network that is told a time")

@@ -127,7 +127,8 @@ def root_mean_squared(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor | None:
     """PyTorch's ``rms_norm``."""
-    rows, least = (*x.shape[: x.ndim - len(normalized_shape)], -1), torch.finfo(x.dtype).eps if eps is None else eps
+    rows = (*x.shape[: x.ndim - len(normalized_shape)], -1)
+    least = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
     return normalized(
         lambda plain: rms_norm(plain, normalized_shape, weight, eps), x, rows, weight, None, least, centred=False
     )

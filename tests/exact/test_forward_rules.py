@@ -91,3 +91,13 @@ def test_a_norm_keeps_layout_and_type() -> None:
         made = forward_ad.unpack_dual(functional.group_norm(forward_ad.make_dual(*half), 4, W.float()))
     assert made.primal.dtype == made.tangent.dtype == torch.bfloat16
     torch.testing.assert_close(made.tangent.double(), expected[1], atol=0.02, rtol=0.02)
+
+
+def test_an_rms_norm_in_half_precision_has_the_eps_of_float32() -> None:
+    """Where none is given: in the value as in the tangent, which small inputs show."""
+    half = [0.1 * drawn(4, 8).bfloat16(), drawn(4, 8, seed=1).bfloat16()]
+    with ForwardRules(), forward_ad.dual_level():
+        made = forward_ad.unpack_dual(functional.rms_norm(forward_ad.make_dual(*half), (8,)))
+    expected: Any = torch.func.jvp(lambda a: functional.rms_norm(a, (8,)), *((y.float(),) for y in half))  # type: ignore[misc]
+    torch.testing.assert_close(made.primal.float(), expected[0], atol=0.01, rtol=0.01)
+    torch.testing.assert_close(made.tangent.float(), expected[1], atol=0.1, rtol=0.01)

@@ -59,8 +59,9 @@ def test_velocity_noise_and_data_agree(schedule: Schedule) -> None:
     x0 = model(x, t)
     a, b, f = model.affine(x, t)
     torch.testing.assert_close(a[:, None] * x + b[:, None] * f, x0, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(model.eps(x, t), model.eps_from(x0, x, t), rtol=1e-11, atol=1e-11)
-    told = schedule.velocity(x0, model.eps_from(x0, x, t), t)
+    eps = (x - schedule.alpha(t)[:, None] * x0) / schedule.sigma(t)[:, None]
+    torch.testing.assert_close(model.eps(x, t), eps, rtol=1e-11, atol=1e-11)
+    told = schedule.velocity(x0, eps, t)
     torch.testing.assert_close(model.velocity(x, t), told, rtol=1e-11, atol=1e-11)
 
 
