@@ -31,6 +31,7 @@ from fewstep.denoisers import Denoiser
 from fewstep.extras import Input
 from fewstep.flow_maps import Jump
 from fewstep.guidance import Autoguided, Guided
+from fewstep.methods.alarm import Alarm, Grows
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian, regression, sizes
 from fewstep.methods.parts.times import GapFirst, PairLaw
@@ -65,8 +66,10 @@ class _AlignYourFlow(Method):
         "student/tangent_norm": "falls, may rise while the warm-up lasts and falls again; growth to many times its "
         "first value is the instability that normalization and warm-up prevent",
     }
-    unstable: ClassVar[dict[str, str]] = {
-        "student/tangent_norm": "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+    unstable: ClassVar[dict[str, Alarm]] = {
+        "student/tangent_norm": Grows(
+            "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+        )
     }
     roles: ClassVar[tuple[str, ...]] = ("student", "guide")
 
