@@ -34,6 +34,8 @@ RECIPES: dict[str, str] = {
     "pcm": "fewstep.methods.consistency.pcm:PhasedConsistencyDistillation",
     "dmd": "fewstep.methods.matching.dmd:DMD",
     "dmd2": "fewstep.methods.matching.dmd2:DMD2",
+    "phased-dmd": "fewstep.methods.matching.phased_dmd:PhasedDMD",
+    "tdm": "fewstep.methods.matching.tdm:TDM",
     "diff-instruct": "fewstep.methods.matching.diff_instruct:DiffInstruct",
     "sid": "fewstep.methods.matching.sid:SiD",
     "sim": "fewstep.methods.matching.sim:SIM",
