@@ -32,8 +32,14 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.denoisers import gradients
 from fewstep.flow_maps import FlowMap, Jump
+from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Method, Networks, Paper, Progress, Recipe, Stage, System, Update
-from fewstep.methods.parts.distribution_matching import three_networks, two_optimizers
+from fewstep.methods.parts.distribution_matching import (
+    LOST_MODES,
+    RUNAWAY_CRITIC,
+    three_networks,
+    two_optimizers,
+)
 from fewstep.methods.parts.score_matching import (
     TwoScores,
     Weight,
@@ -107,7 +113,7 @@ class Phase(Method):
         "critic turns to the expert's samples, then falls slowly",
         "student/sample_std": "stays near the noised data's at the end of the phase; a slide to 0 is collapse",
     }
-
+    unstable: ClassVar[dict[str, Alarm]] = {"critic/denoising": RUNAWAY_CRITIC, "student/sample_std": LOST_MODES}
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     index: Annotated[int, Least(0), "number of the phase, 0 for the noisiest"] = 0

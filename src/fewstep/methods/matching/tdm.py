@@ -33,7 +33,9 @@ from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser, View
 from fewstep.extras import Input
 from fewstep.flow_maps import Jump, ddim_move
+from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
+from fewstep.methods.parts.distribution_matching import LOST_MODES, RUNAWAY_CRITIC
 from fewstep.methods.parts.score_matching import TwoScores, by_distance, noised_from
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.start import Start
@@ -120,7 +122,7 @@ class TDM(Method):
         "student/loss": "rises from near 0 while the critic turns to the student's samples, then falls slowly",
         "student/sample_std": "stays near the data's; a slide to 0 is collapse",
     }
-
+    unstable: ClassVar[dict[str, Alarm]] = {"critic/denoising": RUNAWAY_CRITIC, "student/sample_std": LOST_MODES}
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (4,)
