@@ -95,7 +95,7 @@ class Phase(Method):
         ("the paper is known from notes on it; the code read is that of the authors' organisation (LightX2V)",
          "`lr` and `critic_lr` suit networks of a million parameters and runs of minutes (2e-6 and 4e-7 there), and "
          "the critic's is the higher one",
-         "short runs: `warmup` of 20 steps, `decay` of the students' rates to 0 over a phase (constant there)",
+         "short runs: a warm-up of 20 steps, `decay` of the experts' rates to 0 over a phase (constant there)",
          "`guidance` of the teacher is 1 (4 there)",
          "phases are trained one after the other, with equal shares of the budget (the code alternates between two), "
          "all from one teacher; boundaries are equal parts of the schedule's time (500 of 1000 before a shift of 7)",

@@ -102,6 +102,8 @@ class TDM(Method):
         ("`lr` and `critic_lr` suit networks of a million parameters and runs of minutes (4e-6 and 2e-5 in the "
          "demonstration)",
          "`guidance` of the teacher is 1 (4.5 there)",
+         "`distance` is the square, which the code has too: pseudo-Huber, its default, ran away on small pictures at "
+         "the rates here",
          "short runs: `warmup` of 20 steps (50 there), `decay` of the student's rate to 0 over the budget (a cosine "
          "with restarts there)",
          "trajectories start at the noisiest time (at 900 of 1000 steps there); steps are equal in the schedule's "
