@@ -60,6 +60,9 @@ STUDENTS: dict[str, Recipe] = {
     "TDM, four steps": TDM(),
     "TDM, 1, 2 and 4 steps": TDM(steps=(1, 2, 4)),
 }
+#: Those of the toy.
+TOY = ("DMD2, no GAN", "one phase, truncated (SGTS)", "one phase, whole", "Phased DMD, two by two",
+       "Phased DMD, whole phases", "TDM, four steps")  # fmt: skip
 
 
 def mixture() -> GaussianMixture:
@@ -124,7 +127,8 @@ def toy(seeds: list[int], steps: int) -> None:
         for calls in (4, 64):
             x = sample(teacher, n, steps=calls, solver="ddim", cond=labels, seed=seed)
             print(seed, f"teacher, {calls} calls", *figures(x, truth, world), flush=True)
-        for name, recipe in STUDENTS.items():
+        for name in TOY:
+            recipe = STUDENTS[name]
             settings = Settings(Budget(steps), batch=256, seed=seed, precision="fp32")
             model: Any = run_recipe(recipe, teacher, data, settings, show=False).model
             for calls in model.plans:

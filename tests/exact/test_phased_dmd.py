@@ -322,6 +322,33 @@ def test_the_gradient_is_that_of_one_call() -> None:
 
 
 @pytest.mark.parametrize("weight", ["kl", "distance"])
+def test_the_students_loss_by_hand(weight: Any) -> None:
+    """In the middle phase, with guidance of the teacher alone; DMD's weight measures from the data prediction."""
+    method, nets = at_phase(1, weight=weight, guidance=1.5)
+    schedule, cond, rng = nets.teacher.schedule, batch().cond, batch().rng
+    with torch.no_grad():
+        for p in nets.critic.parameters():
+            p += 0.05
+    x_s, x0 = (Rng(k).normal(6, 3, dtype=F64) for k in range(2))
+    x_s.requires_grad_()
+    loss, logs = method.student_loss(nets, batch(), x_s, x0)
+    s = time(method.end(schedule))
+    t = schedule.own_time(rng.uniform(6, low=float(schedule.own_share(s)) + 0.02, high=0.98))
+    _, _, a, sd = known_at(schedule, s, t)
+    x_t = a[:, None] * x_s.detach() + sd[:, None] * rng.normal(6, 3, dtype=F64)
+    with torch.no_grad():
+        alone, fake = nets.teacher(x_t, t, torch.full((6,), -1)), nets.critic(x_t, t, cond)
+        real = alone + 1.5 * (nets.teacher(x_t, t, cond) - alone)
+    if weight == "kl":
+        w = a * schedule.alpha(t) / schedule.sigma(t) ** 2
+    else:
+        w = 1 / (x0 - real).abs().mean(1)
+    g = w[:, None] * (fake - real)
+    torch.testing.assert_close(torch.autograd.grad(loss, x_s)[0], g / 18, atol=1e-13, rtol=1e-10)
+    torch.testing.assert_close(logs["matching_norm"], g.square().mean().sqrt(), atol=1e-13, rtol=1e-10)
+
+
+@pytest.mark.parametrize("weight", ["kl", "distance"])
 def test_at_the_law_of_the_data_every_gradient_is_zero(weight: Any) -> None:
     schedule = FlowMatching()
     world, method = Gaussian(schedule, torch.tensor([0.6], dtype=F64), 0.16), Phase(steps=1, weight=weight)

@@ -243,6 +243,7 @@ class PhasedDMD(Recipe):
     system: ClassVar[System] = System(
         "Phased DMD", 2025, "matching", "teacher", "4",
         "experts over the noise levels, each matched at the end of its own phase, with unbiased critics there",
+        real="trajectory_matching_real",
     )  # fmt: skip
     roles: ClassVar[tuple[str, ...]] = ("student",)
 

@@ -117,6 +117,7 @@ class TDM(Method):
     system: ClassVar[System] = System(
         "TDM", 2025, "matching", "teacher", "1, 2, 4",
         "every step of the student's own deterministic trajectory matched in distribution, without data",
+        real="trajectory_matching_real",
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {
         "critic/denoising": "stays level: its target moves with the student, a fall is not the goal",
