@@ -339,10 +339,7 @@ def test_the_students_loss_by_hand(weight: Any) -> None:
     with torch.no_grad():
         alone, fake = nets.teacher(x_t, t, torch.full((6,), -1)), nets.critic(x_t, t, cond)
         real = alone + 1.5 * (nets.teacher(x_t, t, cond) - alone)
-    if weight == "kl":
-        w = a * schedule.alpha(t) / schedule.sigma(t) ** 2
-    else:
-        w = 1 / (x0 - real).abs().mean(1)
+    w = {"kl": a * schedule.alpha(t) / schedule.sigma(t) ** 2, "distance": 1 / (x0 - real).abs().mean(1)}[weight]
     g = w[:, None] * (fake - real)
     torch.testing.assert_close(torch.autograd.grad(loss, x_s)[0], g / 18, atol=1e-13, rtol=1e-10)
     torch.testing.assert_close(logs["matching_norm"], g.square().mean().sqrt(), atol=1e-13, rtol=1e-10)
