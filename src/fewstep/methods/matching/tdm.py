@@ -21,6 +21,7 @@ paper.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -159,18 +160,18 @@ class TDM(Method):
             check_room(teacher.schedule, k, self.random_middle)
         told = (*self.inputs, "i") if self.times == "shared" else tuple(self.inputs)
         student = start.network("student", extras=tuple(self.inputs), on=teacher.schedule)
-        betas, clip, warmup = (0.0, 0.95), self.clip, self.warmup
-        rest = {"kind": "adamw", "betas": betas, "weight_decay": 0.01, "clip": clip, "warmup": warmup}
+        moves = Optimizer(
+            ("student",), self.lr, "adamw", betas=(0.0, 0.95), weight_decay=0.01, clip=self.clip, warmup=self.warmup,
+            decay="linear",
+        )  # fmt: skip
+        follows = dataclasses.replace(moves, modules=("critic",), lr=self.critic_lr, decay="constant")
         return Networks(
             {
                 "student": Jump(student, extras=self.inputs),
                 "critic": start.network("critic", extras=told, on=teacher.schedule),
                 "teacher": teacher,
             },
-            {
-                "student": Optimizer(("student",), self.lr, decay="linear", **rest),
-                "critic": Optimizer(("critic",), self.critic_lr, **rest),
-            },
+            {"student": moves, "critic": follows},
             ema=("student",),
         )
 
