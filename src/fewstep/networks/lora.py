@@ -109,7 +109,7 @@ class Factors(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.weight.dtype)
         added: Tensor = self.lora_B(self.lora_A(x)) * (self.scale * self.alpha / self.rank)
-        return out + added.to(out.dtype)
+        return out.add_(added.to(out.dtype))  # in place: a sum may have another layout, and then other last bits
 
     def product(self) -> Tensor:
         """``(alpha / rank) B A``, of the shape of the layer's weight."""
