@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fewstep.conditions import Cond
 from fewstep.data.dataset import Samples
 from fewstep.denoisers import Denoiser, gradients
+from fewstep.methods.alarm import Alarm
 from fewstep.methods.optimizer import Optimizer
 from fewstep.methods.paper import Paper as Paper
 from fewstep.methods.paper import System as System
@@ -247,8 +248,8 @@ class Method(Recipe):
 
     #: What a healthy run looks like: name of a logged scalar -> one sentence for the user.
     healthy: ClassVar[Mapping[str, str]] = {}
-    #: Logged scalars whose growth to many times their first value is an instability -> what to change then.
-    unstable: ClassVar[Mapping[str, str]] = {}
+    #: When a run goes wrong: name of a logged scalar -> the alarm that it sets off, with what to change then.
+    unstable: ClassVar[Mapping[str, Alarm]] = {}
 
     def stages(self) -> list[Stage]:
         return [Stage(self)]

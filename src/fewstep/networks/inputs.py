@@ -42,6 +42,11 @@ class TakesInputs(ABC):
         return 0
 
 
+def inputs_of(net: nn.Module) -> tuple[str, ...]:
+    """The names of the further inputs that a network takes."""
+    return net.extra_inputs if isinstance(net, TakesInputs) else ()
+
+
 class Configured(TakesInputs):
     """A network that is rebuilt from its ``config``, in which ``extras`` and ``beside`` are the inputs."""
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from fewstep import grids
 from fewstep.conditions import Cond
 from fewstep.flow_maps import FlowMap, Jump
+from fewstep.methods.alarm import Alarm, Grows
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.identities import Direction, Engine, eulerian, normalize, regression, sizes
 from fewstep.methods.parts.teacher_steps import guided, guided_by_choice
@@ -119,8 +120,10 @@ class MDTDist(Method):
         "student/direction_norm": "the same as a norm; growth that goes on when the warm-up is over is an unstable "
         "derivative: lower the learning rate",
     }
-    unstable: ClassVar[dict[str, str]] = {
-        "student/direction_norm": "lower lr, give the derivative a longer warm-up (tangent_warmup), or normalise (c)"
+    unstable: ClassVar[dict[str, Alarm]] = {
+        "student/direction_norm": Grows(
+            "lower lr, give the derivative a longer warm-up (tangent_warmup), or normalise (c)"
+        )
     }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 

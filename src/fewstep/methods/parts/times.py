@@ -146,6 +146,11 @@ class Segments:
         inner = (self.indices(schedule)[1:-1] + 1e-6).to(t.device)
         return torch.searchsorted(inner, grids.own_index(schedule, t).contiguous())
 
+    def within(self, schedule: Schedule, t: Tensor, share: Tensor) -> Tensor:
+        """Times in the same part as ``t``, at a ``share`` of the way from its lower edge to its upper one."""
+        places, part = self.indices(schedule).to(t.device), self.of(schedule, t)
+        return grids.at_index(schedule, places[part] + share * (places[part + 1] - places[part]))
+
     def end(self, schedule: Schedule, t: Tensor) -> Tensor:
         """The lower edge of the part: where the jump from ``t`` ends."""
         return self.edges(schedule).to(t.device)[self.of(schedule, t)]
