@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fewstep.networks.lora import carry_over
 from fewstep.networks.parts import Beside, PositionalEmbedding, zeroed
 
 
@@ -22,6 +23,8 @@ class TakesInputs(ABC):
 
     #: What its guidance weight ``w`` is where there is no guidance: 1 for the scale of ``unc + w (cond - unc)``.
     unguided: float = 1.0
+    #: Where its weights lie: a folder of fewstep's, and the network's name in the model there; None for nowhere.
+    kept: tuple[str, str] | None = None
 
     @property
     @abstractmethod
@@ -61,7 +64,10 @@ class Configured(TakesInputs):
         own: Any = self
         second = {"beside": beside} if beside else {}
         wider = type(own)(**{**self.config, "extras": (*self.extra_inputs, *spans), **second})
-        wider.to(next(own.parameters())).load_state_dict(wider.state_dict() | own.state_dict())
+        wider.to(next(own.parameters()))
+        carry_over(own, wider)
+        wider.load_state_dict(wider.state_dict() | own.state_dict())
+        wider.kept = self.kept
         return wider.train(own.training)
 
 

@@ -26,6 +26,7 @@ from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Pr
 from fewstep.methods.parts.distances import L2, Compare, Distance
 from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
 from fewstep.methods.start import Start
+from fewstep.networks.lora import moving
 from fewstep.randomness import repeated_draws
 from fewstep.ranges import Above, Count, Least, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Student, plans_along
@@ -144,7 +145,7 @@ class _ConsistencyModel(Method):
 @torch.no_grad()
 def follow(target: FlowMap, model: FlowMap, mu: float) -> None:
     """``target <- mu target + (1 - mu) model``."""
-    torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - mu)
+    torch._foreach_lerp_((*moving(target),), (*moving(model),), 1 - mu)
 
 
 @dataclass(frozen=True)
