@@ -188,8 +188,8 @@ def with_inputs(
         new = {name: span for name, span in spans.items() if name not in taking.extra_inputs}
         if beside and taking.beside_channels not in (0, beside):
             raise ValueError(
-                f"the network takes a second sample of {taking.beside_channels} channels, this method needs {beside}, as "
-                "many as the data"
+                f"the network takes a second sample of {taking.beside_channels} channels, this method needs {beside}, "
+                "as many as the data"
             )
         missing = beside if beside and not taking.beside_channels else taking.beside_channels
         return taking.widened(new, missing) if new or missing != taking.beside_channels else made
