@@ -92,7 +92,7 @@ def ratio_of(logits: Tensor, low: float, high: float) -> Tensor:
     return told.clamp(-MOST_LOGIT, MOST_LOGIT).exp().clamp(low, high)
 
 
-def level_means(
+def relative_ratio(
     ratio: Tensor, t: Tensor, schedule: Schedule, before: Tensor, decay: float
 ) -> Generator[Mean, Tensor, tuple[Tensor, Tensor]]:
     """The ratios ``[B]`` at times ``t`` over their mean at like noise levels, and these means ``[parts]``: of the whole
@@ -200,20 +200,29 @@ class FDistill(Method):
     def student_update(self, nets: Networks, batch: Batch, x: Tensor) -> Generator[Question, Tensor, Update]:
         """Weighted distribution matching of the samples ``x`` plus the adversarial term; the gradient reaches the
         student through ``x`` only."""
-        divergence, adversary = DIVERGENCES[self.divergence], self.adversary(nets)
+        adversary = self.adversary(nets)
         found, told = scores_and_logits(nets, self.discriminator, x, batch.cond, batch.rng, self.guidance)
-        ratio = ratio_of(told, self.ratio_min, self.ratio_max)
-        relative, seen = yield from level_means(ratio, found.t, found.schedule, nets.levels.mean, self.ratio_decay)
-        h = divergence.h(relative)
-        weight = h / (yield Mean(h.mean()))
+        weight, relative, seen = yield from self.weights(told, found.t, found.schedule, nets.levels.mean)
         loss, logs = vector_loss(x, weighted_difference(found, lambda scores: by_distance(scores) * weight))
-        logs |= {"divergence": divergence.f(relative).mean(), "weight_min": weight.amin(), "weight_max": weight.amax()}
+        logs["divergence"] = DIVERGENCES[self.divergence].f(relative).mean()
+        logs |= {"weight_min": weight.amin(), "weight_max": weight.amax()}
         if self.gan_weight:
             fake = adversary.loss.generator(told)
             if self.discriminator == "critic":
                 fake = adversary.student_loss(nets.critic, nets.head, x, batch.cond, batch.rng)
             loss, logs["gan"] = loss + self.gan_weight * fake, fake.detach()
         return Update("student", loss, logs, then=lambda: nets.levels.mean.copy_(seen))
+
+    def weights(
+        self, logits: Tensor, t: Tensor, schedule: Schedule, before: Tensor
+    ) -> Generator[Question, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The weights ``[B]`` of samples with ``logits`` ``[B, ...]`` at times ``t``, whose mean over the whole batch
+        is 1; their ratios over the mean at like noise levels; and those
+        means, given as they were ``before``."""
+        ratio = ratio_of(logits, self.ratio_min, self.ratio_max)
+        relative, seen = yield from relative_ratio(ratio, t, schedule, before, self.ratio_decay)
+        h = DIVERGENCES[self.divergence].h(relative)
+        return h / (yield Mean(h.mean())), relative, seen
 
     def critic_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic learns the score of the student's samples, and the heads to tell them from data."""
