@@ -642,7 +642,11 @@ def f_distill() -> Pairs:
         ours, theirs = FDistill(divergence="rkl", **shared), DMD2(**shared)
         for group in ("student", "critic"):
             yield f"{group}, {body}", matched(ours, group), matched(theirs, group)
-        yield f"not js, {body}", matched(dataclasses.replace(ours, divergence="js"), "student"), matched(ours, "student")
+        yield (
+            f"not js, {body}",
+            matched(dataclasses.replace(ours, divergence="js"), "student"),
+            matched(ours, "student"),
+        )
     yield "not the other body", matched(ours, "student"), matched(FDistill("rkl", **ON_THE_TEACHER), "student")
 
 

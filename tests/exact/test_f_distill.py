@@ -83,7 +83,7 @@ def test_the_weighted_difference_is_the_gradient_of_the_divergence(name: Name, s
     value = (DIVERGENCES[name].f(p / log_q.exp()) * log_q.exp()).sum() * (y[1] - y[0])
     expected = torch.stack(torch.autograd.grad(value, (m, s)))
 
-    # the sum over z and eps, through their two means given the state: d x_t / d m = alpha, E[alpha z | x_t] in closed form
+    # the sum over z and eps, by their means given the state: d x_t / d m = alpha, E[alpha z | x_t] in closed form
     x_t, critic = y[:, None], Gaussian(schedule, m.detach()[None], float(s) ** 2)
     logit = data.log_density(x_t, t) - critic.log_density(x_t, t)
     h = DIVERGENCES[name].h(ratio_of(logit, 1e-30, 1e30))
@@ -234,8 +234,8 @@ class Regression(nn.Linear):
 
 def test_the_discriminator_finds_the_log_ratio_of_noised_laws() -> None:
     """Trained as the method trains it, a discriminator that can be a quadratic is ``log p_t - log q_t`` of two noised
-    Gaussians, data over samples; what it says weighs samples by ``p_t / q_t`` for the KL divergence, and by the inverse,
-    which is Neyman's, were its sign the other."""
+    Gaussians, data over samples; what it says weighs samples by ``p_t / q_t`` for the KL divergence, and by the
+    inverse, which is Neyman's, were its sign the other."""
     schedule = FlowMatching(t_min=0.4999, t_max=0.5)  # one noise level
     body = NetworkDenoiser(Squares(), schedule, TrigPrediction(sigma_data=0.7), (1,))
     head, n = Regression(2, 1).double(), 16_000
@@ -259,7 +259,9 @@ def test_the_discriminator_finds_the_log_ratio_of_noised_laws() -> None:
     logit = head(tapped(body, head.layers, x, t)[1])
     assert float((logit[:, 0] - ratio).abs().max()) < 0.06 < 0.2 * float(ratio.abs().max())
     weights = {
-        (name, sign): answered(FDistill(divergence=name).weights(sign * logit, t, schedule, torch.ones(1, dtype=F64)))[0]
+        (name, sign): answered(FDistill(divergence=name).weights(sign * logit, t, schedule, torch.ones(1, dtype=F64)))[
+            0
+        ]
         for name in ("kl", "neyman")
         for sign in (1, -1)
     }
@@ -279,9 +281,7 @@ def pulled(name: Name, mean: float, spread: float, n: int, rng: Rng) -> tuple[Te
     t = Own(0.02, 0.3).draw(WORLD.schedule, n, rng)  # up to where noise would join the modes
     x_t = WORLD.schedule.add_noise(x, rng.normal_like(x), t)
     logits = WORLD.log_density(x_t, t) - critic.log_density(x_t, t)
-    weight, _, _ = answered(
-        FDistill(divergence=name).weights(logits, t, WORLD.schedule, torch.ones(10, dtype=F64))
-    )
+    weight, _, _ = answered(FDistill(divergence=name).weights(logits, t, WORLD.schedule, torch.ones(10, dtype=F64)))
     found = TwoScores(x, x_t, t, WORLD(x_t, t), critic(x_t, t), WORLD.schedule)
     return x, z, weighted_difference(found, lambda scores: by_noise(scores) * weight)
 
@@ -309,8 +309,8 @@ def test_the_kl_divergence_covers_a_mode_that_the_reverse_one_drops() -> None:
 
 
 def test_covering_costs_variance() -> None:
-    """At a student on one mode, the spread of the vectors by which samples are moved, mean weight 1: the KL and Jeffreys
-    divergences before Hellinger's and the Jensen-Shannon, these before the reverse KL."""
+    """At a student on one mode, the spread of the vectors by which samples are moved, mean weight 1: the KL and
+    Jeffreys divergences before Hellinger's and the Jensen-Shannon, these before the reverse KL."""
     order: tuple[Name, ...] = ("pearson", "kl", "jeffreys", "hellinger", "js", "rkl", "soft-rkl")
     spread = {name: float(pulled(name, 1.5, 0.5, 10_000, Rng(0))[2].var()) for name in order}
     assert sorted(spread, key=lambda name: -spread[name]) == list(order)

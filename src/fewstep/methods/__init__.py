@@ -34,6 +34,7 @@ RECIPES: dict[str, str] = {
     "pcm": "fewstep.methods.consistency.pcm:PhasedConsistencyDistillation",
     "dmd": "fewstep.methods.matching.dmd:DMD",
     "dmd2": "fewstep.methods.matching.dmd2:DMD2",
+    "dmd2-stages": "fewstep.methods.matching.dmd2_stages:DMD2Stages",
     "f-distill": "fewstep.methods.matching.f_distill:FDistill",
     "diff-instruct": "fewstep.methods.matching.diff_instruct:DiffInstruct",
     "sid": "fewstep.methods.matching.sid:SiD",

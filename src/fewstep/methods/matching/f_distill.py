@@ -5,8 +5,8 @@ samples.  Its gradient is the difference of scores with one more factor, a numbe
 
     grad D_f = -E_q[ h(r) (s_p - s_q) d x_t / d theta ],    h(r) = f''(r) r^2
 
-which is 1 for the reverse KL divergence, where this is DMD2.  The ratio is in the discriminator's logit at ``x_t``, ``r =
-exp(l)``, taken from the same pass that predicts there::
+which is 1 for the reverse KL divergence, where this is DMD2.  The ratio is in the discriminator's logit at ``x_t``,
+``r = exp(l)``, taken from the same pass that predicts there::
 
     r      <- clip(exp(l))                        g = w (D_critic(x_t) - D_teacher(x_t)) / mean|x - D_teacher(x_t)|
     r      <- r / mean of r at like noise levels
@@ -121,10 +121,10 @@ class FDistill(Method):
         ("read against NVIDIA's FastGen, which the authors' group publishes; there is no other code of theirs",
          "h is the exact one, which differs from FastGen's by factors that the normalisation takes out; Pearson's "
          "divergence is not in FastGen",
-         "parts of the noise levels are equal in the family's own index (there in time, where on EDM nearly all samples "
-         "lie in the first); no constant of 1e-6 is added to what is divided by, so that equal ratios are exactly DMD2",
-         "the critic and the discriminator move in every iteration (there in those without an update of the student), by "
-         "one optimizer with one bound on their gradients, at times of their own",
+         "parts of the noise levels are equal in the family's own index (there in time, where on EDM most samples lie "
+         "in the first); no constant of 1e-6 is added to what is divided by, so that equal ratios are exactly DMD2",
+         "the critic and the discriminator move in every iteration (there in those without an update of the student), "
+         "by one optimizer with one bound on their gradients, at times of their own",
          "`lr` and `critic_lr` suit networks of a million parameters and runs of minutes (2e-6 for all on ImageNet-64 "
          "there), and the critic's is higher than the student's",
          "short runs: `decay` of the student's rate to 0 over the budget (constant there), `warmup` of 20 steps (none "
@@ -142,8 +142,8 @@ class FDistill(Method):
         "critic/discriminator_accuracy": "between 0.5 and 0.8; near 1 ratios are at their bounds: raise r1 or lower "
         "critic_lr",
         "student/divergence": "of the ratios as the discriminator sees them: falls slowly, and is 0 where it is blind",
-        "student/weight_max": "largest weight of a sample in the batch, whose mean is 1: single digits; dozens mean that "
-        "few samples move the student",
+        "student/weight_max": "largest weight of a sample in the batch, whose mean is 1: single digits; dozens mean "
+        "that few samples move the student",
         "student/sample_std": "of samples among themselves: rises to about the data's; a slide to 0 is collapse",
     }
 
@@ -175,9 +175,8 @@ class FDistill(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.ratio_min <= 1 <= self.ratio_max:
-            raise ValueError(
-                f"ratio_min={self.ratio_min:g}, ratio_max={self.ratio_max:g}: the ratio of equal laws, 1, must lie between"
-            )
+            bounds = f"ratio_min={self.ratio_min:g}, ratio_max={self.ratio_max:g}"
+            raise ValueError(f"{bounds}: the ratio of equal laws, 1, must lie between")
 
     def networks(self, start: Start) -> Networks:
         head = tapped_heads(start.teacher.native(), self.heads)

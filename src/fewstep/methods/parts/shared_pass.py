@@ -1,4 +1,4 @@
-"""Logits where the scores are taken: of each network one pass at the noised samples gives its prediction and the features
+"""Logits where the scores are taken: one pass of a network at the noised samples gives its prediction and the features
 that a discriminator sees.
 
 The discriminator's body is the frozen teacher (as in NVIDIA's FastGen) or the critic (as in DMD2).  Its logit is about
