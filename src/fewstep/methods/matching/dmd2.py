@@ -22,6 +22,7 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
 
+from fewstep.denoisers import Denoiser
 from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Method, Networks, Paper, Progress, Question, System, Update
 from fewstep.methods.parts.adversary import Adversary
@@ -166,7 +167,7 @@ class DMD2(Method):
         logs = {"denoising": denoising.detach()}
         if not self.gan_weight:
             return denoising, logs
-        body = nets.get_submodule(self.discriminator)
+        body: Denoiser = getattr(nets, self.discriminator)
         told, more = self.adversary(nets).discriminator_loss(body, nets.head, batch.x, x, batch.cond, batch.rng)
         return denoising + self.discriminator_weight * told, {**logs, **more}
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from fewstep.denoisers import Denoiser
 from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Mean, Method, Networks, Paper, Progress, Question, System, Update
 from fewstep.methods.parts.adversary import Adversary
@@ -226,7 +227,7 @@ class FDistill(Method):
     def critic_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic learns the score of the student's samples, and the heads to tell them from data."""
         denoising = critic_loss(nets.critic, x, batch.cond, batch.rng)
-        body = nets.get_submodule(self.discriminator)
+        body: Denoiser = getattr(nets, self.discriminator)
         told, logs = self.adversary(nets).discriminator_loss(body, nets.head, batch.x, x, batch.cond, batch.rng)
         return denoising + self.discriminator_weight * told, {"denoising": denoising.detach(), **logs}
 
