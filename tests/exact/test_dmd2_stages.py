@@ -191,6 +191,9 @@ def test_a_discriminator_on_the_teacher_leaves_the_critic_alone() -> None:
         for one, other in zip(slopes[name]["critic"], slopes["without"]["critic"], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
     assert any(not torch.equal(a, b) for a, b in zip(slopes["game"]["head"], slopes["r1"]["head"], strict=True))
+    on_the_critic = DMD2(gan_weight=0.1, r1=10.0)
+    nets = on_the_critic.networks(Start(teacher())).double()
+    assert "gradient_penalty" in on_the_critic.critic_loss(nets, batch_of(seed=4), batch_of(seed=5).x)[1]
 
 
 class Score(nn.Module):
