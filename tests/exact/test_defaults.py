@@ -151,7 +151,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     # experiments/imagenet/imagenet_gan_classifier_genloss3e-3_diffusion1000_lr2e-6_scratch.sh
     "dmd2": {
-        "steps": 1, "critic_steps": 5, "gan_weight": 3e-3, "discriminator_weight": 1e-2, "energy_weight": 0.0,
+        "steps": 1, "critic_steps": 5, "first_level": 1.0, "gan_weight": 3e-3, "discriminator_weight": 1e-2,
+        "discriminator": "critic", "r1": 0.0, "energy_weight": 0.0,
         "guidance": 1.0, "lr": 2e-6, "critic_lr": 2e-6, "clip": 10.0, "warmup": 500,
         "optimizer": MATCHING,
     },

@@ -38,6 +38,8 @@ from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, Reflow, straight_pair
 from fewstep.methods.flow_maps.shortcut import Shortcut
 from fewstep.methods.flow_maps.slim_flow import AnnealingReflow
+from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.matching.f_distill import DIVERGENCES, FDistill
 from fewstep.methods.method import Batch, Method, Networks, Progress, alone
 from fewstep.methods.parts.from_noise import FromNoise
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
@@ -611,6 +613,57 @@ def pcm_steps() -> Pairs:
 
     yield "gradient", flat(found.values()), regressed(10)
     yield "not of another grid", flat(found.values()), regressed(9)
+
+
+# f-distill and where DMD2's discriminator sits
+
+
+def matched(method: DMD2 | FDistill, group: str, equal_logits: bool = False) -> Tensor:
+    """The gradient of the first update of a group, with everything away from its start."""
+    torch.manual_seed(0)
+    nets = method.networks(Start(teacher())).double()
+    moved(nets, "student")
+    moved(nets, "critic")
+    if equal_logits:
+        for p in nets.head.parameters():
+            p.data.zero_()
+    updates = alone(method.updates(nets, batch(), Progress()))
+    loss = next(update.loss for update in updates if group in update.groups)
+    return flat(torch.autograd.grad(loss, [p for p in nets.group_parameters(group) if p.requires_grad]))
+
+
+ON_THE_TEACHER: dict[str, Any] = {"gan_weight": 0.3, "discriminator_weight": 0.5, "discriminator": "teacher", "r1": 2.0}
+
+
+@row("f-distill, reverse KL", "it is DMD2, wherever the discriminator sits, student and critic")
+def f_distill() -> Pairs:
+    for body in ("teacher", "critic"):
+        shared = {**ON_THE_TEACHER, "discriminator": body, "guidance": 1.5}
+        ours, theirs = FDistill(divergence="rkl", **shared), DMD2(**shared)
+        for group in ("student", "critic"):
+            yield f"{group}, {body}", matched(ours, group), matched(theirs, group)
+        yield (
+            f"not js, {body}",
+            matched(dataclasses.replace(ours, divergence="js"), "student"),
+            matched(ours, "student"),
+        )
+    yield "not the other body", matched(ours, "student"), matched(FDistill("rkl", **ON_THE_TEACHER), "student")
+
+
+@row("f-distill, equal ratios", "where the discriminator is blind every divergence is DMD2", 1e-12)
+def f_distill_of_equal_ratios() -> Pairs:
+    expected = matched(DMD2(**ON_THE_TEACHER), "student", equal_logits=True)
+    for name in DIVERGENCES:
+        yield name, matched(FDistill(name, **ON_THE_TEACHER), "student", equal_logits=True), expected
+    yield "not where it sees", matched(FDistill("kl", **ON_THE_TEACHER), "student"), expected
+
+
+@row("DMD2 with the teacher's features", "without the GAN's gradient the student's is that without a GAN")
+def dmd2_on_the_teacher() -> Pairs:
+    method = DMD2(**ON_THE_TEACHER)
+    plain = matched(DMD2(gan_weight=0.0), "student")
+    yield "a blind discriminator", matched(method, "student", equal_logits=True), plain
+    yield "not one that sees", matched(method, "student"), plain
 
 
 # The test, after all rows

@@ -35,6 +35,8 @@ RECIPES: dict[str, str] = {
     "dmd": "fewstep.methods.matching.dmd:DMD",
     "dmd2": "fewstep.methods.matching.dmd2:DMD2",
     "swift-brush": "fewstep.methods.matching.swift_brush:SwiftBrush",
+    "dmd2-stages": "fewstep.methods.matching.dmd2_stages:DMD2Stages",
+    "f-distill": "fewstep.methods.matching.f_distill:FDistill",
     "diff-instruct": "fewstep.methods.matching.diff_instruct:DiffInstruct",
     "sid": "fewstep.methods.matching.sid:SiD",
     "sim": "fewstep.methods.matching.sim:SIM",

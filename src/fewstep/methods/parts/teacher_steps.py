@@ -22,9 +22,22 @@ def guided(teacher: Denoiser, scale: float) -> Denoiser:
     led away from."""
     if scale == 1:
         return teacher
+    check_guidable(teacher, scale)
+    return Guided(teacher, scale)
+
+
+def steered(teacher: Denoiser, scale: float, plain: Tensor, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+    """What :func:`guided` makes of the teacher's ``plain`` prediction, which is known already."""
+    if scale == 1:
+        return plain
+    check_guidable(teacher, scale)
+    return Guided(teacher, scale).steered(plain, x, t, cond)
+
+
+def check_guidable(teacher: Denoiser, scale: float) -> None:
+    """ValueError for a teacher that knows no "no condition" to be led away from."""
     if teacher.null is None:
         raise ValueError(f"guidance={scale:g}: this teacher is unconditional, or knows no empty condition; set 1")
-    return Guided(teacher, scale)
 
 
 def guided_by_choice(teacher: Denoiser, scales: Sequence[float], n: int, rng: Rng) -> tuple[Denoiser, Tensor]:
