@@ -38,6 +38,7 @@ RECIPES: dict[str, str] = {
     "sid": "fewstep.methods.matching.sid:SiD",
     "sim": "fewstep.methods.matching.sim:SIM",
     "disback": "fewstep.methods.matching.disback:DisBack",
+    "msd": "fewstep.methods.matching.msd:MSD",
     "boot": "fewstep.methods.flow_maps.boot:BOOT",
     "free-flow": "fewstep.methods.flow_maps.free_flow:FreeFlow",
     "reflow": "fewstep.methods.flow_maps.rectified_flow:Reflow",
