@@ -165,7 +165,7 @@ class Backtracking(Method):
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     host: Annotated[Host, "the method of distillation around which this is put"] = Host(DMD2())  # noqa: RUF009
-    backtracking: Annotated[Share, "share of this stage over which the target walks back to the teacher"] = 0.3
+    backtracking: Annotated[Share, "share of this stage over which the target walks back to the teacher"] = 0.2
 
     def sources(self, start: Start) -> Mapping[str, Samples]:
         return self.host.method.sources(start)
@@ -222,7 +222,7 @@ class DisBack(Recipe):
     host: Annotated[Host, "the method of distillation around which this is put"] = Host(DMD2())  # noqa: RUF009
     nodes: Annotated[int, Least(0), "recorded denoisers, at equal intervals; 0 is the host alone"] = 10
     recording: Annotated[float, Within(0.001, 0.9), "share of the budget for recording them"] = 0.1
-    backtracking: Annotated[Share, "share of the rest over which the target walks back to the teacher"] = 0.3
+    backtracking: Annotated[Share, "share of the rest over which the target walks back to the teacher"] = 0.2
 
     def stages(self) -> list[Stage]:
         if not self.nodes:
