@@ -159,8 +159,8 @@ class Backtracking(Method):
     name: ClassVar[str] = "backtracking"
     paper: ClassVar[Paper] = DegradationRecording.paper
     healthy: ClassVar[dict[str, str]] = {
-        "student/matching_norm": "about as large at every switch of the target, where the host alone starts with its "
-        "largest (student/score_gap with some hosts); it falls between two switches",
+        "student/matching_norm": "about as large at every switch of the target, and falling between two (student/score_gap "
+        "with some hosts); a leap at the last switch asks for a shorter recording or more nodes",
     }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 

@@ -64,7 +64,7 @@ class TeacherScoreMatching(Method):
         ("no code of the authors is public: the stages are the paper's, all else is that of DMD and DMD2 here",
          "the parts are trained one after the other in one run, each with an equal share of the budget, which is that "
          "of all together",
-         "a smaller network is given (`--student`), of any architecture, and gets its warm-up where `tsm` gives it a "
+         "a smaller network is given (`--student`), of any architecture, and gets its warm-up where --tsm gives it a "
          "share of the budget; the critics have the teacher's architecture",
          "prompts are cut by k-means of their mean embeddings, where the paper has quadrants of two axes that it does "
          "not name: these parts need not be of equal size",
