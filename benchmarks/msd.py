@@ -3,9 +3,9 @@
     python benchmarks/msd.py [--picture docs/img/msd.png] [--parts 1 2 4 8] [--updates 400]
 
 Every class is three Gaussians along an arc; the teacher is a network that has learned them, the students are networks
-of 16 units, whatever their number, and each has the same number of updates: a quarter of teacher score matching, the rest
-DMD with pairs.  A row is the distance between histograms of the students' samples and the teacher's, half the sum of
-absolute differences; parts are blocks of neighbouring classes, or random ones of the same sizes.
+of 16 units, whatever their number, and each has the same number of updates: a quarter of teacher score matching, the
+rest DMD with pairs.  A row is the distance between histograms of the students' samples and the teacher's, half the sum
+of absolute differences; parts are blocks of neighbouring classes, or random ones of the same sizes.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ def test_whoever_looks_sees_the_node_of_the_moment() -> None:
     nodes = [teacher_network(F64) for _ in range(2)]
     nodes[1].net.leave.bias.data += 0.3
     nodes[1].net.enter.bias.data += 0.3
-    path = disback.Path(nodes)
+    path = disback.RecordedPath(nodes)
     x, t, cond = torch.randn(4, 3, dtype=F64), torch.full((4,), 0.7, dtype=F64), torch.arange(4) % 2
     flow = FlowMatching()
     for at, node in enumerate(nodes):

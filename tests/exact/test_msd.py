@@ -16,7 +16,7 @@ from fewstep import api
 from fewstep.cli import main, methods
 from fewstep.conditions import Cond
 from fewstep.data import Dataset
-from fewstep.data.dataset import Chosen, Prior
+from fewstep.data.dataset import Chosen, Draw, Prior
 from fewstep.denoisers import Denoiser, NetworkDenoiser
 from fewstep.exact import Gaussian, ring
 from fewstep.methods.consistency.cm import ConsistencyDistillation
@@ -139,6 +139,8 @@ def test_chosen_samples_are_read_as_they_are() -> None:
     data = dataclasses.replace(points(), columns={"place": torch.arange(48)})
     chosen = Chosen(data, torch.tensor([5, 3, 40]), "three")
     assert chosen.rows(slice(1, 3)).columns["place"].tolist() == [3, 40]
+    (fed,) = chosen.feed([Draw(torch.tensor([2, 0]), torch.tensor([0, 0]), 1)])
+    assert fed.columns["place"].tolist() == [40, 5]
     assert torch.equal(chosen.rows(torch.tensor([2])).x, data.x[40:41])  # type: ignore[arg-type]
     assert (len(chosen), chosen.shape, chosen.classes, chosen.name) == (3, (2,), CLASSES, "three")
     assert chosen.sha256() != Chosen(data, torch.tensor([5, 3, 41]), "three").sha256() != data.sha256()

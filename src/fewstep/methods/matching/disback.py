@@ -36,7 +36,7 @@ from fewstep.ranges import Least, Share, Within
 from fewstep.sampling.rollout import Student
 
 
-class Path(Denoiser):
+class RecordedPath(Denoiser):
     """A denoiser that is one of several, ``nodes[at]``; whoever sees it (under guidance, on another schedule) sees the
     one of the moment."""
 
@@ -159,8 +159,8 @@ class Backtracking(Method):
     name: ClassVar[str] = "backtracking"
     paper: ClassVar[Paper] = DegradationRecording.paper
     healthy: ClassVar[dict[str, str]] = {
-        "student/matching_norm": "about as large at every switch of the target, and falling between two (student/score_gap "
-        "with some hosts); a leap at the last switch asks for a shorter recording or more nodes",
+        "student/matching_norm": "about as large at every switch of the target, and falling between two "
+        "(student/score_gap with some hosts); a leap at the last switch asks for a shorter recording or more nodes",
     }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
@@ -172,7 +172,7 @@ class Backtracking(Method):
 
     def networks(self, start: Start) -> Networks:
         recorded = [*start.made.get("path", ())]  # type: ignore[call-overload]
-        path = Path([start.teacher.native(), *recorded])
+        path = RecordedPath([start.teacher.native(), *recorded])
         # all else that a host may ask for is as without us
         held = {"teacher": start.model("teacher"), "student": start.model("student")}
         begin = dataclasses.replace(start, teacher=path, made={**start.made, **held})
