@@ -20,7 +20,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +89,8 @@ class Recorder(nn.Module):
         """Copy the weights until ``due`` copies are taken, or all."""
         self.known = int(self.taken) if self.known is None else self.known
         for node in list(self.nodes)[self.known : due]:
-            for kept, now in zip(node.parameters(), network.parameters(), strict=True):
-                kept.copy_(now)
-            for kept, now in zip(node.buffers(), network.buffers(), strict=True):
+            held, new = ([*module.parameters(), *module.buffers()] for module in (node, network))
+            for kept, now in zip(held, new, strict=True):
                 kept.copy_(now)
             self.known += 1
             self.taken += 1
@@ -171,7 +170,7 @@ class Backtracking(Method):
         return self.host.method.sources(start)
 
     def networks(self, start: Start) -> Networks:
-        recorded = [*start.made.get("path", ())]  # type: ignore[call-overload]
+        recorded: Any = start.made.get("path", ())
         path = RecordedPath([start.teacher.native(), *recorded])
         # all else that a host may ask for is as without us
         held = {"teacher": start.model("teacher"), "student": start.model("student")}

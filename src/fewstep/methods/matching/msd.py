@@ -145,7 +145,7 @@ class OnePart(Method):
         own: Any = self.host.method.student(nets)
         others = dict(nets.named_children()).get("experts")
         if others is None:
-            return own  # type: ignore[no-any-return]
+            return own
         students: list[Any] = [*others, own]  # type: ignore[misc]
         return Student(RoutedFlowMap([student.flow_map for student in students], nets.router), own.plans)
 
