@@ -185,6 +185,8 @@ def test_what_a_part_starts_from() -> None:
         weights(first.critic), weights(network())
     )
     assert torch.equal(weights(later.student), weights(before)) and torch.equal(weights(later.critic), weights(critic))
+    handed = OnePart(DM, Partition(2), 1, True, False).hands_on(first)
+    assert sorted(handed) == ["critic", "student"] and handed["critic"] is first.critic
     other = DM.method.student(DM.method.networks(Start(before)))
     whole = dataclasses.replace(start, made={"expert 0": other})
     method = OnePart(DM, Partition(2), 1, True, True)
