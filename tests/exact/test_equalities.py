@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.constant_acceleration import ConstantAcceleration, acceleration
+from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser, NetworkDenoiser, View
 from fewstep.exact import ExactFlowMap, Gaussian
 from fewstep.flow_maps import Jump
@@ -38,10 +39,17 @@ from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, Reflow, straight_pair
 from fewstep.methods.flow_maps.shortcut import Shortcut
 from fewstep.methods.flow_maps.slim_flow import AnnealingReflow
+from fewstep.methods.matching.diff_instruct import DiffInstruct
+from fewstep.methods.matching.disback import Backtracking
+from fewstep.methods.matching.dmd import DMD
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.matching.f_distill import DIVERGENCES, FDistill
-from fewstep.methods.method import Batch, Method, Networks, Progress, alone
+from fewstep.methods.matching.msd import MSD
+from fewstep.methods.matching.sid import SiD
+from fewstep.methods.matching.sim import SIM
+from fewstep.methods.method import Batch, Method, Networks, Progress, Recipe, alone
 from fewstep.methods.parts.from_noise import FromNoise
+from fewstep.methods.parts.host import Host
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
 from fewstep.methods.parts.ramp import Ramp
 from fewstep.methods.parts.score_matching import denoising_loss
@@ -52,8 +60,11 @@ from fewstep.networks import MLP
 from fewstep.networks.inputs import with_inputs
 from fewstep.predictions import TrigPrediction, Velocity
 from fewstep.randomness import Rng
+from fewstep.runs.course import run_recipe
 from fewstep.sampling.rollout import Plan, rollout
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow
+from fewstep.training.budget import Budget
+from fewstep.training.settings import Settings
 
 SHAPE, CLASSES = (3,), 2
 #: Pairs by name: what must agree, and under a name that begins with "not " what must not.
@@ -664,6 +675,44 @@ def dmd2_on_the_teacher() -> Pairs:
     plain = matched(DMD2(gan_weight=0.0), "student")
     yield "a blind discriminator", matched(method, "student", equal_logits=True), plain
     yield "not one that sees", matched(method, "student"), plain
+
+
+# Distribution matching: stages around a host, and parts of the conditions
+
+HOSTS: tuple[Method, ...] = (
+    DMD2(gan_weight=0.0, critic_steps=1), DMD(regression_weight=0.0), DiffInstruct(), SiD(), SIM(),
+)  # fmt: skip
+
+
+@row("DisBack", "without a recorded path its second stage is the host, whichever it is")
+def disback() -> Pairs:
+    def slopes(method: Method, **made: nn.Module) -> Tensor:
+        nets = method.networks(Start(teacher(), made=made))
+        moved(nets, "student")
+        updates = alone(method.updates(nets, batch(), Progress()))
+        loss = next(update.loss for update in updates if update.group == "student")
+        return flat(torch.autograd.grad(loss, nets.group_parameters("student")))
+
+    for host in HOSTS:
+        method, expected = Backtracking(Host(host)), slopes(host)
+        yield host.name, slopes(method), expected
+        yield f"not with a node, {host.name}", slopes(method, path=nn.ModuleList([teacher(seed=1)])), expected
+
+
+@row("MSD", "one part is the method that distils it, whichever it is")
+def msd() -> Pairs:
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(32, *SHAPE, dtype=torch.float64, generator=gen)
+    data = Dataset("points", x, torch.arange(32) % CLASSES)
+
+    def weights(recipe: Recipe) -> Tensor:
+        made = run_recipe(recipe, teacher(), data, Settings(Budget(4), 8, precision="fp32"), show=False).model
+        return flat(p.detach() for p in made.parameters())[: sum(p.numel() for p in teacher().parameters())]
+
+    for host in HOSTS:
+        expected = weights(host)
+        yield host.name, weights(MSD(parts=1, adm=0.0, dm=Host(host))), expected
+        yield f"not the first of two, {host.name}", weights(MSD(parts=2, adm=0.0, dm=Host(host))), expected
 
 
 # The test, after all rows

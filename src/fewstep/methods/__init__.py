@@ -40,6 +40,8 @@ RECIPES: dict[str, str] = {
     "diff-instruct": "fewstep.methods.matching.diff_instruct:DiffInstruct",
     "sid": "fewstep.methods.matching.sid:SiD",
     "sim": "fewstep.methods.matching.sim:SIM",
+    "disback": "fewstep.methods.matching.disback:DisBack",
+    "msd": "fewstep.methods.matching.msd:MSD",
     "boot": "fewstep.methods.flow_maps.boot:BOOT",
     "free-flow": "fewstep.methods.flow_maps.free_flow:FreeFlow",
     "reflow": "fewstep.methods.flow_maps.rectified_flow:Reflow",

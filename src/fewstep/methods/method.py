@@ -264,7 +264,11 @@ class Method(Recipe):
 
     @abstractmethod
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
-        """The updates of one iteration, one at a time, and questions about the whole batch between them."""
+        """The updates of one iteration, one at a time, and questions about the whole batch between them.
+
+        A method with a critic leaves its student's updates out where ``nets`` has no such group: the critic is trained
+        alone then, by a method around it (:mod:`fewstep.methods.matching.disback`).
+        """
 
     @abstractmethod
     def student(self, nets: Networks) -> Student | Denoiser:
