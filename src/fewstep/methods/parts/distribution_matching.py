@@ -12,9 +12,12 @@ from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
 from fewstep.methods.method import Optimizer
 from fewstep.methods.parts.score_matching import denoising_loss, matching_vector, surrogate
-from fewstep.methods.parts.times import Own
+from fewstep.methods.parts.times import Own, TimeLaw
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
+
+#: Where DMD and DMD2 compare the two scores: not at the first and last 2 % of the noise levels.
+INNER = Own(0.02, 0.98)
 
 
 def three_networks(start: Start) -> dict[str, nn.Module]:
@@ -40,13 +43,13 @@ def two_optimizers(
 
 
 def matching_loss(
-    x: Tensor, teacher: Denoiser, critic: Denoiser, cond: Cond, rng: Rng
+    x: Tensor, teacher: Denoiser, critic: Denoiser, cond: Cond, rng: Rng, law: TimeLaw = INNER
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The surrogate loss of samples ``x`` at 2 % to 98 % of the noise levels, and what there is to record.
+    """The surrogate loss of samples ``x`` at times of ``law``, and what there is to record.
 
     Its gradient reaches the generator through ``x`` only, not through the two scores.
     """
-    t = Own(0.02, 0.98).draw(teacher.schedule, len(x), rng)
+    t = law.draw(teacher.schedule, len(x), rng)
     x_t = teacher.schedule.add_noise(x.detach(), rng.normal_like(x), t)
     g = matching_vector(x.detach(), x_t, t, teacher, critic, cond)
     return surrogate(x, g), {"matching_norm": g.square().mean().sqrt(), "sample_std": x.detach().std()}
