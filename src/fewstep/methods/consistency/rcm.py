@@ -118,12 +118,12 @@ class RCM(Method):
          "`guidance` is 1, for small models (its code adds the 5 that it sets for Wan to 1)",
          "the student's rate follows a cosine over the budget",
          "how many calls a rollout has is drawn, not counted through in turn",
-         "rollouts in training start at the teacher's noisiest level, which is pi/2 for flow matching, as there",
+         "rollouts in training start at the teacher's noisiest level (at pi/2 there, which flow matching reaches); "
+         "what divides q is kept from 0 by 1e-8 (1e-5 there)",
          "the tangent is taken in float32 whatever the precision of training (time path alone there); samples that are "
          "not finite stop the run (masked there)",
          "no context parallelism and no layer-wise pairs of value and tangent: networks are differentiated as they "
          "are, their attention by a rule of its own",
-         "the plans are the paper's for its figures (1.3, 1.0, 0.6 after the first time)",
          "small teachers of digits, points and tiny video tensors only; no Cosmos or Wan was distilled"),
     )  # fmt: skip
     system: ClassVar[System] = System(
