@@ -13,7 +13,7 @@ from fewstep.exact import Gaussian
 from fewstep.flow_maps import Jump
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Networks, Progress
-from fewstep.methods.parts.adversary import accuracy, discriminator_loss, generator_loss, logits
+from fewstep.methods.parts.adversary import Adversary, NonSaturating, accuracy
 from fewstep.methods.parts.distribution_matching import critic_loss, two_optimizers
 from fewstep.methods.parts.score_matching import matching_vector, surrogate
 from fewstep.methods.parts.times import Own
@@ -25,6 +25,7 @@ from fewstep.sampling.rollout import Call, Plan, rollout
 from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPLinear, align
 
 F64 = torch.float64
+LOGITS = Adversary().logits
 
 
 def test_surrogate_gradient_is_the_vector() -> None:
@@ -130,7 +131,8 @@ def test_gan_gradient_passes_through_the_frozen_critic() -> None:
     x = torch.randn(4, 1, 8, 8, requires_grad=True)
     t = torch.full((4,), 0.8, dtype=F64)
     with gradients(nets.critic, "input"), gradients(nets.head, "input"):
-        generator_loss(logits(nets.critic, nets.head, x, t, torch.randn(4, 1, 8, 8), torch.zeros(4).long())).backward()
+        told = LOGITS(nets.critic, nets.head, x, t, torch.randn(4, 1, 8, 8), torch.zeros(4).long())
+        NonSaturating().generator(told).backward()
     assert float(x.grad.abs().max()) > 0
     assert all(p.grad is None for p in [*nets.critic.parameters(), *nets.head.parameters()])
 
@@ -170,7 +172,7 @@ def test_the_students_loss_at_the_same_draws_with_a_gan() -> None:
     again = batch_of(seed=5)
     plain, _ = DMD2(gan_weight=0.0).student_loss(nets, again, again.x)
     tau = nets.teacher.schedule.own_time(again.rng.uniform(6, low=0.0, high=1.0))
-    fake = logits(nets.critic, nets.head, again.x, tau, again.rng.normal_like(again.x), again.cond)
+    fake = LOGITS(nets.critic, nets.head, again.x, tau, again.rng.normal_like(again.x), again.cond)
     expected = torch.log1p(torch.exp(-fake)).mean()
     torch.testing.assert_close(logs["gan"], expected.detach())
     torch.testing.assert_close(loss.detach(), plain.detach() + 0.5 * expected.detach())
@@ -180,9 +182,9 @@ def test_the_gan_pulls_samples_towards_what_passes_for_data() -> None:
     """A head whose logit rises with x: the non-saturating loss moves x upwards, by ``sigmoid(-l) / n`` a sample; at a
     logit of 0 it is log 2."""
     x = torch.tensor([-3.0, 0.0, 2.0], dtype=F64, requires_grad=True)
-    generator_loss(x).backward()
+    NonSaturating().generator(x).backward()
     torch.testing.assert_close(x.grad, -torch.sigmoid(-x.detach()) / 3)
-    assert float(generator_loss(torch.zeros(4, dtype=F64))) == pytest.approx(math.log(2))
+    assert float(NonSaturating().generator(torch.zeros(4, dtype=F64))) == pytest.approx(math.log(2))
 
 
 def test_the_critics_loss_at_the_same_draws() -> None:
@@ -197,7 +199,7 @@ def test_the_critics_loss_at_the_same_draws() -> None:
     tau = nets.critic.schedule.own_time(again.rng.uniform(6, low=0.0, high=1.0))
     noises = [again.rng.normal_like(x) for _ in range(2)]
     real, fake = (
-        logits(nets.critic, nets.head, y, tau, n, again.cond) for y, n in zip((again.x, x), noises, strict=True)
+        LOGITS(nets.critic, nets.head, y, tau, n, again.cond) for y, n in zip((again.x, x), noises, strict=True)
     )
     expected = denoising + 0.25 * (torch.log1p(torch.exp(-real)) + torch.log1p(torch.exp(fake))).mean()
     torch.testing.assert_close(loss, expected)
@@ -273,13 +275,13 @@ def test_discriminator_optimum_is_the_log_density_ratio() -> None:
     slope = torch.tensor((mp - mq) / v, dtype=F64, requires_grad=True)
     offset = torch.tensor((mq**2 - mp**2) / (2 * v), dtype=F64, requires_grad=True)
     told = slope * y + offset
-    # discriminator_loss takes means, so each sample is weighted by its density through importance in the logit's loss
+    # the loss takes means, so each sample is weighted by its density through importance in the logit's loss
     soft = torch.nn.functional.softplus
     loss = (q * soft(told)).sum() / q.sum() + (p * soft(-told)).sum() / p.sum()
     loss.backward()
     assert abs(float(slope.grad)) < 1e-9 and abs(float(offset.grad)) < 1e-9
     a, b = torch.randn(7, dtype=F64), torch.randn(5, dtype=F64)
-    torch.testing.assert_close(discriminator_loss(a, b), soft(-a).mean() + soft(b).mean())
+    torch.testing.assert_close(NonSaturating().discriminator(a, b), soft(-a).mean() + soft(b).mean())
 
 
 @pytest.mark.parametrize("steps", [1, 4])

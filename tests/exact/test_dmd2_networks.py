@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.denoisers import Denoiser, NetworkDenoiser, OnSchedule
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Method, Networks, Progress, Update
-from fewstep.methods.parts.adversary import FeatureHead, logits
+from fewstep.methods.parts.adversary import Adversary, FeatureHead
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import UNet
@@ -82,8 +82,9 @@ def test_a_view_tells_the_discriminator_what_its_network_does() -> None:
     level = torch.tensor([0.3, 4.0], dtype=torch.float64)
     here, there = (d.schedule.time_at(-level.log()) for d in (made, view))
     assert not torch.allclose(here, there)
+    told = Adversary().logits
     torch.testing.assert_close(
-        logits(view, head, x, there, noise, cond), logits(made, head, x, here, noise, cond), rtol=1e-4, atol=1e-5
+        told(view, head, x, there, noise, cond), told(made, head, x, here, noise, cond), rtol=1e-4, atol=1e-5
     )
 
 

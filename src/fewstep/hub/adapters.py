@@ -91,12 +91,8 @@ class Adapter(nn.Module, TakesInputs):
     #: Whether that pipeline makes samples of the config's size only.
     fixed_size: bool = False
     classes: int | None = None
-    #: Names of the weights that LoRA froze (they are buffers then), see :mod:`fewstep.hub.lora`.
-    frozen: tuple[str, ...] = ()
-    #: Names of weights that new inputs brought: they are trained in full beside low-rank ones.
+    #: Names of weights that new inputs brought, which train in full beside low-rank ones.
     trained: tuple[str, ...] = ()
-    #: SHA-256 of the frozen ones, where they are those in the pipeline's folder and need not be kept a second time.
-    base: str | None = None
 
     def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Pr
 from fewstep.methods.parts.distances import L2, Compare, Distance
 from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
 from fewstep.methods.start import Start
+from fewstep.networks.lora import moving
 from fewstep.randomness import repeated_draws
 from fewstep.ranges import Above, Count, Least, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Student, plans_along
@@ -44,7 +45,22 @@ def consistency_loss(
     end: Tensor | None = None,
     **extras: Tensor,
 ) -> Tensor:
-    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, with the same dropout mask in both calls.
+    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, of :func:`two_jumps`."""
+    return distance(*two_jumps(model, target, batch, x_t, x_s, t, s, end, **extras))
+
+
+def two_jumps(
+    model: FlowMap,
+    target: FlowMap,
+    batch: Batch,
+    x_t: Tensor,
+    x_s: Tensor,
+    t: Tensor,
+    s: Tensor,
+    end: Tensor | None = None,
+    **extras: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``f(x_t, t)`` and, without a graph, ``f_target(x_s, s)``, with the same dropout mask in both calls.
 
     ``f`` goes to the data, or to the times ``end`` ``[B]``; ``extras`` are further inputs of both networks.
     """
@@ -56,7 +72,7 @@ def consistency_loss(
 
     with torch.no_grad(), repeated_draws(x_t.device):
         aim = jump(target, x_s, s)
-    return distance(jump(model, x_t, t), aim)
+    return jump(model, x_t, t), aim
 
 
 @dataclass(frozen=True)
@@ -129,7 +145,7 @@ class _ConsistencyModel(Method):
 @torch.no_grad()
 def follow(target: FlowMap, model: FlowMap, mu: float) -> None:
     """``target <- mu target + (1 - mu) model``."""
-    torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - mu)
+    torch._foreach_lerp_((*moving(target),), (*moving(model),), 1 - mu)
 
 
 @dataclass(frozen=True)

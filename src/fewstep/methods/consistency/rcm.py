@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.flow_maps import FlowMap, Jump
+from fewstep.methods.alarm import Alarm, Falls, Grows
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
-from fewstep.methods.parts.distribution_matching import matching_loss
+from fewstep.methods.parts.distribution_matching import RUNAWAY_CRITIC, matching_loss
 from fewstep.methods.parts.identities import Direction, eulerian, regression, sizes
 from fewstep.methods.parts.score_matching import velocity_loss
 from fewstep.methods.parts.teacher_steps import guided
@@ -139,8 +140,12 @@ class RCM(Method):
         "student/sample_std": "stays near the data's; a slide to 0 is collapse",
         "critic/denoising": "stays level: its target moves with the student, a fall is not the goal",
     }
-    unstable: ClassVar[dict[str, str]] = {
-        "student/tangent_norm": "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+    unstable: ClassVar[dict[str, Alarm]] = {
+        "student/tangent_norm": Grows(
+            "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+        ),
+        "student/sample_std": Falls("samples become alike, modes are lost: lower matching_weight, or raise critic_lr"),
+        "critic/denoising": RUNAWAY_CRITIC,
     }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 

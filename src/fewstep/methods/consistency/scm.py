@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.conditions import Cond
 from fewstep.flow_maps import Jump
+from fewstep.methods.alarm import Alarm, Grows
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.identities import TimeWeight, eulerian, regression, sizes
 from fewstep.methods.parts.teacher_steps import edm_like, guided
@@ -75,8 +76,10 @@ class _ContinuousConsistency(Method):
         "tangent normalisation and warm-up prevent",
     }
 
-    unstable: ClassVar[dict[str, str]] = {
-        "student/tangent_norm": "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+    unstable: ClassVar[dict[str, Alarm]] = {
+        "student/tangent_norm": Grows(
+            "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+        )
     }
 
     roles: ClassVar[tuple[str, ...]] = ("student",)

@@ -25,6 +25,7 @@ from fewstep.conditions import Cond, repeat
 from fewstep.denoisers import Denoiser
 from fewstep.extras import Input
 from fewstep.flow_maps import Jump
+from fewstep.methods.alarm import Alarm, Grows
 from fewstep.methods.consistency.scm import tangent_update, trig_like
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.identities import TimeWeight
@@ -123,8 +124,10 @@ class TBCM(Method):
         "student/tangent_norm": "falls over the run; growth to many times its first value is the instability that "
         "tangent normalisation and warm-up prevent",
     }
-    unstable: ClassVar[dict[str, str]] = {
-        "student/tangent_norm": "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+    unstable: ClassVar[dict[str, Alarm]] = {
+        "student/tangent_norm": Grows(
+            "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
+        )
     }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.conditions import Cond, rows, where
 from fewstep.flow_maps import Jump
+from fewstep.methods.alarm import Alarm, Grows
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.identities import Direction, adaptive_weight, eulerian, regression, towards
 from fewstep.methods.parts.teacher_steps import guided
@@ -68,8 +69,8 @@ class _MeanFlow(Method):
         "its own size",
         "student/error": "falls, then stays: of pairs the part that no map can tell remains",
     }
-    unstable: ClassVar[dict[str, str]] = {
-        "student/error": "lower lr, draw more rows with equal times (equal), or retime the network"
+    unstable: ClassVar[dict[str, Alarm]] = {
+        "student/error": Grows("lower lr, draw more rows with equal times (equal), or retime the network")
     }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 

@@ -20,9 +20,12 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from fewstep.data.dataset import Samples
+from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Method, Networks, Paper, Progress, System, Update
 from fewstep.methods.parts.distances import L2, Distance
 from fewstep.methods.parts.distribution_matching import (
+    LOST_MODES,
+    RUNAWAY_CRITIC,
     critic_loss,
     matching_loss,
     three_networks,
@@ -69,9 +72,10 @@ class DMD(Method):
         "student/matching_norm": "starts near 0 (the critic is a copy of the teacher), rises as the critic turns to "
         "the student's samples, then falls slowly",
         "student/regression": "falls quickly at first, then slowly",
-        "student/sample_std": "stays near the data's; a slide to 0 is collapse",
+        "student/sample_std": "of samples among themselves: rises to about the data's; a slide to 0 is collapse",
     }
 
+    unstable: ClassVar[dict[str, Alarm]] = {"critic/denoising": RUNAWAY_CRITIC, "student/sample_std": LOST_MODES}
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     regression_weight: Annotated[

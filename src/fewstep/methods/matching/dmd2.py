@@ -17,21 +17,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from torch import Tensor
 
 from fewstep import grids
-from fewstep.conditions import join
 from fewstep.denoisers import gradients
+from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Method, Networks, Paper, Progress, Question, System, Update
-from fewstep.methods.parts.adversary import (
-    FeatureHead,
-    accuracy,
-    discriminator_loss,
-    generator_loss,
-    logits,
-)
+from fewstep.methods.parts.adversary import Adversary
 from fewstep.methods.parts.distribution_matching import (
+    LOST_MODES,
+    RUNAWAY_CRITIC,
+    WON_GAME,
     critic_loss,
     matching_loss,
     three_networks,
@@ -39,11 +35,13 @@ from fewstep.methods.parts.distribution_matching import (
 )
 from fewstep.methods.parts.energy import feature_energy
 from fewstep.methods.parts.teacher_steps import guided
-from fewstep.methods.parts.times import Own
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative, Positive
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.sampling.student_generator import StudentGenerator
+
+#: DMD2's discriminator: on the critic's bottleneck, at all noise levels.
+ADVERSARY = Adversary()
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,14 @@ class DMD2(Method):
         "student/matching_norm": "starts near 0 (the critic is a copy of the teacher), rises as the critic turns to "
         "the student's samples, then falls slowly",
         "critic/discriminator_accuracy": "between 0.5 and 0.8; near 1 the GAN gradient is noise: lower gan_weight",
-        "student/sample_std": "stays near the data's; a slide to 0 is collapse",
+        "student/sample_std": "of samples among themselves: rises to about the data's; a slide to 0 is collapse",
     }
 
+    unstable: ClassVar[dict[str, Alarm]] = {
+        "critic/denoising": RUNAWAY_CRITIC,
+        "critic/discriminator_accuracy": WON_GAME,
+        "student/sample_std": LOST_MODES,
+    }
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     steps: Annotated[Count, "network calls that the student is made for"] = 1
@@ -103,7 +106,7 @@ class DMD2(Method):
         modules = three_networks(start)
         critic: tuple[str, ...] = ("critic",)
         if self.gan_weight:
-            modules["head"] = FeatureHead(start.teacher.native().feature_shape)
+            modules["head"] = ADVERSARY.heads(start.teacher.native())
             critic = ("critic", "head")
         groups = two_optimizers(self.lr, self.critic_lr, self.clip, self.warmup, critic)
         return Networks(modules, groups, ema=("student",))
@@ -131,30 +134,22 @@ class DMD2(Method):
 
     def student_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Distribution matching plus the adversarial term; the gradient reaches the student through ``x`` only."""
-        schedule, rng = nets.teacher.schedule, batch.rng
+        rng = batch.rng
         loss, logs = matching_loss(x, guided(nets.teacher, self.guidance), nets.critic, batch.cond, rng)
         if self.gan_weight:
-            tau = Own(0.0, 1.0).draw(schedule, len(x), rng)
-            fake = generator_loss(logits(nets.critic, nets.head, x, tau, rng.normal_like(x), batch.cond))
+            fake = ADVERSARY.student_loss(nets.critic, nets.head, x, batch.cond, rng)
             loss = loss + self.gan_weight * fake
             logs["gan"] = fake.detach()
         return loss, logs
 
     def critic_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic learns the score of the student's samples, and with the head to tell them from data."""
-        schedule, rng = nets.critic.schedule, batch.rng
-        denoising = critic_loss(nets.critic, x, batch.cond, rng)
+        denoising = critic_loss(nets.critic, x, batch.cond, batch.rng)
         logs = {"denoising": denoising.detach()}
         if not self.gan_weight:
             return denoising, logs
-        tau = Own(0.0, 1.0).draw(schedule, len(x), rng)
-        noise_real, noise_fake = rng.normal_like(x), rng.normal_like(x)
-        both = torch.cat([batch.x, x])
-        cond = join([batch.cond, batch.cond])
-        told = logits(nets.critic, nets.head, both, torch.cat([tau, tau]), torch.cat([noise_real, noise_fake]), cond)
-        real, fake = told.chunk(2)
-        logs["discriminator_accuracy"] = accuracy(real.detach(), fake.detach())
-        return denoising + self.discriminator_weight * discriminator_loss(real, fake), logs
+        told, more = ADVERSARY.discriminator_loss(nets.critic, nets.head, batch.x, x, batch.cond, batch.rng)
+        return denoising + self.discriminator_weight * told, {**logs, **more}
 
     def student(self, nets: Networks) -> Student:
         return Student(nets.student, {self.steps: self.plan(nets)})

@@ -10,14 +10,28 @@ from torch import Tensor, nn
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
+from fewstep.methods.alarm import Falls, Grows, Stays
 from fewstep.methods.method import Optimizer
-from fewstep.methods.parts.score_matching import denoising_loss, matching_vector, surrogate
+from fewstep.methods.parts.score_matching import (
+    Weight,
+    by_distance,
+    denoising_loss,
+    matching_vector,
+    sample_std,
+    surrogate,
+)
 from fewstep.methods.parts.times import Own, TimeLaw
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 
-#: Where DMD and DMD2 compare the two scores: not at the first and last 2 % of the noise levels.
-INNER = Own(0.02, 0.98)
+#: DMD's times: 2 % to 98 % of the noise levels.
+IN_THE_MIDDLE = Own(0.02, 0.98)
+
+
+#: When distribution matching goes wrong, and what to change then.
+RUNAWAY_CRITIC = Grows("the critic runs away from the samples: lower critic_lr, or give it more data (batch)", 10.0)
+LOST_MODES = Falls("samples become alike, modes are lost: lower lr, raise critic_lr or critic_steps")
+WON_GAME = Stays("the discriminator has won and teaches nothing: lower its weight or its learning rate")
 
 
 def three_networks(start: Start) -> dict[str, nn.Module]:
@@ -43,7 +57,13 @@ def two_optimizers(
 
 
 def matching_loss(
-    x: Tensor, teacher: Denoiser, critic: Denoiser, cond: Cond, rng: Rng, law: TimeLaw = INNER
+    x: Tensor,
+    teacher: Denoiser,
+    critic: Denoiser,
+    cond: Cond,
+    rng: Rng,
+    law: TimeLaw = IN_THE_MIDDLE,
+    weight: Weight = by_distance,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The surrogate loss of samples ``x`` at times of ``law``, and what there is to record.
 
@@ -51,8 +71,8 @@ def matching_loss(
     """
     t = law.draw(teacher.schedule, len(x), rng)
     x_t = teacher.schedule.add_noise(x.detach(), rng.normal_like(x), t)
-    g = matching_vector(x.detach(), x_t, t, teacher, critic, cond)
-    return surrogate(x, g), {"matching_norm": g.square().mean().sqrt(), "sample_std": x.detach().std()}
+    g = matching_vector(x.detach(), x_t, t, teacher, critic, cond, weight)
+    return surrogate(x, g), {"matching_norm": g.square().mean().sqrt(), "sample_std": sample_std(x)}
 
 
 def critic_loss(critic: Denoiser, x: Tensor, cond: Cond, rng: Rng) -> Tensor:

@@ -19,8 +19,10 @@ from torch import Tensor
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
+from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Progress, Update
-from fewstep.methods.parts.score_matching import denoising_loss
+from fewstep.methods.parts.distribution_matching import LOST_MODES, RUNAWAY_CRITIC
+from fewstep.methods.parts.score_matching import denoising_loss, sample_std
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
@@ -48,9 +50,10 @@ class OneStep(Method):
         "critic/denoising": "stays level: its target moves with the student, a fall is not the goal",
         "student/score_gap": "starts near 0 (the critic is a copy of the teacher), rises as the critic turns to the "
         "student's samples, then falls slowly",
-        "student/sample_std": "stays near the data's; a slide to 0 is collapse",
+        "student/sample_std": "of samples among themselves: rises to about the data's; a slide to 0 is collapse",
     }
 
+    unstable: ClassVar[dict[str, Alarm]] = {"critic/denoising": RUNAWAY_CRITIC, "student/sample_std": LOST_MODES}
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     init_sigma: Annotated[Positive, "noise level sigma / alpha at which the student is called"] = 2.5
@@ -90,7 +93,7 @@ class OneStep(Method):
         # held until the backward pass is done, in which checkpointed layers are computed again
         with nets.held("critic"):
             loss, gap = self.student_loss(nets, batch, x)
-            logs = {"score_gap": gap.detach().square().mean().sqrt(), "sample_std": x.detach().std()}
+            logs = {"score_gap": gap.detach().square().mean().sqrt(), "sample_std": sample_std(x)}
             yield Update("student", loss, logs)
 
     def draw(self, nets: Networks, batch: Batch) -> Tensor:

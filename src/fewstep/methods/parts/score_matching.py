@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fewstep.conditions import Cond, count, where
 from fewstep.denoisers import Denoiser
 from fewstep.randomness import Rng
-from fewstep.schedules import align
+from fewstep.schedules import Schedule, align
 
 
 def denoising_loss(model: Denoiser, x0: Tensor, t: Tensor, cond: Cond, rng: Rng, eps: Tensor | None = None) -> Tensor:
@@ -38,21 +41,66 @@ def drop_condition(cond: Cond, null: Cond, probability: float, rng: Rng) -> Cond
     return where(rng.uniform(n) < probability, null, cond)
 
 
+def sample_std(x: Tensor) -> Tensor:
+    """The standard deviation of samples ``[B, ...]`` among themselves, mean over dimensions: falls when modes are
+    lost."""
+    return x.detach().std(0, correction=0).mean()
+
+
 def surrogate(x: Tensor, g: Tensor) -> Tensor:
     """``0.5 mean || x - sg(x - g) ||^2``: a loss whose gradient in ``x`` is ``g / x.numel()``."""
     return 0.5 * torch.nn.functional.mse_loss(x, (x - g).detach())
 
 
+@dataclass(frozen=True)
+class TwoScores:
+    """Two data predictions at the same states: what a matching vector is made of.
+
+    ``x`` are samples ``[B, ...]`` and ``x_t`` the same noised to ``t`` ``[B]`` on ``schedule``; ``real`` is the
+    teacher's prediction and ``fake`` the critic's.
+    """
+
+    x: Tensor
+    x_t: Tensor
+    t: Tensor
+    real: Tensor
+    fake: Tensor
+    schedule: Schedule
+
+
+#: The weight of a sample's difference of two predictions, ``[B]``.
+Weight = Callable[[TwoScores], Tensor]
+
+
+def by_distance(found: TwoScores) -> Tensor:
+    """DMD's ``1 / mean|x - D_teacher|``."""
+    return 1 / (found.x - found.real).abs().flatten(1).mean(1).clamp_min(1e-8)
+
+
+def by_noise(found: TwoScores) -> Tensor:
+    """Variational score distillation's ``sigma alpha``, with which the vector is ``sigma^2 (eps_teacher - eps_critic)``
+    (ProlificDreamer, SwiftBrush)."""
+    return found.schedule.sigma(found.t) * found.schedule.alpha(found.t)
+
+
+def weighted_difference(found: TwoScores, weight: Weight = by_distance) -> Tensor:
+    """``weight (D_critic - D_teacher)``: since ``s_critic - s_teacher = alpha / sigma^2 (D_critic - D_teacher)``, along
+    this the reverse KL divergence of the noised laws grows."""
+    difference = found.fake - found.real
+    return align(weight(found), difference) * difference
+
+
 @torch.no_grad()
 def matching_vector(
-    x: Tensor, x_t: Tensor, t: Tensor, teacher: Denoiser, critic: Denoiser, cond: Cond = None
+    x: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    teacher: Denoiser,
+    critic: Denoiser,
+    cond: Cond = None,
+    weight: Weight = by_distance,
 ) -> Tensor:
-    """DMD's ``g = (D_critic(x_t) - D_teacher(x_t)) / mean|x - D_teacher(x_t)|``, the mean per sample.
-
-    ``x_t`` is ``x`` noised to ``t`` ``[B]``.  Since ``s_critic - s_teacher = alpha / sigma^2 (D_critic - D_teacher)``
-    this is the reverse-KL gradient of the noised laws, with DMD's weight (Yin et al. 2023, eq. 8, as in the official
-    code, which drops a factor alpha_t).
-    """
-    real = teacher(x_t, t, cond)
-    scale = (x - real).abs().flatten(1).mean(1).clamp_min(1e-8)
-    return (critic(x_t, t, cond) - real) / align(scale, x)
+    """DMD's ``g = (D_critic(x_t) - D_teacher(x_t)) / mean|x - D_teacher(x_t)|``, the mean per sample, or with another
+    weight (Yin et al. 2023, eq. 8, as in the official code, which drops a factor alpha_t)."""
+    found = TwoScores(x, x_t, t, teacher(x_t, t, cond), critic(x_t, t, cond), teacher.schedule)
+    return weighted_difference(found, weight)

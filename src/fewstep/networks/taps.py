@@ -1,0 +1,133 @@
+"""Features inside a network, taken while it is called: one forward pass gives the denoiser's answer and the
+activations of any of its layers.
+
+Layers are named as PyTorch names modules (``"middle.2"``, ``"model.transformer_blocks.9"``), hooks read them, and the
+network is entered through its ``forward``: that works on networks of any make, and on one cut into parts among
+processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.conditions import Cond
+from fewstep.denoisers import Denoiser, NetworkDenoiser, networks_in
+from fewstep.networks.inputs import inputs_of
+
+
+def tapped(
+    denoiser: Denoiser, layers: Sequence[str], x: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """``D(x, t, cond)`` and the features of ``layers``, from one call of the network.
+
+    Features are what the layer gives: grids ``[B, C, ...]``, tokens ``[B, L, D]`` or vectors ``[B, D]``; of several
+    tensors the last.  Gradients flow through them as through the network.  ValueError for a layer that the network has
+    not or does not come through, and where it is called more than once (guidance: tap the model without it).
+    """
+    with tapping(only_network(denoiser).net, layers) as seen:
+        x0 = denoiser(x, t, cond, **extras)
+    return x0, once_each(seen)
+
+
+@contextmanager
+def tapping(net: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """A block in which what ``layers`` give is kept, by name, once for each call."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    modules = dict(net.named_modules())
+    with ExitStack() as stack:
+        for name in layers:
+            if name not in modules:
+                raise ValueError(
+                    f"'{name}' is no layer of this {type(net).__name__}; tappable_layers(denoiser) lists them"
+                )
+
+            def keep(module: nn.Module, given: Any, out: Any, name: str = name) -> None:
+                if (features := features_of(out)) is not None:
+                    seen[name].append(features)
+
+            stack.callback(modules[name].register_forward_hook(keep).remove)
+        yield seen
+
+
+def once_each(seen: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
+    """What each layer gave; ValueError unless that was one tensor in the call."""
+    for name, given in seen.items():
+        if len(given) != 1:
+            raise ValueError(f"layer '{name}' gave features {len(given)} times in one call: only once can be tapped")
+    return [given[0] for given in seen.values()]
+
+
+def features_of(out: Any) -> Tensor | None:
+    """The features in what a layer gives: itself, or the last tensor of several."""
+    found = [part for part in (out if isinstance(out, tuple | list) else (out,)) if isinstance(part, Tensor)]
+    return found[-1] if found and found[-1].is_floating_point() else None
+
+
+def only_network(denoiser: Denoiser) -> NetworkDenoiser:
+    """The network in a denoiser; ValueError where there is none, or more than one."""
+    found = networks_in(denoiser)
+    if len({id(part.net) for part in found}) != 1:
+        raise ValueError(
+            f"features are those of one network, and this {type(denoiser).__name__} is made of {len(found)}"
+        )
+    return found[0]
+
+
+def tappable_layers(denoiser: Denoiser) -> dict[str, tuple[int, ...]]:
+    """The layers that a network is a sequence of, in the order in which they run, and the shape of one sample's
+    features.
+
+    They are the members of its outermost lists of modules that give features of the highest rank (what embeds a time
+    or a condition has a lower one), found by one call on a sample of zeros.  ValueError for a network without such
+    lists.
+    """
+    part = only_network(denoiser)
+    lists = [name for name, module in part.net.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    names = [f"{name}.{child}" for name in outermost for child, _ in part.net.get_submodule(name).named_children()]
+    order: list[str] = []
+    with tapping(part.net, names) as seen, ExitStack() as stack:
+        for name in names:
+            hook = part.net.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name))
+            stack.callback(hook.remove)
+        trial_call(part)
+    shapes = {name: tuple(seen[name][0].shape[1:]) for name in order if len(seen[name]) == 1}
+    rank = max(map(len, shapes.values()), default=0)
+    found = {name: shape for name, shape in shapes.items() if len(shape) == rank}
+    if not found:
+        raise ValueError(f"a {type(part.net).__name__} has no list of layers: name the ones to tap")
+    return found
+
+
+def feature_shapes(denoiser: Denoiser, layers: Sequence[str]) -> list[tuple[int, ...]]:
+    """The shape of one sample's features in each of ``layers``."""
+    part = only_network(denoiser)
+    with tapping(part.net, layers) as seen:
+        trial_call(part)
+    return [tuple(features.shape[1:]) for features in once_each(seen)]
+
+
+@torch.no_grad()
+def trial_call(part: NetworkDenoiser) -> None:
+    """One call on a sample of zeros, without a condition and with further inputs of 0."""
+    like = next(part.net.parameters(), torch.zeros(()))
+    x = torch.zeros(1, *part.shape, device=like.device, dtype=like.dtype)
+    extras = {name: x.new_zeros(1) for name in inputs_of(part.net)}
+    part(x, torch.tensor([part.schedule.t_max], dtype=torch.float64, device=like.device), part.null, **extras)
+
+
+def spread_layers(denoiser: Denoiser, count: int) -> tuple[str, ...]:
+    """``count`` of the :func:`tappable_layers` at equal distances, from a tenth of the depth to the end; all where
+    there are fewer."""
+    layers = list(tappable_layers(denoiser))
+    if count >= len(layers):
+        return tuple(layers)
+    last = len(layers) - 1
+    if count == 1:
+        return (layers[last],)
+    return tuple(layers[round(last * (0.1 + 0.9 * i / (count - 1)))] for i in range(count))
