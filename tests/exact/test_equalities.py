@@ -26,6 +26,7 @@ from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
+from fewstep.methods.consistency.rcm import RCM, student_direction
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
@@ -54,7 +55,7 @@ from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
 from fewstep.methods.parts.ramp import Ramp
 from fewstep.methods.parts.score_matching import denoising_loss
 from fewstep.methods.parts.teacher_steps import ddim_step, guided, guided_by_choice
-from fewstep.methods.parts.times import LogNormal, Ordered, PairLaw, Segments
+from fewstep.methods.parts.times import LogNormal, Ordered, Own, PairLaw, Segments, TimeLaw
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.networks.inputs import with_inputs
@@ -713,6 +714,55 @@ def msd() -> Pairs:
         expected = weights(host)
         yield host.name, weights(MSD(parts=1, adm=0.0, dm=Host(host))), expected
         yield f"not the first of two, {host.name}", weights(MSD(parts=2, adm=0.0, dm=Host(host))), expected
+
+
+# rCM
+
+
+@row("rCM", "at r = 1 its direction is sCM's, to the last bit")
+def rcm() -> Pairs:
+    nets = RCM(sigma_data=0.7).networks(Start(teacher()))
+    moved(nets, "student")
+    x = batch().x
+    t = torch.linspace(0.1, 1.5, len(x), dtype=torch.float64)
+    v = nets.teacher.velocity(x, t).detach()
+    scm_direction = eulerian(nets.student, x, t, 0 * t, v, scale=t.cos())
+    for name, r in (("direction", 1.0), ("not in its warm-up", 0.5)):
+        yield name, student_direction(nets.student, x, t, v, None, r=r).g, scm_direction.g
+
+
+@row("rCM without matching", "its gradient is sCM's at an even weight, times the number of dimensions", 1e-12)
+def rcm_without_matching() -> Pairs:
+    def slopes(method: Method, other: str) -> Tensor:
+        nets = method.networks(Start(teacher()))
+        moved(nets, "student")
+        for p in nets.get_submodule(other).parameters() if other else ():
+            p.data.fill_(0.1 * (other == "critic"))
+        (update,) = method.updates(nets, batch(), Progress(fraction=0.95))  # type: ignore[arg-type]
+        return flat(torch.autograd.grad(update.loss, list(nets.student.parameters())))
+
+    expected = 3 * slopes(ContinuousConsistencyDistillation(sigma_data=0.7, noise_mean=-0.8), "weight")
+    yield "gradient", slopes(RCM(sigma_data=0.7, matching_weight=0.0), ""), expected
+    yield "not with matching", slopes(RCM(sigma_data=0.7, matching_weight=0.1), "critic"), expected
+
+
+@row("rCM without consistency", "of one call it is DMD without its regression, at DMD's times, twice the sum", 1e-12)
+def rcm_without_consistency() -> Pairs:
+    class InnerTimes(RCM):
+        def matching_law(self, shape: tuple[int, ...]) -> TimeLaw:
+            return Own(0.02, 0.98)
+
+    def slopes(method: Method) -> Tensor:
+        nets = method.networks(Start(teacher()))
+        moved(nets, "student")
+        moved(nets, "critic")
+        update = next(iter(method.updates(nets, batch(), Progress(fraction=0.5))))
+        return flat(torch.autograd.grad(update.loss, list(nets.student.parameters())))  # type: ignore[union-attr]
+
+    own = {"sigma_data": 0.7, "consistency_weight": 0.0, "matching_weight": 0.3}
+    expected = 2 * 3 * 0.3 * slopes(DMD(regression_weight=0.0))
+    yield "gradient", slopes(InnerTimes(rollout_steps=1, **own)), expected
+    yield "not at times of its own", slopes(RCM(rollout_steps=1, **own)), expected
 
 
 # The test, after all rows

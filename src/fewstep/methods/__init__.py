@@ -27,6 +27,7 @@ RECIPES: dict[str, str] = {
     "ict": "fewstep.methods.consistency.ict:ImprovedConsistencyTraining",
     "scm": "fewstep.methods.consistency.scm:ContinuousConsistencyDistillation",
     "scm-training": "fewstep.methods.consistency.scm:ContinuousConsistencyTraining",
+    "rcm": "fewstep.methods.consistency.rcm:RCM",
     "tbcm": "fewstep.methods.consistency.tbcm:TBCM",
     "ctm": "fewstep.methods.consistency.ctm:ConsistencyTrajectory",
     "ctm-training": "fewstep.methods.consistency.ctm:SelfConsistencyTrajectory",

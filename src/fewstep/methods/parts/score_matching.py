@@ -30,6 +30,14 @@ def data_loss(model: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, target: Tenso
     return torch.nn.functional.mse_loss(f, (target - align(a, x_t) * x_t) / align(b, x_t))
 
 
+def velocity_loss(model: Denoiser, x0: Tensor, t: Tensor, cond: Cond, rng: Rng) -> Tensor:
+    """``E || dx/dt - (alpha' x0 + sigma' eps) ||^2``, mean over everything, whatever the network predicts.  On TrigFlow
+    it is ``|| D - x0 ||^2 / sin^2 t`` exactly."""
+    eps = rng.normal_like(x0)
+    x_t = model.schedule.add_noise(x0, eps, t)
+    return torch.nn.functional.mse_loss(model.velocity(x_t, t, cond), model.schedule.velocity(x0, eps, t))
+
+
 def drop_condition(cond: Cond, null: Cond, probability: float, rng: Rng) -> Cond:
     """Conditions with a share replaced by ``null``, the model's "no condition", for classifier-free guidance."""
     n = count(cond)
