@@ -26,6 +26,7 @@ from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
+from fewstep.methods.consistency.scott import StochasticConsistencyDistillation
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
 from fewstep.methods.flow_maps.boot import BOOT, signal_step
@@ -43,7 +44,7 @@ from fewstep.methods.parts.from_noise import FromNoise
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
 from fewstep.methods.parts.ramp import Ramp
 from fewstep.methods.parts.score_matching import denoising_loss
-from fewstep.methods.parts.teacher_steps import ddim_step, guided, guided_by_choice
+from fewstep.methods.parts.teacher_steps import ERSDE, DDIMNoise, ddim_step, guided, guided_by_choice
 from fewstep.methods.parts.times import LogNormal, Ordered, PairLaw, Segments
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
@@ -611,6 +612,32 @@ def pcm_steps() -> Pairs:
 
     yield "gradient", flat(found.values()), regressed(10)
     yield "not of another grid", flat(found.values()), regressed(9)
+
+
+# Consistency with a stochastic teacher, and on segments
+
+
+@row("SCott", "without noise, in one sub-step and without its game it is LCM, bit for bit")
+def scott() -> Pairs:
+    plain = {"skip": 24, "steps": (1, 2, 4)}
+    expected = gradients_of(LatentConsistencyDistillation(**plain), teacher(), batch())
+    bare = StochasticConsistencyDistillation(noise=DDIMNoise(0.0), substeps=1, gan_weight=0.0)
+    yield "gradient", flat(gradients_of(bare, teacher(), batch()).values()), flat(expected.values())
+    for name, change in (("noise", {"noise": DDIMNoise(0.2)}), ("two sub-steps", {"substeps": 2})):
+        other = gradients_of(dataclasses.replace(bare, **change), teacher(), batch())
+        yield f"not with {name}", flat(other.values()), flat(expected.values())
+
+
+@row("SCott, ER-SDE", "phi = r^2 is DDIM's eta = 1, the posterior of DDPM, and phi = r the probability flow", 1e-12)
+def scott_er_sde() -> Pairs:
+    bare = StochasticConsistencyDistillation(gan_weight=0.0, substeps=2)
+
+    def slopes(noise: Any) -> Tensor:
+        return flat(gradients_of(dataclasses.replace(bare, noise=noise), teacher(), batch()).values())
+
+    yield "phi = r^2", slopes(ERSDE("r^2")), slopes(DDIMNoise(1.0))
+    yield "phi = r", slopes(ERSDE("r")), slopes(DDIMNoise(0.0))
+    yield "not phi = r^1.5", slopes(ERSDE("r^1.5")), slopes(DDIMNoise(1.0))
 
 
 # The test, after all rows

@@ -31,6 +31,7 @@ RECIPES: dict[str, str] = {
     "ctm": "fewstep.methods.consistency.ctm:ConsistencyTrajectory",
     "ctm-training": "fewstep.methods.consistency.ctm:SelfConsistencyTrajectory",
     "lcm": "fewstep.methods.consistency.lcm:LatentConsistencyDistillation",
+    "scott": "fewstep.methods.consistency.scott:StochasticConsistencyDistillation",
     "pcm": "fewstep.methods.consistency.pcm:PhasedConsistencyDistillation",
     "dmd": "fewstep.methods.matching.dmd:DMD",
     "dmd2": "fewstep.methods.matching.dmd2:DMD2",

@@ -44,7 +44,22 @@ def consistency_loss(
     end: Tensor | None = None,
     **extras: Tensor,
 ) -> Tensor:
-    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, with the same dropout mask in both calls.
+    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, as :func:`both_jumps` makes the two."""
+    return distance(*both_jumps(model, target, batch, x_t, x_s, t, s, end, **extras))
+
+
+def both_jumps(
+    model: FlowMap,
+    target: FlowMap,
+    batch: Batch,
+    x_t: Tensor,
+    x_s: Tensor,
+    t: Tensor,
+    s: Tensor,
+    end: Tensor | None = None,
+    **extras: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``f(x_t, t)`` and, without a graph, ``f_target(x_s, s)``, with the same dropout mask in both calls.
 
     ``f`` goes to the data, or to the times ``end`` ``[B]``; ``extras`` are further inputs of both networks.
     """
@@ -56,7 +71,7 @@ def consistency_loss(
 
     with torch.no_grad(), repeated_draws(x_t.device):
         aim = jump(target, x_s, s)
-    return distance(jump(model, x_t, t), aim)
+    return jump(model, x_t, t), aim
 
 
 @dataclass(frozen=True)
