@@ -28,6 +28,7 @@ RECIPES: dict[str, str] = {
     "scm": "fewstep.methods.consistency.scm:ContinuousConsistencyDistillation",
     "scm-training": "fewstep.methods.consistency.scm:ContinuousConsistencyTraining",
     "tbcm": "fewstep.methods.consistency.tbcm:TBCM",
+    "mlcm": "fewstep.methods.consistency.mlcm:MLCM",
     "ctm": "fewstep.methods.consistency.ctm:ConsistencyTrajectory",
     "ctm-training": "fewstep.methods.consistency.ctm:SelfConsistencyTrajectory",
     "lcm": "fewstep.methods.consistency.lcm:LatentConsistencyDistillation",

@@ -49,6 +49,13 @@ def ddim_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond = 
     return ddim_move(x, denoiser(x, t, cond), t, s, denoiser.schedule)
 
 
+def ddim_steps(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
+    """DDIM steps along falling ``times`` ``[K, B]``."""
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        x = ddim_step(denoiser, x, t, s, cond)
+    return x
+
+
 @dataclass(frozen=True)
 class StepNoise(Written, ABC):
     """How much of the noise of a state a stochastic step keeps, the rest being drawn anew; written ``0.3`` for DDIM's
