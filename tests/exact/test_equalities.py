@@ -24,6 +24,7 @@ from fewstep.guidance import Guided
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
+from fewstep.methods.consistency.mlcm import SegmentConsistency
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
 from fewstep.methods.consistency.scott import StochasticConsistencyDistillation
@@ -638,6 +639,52 @@ def scott_er_sde() -> Pairs:
     yield "phi = r^2", slopes(ERSDE("r^2")), slopes(DDIMNoise(1.0))
     yield "phi = r", slopes(ERSDE("r")), slopes(DDIMNoise(0.0))
     yield "not phi = r^1.5", slopes(ERSDE("r^1.5")), slopes(DDIMNoise(1.0))
+
+
+@row("MLCM, one segment", "on noised data it is PCM in one phase without a target network, bit for bit")
+def mlcm() -> Pairs:
+    one = SegmentConsistency(segments=1, states="data", guidance=2.0)
+    expected = gradients_of(
+        PhasedConsistencyDistillation(phases=1, guidance_min=2.0, guidance_max=2.0), teacher(), batch()
+    )
+    for name, method in (
+        ("gradient", one),
+        ("not in two segments", dataclasses.replace(one, segments=2)),
+        ("not on trajectories", dataclasses.replace(one, states="trajectory")),
+        ("not without guidance", dataclasses.replace(one, guidance=1.0)),
+    ):
+        yield name, flat(gradients_of(method, teacher(), batch()).values()), flat(expected.values())
+
+
+@row("MLCM, one segment, and LCM", "on noised data it is LCM at one weight, whose boundary is that of the jump", 1e-11)
+def mlcm_lcm() -> Pairs:
+    one = SegmentConsistency(segments=1, states="data", guidance=2.0)
+    # c_skip = 0 and c_out = 1 to all digits from the first time on
+    lcm_like = {"guidance_min": 2.0, "guidance_max": 2.0, "time_scale": 1e9}
+    found = flat(gradients_of(one, teacher(), batch()).values())
+    for name, mu in (("no average", 0.0), ("not with a target network", 0.95)):
+        method = LatentConsistencyDistillation(mu=mu, **lcm_like)
+        nets = method.networks(Start(teacher()))
+        moved(nets, "student")
+        (update,) = method.updates(nets, batch(), Progress())
+        yield name, found, flat(torch.autograd.grad(update.loss, list(nets.student.parameters())))
+
+
+@row("MLCM, a segment a step", "it regresses on the guided teacher's own DDIM step", 1e-12)
+def mlcm_steps() -> Pairs:
+    source, schedule = teacher(), teacher().schedule
+    method = SegmentConsistency(segments=10, skip=100, states="data", guidance=2.0)
+    found, nets = gradients_of(method, source, batch()), method.networks(Start(source))
+    moved(nets, "student")
+    edges = Segments(10).edges(schedule).flip(0)
+    for name, scale in (("gradient", 2.0), ("not of the teacher alone", 1.0)):
+        given = batch()
+        n = given.rng.integers(given.n, 0, 10)
+        t, s = edges[n], edges[n + 1]
+        x = schedule.add_noise(given.x, given.rng.normal_like(given.x), t)
+        aim = ddim_step(guided(source, scale), x, t, s, given.cond)
+        loss = (nets.student(x, t, s, given.cond) - aim).square().mean()
+        yield name, flat(found.values()), flat(torch.autograd.grad(loss, list(nets.student.parameters())))
 
 
 # The test, after all rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 from fewstep.runs.course import run_recipe
 from fewstep.runs.stages import stages_of
-from fewstep.sampling.rollout import Plan, rollout
+from fewstep.sampling.rollout import rollout
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow
 from fewstep.training.budget import Budget
 from fewstep.training.settings import Settings
@@ -42,8 +43,8 @@ F64 = torch.float64
 #: TLCM's text; the weights of the games, the margin of the reward that it stands for here, and how MLCM merges, are not
 #: in it.
 PUBLISHED = {
-    "lr": 1e-4, "later_lr": 1e-5, "critic_lr": 1e-4, "guidance": 8.0, "segments": 8, "skip": 20, "joining": "milestones",
-    "merges": ..., "student_steps": 4, "teacher_steps": 3, "margin": ..., "shares": (12.0, 2.0, 0.5, 1.0),
+    "lr": 1e-4, "later_lr": 1e-5, "critic_lr": 1e-4, "guidance": 8.0, "segments": 8, "skip": 20,
+    "joining": "milestones", "merges": ..., "student_steps": 4, "teacher_steps": 3, "margin": ..., "shares": (12.0, 2.0, 0.5, 1.0),
     "steps": ..., "gamma": 1.0, "distance": "latent lpips",
     "optimizer": {
         "kind": "adamw", **dict.fromkeys(("betas", "eps", "weight_decay", "clip", "warmup", "decay"), ...),
@@ -96,7 +97,7 @@ def test_states_have_the_forward_law_up_to_the_error_of_the_steps_and_not_under_
     forward = float((0.49 * 0.25 + 0.09) ** 0.5)
     world = Gaussian(schedule, torch.zeros(1, dtype=F64), 0.25)
     errors = [abs(deviation(world, steps) - forward) for steps in (8, 16, 32)]
-    assert errors[0] < 0.04 and all(1.7 < a / b < 2.3 for a, b in zip(errors[:-1], errors[1:], strict=True))
+    assert errors[0] < 0.04 and all(1.7 < a / b < 2.3 for a, b in pairwise(errors))
     led = GuidedGaussian(schedule, (1,), 0.25, 1.0, 3.0)
     exact = float(led.flow(schedule.prior(unit), schedule.t_max, 0.3)[0])
     assert deviation(led, 400) == pytest.approx(exact, rel=0.01)
@@ -263,7 +264,7 @@ def test_plans_are_even_and_re_noise_or_jump_on() -> None:
 
 
 def test_stages_and_their_shares() -> None:
-    """12 : 2 : 0.5 : 1; the reward's is left out where none is given, and joining is by edges, by merging or by both."""
+    """12 : 2 : 0.5 : 1; the reward's is left out where none is given; joining is by edges, by merging or by both."""
 
     def told(recipe: MLCM, *given: str) -> list[tuple[str, float]]:
         return [(stage.method.name.removeprefix("mlcm-"), stage.share) for stage in stages_of(recipe, given)]

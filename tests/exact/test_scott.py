@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -22,7 +22,6 @@ from fewstep.methods.parts.teacher_steps import (
     PHI,
     DDIMNoise,
     StepNoise,
-    ddim_step,
     stochastic_step,
     stochastic_steps,
     times_between,
@@ -170,7 +169,7 @@ def fitted(eta: float, steps: int, c: float = 0.5, top: float = 10.0, n: int = 2
     world = Gaussian(EDM(1e-4, top), torch.zeros(1, dtype=F64), c**2)
     grid, rng = grids.karras(world.schedule, steps).flip(0), Rng(0, "fit")
     slope, mean, error = 1.0, 1.0, 0.0
-    for s, t in zip(grid[:-1], grid[1:], strict=True):
+    for s, t in pairwise(grid):
         y = torch.sqrt(c**2 + t**2) * rng.normal(n, 1, dtype=F64)
         aim = slope * stochastic_steps(world, y, torch.stack([t.expand(n), s.expand(n)]), DDIMNoise(eta), rng)
         slope = float((aim * y).sum() / (y * y).sum())

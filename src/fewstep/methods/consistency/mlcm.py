@@ -60,8 +60,8 @@ ADVERSARY = Adversary()
 
 @torch.no_grad()
 def trajectory_states(teacher: Denoiser, x: Tensor, t: Tensor, steps: Tensor, most: int, cond: Cond = None) -> Tensor:
-    """Where the teacher's DDIM steps take ``x`` ``[B, ...]`` from ``t_max`` to ``t`` ``[B]``: ``steps`` ``[B]`` of them,
-    at most ``most``, equal in its own index.
+    """Where DDIM steps of the teacher take ``x`` ``[B, ...]`` from ``t_max`` to ``t`` ``[B]``: ``steps`` ``[B]`` of them, at
+    most ``most``, equal in its own index.
 
     Rows that have arrived cost nothing.  The teacher is called ``most`` times, however the rows fall: processes that
     share its parts call it in step.
@@ -286,7 +286,8 @@ class MLCM(Recipe):
          "1e-4 there, for low-rank weights)",
          "`guidance` is 1, for small models (8 there)",
          "`distance` is l2 (LPIPS on latents there, of a network whose weights are not public)",
-         "stages are shares of one budget, 12 : 2 : 0.5 : 1 (12k, 2k, 0.5k and 1k iterations there, the last two in smaller batches)",
+         "stages are shares of one budget, 12 : 2 : 0.5 : 1 (12k, 2k, 0.5k and 1k iterations there, the last two in "
+         "smaller batches)",
          "the learning rate falls linearly to 0 over each stage (not known there)",
          "rewards see samples as the student makes them, and prompts as they are: no decoder stands between, and there "
          "are no negative prompts",

@@ -39,6 +39,9 @@ from fewstep.methods.start import Start, denoiser_in
 from fewstep.ranges import Count, NonNegative
 from fewstep.schedules import Schedule
 
+#: Weak enough to keep the variety of one call, and among what the paper compares.
+WEAK = DDIMNoise(0.1)
+
 
 @dataclass(frozen=True)
 class StochasticConsistencyDistillation(LatentConsistencyDistillation):
@@ -83,7 +86,7 @@ class StochasticConsistencyDistillation(LatentConsistencyDistillation):
 
     skip: Annotated[Count, "steps of the teacher's table between the two states, thousandths without one"] = 24
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4)
-    noise: Annotated[StepNoise, "noise of the teacher's steps: DDIM's eta, or ER-SDE's phi"] = DDIMNoise(0.1)
+    noise: Annotated[StepNoise, "noise of the teacher's steps: DDIM's eta, or ER-SDE's phi"] = WEAK
     substeps: Annotated[Count, "steps of the teacher between the two states"] = 3
     gan_weight: Annotated[NonNegative, "weight of the adversarial term; 0 leaves the discriminator out"] = 0.02
     layers: Annotated[tuple[str, ...], "layers whose features the discriminator sees; none for the bottleneck"] = ()

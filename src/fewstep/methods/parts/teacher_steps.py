@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +52,7 @@ def ddim_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond = 
 
 def ddim_steps(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
     """DDIM steps along falling ``times`` ``[K, B]``."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x = ddim_step(denoiser, x, t, s, cond)
     return x
 
@@ -178,7 +179,7 @@ def stochastic_steps(
     denoiser: Denoiser, x: Tensor, times: Tensor, noise: StepNoise, rng: Rng, cond: Cond = None
 ) -> Tensor:
     """Steps along falling ``times`` ``[K, B]``, with noise of its own in each."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x = stochastic_step(denoiser, x, t, s, noise, rng, cond)
     return x
 
