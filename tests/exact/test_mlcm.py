@@ -44,8 +44,8 @@ F64 = torch.float64
 #: in it.
 PUBLISHED = {
     "lr": 1e-4, "later_lr": 1e-5, "critic_lr": 1e-4, "guidance": 8.0, "segments": 8, "skip": 20,
-    "joining": "milestones", "merges": ..., "student_steps": 4, "teacher_steps": 3, "margin": ..., "shares": (12.0, 2.0, 0.5, 1.0),
-    "steps": ..., "gamma": 1.0, "distance": "latent lpips",
+    "joining": "milestones", "merges": ..., "student_steps": 4, "teacher_steps": 3, "margin": ...,
+    "shares": (12.0, 2.0, 0.5, 1.0), "steps": ..., "gamma": 1.0, "distance": "latent lpips",
     "optimizer": {
         "kind": "adamw", **dict.fromkeys(("betas", "eps", "weight_decay", "clip", "warmup", "decay"), ...),
     },
@@ -232,12 +232,15 @@ def test_a_reward_moves_the_samples_as_far_as_its_margin() -> None:
 
 
 def test_matching_is_a_game_of_one_call_against_several() -> None:
-    """From one noise; the student's update reaches the student only, the critic's critic and head only; no more calls
-    than the rollout's and the two with a gradient."""
+    """From one noise; the student moves in every fifth iteration, the critic before; the student's update reaches the
+    student only, the critic's critic and head only; no more calls than the rollout's and the two with a gradient."""
     method = SelfMatching(student_steps=4, gan_weight=1.0, discriminator_weight=1.0)
     nets = method.networks(Start(network().float()))
     nets.student.denoiser = CountCalls(nets.student.denoiser)
-    updates = method.updates(nets, dataless(), Progress())
+    (update,) = method.updates(nets, dataless(), Progress(3))
+    assert update.groups == ("critic",) and nets.student.denoiser.calls == 4
+    nets.student.denoiser.calls = 0
+    updates = method.updates(nets, dataless(), Progress(4))
     first = next(updates)
     assert first.groups == ("student",) and nets.student.denoiser.calls in (5, 6)
     first.loss.backward()

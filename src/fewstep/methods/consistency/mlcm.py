@@ -60,8 +60,8 @@ ADVERSARY = Adversary()
 
 @torch.no_grad()
 def trajectory_states(teacher: Denoiser, x: Tensor, t: Tensor, steps: Tensor, most: int, cond: Cond = None) -> Tensor:
-    """Where DDIM steps of the teacher take ``x`` ``[B, ...]`` from ``t_max`` to ``t`` ``[B]``: ``steps`` ``[B]`` of them, at
-    most ``most``, equal in its own index.
+    """Where the teacher takes ``x`` ``[B, ...]`` from ``t_max`` to ``t`` ``[B]`` in ``steps`` ``[B]`` DDIM steps, at most
+    ``most``, equal in its own index.
 
     Rows that have arrived cost nothing.  The teacher is called ``most`` times, however the rows fall: processes that
     share its parts call it in step.
@@ -225,7 +225,10 @@ class Preference(_Multistep):
 @dataclass(frozen=True)
 class SelfMatching(_Multistep):
     """Distribution matching of the student's predictions, and a game in which its samples of several calls are the real
-    ones and those of one call the generated ones: both without data."""
+    ones and those of one call the generated ones: both without data.
+
+    The critic begins as the teacher *without* guidance: it comes first, or the student would be led once more.
+    """
 
     name: ClassVar[str] = "mlcm-matching"
     healthy: ClassVar[dict[str, str]] = {
@@ -240,7 +243,8 @@ class SelfMatching(_Multistep):
         "student/sample_std": LOST_MODES,
     }
 
-    critic_lr: Annotated[NonNegative, "learning rate of the critic and the discriminator"] = 4e-4
+    critic_lr: Annotated[NonNegative, "learning rate of the critic and the discriminator"] = 1e-3
+    critic_steps: Annotated[Count, "critic updates for each of the student's, which comes last"] = 5
     gan_weight: Annotated[NonNegative, "weight of the adversarial term beside the matching"] = 3e-3
     discriminator_weight: Annotated[NonNegative, "weight of the discriminator's loss beside the critic's own"] = 1e-2
 
@@ -260,15 +264,17 @@ class SelfMatching(_Multistep):
         calls: list[Call] = []
         with torch.no_grad():
             real = rollout(nets.student, batch.normal(), plan, cond, rng, calls=calls)
+        # of every call of the rollout the data prediction is known: what one call makes, and a random one
         call = calls[rng.shared_integer(0, len(calls))]
-        one = nets.student.to_data(calls[0].x, calls[0].t, cond)
-        x = one if call is calls[0] else nets.student.to_data(call.x, call.t, cond)
-        with nets.held("critic"):
-            loss, logs = matching_loss(x, nets.teacher, nets.critic, cond, rng)
-            game = ADVERSARY.student_loss(nets.critic, nets.head, one, cond, rng)
-            yield Update("student", loss + self.gan_weight * game, {**logs, "gan": game.detach()})
-        denoising = critic_loss(nets.critic, x.detach(), cond, rng)
-        told, more = ADVERSARY.discriminator_loss(nets.critic, nets.head, real, one.detach(), cond, rng)
+        if progress.step % self.critic_steps == self.critic_steps - 1:
+            one = nets.student.to_data(calls[0].x, calls[0].t, cond)
+            x = one if call is calls[0] else nets.student.to_data(call.x, call.t, cond)
+            with nets.held("critic"):
+                loss, logs = matching_loss(x, nets.teacher, nets.critic, cond, rng)
+                game = ADVERSARY.student_loss(nets.critic, nets.head, one, cond, rng)
+                yield Update("student", loss + self.gan_weight * game, {**logs, "gan": game.detach()})
+        denoising = critic_loss(nets.critic, call.out, cond, rng)
+        told, more = ADVERSARY.discriminator_loss(nets.critic, nets.head, real, calls[0].out, cond, rng)
         loss = denoising + self.discriminator_weight * told
         yield Update("critic", loss, {"denoising": denoising.detach(), **more})
 
@@ -292,7 +298,7 @@ class MLCM(Recipe):
          "rewards see samples as the student makes them, and prompts as they are: no decoder stands between, and there "
          "are no negative prompts",
          "the critic of the matching is DMD2's, with the discriminator's heads on its features (not known there); the "
-         "weights of the two games are DMD2's",
+         "weights of the two games and five updates of the critic for each of the student's are DMD2's",
          "sampling uses a power-function average of the weights",
          "no ControlNet, no transfer of style: nothing but the student itself"),
     )  # fmt: skip
@@ -304,7 +310,7 @@ class MLCM(Recipe):
 
     lr: Annotated[NonNegative, "learning rate of the first stage"] = 4e-4
     later_lr: Annotated[NonNegative, "learning rate of the stages after it"] = 1e-4
-    critic_lr: Annotated[NonNegative, "learning rate of the critic and the discriminator"] = 4e-4
+    critic_lr: Annotated[NonNegative, "learning rate of the critic and the discriminator"] = 1e-3
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
     segments: Annotated[Count, "segments of the trajectory"] = 8
     skip: Annotated[Count, "steps of the teacher's table that its solver takes at once, thousandths without one"] = 20
