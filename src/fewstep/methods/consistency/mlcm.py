@@ -60,8 +60,8 @@ ADVERSARY = Adversary()
 
 @torch.no_grad()
 def trajectory_states(teacher: Denoiser, x: Tensor, t: Tensor, steps: Tensor, most: int, cond: Cond = None) -> Tensor:
-    """Where the teacher takes ``x`` ``[B, ...]`` from ``t_max`` to ``t`` ``[B]`` in ``steps`` ``[B]`` DDIM steps, at most
-    ``most``, equal in its own index.
+    """Where the teacher takes ``x`` ``[B, ...]`` from ``t_max`` to ``t`` ``[B]`` in ``steps`` ``[B]`` DDIM steps, at
+    most ``most``, equal in its own index.
 
     Rows that have arrived cost nothing.  The teacher is called ``most`` times, however the rows fall: processes that
     share its parts call it in step.
@@ -73,7 +73,7 @@ def trajectory_states(teacher: Denoiser, x: Tensor, t: Tensor, steps: Tensor, mo
         here = moving if len(moving) else steps.new_zeros(1)
         way, n = last[here] - first, steps[here].clamp_min(1).double()
         high = grids.at_index(schedule, first + way * (k / n))
-        low = torch.where(k + 1 == n, t[here], grids.at_index(schedule, first + way * ((k + 1) / n)))
+        low = torch.where(n == k + 1, t[here], grids.at_index(schedule, first + way * ((k + 1) / n)))
         moved = ddim_step(teacher, x[here], high, low.minimum(high), rows(cond, here))
         x = x.index_copy(0, moving, moved) if len(moving) else x
     return x
@@ -308,7 +308,7 @@ class MLCM(Recipe):
     )  # fmt: skip
     roles: ClassVar[tuple[str, ...]] = ("student", "reward")
 
-    lr: Annotated[NonNegative, "learning rate of the first stage"] = 4e-4
+    lr: Annotated[NonNegative, "learning rate of the first stage"] = 1e-3
     later_lr: Annotated[NonNegative, "learning rate of the stages after it"] = 1e-4
     critic_lr: Annotated[NonNegative, "learning rate of the critic and the discriminator"] = 1e-3
     guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
