@@ -97,7 +97,7 @@ def draw(made: dict[str, Tensor], path: Path) -> None:
         axis.plot(x, density, color="#333333", linewidth=1)
         axis.set_title(f"{name}: {100 * at_modes(samples):.0f} % at a mode", fontsize=9)
         axis.set_yticks([])
-        axis.set_ylim(0, 2)
+        axis.set_ylim(0, 1.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
