@@ -28,13 +28,15 @@ from fewstep.methods.consistency.mlcm import (
     trajectory_states,
 )
 from fewstep.methods.method import Batch, Method, Networks, Progress
+from fewstep.methods.parts.adversary import Adversary
 from fewstep.methods.parts.distances import Plain, l2
+from fewstep.methods.parts.distribution_matching import critic_loss
 from fewstep.methods.parts.teacher_steps import ddim_steps, times_between
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 from fewstep.runs.course import run_recipe
 from fewstep.runs.stages import stages_of
-from fewstep.sampling.rollout import rollout
+from fewstep.sampling.rollout import Call, rollout
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow
 from fewstep.training.budget import Budget
 from fewstep.training.settings import Settings
@@ -252,6 +254,37 @@ def test_matching_is_a_game_of_one_call_against_several() -> None:
     assert second.groups == ("critic",)
     assert all(p.grad is None for name in ("student", "teacher") for p in nets.get_submodule(name).parameters())
     assert all(any(p.grad is not None for p in nets.get_submodule(name).parameters()) for name in ("critic", "head"))
+
+
+def test_the_real_ones_are_samples_of_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The discriminator is shown the student's samples by its whole plan as real and what one call makes of the same
+    noise as generated; the critic learns the predictions of a random call."""
+    shown: list[tuple[Tensor, Tensor]] = []
+    learned: list[Tensor] = []
+    kept = Adversary.discriminator_loss
+
+    def seen(self: Any, body: Any, heads: Any, real: Tensor, fake: Tensor, *rest: Any) -> Any:
+        shown.append((real, fake))
+        return kept(self, body, heads, real, fake, *rest)
+
+    def critic(model: Any, x: Tensor, *rest: Any) -> Tensor:
+        learned.append(x)
+        return critic_loss(model, x, *rest)
+
+    monkeypatch.setattr(Adversary, "discriminator_loss", seen)
+    monkeypatch.setattr("fewstep.methods.consistency.mlcm.critic_loss", critic)
+    method = SelfMatching(student_steps=3)
+    nets = method.networks(Start(network().float()))
+    for k in range(8):
+        list(method.updates(nets, dataless(seed=k), Progress()))
+        given = dataless(seed=k)
+        calls: list[Call] = []
+        with torch.no_grad():
+            real = rollout(nets.student, given.normal(), method.plan(nets), given.cond, given.rng, calls=calls)
+        assert torch.equal(shown[-1][0], real) and torch.equal(shown[-1][1], calls[0].out)
+        assert any(torch.equal(learned[-1], call.out) for call in calls)
+        assert not torch.equal(real, calls[0].out)
+    assert len(shown) == 8
 
 
 def test_plans_are_even_and_re_noise_or_jump_on() -> None:
