@@ -46,7 +46,7 @@ F64 = torch.float64
 #: in it.
 PUBLISHED = {
     "lr": 1e-4, "later_lr": 1e-5, "critic_lr": 1e-4, "guidance": 8.0, "segments": 8, "skip": 20,
-    "joining": "milestones", "merges": ..., "student_steps": 4, "teacher_steps": 3, "margin": ...,
+    "joining": "merging", "merges": ..., "student_steps": 4, "teacher_steps": 3, "margin": ...,
     "shares": (12.0, 2.0, 0.5, 1.0), "steps": ..., "gamma": 1.0, "distance": "latent lpips",
     "optimizer": {
         "kind": "adamw", **dict.fromkeys(("betas", "eps", "weight_decay", "clip", "warmup", "decay"), ...),
@@ -305,20 +305,24 @@ def test_stages_and_their_shares() -> None:
     def told(recipe: MLCM, *given: str) -> list[tuple[str, float]]:
         return [(stage.method.name.removeprefix("mlcm-"), stage.share) for stage in stages_of(recipe, given)]
 
-    assert told(MLCM()) == [("segments", 12), ("joining", 2), ("matching", 1)]
-    assert told(MLCM(), "reward")[2] == ("preference", 0.5)
-    assert told(MLCM(joining="merging"))[1:3] == [("segments", 1), ("segments", 1)]
+    at_edges = MLCM(joining="milestones")
+    assert told(at_edges) == [("segments", 12), ("joining", 2), ("matching", 1)]
+    assert told(at_edges, "reward")[2] == ("preference", 0.5)
+    assert told(MLCM())[1:3] == [("segments", 1), ("segments", 1)]
     both: Any = [stage.method for stage in MLCM(joining="both", guidance=3.0, lr=1.0, later_lr=0.5).stages()]
     assert [method.segments for method in both] == [8, 4, 2, 8, 8, 8]
     assert [method.lr for method in both] == [1.0, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert {method.guidance for method in both} == {3.0}
+    for merges in ((8, 4), (2, 4)):
+        with pytest.raises(ValueError, match=r"mlcm: merges=\d,\d must fall from below segments=8"):
+            MLCM(merges=merges)
     with pytest.raises(ValueError, match="no stage has a share"):
         stages_of(MLCM(shares=(0.0, 0.0, 1.0, 0.0)))
 
 
 def test_a_run_needs_no_data_and_takes_a_reward(tmp_path: Path) -> None:
     """All four stages, each in a folder, from conditions alone; without the reward three."""
-    recipe = MLCM(segments=2, student_steps=2, steps=(1, 2), skip=100, guidance=1.5)
+    recipe = MLCM(segments=2, joining="milestones", student_steps=2, steps=(1, 2), skip=100, guidance=1.5)
     settings = Settings(Budget(8), batch=4, precision="fp32", save_seconds=0.0, log_steps=1)
     conditions = Prior((3,), torch.arange(8) % 2)
     teacher = network().float()

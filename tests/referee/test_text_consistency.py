@@ -60,7 +60,9 @@ def test_prompts_make_a_student_that_plain_diffusers_opens(name: str, loaded: An
     given: dict[str, nn.Module] = {}
     if name == "mlcm":
         data, given = Prior(teacher.shape, cond), {"reward": Warm()}
-        recipe = fs.MLCM(guidance=2.0, lr=1e-3, segments=4, skip=50, student_steps=2, steps=(2, 4, 8))
+        recipe = fs.MLCM(
+            guidance=2.0, lr=1e-3, segments=4, merges=(2,), joining="both", skip=50, student_steps=2, steps=(2, 4, 8)
+        )
     student = run_recipe(recipe, teacher, data, SETTINGS, tmp_path / "run", given=given, show=False).model
     assert not torch.equal(last(student), last(teacher))
     opened = fs.load(tmp_path / "run" / "model")

@@ -11,8 +11,8 @@ The teacher's trajectory is cut into segments.  Four stages, each from what the 
 with ``g`` the DDIM jump by the student's data prediction and ``z_s`` made of ``z_t`` by the guided teacher: one DDIM
 step of ``skip`` of its index in a segment, ``teacher_steps`` from an edge to the next.  No state is a noised sample of
 data.  In the segments ``z_t`` comes from noise by the teacher's own guided steps, more of them the cleaner ``t`` is; at
-edges it is the student's own sample, noised.  MLCM itself joins by *merging*: the first stage again, with fewer
-segments each time.  There is no average of the weights as a target.
+edges it is the student's own sample, noised.  Joining at edges ("milestones") is TLCM's; MLCM joins by *merging*: the
+first stage again, with fewer segments each time.  There is no average of the weights as a target.
 
 Read from the paper's text in its version of TLCM; MLCM's list of segments is not certain.
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -286,8 +287,8 @@ class MLCM(Recipe):
     name: ClassVar[str] = "mlcm"
     paper: ClassVar[Paper] = Paper(
         "MLCM: Multistep Consistency Distillation of Latent Diffusion Model", "2406.05768", "from paper text",
-        ("the text is that of the successor, TLCM; MLCM's own way of joining is joining by merging, whose list of "
-         "segments (4, 2) is not certain",
+        ("the text is that of the successor, TLCM, whose way of joining is that at milestones; MLCM's own is merging, "
+         "and its list of segments (4, 2) is not certain",
          "`lr`, `later_lr` and `critic_lr` suit networks of a million parameters and runs of minutes (1e-4, 1e-5 and "
          "1e-4 there, for low-rank weights)",
          "`guidance` is 1, for small models (8 there)",
@@ -315,8 +316,8 @@ class MLCM(Recipe):
     segments: Annotated[Count, "segments of the trajectory"] = 8
     skip: Annotated[Count, "steps of the teacher's table that its solver takes at once, thousandths without one"] = 20
     joining: Annotated[
-        Literal["milestones", "merging", "both"], "how segments are joined: between edges, by fewer of them, or both"
-    ] = "milestones"
+        Literal["merging", "milestones", "both"], "how segments are joined: by fewer of them, between edges, or both"
+    ] = "merging"
     merges: Annotated[tuple[Count, ...], "numbers of segments of the merging stages"] = (4, 2)
     student_steps: Annotated[Count, "calls of the student that make a training sample"] = 4
     teacher_steps: Annotated[Count, "steps of the teacher from an edge to the next"] = 3
@@ -328,6 +329,15 @@ class MLCM(Recipe):
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (2, 4, 8)
     gamma: Annotated[Share, "noise between calls: 1 noises the data prediction anew, 0 jumps on along the path"] = 1.0
     distance: Annotated[Distance, "how two predictions are compared"] = L2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = (self.segments, *self.merges)
+        if self.joining != "milestones" and not all(b < a for a, b in pairwise(counts)):
+            raise ValueError(
+                f"mlcm: merges={','.join(map(str, self.merges))} must fall from below segments={self.segments}, or "
+                "joining be milestones"
+            )
 
     def stages(self) -> list[Stage]:
         first, second, third, fourth = self.shares
