@@ -274,6 +274,10 @@ def test_each_update_reaches_its_own_networks_only() -> None:
     second.loss.backward()
     assert all(p.grad is None for name in ("student", "body") for p in nets.get_submodule(name).parameters())
     assert any(float(p.grad.abs().max()) > 0 for p in nets.head.parameters())
+    longer = StochasticConsistencyDistillation(gan_weight=1.0, substeps=7)
+    nets = longer.networks(Start(network().float()))
+    judged = [update.loss for update in longer.updates(nets, single(), Progress())][1]
+    assert torch.equal(judged, second.loss)  # the teacher's walk has draws of its own
     bare = StochasticConsistencyDistillation(gan_weight=0.0)
     nets = bare.networks(Start(network().float()))
     assert not {"head", "body"} & set(dict(nets.named_children()))

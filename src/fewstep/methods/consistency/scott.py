@@ -121,7 +121,7 @@ class StochasticConsistencyDistillation(LatentConsistencyDistillation):
 
     def ahead(self, teacher: Denoiser, x: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
         times = times_between(teacher.schedule, t, s, self.substeps)
-        # draws of its own, so that without noise all others are LCM's
+        # draws of its own: runs that differ in the walk share all others
         return stochastic_steps(teacher, x, times, self.noise, batch.rng.stream("teacher"), batch.cond)
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
