@@ -47,6 +47,7 @@ def one_call(eta: float, gan_weight: float, iterations: int = 300, n: int = 256,
     method = StochasticConsistencyDistillation(
         guidance_max=1.0, skip=100, steps=(1,), mu=0.9, noise=eta, gan_weight=gan_weight, critic_lr=1e-2, lr=5e-3
     )
+    torch.manual_seed(seed)  # the heads' first weights
     nets = method.networks(Start(world, given={"student": network(0), "guide": network(1)}))
     optimizers = {name: torch.optim.Adam(nets.group_parameters(name), group.lr) for name, group in nets.groups.items()}
     rng = Rng(seed)
