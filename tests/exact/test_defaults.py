@@ -36,6 +36,7 @@ from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
+from fewstep.runs.stages import stages_of
 from fewstep.sampling.coefficients import DATA, NOISE
 from fewstep.sampling.dpm_ot import optimal_transport
 from fewstep.sampling.named import ALL_SOLVERS
@@ -252,7 +253,7 @@ def test_a_default_is_the_published_one_or_declared(name: str) -> None:
     optimizer = published.pop("optimizer")
     assert {field.name for field in dataclasses.fields(cls)} == set(published)
     different = differences(cls(), published)
-    for stage in (stage for stage in cls().stages() if stage.share):
+    for stage in stages_of(cls()):
         for group in stage.method.networks(start_of(name)).groups.values():
             different |= differences(group, optimizer)
     assert set(re.findall(r"`(\w+)`", " ".join(cls.paper.deviations))) & {*published, *ADAM} == different

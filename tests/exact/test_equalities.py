@@ -25,9 +25,11 @@ from fewstep.guidance import Guided
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
+from fewstep.methods.consistency.mlcm import SegmentConsistency
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
 from fewstep.methods.consistency.rcm import RCM, student_direction
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
+from fewstep.methods.consistency.scott import StochasticConsistencyDistillation
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
 from fewstep.methods.flow_maps.boot import BOOT, signal_step
@@ -54,7 +56,7 @@ from fewstep.methods.parts.host import Host
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
 from fewstep.methods.parts.ramp import Ramp
 from fewstep.methods.parts.score_matching import denoising_loss
-from fewstep.methods.parts.teacher_steps import ddim_step, guided, guided_by_choice
+from fewstep.methods.parts.teacher_steps import ERSDE, DDIMNoise, ddim_step, guided, guided_by_choice
 from fewstep.methods.parts.times import LogNormal, Ordered, Own, PairLaw, Segments, TimeLaw
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
@@ -763,6 +765,78 @@ def rcm_without_consistency() -> Pairs:
     expected = 2 * 3 * 0.3 * slopes(DMD(regression_weight=0.0))
     yield "gradient", slopes(InnerTimes(rollout_steps=1, **own)), expected
     yield "not at times of its own", slopes(RCM(rollout_steps=1, **own)), expected
+
+
+# Consistency with a stochastic teacher, and on segments
+
+
+@row("SCott", "without noise, in one sub-step and without its game it is LCM, bit for bit")
+def scott() -> Pairs:
+    plain = {"skip": 24, "steps": (1, 2, 4)}
+    expected = gradients_of(LatentConsistencyDistillation(**plain), teacher(), batch())
+    bare = StochasticConsistencyDistillation(noise=DDIMNoise(0.0), substeps=1, gan_weight=0.0)
+    yield "gradient", flat(gradients_of(bare, teacher(), batch()).values()), flat(expected.values())
+    for name, change in (("noise", {"noise": DDIMNoise(0.2)}), ("two sub-steps", {"substeps": 2})):
+        other = gradients_of(dataclasses.replace(bare, **change), teacher(), batch())
+        yield f"not with {name}", flat(other.values()), flat(expected.values())
+
+
+@row("SCott, ER-SDE", "phi = r^2 is DDIM's eta = 1, the posterior of DDPM, and phi = r the probability flow", 1e-12)
+def scott_er_sde() -> Pairs:
+    bare = StochasticConsistencyDistillation(gan_weight=0.0, substeps=2)
+
+    def slopes(noise: Any) -> Tensor:
+        return flat(gradients_of(dataclasses.replace(bare, noise=noise), teacher(), batch()).values())
+
+    yield "phi = r^2", slopes(ERSDE("r^2")), slopes(DDIMNoise(1.0))
+    yield "phi = r", slopes(ERSDE("r")), slopes(DDIMNoise(0.0))
+    yield "not phi = r^1.5", slopes(ERSDE("r^1.5")), slopes(DDIMNoise(1.0))
+
+
+@row("MLCM, one segment", "on noised data it is PCM in one phase without a target network, bit for bit")
+def mlcm() -> Pairs:
+    one = SegmentConsistency(segments=1, states="data", guidance=2.0)
+    expected = gradients_of(
+        PhasedConsistencyDistillation(phases=1, guidance_min=2.0, guidance_max=2.0), teacher(), batch()
+    )
+    for name, method in (
+        ("gradient", one),
+        ("not in two segments", dataclasses.replace(one, segments=2)),
+        ("not on trajectories", dataclasses.replace(one, states="trajectory")),
+        ("not without guidance", dataclasses.replace(one, guidance=1.0)),
+    ):
+        yield name, flat(gradients_of(method, teacher(), batch()).values()), flat(expected.values())
+
+
+@row("MLCM, one segment, and LCM", "on noised data it is LCM at one weight, whose boundary is that of the jump", 1e-11)
+def mlcm_lcm() -> Pairs:
+    one = SegmentConsistency(segments=1, states="data", guidance=2.0)
+    # c_skip = 0 and c_out = 1 to all digits from the first time on
+    lcm_like = {"guidance_min": 2.0, "guidance_max": 2.0, "time_scale": 1e9}
+    found = flat(gradients_of(one, teacher(), batch()).values())
+    for name, mu in (("no average", 0.0), ("not with a target network", 0.95)):
+        method = LatentConsistencyDistillation(mu=mu, **lcm_like)
+        nets = method.networks(Start(teacher()))
+        moved(nets, "student")
+        (update,) = method.updates(nets, batch(), Progress())
+        yield name, found, flat(torch.autograd.grad(update.loss, list(nets.student.parameters())))
+
+
+@row("MLCM, a segment a step", "it regresses on the guided teacher's own DDIM step", 1e-12)
+def mlcm_steps() -> Pairs:
+    source, schedule = teacher(), teacher().schedule
+    method = SegmentConsistency(segments=10, skip=100, states="data", guidance=2.0)
+    found, nets = gradients_of(method, source, batch()), method.networks(Start(source))
+    moved(nets, "student")
+    edges = Segments(10).edges(schedule).flip(0)
+    for name, scale in (("gradient", 2.0), ("not of the teacher alone", 1.0)):
+        given = batch()
+        n = given.rng.integers(given.n, 0, 10)
+        t, s = edges[n], edges[n + 1]
+        x = schedule.add_noise(given.x, given.rng.normal_like(given.x), t)
+        aim = ddim_step(guided(source, scale), x, t, s, given.cond)
+        loss = (nets.student(x, t, s, given.cond) - aim).square().mean()
+        yield name, flat(found.values()), flat(torch.autograd.grad(loss, list(nets.student.parameters())))
 
 
 # The test, after all rows

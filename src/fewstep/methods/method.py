@@ -282,10 +282,12 @@ class Method(Recipe):
 
 @dataclass(frozen=True)
 class Stage:
-    """A method and its share of the budget, relative to the others'; a stage whose share is 0 is left out."""
+    """A method and its share of the budget, relative to the others'; a stage whose share is 0 is left out, and one that
+    needs a model in a role which nobody brings."""
 
     method: Method
     share: float = 1.0
+    needs: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < math.inf:
