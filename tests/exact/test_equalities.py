@@ -48,9 +48,12 @@ from fewstep.methods.matching.dmd import DMD
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.matching.f_distill import DIVERGENCES, FDistill
 from fewstep.methods.matching.msd import MSD
+from fewstep.methods.matching.phased_dmd import Phase
 from fewstep.methods.matching.sid import SiD
 from fewstep.methods.matching.sim import SIM
+from fewstep.methods.matching.tdm import TDM, Interval
 from fewstep.methods.method import Batch, Method, Networks, Progress, Recipe, alone
+from fewstep.methods.parts.distribution_matching import matching_loss
 from fewstep.methods.parts.from_noise import FromNoise
 from fewstep.methods.parts.host import Host
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
@@ -837,6 +840,73 @@ def mlcm_steps() -> Pairs:
         aim = ddim_step(guided(source, scale), x, t, s, given.cond)
         loss = (nets.student(x, t, s, given.cond) - aim).square().mean()
         yield name, flat(found.values()), flat(torch.autograd.grad(loss, list(nets.student.parameters())))
+
+
+# Matching along trajectories
+
+
+@row("Phased DMD", "with one phase of one call it is DMD2 without its GAN on flow matching, student and critic")
+def phased_dmd() -> Pairs:
+    def slopes(method: Method) -> Mapping[str, Tensor]:
+        nets = method.networks(Start(teacher(FlowMatching())))
+        moved(nets, "student")
+        moved(nets, "critic")
+        return {
+            update.groups[0]: flat(
+                slope
+                for slope in torch.autograd.grad(
+                    update.loss, nets.group_parameters(update.groups[0]), allow_unused=True
+                )
+                if slope is not None
+            )
+            for update in alone(method.updates(nets, batch(), Progress()))
+        }
+
+    plain, one, first = (
+        slopes(method)
+        for method in (
+            DMD2(gan_weight=0.0, critic_steps=1),
+            Phase(phases=1, steps=1, critic_steps=1),
+            Phase(phases=2, steps=1, critic_steps=1),
+        )
+    )
+    for group in ("student", "critic"):
+        yield group, one[group], plain[group]
+        yield f"not the {group} of the first of two", first[group], plain[group]
+
+
+@row("TDM", "with one step its gradient is DMD's, but for the pseudo-Huber distance; its critic's weights are 1", 1e-11)
+def tdm() -> Pairs:
+    source, given = teacher(FlowMatching()), batch()
+    nets = TDM(steps=(1,)).networks(Start(source))
+    moved(nets, "student")
+    moved(nets, "critic")
+    noise, one = given.x, torch.ones(len(given.x), dtype=torch.float64)
+    x = nets.student.to_data(noise, 1.0, given.cond)
+    step = Interval(noise, x.detach(), one, 0 * one, torch.zeros(len(noise), dtype=torch.long))
+    weights = list(nets.student.parameters())
+
+    def slope(loss: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        return flat(g for g in found if g is not None)
+
+    plain, _ = matching_loss(x, source, nets.critic, given.cond, Rng(0), Own(0.02, 0.99))
+    for name, method, factor in (
+        ("squared", TDM(steps=(1,), distance="l2"), 0.5),
+        ("pseudo-Huber of a wide square", TDM(steps=(1,), distance="pseudo-huber", c=1e6), 1e6),
+        ("not pseudo-Huber as published", TDM(steps=(1,), distance="pseudo-huber", c=1e-3), 1e-3),
+    ):
+        found = method.student_loss(nets, dataclasses.replace(given, rng=Rng(0)), step, 1)
+        yield name, factor * slope(found), slope(plain)
+    loss, logs = TDM(steps=(1,)).critic_loss(nets, dataclasses.replace(given, rng=Rng(0)), step, 1)
+    rng = Rng(0)
+    t = Own(0.02, 0.99).draw(source.schedule, len(x), rng)
+    x_t = source.schedule.add_noise(x.detach(), rng.normal_like(x), t)
+    error = (nets.critic(x_t, t, given.cond) - x.detach()).square().mean(1)
+    snr = ((1 - t) / t) ** 2
+    yield "importance", logs["importance"], torch.ones((), dtype=torch.float64)
+    yield "critic's loss", loss, (snr.clamp_max(5.0) * error).mean()
+    yield "not the critic's loss without the bound", loss, (snr * error).mean()
 
 
 # The test, after all rows

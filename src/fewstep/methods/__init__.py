@@ -40,6 +40,8 @@ RECIPES: dict[str, str] = {
     "swift-brush": "fewstep.methods.matching.swift_brush:SwiftBrush",
     "dmd2-stages": "fewstep.methods.matching.dmd2_stages:DMD2Stages",
     "f-distill": "fewstep.methods.matching.f_distill:FDistill",
+    "phased-dmd": "fewstep.methods.matching.phased_dmd:PhasedDMD",
+    "tdm": "fewstep.methods.matching.tdm:TDM",
     "diff-instruct": "fewstep.methods.matching.diff_instruct:DiffInstruct",
     "sid": "fewstep.methods.matching.sid:SiD",
     "sim": "fewstep.methods.matching.sim:SIM",
