@@ -31,6 +31,8 @@ RECIPES: dict[str, str] = {
     "ctm": "fewstep.methods.consistency.ctm:ConsistencyTrajectory",
     "ctm-training": "fewstep.methods.consistency.ctm:SelfConsistencyTrajectory",
     "lcm": "fewstep.methods.consistency.lcm:LatentConsistencyDistillation",
+    "tscd": "fewstep.methods.consistency.tscd:SegmentConsistency",
+    "hyper-sd": "fewstep.methods.consistency.hyper_sd:HyperSD",
     "pcm": "fewstep.methods.consistency.pcm:PhasedConsistencyDistillation",
     "dmd": "fewstep.methods.matching.dmd:DMD",
     "dmd2": "fewstep.methods.matching.dmd2:DMD2",

@@ -41,7 +41,13 @@ class TakesInputs(ABC):
 
 def inputs_of(net: nn.Module) -> tuple[str, ...]:
     """The names of the further inputs that a network takes."""
-    return net.extra_inputs if isinstance(net, TakesInputs) else ()
+    known = as_taking(net)
+    return () if known is None else known.extra_inputs
+
+
+def as_taking(net: nn.Module) -> TakesInputs | None:
+    """A network where it can be given further inputs, None where it cannot."""
+    return net if isinstance(net, TakesInputs) else None
 
 
 class Configured(TakesInputs):
@@ -171,15 +177,16 @@ def with_inputs(
     """
     spans = dict(extras) if isinstance(extras, Mapping) else dict.fromkeys(extras, 1.0)
     made = copy.deepcopy(net)
-    if isinstance(made, TakesInputs):
-        new = {name: span for name, span in spans.items() if name not in made.extra_inputs}
-        if beside and made.beside_channels not in (0, beside):
+    known = as_taking(made)
+    if known is not None:
+        new = {name: span for name, span in spans.items() if name not in known.extra_inputs}
+        if beside and known.beside_channels not in (0, beside):
             raise ValueError(
-                f"the network takes a second sample of {made.beside_channels} channels, this method needs {beside}, as "
-                "many as the data"
+                f"the network takes a second sample of {known.beside_channels} channels, this method needs {beside}, "
+                "as many as the data"
             )
-        missing = beside if beside and not made.beside_channels else made.beside_channels
-        return made.widened(new, missing) if new or missing != made.beside_channels else made
+        missing = beside if beside and not known.beside_channels else known.beside_channels
+        return known.widened(new, missing) if new or missing != known.beside_channels else made
     if not spans:
         return made
     if site is None or beside:
