@@ -27,6 +27,7 @@ from fewstep.schedules import EDM, FlowMatching, Schedule, VPLinear
 PUBLISHED = {
     "segments": ..., "lr": 1e-6, "skip": ..., "mu": ..., "guidance_min": ..., "guidance_max": ..., "distance": "l2",
     "distance_weight": ..., "adversarial_weight": ..., "discriminator_lr": ..., "steps": (1, 2, 4, 8), "eta": ...,
+    "target_time": False,
     "optimizer": dict.fromkeys(
         ("kind", "betas", "eps", "weight_decay", "clip", "warmup", "decay"), ...
     ),

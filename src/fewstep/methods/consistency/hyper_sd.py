@@ -24,10 +24,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from torch import nn
+
 from fewstep.data.dataset import Samples
-from fewstep.flow_maps import Jump
 from fewstep.methods.alarm import Alarm
-from fewstep.methods.consistency.tscd import PAPER, SegmentConsistency, check_etas, plans_of, tcd_plan
+from fewstep.methods.consistency.tscd import PAPER, SegmentConsistency, check_etas, tcd_plan
 from fewstep.methods.method import (
     Batch,
     Method,
@@ -47,7 +48,6 @@ from fewstep.methods.parts.distribution_matching import (
     RUNAWAY_CRITIC,
     critic_loss,
     matching_loss,
-    three_networks,
     two_optimizers,
 )
 from fewstep.methods.parts.feedback import FEW_CLASSES, NO_FEEDBACK, ROLE, Feedback, feedback_loss
@@ -65,8 +65,8 @@ CONSISTENCY = SegmentConsistency()
 
 @dataclass(frozen=True)
 class RewardTuning(Method):
-    """Feedback: the student of ``steps`` is run along one of its plans down to a random call, whose clean prediction is
-    decoded and rated."""
+    """Feedback: the student that ``consistency`` makes is run along one of its plans down to a random call, whose clean
+    prediction is decoded and rated."""
 
     name: ClassVar[str] = "hyper-sd-feedback"
     paper: ClassVar[Paper] = PAPER
@@ -78,26 +78,25 @@ class RewardTuning(Method):
     unstable: ClassVar[dict[str, Alarm]] = {"student/class_entropy": FEW_CLASSES, "student/sample_std": LOST_MODES}
     roles: ClassVar[tuple[str, ...]] = ("student", ROLE)
 
+    consistency: SegmentConsistency = CONSISTENCY
     feedback: Feedback = NO_FEEDBACK
     margins: tuple[float, ...] = (-0.1,)
     lr: float = 1e-4
-    steps: tuple[int, ...] = (1, 2, 4, 8)
-    eta: tuple[float, ...] = (0.0,)
 
     def networks(self, start: Start) -> Networks:
-        student = Jump(start.network("student", on=start.teacher.native().schedule))
+        modules = {"student": self.consistency.flow_map(start), ROLE: self.feedback.reward(start)}
         group = Optimizer(("student",), self.lr, "adamw", clip=1.0, decay="linear")
-        return Networks({"student": student, ROLE: self.feedback.reward(start)}, {"student": group}, ema=("student",))
+        return Networks(modules, {"student": group}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
-        plans = list(plans_of(nets.student.schedule, self.steps, self.eta).values())
+        plans = list(self.consistency.plans(nets.student.schedule).values())
         plan = plans[batch.rng.shared_integer(0, len(plans))]
         x, _ = StudentGenerator(nets.student, plan).draw(batch.n, batch.rng, batch.cond)
         loss, logs = yield from feedback_loss(nets.reward, nets.student, x, batch.cond, self.margins)
         yield Update("student", loss, {**logs, "sample_std": sample_std(x)})
 
     def student(self, nets: Networks) -> Student:
-        return Student(nets.student, plans_of(nets.student.schedule, self.steps, self.eta))
+        return self.consistency.student(nets)
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,15 @@ class OneStepMatching(Method):
         return {"data": start.data, "pairs": pairs_of(start.teacher, start, self.pairs, self.ode_steps, self.guidance)}
 
     def networks(self, start: Start) -> Networks:
-        modules = {**three_networks(start), "distance": L2.network(start.teacher.shape)}
+        teacher = start.teacher.native()
+        modules: dict[str, nn.Module] = {
+            "student": self.consistency.flow_map(start),
+            "critic": start.network("critic", on=teacher.schedule),
+            "teacher": teacher,
+            "distance": L2.network(teacher.shape),
+        }
         if self.consistency_weight:
-            modules |= self.consistency.parts(modules["student"], start.teacher.shape)
+            modules |= self.consistency.parts(modules["student"], teacher.shape)
         if self.feedback:
             modules[ROLE] = self.feedback.reward(start)
         groups = two_optimizers(self.lr, self.critic_lr, clip=10.0, warmup=20)
@@ -216,6 +221,7 @@ class HyperSD(Recipe):
     eta: Annotated[tuple[Share, ...], "share of noise between calls, TCD's: one for all of steps, or one for each"] = (
         0.0,
     )
+    target_time: Annotated[bool, "tell the network where its jump ends, as CTM does; not in the paper"] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,7 +239,7 @@ class HyperSD(Recipe):
     def stages(self) -> list[Stage]:
         weights = zip(self.segments, self.distance_weights, self.adversarial_weights, strict=True)
         ladder = [self.consistency(*each) for each in weights]
-        tuning = RewardTuning(self.feedback, self.margins, self.feedback_lr, self.steps, self.eta)
+        tuning = RewardTuning(ladder[-1], self.feedback, self.margins, self.feedback_lr)
         last = OneStepMatching(
             ladder[-1], self.consistency_weight, self.regression_weight, self.pairs, self.ode_steps,
             (self.guidance_min + self.guidance_max) / 2, self.feedback, self.margins, self.feedback_weight,
@@ -248,5 +254,5 @@ class HyperSD(Recipe):
     def consistency(self, segments: int, distance_weight: float, adversarial_weight: float) -> SegmentConsistency:
         return SegmentConsistency(
             segments, self.lr, self.skip, self.mu, self.guidance_min, self.guidance_max, self.distance,
-            distance_weight, adversarial_weight, self.discriminator_lr, self.steps, self.eta,
+            distance_weight, adversarial_weight, self.discriminator_lr, self.steps, self.eta, self.target_time,
         )  # fmt: skip

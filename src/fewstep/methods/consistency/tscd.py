@@ -45,7 +45,7 @@ from fewstep.methods.parts.distances import L2, Distance
 from fewstep.methods.parts.distribution_matching import WON_GAME
 from fewstep.methods.parts.teacher_steps import check_tells_data, ddim_step, guided
 from fewstep.methods.parts.times import Segments
-from fewstep.methods.start import Start
+from fewstep.methods.start import TARGET, Start
 from fewstep.randomness import Rng
 from fewstep.ranges import Count, NonNegative, Share
 from fewstep.sampling.rollout import Plan, Student
@@ -54,20 +54,21 @@ from fewstep.schedules import Schedule, align
 PAPER = Paper(
     "Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis", "2404.13686", "from paper text",
     ("no training code of the authors is public",
+     "`lr` suits networks of a million parameters and runs of minutes (1e-6 there, for low-rank weights); it falls "
+     "linearly to 0 over every stage",
      "the weights of the two terms of a stage are ours (the paper says that the squared error leads with 8 and 4 "
-     "segments and the adversary gains with 2 and 1), and with them `mu`, `skip`, margins and guidance",
-     "`lr` suits networks of a million parameters and runs of minutes (1e-6 there, for low-rank weights)",
-     "`decay`: the learning rate falls linearly to 0 over a stage",
+     "segments, and that the adversary gains with 2 and 1), and so are the decay of the target, the steps that the "
+     "solver skips, the guidance and the margins, none of which it gives",
      "the trajectory of every stage is the teacher's own, as in the paper's formula (its figure has that of the stage "
      "before)",
      "the discriminator is a head on the frozen teacher's bottleneck (a trained U-Net there); noising both landings on "
      "is our reading of the paper's noise perturbation",
-     "`guidance_min` and `guidance_max` are 1; a range is drawn from and not told to the student",
-     "feedback trains all weights, and without a dial between it and the rest: no adapter of its own",
-     "no feedback on noised pictures by an instance segmentation network, and no bundled model of aesthetics",
+     "the guidance scale is drawn for every sample and not told to the student; 1 unless asked",
+     "feedback trains the student's weights, with no adapter of its own and no dial between it and the rest",
+     "one feedback, by any reward: no instance segmentation network on noised pictures, no bundled model of aesthetics",
      "the regression of score distillation is on the teacher's own outputs, as in DMD (the paper does not say on what)",
-     "consistency at all times goes on in score distillation, at `consistency_weight`, for one student of all steps",
-     "no 1-step network of its own that is called at t = 800",
+     "consistency at all times goes on in score distillation, so that one student keeps all its steps",
+     "no network of its own for one call at t = 800",
      "sampling uses a power-function average of the weights"),
 )  # fmt: skip
 #: Non-saturating, on the bottleneck.
@@ -101,12 +102,6 @@ def tcd_plan(schedule: Schedule, steps: int, eta: float) -> Plan:
     if schedule.table_length is not None:
         inner = torch.tensor([math.floor(place) for place in inner.tolist()], dtype=torch.float64)
     return Plan(times, inner=tuple(grids.at_index(schedule, inner).tolist()))
-
-
-def plans_of(schedule: Schedule, steps: Sequence[int], etas: Sequence[float]) -> dict[int, Plan]:
-    """A plan for each of ``steps``, with its own eta or the one of all."""
-    each = etas if len(etas) == len(steps) else [*etas] * len(steps)
-    return {k: tcd_plan(schedule, k, eta) for k, eta in zip(steps, each, strict=True)}
 
 
 def check_etas(name: str, steps: Sequence[int], eta: Sequence[float]) -> None:
@@ -149,6 +144,8 @@ class SegmentConsistency(Method):
         0.0,
     )
 
+    target_time: Annotated[bool, "tell the network where its jump ends, as CTM does; not in the paper"] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_etas(self.name, self.steps, self.eta)
@@ -160,13 +157,19 @@ class SegmentConsistency(Method):
     def networks(self, start: Start) -> Networks:
         teacher = start.teacher.native()
         self.check(teacher)
-        student = Jump(start.network("student", on=teacher.schedule))
+        student = self.flow_map(start)
         modules: dict[str, nn.Module] = {"student": student, "teacher": teacher, **self.parts(student, teacher.shape)}
         groups = {"student": Optimizer(("student",), self.lr, "adamw", clip=1.0, decay="linear")}
         if self.adversarial_weight:
             modules["head"] = ADVERSARY.heads(teacher)
             groups["discriminator"] = Optimizer(("head",), self.discriminator_lr, "adamw", clip=1.0)
         return Networks(modules, groups, ema=("student",), moved=("target",))
+
+    def flow_map(self, start: Start) -> Jump:
+        """The student, from what a stage before made, else what the user brought, else the teacher."""
+        extras = (TARGET,) if self.target_time else ()
+        denoiser = start.network("student", extras=extras, on=start.teacher.native().schedule)
+        return Jump(denoiser, two_times=self.target_time)
 
     def parts(self, student: nn.Module, shape: tuple[int, ...]) -> dict[str, nn.Module]:
         """What the loss needs beside student and teacher."""
@@ -227,8 +230,12 @@ class SegmentConsistency(Method):
     def follow(self, nets: Networks) -> None:
         follow(nets.target, nets.student, self.mu)
 
-    def student(self, nets: Networks) -> Student:
-        schedule = nets.student.schedule
+    def plans(self, schedule: Schedule) -> dict[int, Plan]:
+        """A call a segment, or with one segment the plans of all steps."""
         if self.segments > 1:
-            return Student(nets.student, {self.segments: tcd_plan(schedule, self.segments, 0.0)})
-        return Student(nets.student, plans_of(schedule, self.steps, self.eta))
+            return {self.segments: tcd_plan(schedule, self.segments, 0.0)}
+        each = self.eta if len(self.eta) == len(self.steps) else self.eta * len(self.steps)
+        return {k: tcd_plan(schedule, k, eta) for k, eta in zip(self.steps, each, strict=True)}
+
+    def student(self, nets: Networks) -> Student:
+        return Student(nets.student, self.plans(nets.student.schedule))
