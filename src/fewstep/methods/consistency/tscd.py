@@ -91,17 +91,25 @@ def draw_ends(schedule: Schedule, low: Tensor, s: Tensor, rng: Rng) -> Tensor:
     return torch.minimum(torch.maximum(ends, low), s)
 
 
+def segment_plan(schedule: Schedule, segments: int) -> Plan:
+    """A deterministic call for each segment."""
+    return Plan(tuple(Segments(segments).edges(schedule)[1:].flip(0).tolist()), gamma=0.0)
+
+
 def tcd_plan(schedule: Schedule, steps: int, eta: float) -> Plan:
-    """TCD's rule at the edges of ``steps`` segments: from every time the jump goes to ``(1 - eta)`` of the next one, in
-    the own index (whole steps of a table), and noise up to it; ``eta = 0`` is deterministic."""
-    times = tuple(Segments(steps).edges(schedule)[1:].flip(0).tolist())
+    """TCD's rule: every jump goes to ``(1 - eta)`` of the next time, and noise up to it; ``eta = 0`` is deterministic.
+
+    Times are trailing steps of a table, of which the share is rounded down, or those of an even grid, on which it is
+    counted.
+    """
+    table = schedule.table_length is not None
+    times = segment_plan(schedule, steps).times if table else tuple(grids.even(schedule, steps)[:-1].tolist())
     if eta == 0 or steps == 1:
         return Plan(times, gamma=0.0)
-    lifted = torch.tensor(times[1:], dtype=torch.float64)
-    inner = (1 - eta) * grids.own_index(schedule, lifted)
-    if schedule.table_length is not None:
-        inner = torch.tensor([math.floor(place) for place in inner.tolist()], dtype=torch.float64)
-    return Plan(times, inner=tuple(grids.at_index(schedule, inner).tolist()))
+    if table:
+        return Plan(times, inner=tuple(float(math.floor((1 - eta) * s)) for s in times[1:]))
+    left = 1 - torch.arange(1, steps, dtype=torch.float64) / steps
+    return Plan(times, inner=tuple(grids.even_time(schedule, 1 - (1 - eta) * left).tolist()))
 
 
 def check_etas(name: str, steps: Sequence[int], eta: Sequence[float]) -> None:
@@ -233,7 +241,7 @@ class SegmentConsistency(Method):
     def plans(self, schedule: Schedule) -> dict[int, Plan]:
         """A call a segment, or with one segment the plans of all steps."""
         if self.segments > 1:
-            return {self.segments: tcd_plan(schedule, self.segments, 0.0)}
+            return {self.segments: segment_plan(schedule, self.segments)}
         each = self.eta if len(self.eta) == len(self.steps) else self.eta * len(self.steps)
         return {k: tcd_plan(schedule, k, eta) for k, eta in zip(self.steps, each, strict=True)}
 
