@@ -91,7 +91,7 @@ def test_weights_are_those_of_their_stage_and_shares_leave_stages_out() -> None:
     ladder = [stage for stage in recipe.stages() if stage.method.name == "tscd"]
     told = [(s.method.segments, s.method.distance_weight, s.method.adversarial_weight, s.share) for s in ladder]
     assert told == [(8, 4.0, 0.0, 0.5), (4, 3.0, 0.1, 0.5), (2, 2.0, 0.2, 0.5), (1, 1.0, 0.3, 0.5)]
-    assert [stage.share for stage in recipe.stages()[4:]] == [0.0, 2.0]  # nothing rates
+    assert [(stage.method.name, stage.share) for stage in recipe.stages()[4:]] == [("hyper-sd-one-step", 2.0)]
     only = HyperSD(tscd_share=0.0, one_step_share=0.0, feedback=Feedback("classifier:digits"))
     assert [stage.method.name for stage in only.stages() if stage.share] == ["hyper-sd-feedback"]
     refused = [
@@ -100,6 +100,7 @@ def test_weights_are_those_of_their_stage_and_shares_leave_stages_out() -> None:
         (lambda: HyperSD(eta=(0.1, 0.2)), "eta=.* one for each of steps"),
         (lambda: HyperSD(feedback=Feedback("given")).check_given({}), "feedback=given asks a reward, and none was"),
         (lambda: HyperSD().check_given({"reward": Mean()}), "feedback=none: a reward was brought"),
+        (lambda: RewardTuning().networks(Start(network())), "feedback=none: nothing rates samples; choose from given"),
         (lambda: HyperSD().check_given({"guide": Mean()}), "hyper-sd has no use for a guide"),
     ]
     for make, reason in refused:

@@ -247,7 +247,7 @@ class HyperSD(Recipe):
         )  # fmt: skip
         return [
             *(Stage(method, self.tscd_share / len(ladder)) for method in ladder),
-            Stage(tuning, self.feedback_share if self.feedback else 0.0),
+            *([Stage(tuning, self.feedback_share)] if self.feedback else []),
             Stage(last, self.one_step_share),
         ]
 

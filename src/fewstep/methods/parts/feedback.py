@@ -68,6 +68,8 @@ class Feedback(Written):
     def reward(self, start: Start) -> Reward:
         """What rates the samples of a stage."""
         self.check_given(ROLE in start.given)
+        if not self:
+            raise ValueError(f"feedback=none: nothing rates samples; choose from {', '.join(CHOICES[1:])}")
         if self.by == GIVEN:
             brought = copy.deepcopy(start.given[ROLE])
             return brought if isinstance(brought, Reward) else ModuleReward(brought)
