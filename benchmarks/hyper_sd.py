@@ -1,6 +1,6 @@
 """Stages of 8, 4, 2 and 1 segments against one segment from the start, on a law whose one-step map is known.
 
-    python benchmarks/hyper_sd.py [--seeds 0 1 2] [--steps 1600] [--picture docs/img/hyper-sd.png]
+    python benchmarks/hyper_sd.py [--seeds 0 1 2] [--steps 1200] [--picture docs/img/hyper-sd.png]
 
 The law is a one-dimensional mixture, whose exact map from noise to data is that of quantiles.  Both students start from
 one small network that was fitted to its denoiser, and have the same number of steps in all.  Rows are the root mean
@@ -77,7 +77,7 @@ def error(student: Student, calls: int) -> float:
 
 def trained(recipe: HyperSD | SegmentConsistency, start: NetworkDenoiser, steps: int, seed: int) -> Student:
     data = Dataset("modes", WORLD.sample(8192, Rng(seed, "data")).float())
-    settings = Settings(Budget(steps), batch=256, seed=seed, precision="fp32")
+    settings = Settings(Budget(steps), batch=128, seed=seed, precision="fp32")
     found: Student = run_recipe(recipe, start, data, settings, show=False).model
     return found
 
@@ -86,7 +86,12 @@ def recipe(segments: tuple[int, ...]) -> HyperSD:
     """TSCD alone, by the distance alone."""
     n = len(segments)
     return HyperSD(
-        segments=segments, distance_weights=(1.0,) * n, adversarial_weights=(0.0,) * n, one_step_share=0.0, lr=1e-3
+        segments=segments,
+        distance_weights=(1.0,) * n,
+        adversarial_weights=(0.0,) * n,
+        one_step_share=0.0,
+        lr=1e-3,
+        mu=0.8,
     )
 
 
@@ -121,7 +126,7 @@ def shrink(picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1600, help="of all stages together")
+    parser.add_argument("--steps", type=int, default=1200, help="of all stages together")
     parser.add_argument("--picture", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)

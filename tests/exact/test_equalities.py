@@ -681,7 +681,7 @@ def tscd_is_pcm() -> Pairs:
         def ends(self, schedule: Schedule, t: Tensor, s: Tensor, rng: Rng) -> Tensor:
             return Segments(self.segments).end(schedule, t)
 
-    phased = gradients_of(PhasedConsistencyDistillation(phases=4, mu=0.95), teacher(), batch())
+    phased = gradients_of(PhasedConsistencyDistillation(phases=4, mu=0.8), teacher(), batch())
     for name, cls in (("gradient", ToTheEdge), ("not to anywhere in it", SegmentConsistency)):
         yield name, flat(gradients_of(cls(segments=4), teacher(), batch()).values()), flat(phased.values())
 

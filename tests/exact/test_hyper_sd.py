@@ -146,12 +146,12 @@ def test_samples_above_the_margin_are_left_alone(margin: float, moves: bool) -> 
     assert any(bool(slope.any()) for slope in slopes) is moves
     if moves:
         student = method.student(nets)
-        before = {k: float(student(batch().x, batch().cond, k).mean()) for k in student.plans}
+        before = {k: float(student(batch().x, batch().cond, k, Rng(0)).mean()) for k in student.plans}
         with torch.no_grad():
             for p in nets.group_parameters("student"):
                 if p.grad is not None:
                     p -= 0.01 * p.grad
-        assert all(float(student(batch().x, batch().cond, k).mean()) > before[k] for k in student.plans)
+        assert all(float(student(batch().x, batch().cond, k, Rng(0)).mean()) > before[k] for k in student.plans)
 
 
 def test_the_prediction_of_a_random_call_is_rated() -> None:

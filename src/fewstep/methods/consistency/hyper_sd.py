@@ -194,11 +194,11 @@ class HyperSD(Recipe):
     segments: Annotated[tuple[Count, ...], "parts of the trajectory, one stage for each; the last is 1"] = (8, 4, 2, 1)
     distance_weights: Annotated[tuple[NonNegative, ...], "weight of the distance in each"] = (1.0, 1.0, 0.5, 0.5)
     adversarial_weights: Annotated[tuple[NonNegative, ...], "weight of the adversarial term in each; 0 for none"] = (
-        0.0, 0.0, 0.01, 0.01,
+        0.0, 0.0, 1e-3, 1e-3,
     )  # fmt: skip
     lr: Annotated[NonNegative, "learning rate of the student"] = 3e-4
     skip: Annotated[Count, "steps of the teacher's table that its solver takes at once, thousandths without one"] = 20
-    mu: Annotated[Share, "decay of the target network"] = 0.95
+    mu: Annotated[Share, "decay of the target network"] = 0.8
     guidance_min: Annotated[float, "least scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
     guidance_max: Annotated[float, "greatest scale, drawn up to for every sample"] = 1.0
     distance: Annotated[Distance, "how two landings are compared"] = L2
@@ -219,7 +219,7 @@ class HyperSD(Recipe):
     one_step_share: Annotated[NonNegative, "share of the budget of score distillation"] = 2.0
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4, 8)
     eta: Annotated[tuple[Share, ...], "share of noise between calls, TCD's: one for all of steps, or one for each"] = (
-        0.0,
+        0.3,
     )
     target_time: Annotated[bool, "tell the network where its jump ends, as CTM does; not in the paper"] = False
 

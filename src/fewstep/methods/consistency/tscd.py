@@ -140,7 +140,7 @@ class SegmentConsistency(Method):
     segments: Annotated[Count, "parts of the trajectory, the paper's k"] = 1
     lr: Annotated[NonNegative, "learning rate"] = 3e-4
     skip: Annotated[Count, "steps of the teacher's table that its solver takes at once, thousandths without one"] = 20
-    mu: Annotated[Share, "decay of the target network"] = 0.95
+    mu: Annotated[Share, "decay of the target network"] = 0.8
     guidance_min: Annotated[float, "least scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
     guidance_max: Annotated[float, "greatest scale, drawn up to for every sample"] = 1.0
     distance: Annotated[Distance, "how two landings are compared"] = L2
@@ -149,7 +149,7 @@ class SegmentConsistency(Method):
     discriminator_lr: Annotated[NonNegative, "learning rate of the discriminator"] = 1e-3
     steps: Annotated[tuple[Count, ...], "network calls that the student of one segment is made for"] = (1, 2, 4, 8)
     eta: Annotated[tuple[Share, ...], "share of noise between calls, TCD's: one for all of steps, or one for each"] = (
-        0.0,
+        0.3,
     )
 
     target_time: Annotated[bool, "tell the network where its jump ends, as CTM does; not in the paper"] = False

@@ -27,7 +27,7 @@ CLASSIFIERS = tuple(f"classifier:{name}" for name in BUNDLED)
 CHOICES = (NONE, GIVEN, *CLASSIFIERS)
 
 #: When feedback goes wrong: the reward is met by fewer kinds of samples.
-FEW_CLASSES = Falls("samples become of few classes, the reward is hacked: lower its margins, its weight or lr", 0.8)
+FEW_CLASSES = Falls("samples become of few classes, the reward is hacked: lower its margins, its weight or lr", 0.6)
 
 
 @dataclass(frozen=True)
