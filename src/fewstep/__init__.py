@@ -25,6 +25,7 @@ _EXPORTS = {
     "sample": "fewstep.sampling",
     "solver_for": "fewstep.sampling.search",
     "load_settings": "fewstep.hub.settings",
+    "LowRank": "fewstep.networks.lora",
     "Student": "fewstep.sampling",
     "Plan": "fewstep.sampling",
     **{place.partition(":")[2]: place.partition(":")[0] for place in RECIPES.values()},
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fewstep.api import pictures as pictures
     from fewstep.api import save as save
     from fewstep.hub.settings import load_settings as load_settings
+    from fewstep.networks.lora import LowRank as LowRank
     from fewstep.sampling import Plan as Plan
     from fewstep.sampling import Student as Student
     from fewstep.sampling.sample import sample as sample

@@ -20,12 +20,13 @@ from fewstep.hub.models import locate as locate
 from fewstep.hub.models import pictures as pictures
 from fewstep.methods.method import Recipe
 from fewstep.methods.start import teacher_in
+from fewstep.networks.lora import LowRank as LowRank
 from fewstep.runs.conditions import NO_DATA, embed_of, without_data
 from fewstep.runs.course import run_recipe
 from fewstep.runs.record import Record, data_source, model_source, record_of
 from fewstep.sampling.rollout import Student
 from fewstep.training.budget import Budget
-from fewstep.training.settings import Settings
+from fewstep.training.settings import Rank, Settings
 
 if TYPE_CHECKING:
     from fewstep.report import Comparison
@@ -57,6 +58,7 @@ def distill(
     student: Student | Denoiser | str | None = None,
     guide: Denoiser | str | None = None,
     reward: nn.Module | str | None = None,
+    lora: LowRank | int | None = None,
     **settings: Any,
 ) -> Student | Denoiser:
     """Train ``recipe`` from ``teacher`` and give back what it made; the teacher stays as it is.
@@ -66,13 +68,17 @@ def distill(
     ``budget`` is steps, images or time ("500steps", "20k images", "2min").  With a ``folder`` the run is recorded there
     as ``fewstep distill`` records it, and the same call or command resumes it; a folder with another run is refused.
     ``student`` is where the student's weights start, a model of any architecture that makes the same samples;
-    ``guide`` and ``reward`` are for methods that use them.  ``settings`` are further fields of
-    :class:`~fewstep.training.settings.Settings`.
+    ``guide`` and ``reward`` are for methods that use them.  With ``lora``, a rank or a
+    :class:`~fewstep.networks.lora.LowRank`, the student trains low-rank weights on the teacher's.  ``settings`` are
+    further fields of :class:`~fewstep.training.settings.Settings`.
     """
     named = {"teacher": teacher, "student": student, "guide": guide, "reward": reward}
     asked = {role: model for role, model in named.items() if model is not None}
     models: dict[str, Any] = {role: load(m) if isinstance(m, str) else m for role, m in asked.items()}
     amount = Budget.parse(budget) if isinstance(budget, str) else budget
+    if lora is not None:
+        ranks = LowRank(lora) if isinstance(lora, int) else lora
+        settings |= {"lora_rank": Rank(ranks.rank), "lora_alpha": ranks.alpha, "lora_targets": ranks.targets}
     chosen = Settings(budget=amount, batch=batch, seed=seed, **settings)
     source = _data(data, teacher_in(models["teacher"]))
     record: Record | None = None

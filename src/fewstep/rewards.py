@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -60,6 +61,17 @@ class ModuleReward(Reward):
     def forward(self, pictures: Tensor, cond: Cond) -> Tensor:
         rewards: Tensor = self.net(pictures, cond)
         return rewards
+
+
+@singledispatch
+def as_reward(module: nn.Module) -> Reward:
+    """Somebody's module as a reward, a :class:`Reward` as it is."""
+    return ModuleReward(module)
+
+
+@as_reward.register
+def _(module: Reward) -> Reward:
+    return module
 
 
 class Together(Reward):

@@ -465,3 +465,30 @@ def test_a_stopped_run_goes_on_to_the_same_weights(number: int, code: int, cli: 
     assert "going on where this run stopped" in cli(*words, "--out", "stopped").out
     cli(*words, "--out", "whole")
     assert weights(Path("stopped")) == weights(Path("whole"))
+
+
+def test_a_low_rank_student_by_command(cli: Cli) -> None:
+    """``--lora-rank`` leaves a folder of factors, its recipe repeats it bit for bit and resumes it, and another rank is
+    another run."""
+    asked = ("distill", "cm", "--teacher", "digits", "--out", "first", *SHORT)
+    cli(*asked, "--lora-rank", "2", "--lora-alpha", "8", "--lora-targets", "first,second")
+    settings = json.loads(Path("first/recipe.json").read_text())["settings"]
+    assert [settings[f"lora_{name}"] for name in ("rank", "alpha", "targets")] == ["2", 8.0, ["first", "second"]]
+    assert len(weights(Path("first"))) < 40_000  # 1.5 MB with the base
+    cli("distill", "--recipe", "first/recipe.json", "--out", "second", "--quiet")
+    assert weights(Path("second")) == weights(Path("first"))
+    assert Path("second/recipe.json").read_bytes() == Path("first/recipe.json").read_bytes()
+    assert bool(torch.isfinite(api.load("first").sample(4)).all())
+    other = cli(*asked, "--lora-rank", "auto", "--lora-alpha", "8", "--lora-targets", "first,second", code=2)
+    assert "--lora-rank is 2 there and auto here" in other.err
+    assert "--lora-rank" in cli("distill", "--recipe", "first/recipe.json", "--lora-rank", "3", code=2).err
+    plan = cli(*asked[: -len(SHORT) - 1], "plan", "--lora-rank", "2", "--dry-run").out
+    assert "8,896 of 392,000" in plan, plan
+    written = cli("export", "first", "whole").out
+    assert "in 1, 2" in written or "whole" in written
+    assert "is not a diffusers model" in cli("export", "first", "factors", "--lora", code=2).err
+    assert not Path("factors").exists()
+    for words in (("--lora-rank", "0"), ("--lora-rank", "two"), ("--lora-alpha", "2")):
+        assert "lora" in cli(*asked[: -len(SHORT) - 1], "bad", *SHORT, *words, code=2).err
+        assert not Path("bad").exists()
+    assert "--lora-rank" not in cli("train", "--help").out

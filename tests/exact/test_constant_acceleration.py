@@ -35,6 +35,7 @@ from fewstep.schedules import FlowMatching
 #: mlvlab/CAF: flow/script_util.py, scripts/*.sh and the paper's appendix (CIFAR-10).
 PUBLISHED: dict[str, Any] = {
     "h": 1.5, "pairs": 1_000_000, "ode_steps": 18, "guidance": 1.0, "distance": "lpips", "lr": 1e-4, "steps": ...,
+    "gan_share": 0.8, "gan_lr": 1e-3,  # 800k iterations after a million for each network
     "optimizer": {
         "kind": "adamw", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-5, "clip": None, "warmup": 0,
         "decay": "constant",
@@ -209,7 +210,7 @@ def network(seed: int = 0, size: int = 3, width: int = 16) -> NetworkDenoiser:
 
 def test_stages_hand_on_the_velocity_and_start_as_the_teacher() -> None:
     """The second network starts from the first; untrained, one step is the teacher's Euler step, for every h."""
-    first, second = (stage.method for stage in ConstantAccelerationFlow(h=0.5, lr=1.0).stages())
+    first, second, _ = (stage.method for stage in ConstantAccelerationFlow(h=0.5, lr=1.0).stages())
     assert (first.name, second.name, first.h, second.lr) == ("caf-velocity", "caf-acceleration", 0.5, 1.0)  # type: ignore
     teacher = network()
     nets = first.networks(Start(teacher))

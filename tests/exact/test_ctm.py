@@ -29,6 +29,8 @@ SCHEDULE = EDM()
 FIELDS = {
     "lr": 4e-4, "grid_times": 18, "most_steps": 17, "mu": 0.999, "denoising_weight": 1.0, "distance": "lpips",
     "sigma_data": 0.5, "steps": ...,
+    # a GAN of 30k iterations and more after 10k to 50k without; its discriminator's rate
+    "gan_share": 0.5, "gan_lr": 2e-3,
     "optimizer": {
         "kind": "radam", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "clip": None, "warmup": ...,
         "decay": "constant",
@@ -161,17 +163,17 @@ def test_the_teacher_goes_heun_steps_along_the_grid() -> None:
 
 
 def test_gradients_of_the_two_losses_have_one_size_at_the_output() -> None:
-    """With the denoising loss the update is that of consistency plus ``balance`` times denoising's; half the weight
+    """With the denoising loss the update is that of consistency plus its weight times denoising's; half the weight
     asks for half of its gradient."""
     method = ConsistencyTrajectory()
     updates = list(alone(method.updates(networks(method), batch(), Progress())))
     assert [update.group for update in updates] == ["student"]
     logs = updates[0].logs
-    value = logs["consistency"] + logs["balance"] * logs["denoising"]
+    value = logs["consistency"] + logs["denoising_weight"] * logs["denoising"]
     torch.testing.assert_close(updates[0].loss.detach(), value)
     half = replace(method, denoising_weight=0.5)
     again = next(alone(half.updates(networks(half), batch(), Progress()))).logs
-    torch.testing.assert_close(again["balance"], logs["balance"] / 2)
+    torch.testing.assert_close(again["denoising_weight"], logs["denoising_weight"] / 2)
 
 
 def test_the_target_follows_and_impossible_settings_are_refused() -> None:

@@ -6,13 +6,14 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
 from child_processes import run_on_two
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fewstep.data.dataset import Dataset
 from fewstep.denoisers import NetworkDenoiser
@@ -21,19 +22,48 @@ from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow
 from fewstep.methods.matching.dmd2 import DMD2
-from fewstep.methods.method import Method, Networks, Optimizer
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts import stores
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.networks.lora import LowRank
 from fewstep.predictions import TrigPrediction
 from fewstep.runs.course import run_recipe
 from fewstep.schedules import EDM
 from fewstep.training.budget import Budget
 from fewstep.training.parallel import Parallel
 from fewstep.training.profiles import Power
+from fewstep.training.settings import Rank
 from fewstep.training.sharding import Sharded
 from fewstep.training.snapshots import read
 from fewstep.training.trainer import Interrupted, Result, Settings, train
+
+
+@dataclass(frozen=True)
+class LowRankCritic(Method):
+    """A student whose samples are pulled along the difference of its teacher and a critic on the teacher's memory."""
+
+    name: ClassVar[str] = "low-rank-critic"
+    paper: ClassVar[Paper] = Paper("a test", "0000.00000", "reconstructed")
+
+    def networks(self, start: Start) -> Networks:
+        critic = start.network("critic", low_rank=LowRank(2))
+        modules = {"student": start.network(), "critic": critic, "teacher": start.teacher}
+        groups = {name: Optimizer((name,), 1e-3, clip=1.0) for name in ("student", "critic")}
+        return Networks(modules, groups, ema=("student",))
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+        x = nets.student(80.0 * batch.normal(), 80.0, batch.cond)
+        noised = x.detach() + batch.normal()
+        yield Update("critic", (nets.critic(noised, 1.0, batch.cond) - x.detach()).square().mean())
+        with torch.no_grad():
+            pull = nets.critic(noised, 1.0, batch.cond) - nets.teacher(noised, 1.0, batch.cond)
+        yield Update("student", (x * pull + x.square()).mean())  # the first term alone is near zero
+
+    def student(self, nets: Networks) -> NetworkDenoiser:
+        made: NetworkDenoiser = nets.student
+        return made
+
 
 RECIPE = InstaFlow(pairs=600, ode_steps=2)
 STEPS, STOP = 6, 3
@@ -42,6 +72,7 @@ METHODS: dict[str, Method] = {
     "dmd2-pictures": DMD2(steps=2, critic_steps=2, gan_weight=0.1, discriminator_weight=0.1, lr=1e-3, critic_lr=1e-3),
     "cm": ConsistencyDistillation(lr=1e-3, mu=0.5),
     "scm": ContinuousConsistencyDistillation(lr=1e-3, tangent_warmup=0.0),
+    "lora-pictures": LowRankCritic(),
 }
 
 
@@ -82,10 +113,10 @@ def points(name: str, stop_at: int = -1) -> Dataset:
     return Points("points", torch.randn(40, *shape, generator=gen), torch.arange(40) % 3, stop_at=stop_at)
 
 
-def settings(shard: bool = False, batch: int = 16) -> Settings:
+def settings(name: str = "", shard: bool = False, batch: int = 16) -> Settings:
     return Settings(
         Budget(STEPS), batch, precision="fp32", averages=(Power(0.1), Power(0.05)), log_steps=1, shard=shard,
-        save_seconds=1e9,
+        save_seconds=1e9, lora_rank=Rank(3) if name.startswith("lora") else None,
     )  # fmt: skip
 
 
@@ -102,14 +133,15 @@ def process(rank: int, folder: Path) -> None:
             # only the second process is told to stop
             data = points(name, STOP if rank == 1 else -1)
             try:
-                train(method, Start(teacher(name), data), settings(shard), place, show=False)
+                train(method, Start(teacher(name), data), settings(name, shard), place, show=False)
             except Interrupted as stopped:
                 (place / f"stopped-{rank}").write_text(str(stopped))
-            result = train(method, Start(teacher(name), points(name)), settings(shard), place, show=False)
+            result = train(method, Start(teacher(name), points(name)), settings(name, shard), place, show=False)
             if rank == 0:
                 keep(result, place)
     recipe_in(folder / "recipe", rank)
     (folder / f"features-{rank}").write_text(str(features_error()))
+    (folder / f"whole-{rank}").write_text(json.dumps(whole_weights()))
     if rank == 0:
         (folder / "one-error").write_text(refused(folder / "scm-replicated", shard=True))
         (folder / "parts-error").write_text(refused(folder / "scm-sharded", shard=False))
@@ -144,6 +176,21 @@ def features_error() -> float:
     return error
 
 
+def whole_weights() -> list[str]:
+    """The weights of a teacher and a low-rank critic on it, the base too, that are not cut when they are placed."""
+    start = Start(teacher("lora-pictures").requires_grad_(False)).apart()
+    nets = METHODS["lora-pictures"].networks(start)
+    Sharded(dist.get_rank(), 2).place(nets, torch.device("cpu"))
+    trained = sum(p.numel() for p in nets.critic.parameters() if p.requires_grad)
+    assert (
+        0
+        < trained
+        == sum(p.numel() for p in nets.weights("critic"))
+        < 0.2 * sum(p.numel() for p in nets.critic.parameters())
+    )
+    return [name for name, p in nets.named_parameters() if not isinstance(p, DTensor)]
+
+
 def refused(place: Path, shard: bool) -> str:
     """What a run of the other kind says about this one's folder (before any process waits for another)."""
     try:
@@ -166,7 +213,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """The same runs on one process, never stopped."""
     folder = tmp_path_factory.mktemp("alone")
     return {
-        name: train(method, Start(teacher(name), points(name)), settings(), folder / name, show=False)
+        name: train(method, Start(teacher(name), points(name)), settings(name), folder / name, show=False)
         for name, method in METHODS.items()
     }
 
@@ -231,6 +278,18 @@ def test_snapshots_of_a_sharded_run_are_whole(runs: Path, alone: dict[str, Resul
 def test_features_of_a_sharded_network(runs: Path) -> None:
     """Discriminators read a network's features without its ``forward``: its weights are gathered for that too."""
     assert max(float((runs / f"features-{rank}").read_text()) for rank in (0, 1)) < 1e-6
+
+
+def test_the_base_of_a_low_rank_network_is_cut_and_not_saved(runs: Path) -> None:
+    """Every process holds a part of the frozen weights too; checkpoints of both kinds hold the factors alone."""
+    assert [json.loads((runs / f"whole-{rank}").read_text()) for rank in (0, 1)] == [[], []]
+    kept = list(load_tensors(runs / "lora-pictures-replicated" / "checkpoint.safetensors"))
+    place = runs / "lora-pictures-sharded"
+    parts = json.loads((place / "checkpoint.json").read_text())["parts"]
+    cut = [name for file in (place / parts).iterdir() for name in load_tensors(file)]
+    for names in (kept, cut):
+        found = {name for name in names if name.startswith("module/")}
+        assert {name.split("/")[1] for name in found} == {"student", "critic"} and all("lora_" in n for n in found)
 
 
 def test_processes_share_the_making_of_pairs(runs: Path) -> None:

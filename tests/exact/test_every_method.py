@@ -42,7 +42,7 @@ SETTINGS = Settings(Budget(3), batch=8, precision="fp32", save_seconds=0.0, log_
 #: What makes a short run of a method, where it has such a hyper-parameter.
 SMALL = {
     "pairs": 16, "ode_steps": 2, "start": 2, "guidance": 1.5, "teacher_steps": 8, "s0": 2, "s1": 4, "gan_weight": 0.1,
-    "label_dropout": 0.5,
+    "label_dropout": 0.5, "gan_share": 1.0,
 }  # fmt: skip
 #: Methods of token models.
 TOKEN_METHODS = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")

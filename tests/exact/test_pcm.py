@@ -21,7 +21,7 @@ from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow
 #: The authors' script train_pcm_lora_sd15.sh, whose scales are counted without the 1 (4 to 5).
 PUBLISHED = {
     "lr": 5e-6, "distance": "pseudo-huber", "skip": 20, "mu": 0.0, "guidance_min": 5.0, "guidance_max": 6.0,
-    "phases": 4, "label_dropout": 0.0,
+    "phases": 4, "label_dropout": 0.0, "gan_share": 1.0, "gan_weight": 0.1, "gan_lr": 1e-5,  # ..._adv.sh
     "optimizer": {
         "kind": "adamw", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-3, "clip": 1.0, "warmup": 0,
         "decay": "constant",

@@ -60,6 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in RECIPES},
     "dmd2": ("dmd2", {"critic_steps": 2}),  # so that the student moves twice, under a head that has moved
     "dmd2-4": ("dmd2", {"critic_steps": 2, "steps": 4}),
+    **{f"{name}-gan": (name, {"gan_share": 1.0}) for name in ("ctm", "pcm", "ayf", "caf")},
     "cm-mu": ("cm", {"mu": 0.9, "distance": "l1"}),
     "pd-4": ("pd", {"start": 4}),
     "instaflow-2": ("instaflow", {"steps": 2, "reflow_guidance": 1.5}),
@@ -110,8 +111,8 @@ def trained(case: str, settings: Settings = FOUR_STEPS) -> dict[str, Tensor]:
     name, changes = CASES[case]
     with double_by_default(name):
         method = recipe(name)
-        at_once = {field.name: 0 for field in dataclasses.fields(method) if field.name == "warmup"}
-        method = dataclasses.replace(method, **at_once, **changes)
+        at_once = {field.name: 0 for field in dataclasses.fields(method) if field.name in ("warmup", "gan_share")}
+        method = dataclasses.replace(method, **{**at_once, **changes})
         made = run_recipe(method, teacher(name), data(name), settings, None, show=False)
     logged: dict[str, list[float]] = {}
     for record in made.records:

@@ -17,7 +17,7 @@ from fewstep.methods.parts.feedback import FEW_CLASSES, Feedback, feedback_loss
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.networks.classifier import bundled_classifier
-from fewstep.networks.latents import Latent, decode
+from fewstep.networks.latents import decode
 from fewstep.predictions import TrigPrediction
 from fewstep.rewards import ClassReward, ModuleReward, Reward, Together, hinge
 from fewstep.schedules import TrigFlow
@@ -76,7 +76,7 @@ def test_several_rewards_have_a_column_each() -> None:
     assert torch.equal(found[:, 0], x.flatten(1).mean(1)) and torch.equal(both(x, cond), found)
 
 
-class Doubling(MLP, Latent):
+class Doubling(MLP):
     """A network whose samples are half of a picture, of a decoder with a weight of its own."""
 
     factor = torch.tensor(2.0, requires_grad=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep import grids
 from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import ExactFlowMap, Gaussian, three_modes
-from fewstep.methods.consistency.tscd import SegmentConsistency, draw_ends, segment_plan, solver_times, tcd_plan
+from fewstep.methods.consistency.tscd import SegmentConsistency, draw_ends, solver_times, tcd_plan
 from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.parts.adversary import FeatureHead
 from fewstep.methods.parts.distances import Plain, l2
@@ -85,11 +85,9 @@ def test_exact_segments_compose_to_the_one_step_map() -> None:
     for segments in (8, 4, 2, 1):
         student = SegmentConsistency(segments=segments).student(Networks({"student": ExactFlowMap(world)}, {}))
         plan = student.plans[segments]
-        assert len(plan.times) == segments and plan == segment_plan(world.schedule, segments)
+        assert len(plan.times) == segments and plan == tcd_plan(world.schedule, segments, 0.0)
         assert float((rollout(student.flow_map, z, plan) - end).abs().max()) < 1e-6
-        even = tcd_plan(world.schedule, segments, 0.0)
-        assert float((rollout(student.flow_map, z, even) - end).abs().max()) < 1e-6
-    wrong = Plan(segment_plan(world.schedule, 4).times, gamma=1.0)
+    wrong = Plan(tcd_plan(world.schedule, 4, 0.0).times, gamma=1.0)
     assert float((rollout(ExactFlowMap(world), z, wrong, rng=Rng(1)) - end).abs().max()) > 0.1
 
 

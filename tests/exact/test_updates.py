@@ -19,6 +19,7 @@ from fewstep.data.dataset import Dataset
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.files import load_tensors, save_tensors
 from fewstep.methods.method import Batch, Mean, Networks, Optimizer, Progress, Update, alone
+from fewstep.methods.parts.balance import Balanced as Other
 from fewstep.methods.parts.balance import balance, balance_losses
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
@@ -129,7 +130,7 @@ class BalancedOnce(Plain):
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Updates:
         out, h = self.errors(nets, batch)
-        loss, weight = yield from balance_losses(h.mean(), out.pow(4).mean(), out)
+        loss, (weight,) = yield from balance_losses(h.mean(), Other(out.pow(4).mean()), at=out)
         yield Update("model", loss, {"weight": weight})
 
 

@@ -28,6 +28,7 @@ from fewstep.methods.flow_maps.progressive import ProgressiveDistillation  # noq
 from fewstep.methods.method import Networks, Optimizer  # noqa: E402
 from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP  # noqa: E402
+from fewstep.networks.lora import factors, is_frozen, moving  # noqa: E402
 from fewstep.predictions import EDMPrediction  # noqa: E402
 from fewstep.sampling.rollout import Plan, Student  # noqa: E402
 from fewstep.schedules import EDM  # noqa: E402
@@ -62,7 +63,7 @@ def trained(denoiser: Denoiser, **choices: Any) -> Denoiser:
     student = lora.attach(denoiser, rank=3, **choices)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in student.parameters():
+        for parameter in moving(student):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return student.requires_grad_(False)
 
@@ -95,12 +96,13 @@ def test_student_starts_as_its_teacher_and_shares_its_weights(pipe: Any) -> None
     teacher = from_pipeline(pipe).denoiser
     student = lora.attach(teacher, rank=4)
     assert torch.equal(student(X, 500.0, PROMPT), teacher(X, 500.0, PROMPT))
-    mine = {tensor.data_ptr() for tensor in student.buffers()}
+    mine = {tensor.data_ptr() for tensor in student.parameters() if is_frozen(tensor)}
     assert all(parameter.data_ptr() in mine for parameter in teacher.parameters())
-    names = [name for name, _ in student.named_parameters()]
+    names = [name for name, tensor in student.named_parameters() if tensor.requires_grad]
     assert names and all("lora_" in name for name in names)
     assert all(parameter.requires_grad for parameter in teacher.parameters())  # left as it was
     again = lora.attach(teacher, rank=4)
+    assert list(factors(student)) == [name.replace(".low_rank.", ".") for name in names]
     first = {name: value for name, value in student.named_parameters() if "lora_A" in name}
     other = dict(again.named_parameters())
     assert all(torch.equal(value, other[name]) for name, value in first.items())
@@ -114,7 +116,8 @@ def test_methods_train_the_low_rank_weights_only(pipe: Any) -> None:
     student = Start(lora.attach(teacher, rank=2)).network()
     nets = Networks({"teacher": teacher, "student": Jump(student)}, {"student": Optimizer(("student",), 1e-2)})
     parameters = nets.group_parameters("student")
-    frozen, start = [b.clone() for b in student.buffers()], [p.clone() for p in teacher.parameters()]
+    base = [p for p in student.parameters() if is_frozen(p)]
+    frozen, start = [b.clone() for b in base], [p.clone() for p in teacher.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=1e-2)
     for _ in range(2):  # the first step moves the second factor, which is zero, the next one moves both
         optimiser.zero_grad()
@@ -122,7 +125,7 @@ def test_methods_train_the_low_rank_weights_only(pipe: Any) -> None:
         optimiser.step()
     assert sum(p.numel() for p in parameters) < 0.2 * sum(b.numel() for b in frozen)
     assert all(float(p.grad.abs().max()) > 0 for p in parameters if p.grad is not None)
-    assert all(torch.equal(a, b) for a, b in zip(frozen, student.buffers(), strict=True))
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(frozen, base, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(start, teacher.parameters(), strict=True))
     assert float((student(X, 500.0, PROMPT) - teacher(X, 500.0, PROMPT)).abs().max()) > 1e-3
 
@@ -210,7 +213,7 @@ def test_bad_requests_get_one_line(pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no LoRA layers"):
         lora.save(teacher, tmp_path)
     with pytest.raises(ValueError, match="MLP is not a diffusers model"):
-        lora.attach(NetworkDenoiser(MLP((2,), 8, 1), EDM(), EDMPrediction(), (2,)), rank=2)
+        lora.save(lora.attach(NetworkDenoiser(MLP((2,), 8, 1), EDM(), EDMPrediction(), (2,)), rank=2), tmp_path)
     with pytest.raises(FileNotFoundError, match="no such weights file"):
         lora.load(teacher, tmp_path)
     path = lora.save(trained(teacher), tmp_path)
@@ -252,9 +255,8 @@ def test_low_rank_students_train_in_a_run_folder(
     torch.testing.assert_close(lora.merged(again)(noise, PROMPT), again(noise, PROMPT), rtol=1e-3, atol=1e-4)
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     kept = [n for n in load_file(tmp_path / "run" / "checkpoint.safetensors") if n.startswith("module/student/")]
-    assert saved and kept
-    for names in (saved, kept):
-        assert all("lora_" in name for name in names) is (place == "a folder")
+    assert saved and kept and all("lora_" in name for name in kept)
+    assert all("lora_" in name for name in saved) is (place == "a folder")
 
     updates = ProgressiveDistillation.updates
 
@@ -300,13 +302,13 @@ def test_further_inputs_are_trained_in_full_beside_low_rank_weights(pipe: Any, t
     else:
         wider = Start(teacher).network("student", extras=("s", "w"))
         student = lora.attach(wider, 2)
-        assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in wider.parameters()}
+        assert not {p.data_ptr() for p in moving(student)} & {p.data_ptr() for p in wider.parameters()}
     assert torch.equal(student(X, 500.0, PROMPT, **GIVEN), teacher(X, 500.0, PROMPT))
-    names = {name for name, _ in student.named_parameters() if "lora_" not in name}
+    names = {name for name, p in student.named_parameters() if p.requires_grad and "lora_" not in name}
     assert names == {"net.further.projections.s.weight", "net.model.time_embedding.cond_proj.weight"}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in student.parameters():
+        for parameter in moving(student):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     expected = student(X, 500.0, PROMPT, **GIVEN)
     for name, value in GIVEN.items():

@@ -2,6 +2,7 @@
 
   fewstep distill METHOD --teacher MODEL [--data DATA] [--budget 2min] [--out FOLDER] [the method's own flags]
   fewstep distill METHOD --teacher MODEL --student MODEL       a student that starts from weights of its own
+  fewstep distill METHOD --teacher MODEL --lora-rank 64          low-rank weights on the teacher's, a small file
   fewstep distill METHOD --help                every hyper-parameter of a method
   fewstep distill METHOD ... --dry-run         the plan: networks, memory, time, what differs from the paper
   fewstep distill --recipe runs/x/recipe.json  a recorded run again

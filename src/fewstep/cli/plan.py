@@ -19,6 +19,7 @@ from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Method, Networks, Recipe
 from fewstep.methods.parts.stores import Store
 from fewstep.methods.start import Start
+from fewstep.networks.lora import factors_in, merged
 from fewstep.runs.conditions import as_read_by, check_readable
 from fewstep.runs.stages import borrowed, stages_of
 from fewstep.training.feed import fitted
@@ -72,6 +73,7 @@ def show(
         fitted(as_read_by(teacher, data, most=settings.batch), teacher),
         settings.seed,
         given={k: borrowed(m, device) for k, m in (given or {}).items()},
+        low_rank=settings.low_rank,
     )
     stores = FirstBatch()
     sources = stage.sources(replace(start, keep=stores))
@@ -109,7 +111,9 @@ def networks_table(nets: Networks) -> Table:
             if name in spec.modules
         ]
         state = trained[0] if trained else "moved by the method" if name in nets.moved else "frozen"
-        table.add_row(name, type(module).__name__, f"{count(module):,}", state, "yes" if name in nets.ema else "")
+        moved, whole = sum(p.numel() for p in nets.weights(name)), count(module)
+        size = f"{whole:,}" if moved == whole else f"{moved:,} of {whole:,}"
+        table.add_row(name, type(module).__name__, size, state, "yes" if name in nets.ema else "")
     return table
 
 
@@ -127,7 +131,7 @@ def timed(run: Run, data: Mapping[str, Samples]) -> float:
 
 def memory(run: Run) -> str:
     """Where the memory goes, measured after the first iterations."""
-    weights = sum(tensor_bytes(p) for p in run.nets.parameters())
+    weights = sum({p.data_ptr(): tensor_bytes(p) for p in run.nets.parameters()}.values())
     gradients = sum(tensor_bytes(p) for p in run.nets.parameters() if p.requires_grad)
     moments = sum(
         tensor_bytes(value)
@@ -180,8 +184,9 @@ def export(stage: Method, nets: Networks) -> str:
     """What ``fewstep export`` will make of the result: a plain folder, one with code, or why nothing."""
     from fewstep.hub.exporting import foretold
 
+    student = stage.student(nets)
     try:
-        return foretold(stage.student(nets))
+        return foretold(merged(student) if factors_in(student) else student)
     except (ValueError, TypeError, ImportError) as error:
         return f"not possible: {one_line(error)}"
 

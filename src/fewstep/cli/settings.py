@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from fewstep.cli.errors import UserError
@@ -14,8 +14,8 @@ from fewstep.values import plain
 SETTINGS = of_dataclass(Settings)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Data, folder and the settings of the trainer."""
+def add_run_arguments(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Data, folder and the settings of the trainer, but for some."""
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -27,7 +27,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
     group = parser.add_argument_group("training")
     for parameter in SETTINGS:
-        parameter.add_to(group)
+        if parameter.name not in without:
+            parameter.add_to(group)
 
 
 def plain_defaults() -> dict[str, object]:

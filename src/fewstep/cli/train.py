@@ -38,6 +38,8 @@ DEFAULTS = {"method": "denoising", "network": "unet", "schedule": "TrigFlow", "p
 #: What a method's paper trains where that is something else.
 FLOW = {"schedule": "FlowMatching", "prediction": "velocity"}
 OWN_DEFAULTS = dict.fromkeys(("flow-matching", "mean-flow-training", "shortcut"), FLOW)
+#: Settings that mean nothing to a fresh network, which is no base of low-rank weights.
+OF_STUDENTS = ("lora_rank", "lora_alpha", "lora_targets")
 #: What can be the name of a folder.
 FOLDER = r"[^/\\\x00-\x1f\x7f]+"
 
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
             if parameter.name not in added:
                 parameter.add_to(group)
             added.add(parameter.name)
-    add_run_arguments(parser)
+    add_run_arguments(parser, without=OF_STUDENTS)
 
 
 def model_parameters(network: str, schedule: str, prediction: str, **_: str) -> list[Parameter]:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fewstep.conditions import Cond
 from fewstep.hub.autoencoders import autoencoder_name, latent_channels, pixels_per_latent, step_of_sides
 from fewstep.hub.origins import FromPipeline, Origin
-from fewstep.networks.inputs import FurtherInputs, SecondSample, TakesInputs
+from fewstep.networks.inputs import FurtherInputs, SecondSample
 
 #: The name by which networks take their guidance weight.
 WEIGHT = "w"
@@ -56,7 +56,7 @@ BESIDE = {
 }
 
 
-class Adapter(nn.Module, TakesInputs, FromPipeline):
+class Adapter(nn.Module, FromPipeline):
     """A diffusers model behind the signature of fewstep's networks.
 
     ``model`` is the diffusers model, ``origin`` the pipeline it came from (None for a bare model), ``size`` the height
@@ -77,12 +77,8 @@ class Adapter(nn.Module, TakesInputs, FromPipeline):
     #: Whether that pipeline makes samples of the config's size only.
     fixed_size: bool = False
     classes: int | None = None
-    #: Names of the weights that LoRA froze (they are buffers then), see :mod:`fewstep.hub.lora`.
-    frozen: tuple[str, ...] = ()
-    #: Names of weights that new inputs brought: they are trained in full beside low-rank ones.
+    #: Names of weights that new inputs brought, which train in full beside low-rank ones.
     trained: tuple[str, ...] = ()
-    #: SHA-256 of the frozen ones, where they are those in the pipeline's folder and need not be kept a second time.
-    base: str | None = None
 
     def __init__(self, model: Any, origin: Origin | None = None, size: tuple[int, int] | None = None) -> None:
         super().__init__()

@@ -28,6 +28,7 @@ from fewstep.hub.schedulers import PREDICTION_TYPES
 from fewstep.hub.tables import Call, Table, network_of, plan_table, scheduler_table
 from fewstep.models import model_of
 from fewstep.networks import NETWORKS
+from fewstep.networks.lora import factors_in
 from fewstep.predictions import Prediction
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import FlowMatching, Schedule
@@ -216,9 +217,10 @@ def _exportable(model: nn.Module) -> Any:
     """The model's network; ValueError when neither diffusers nor our own source can rebuild it."""
     net = network_of(model).net
     adapter = as_adapter(net)
+    if factors_in(net):
+        apart = "" if adapter is None else ", or write them with lora.save"
+        raise ValueError(f"the network holds LoRA layers: export lora.merged(model){apart}")
     if adapter is not None:
-        if any(".lora_A." in name for name in net.state_dict()):
-            raise ValueError("the network holds LoRA layers: export lora.merged(model), or write them with lora.save")
         if adapter.further is not None or adapter.second is not None:
             inputs = [] if adapter.further is None else [f"the further inputs {', '.join(adapter.further.spans)}"]
             second = [] if adapter.second is None else ["a second sample"]

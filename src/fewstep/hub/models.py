@@ -1,4 +1,4 @@
-"""Models by name: those that ship with the package, and folders of any kind."""
+"""Models by name, and the pictures that they make."""
 
 from __future__ import annotations
 
@@ -10,32 +10,9 @@ from torch import Tensor, nn
 
 from fewstep.hub import native
 from fewstep.hub.adapters import Adapter, as_adapter
-
-BUNDLED = Path(__file__).parents[1] / "assets" / "models"
-
-
-def bundled_models() -> list[str]:
-    """The names of the models that ship with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
-
-
-def locate(name: str | Path) -> Path:
-    """The folder that holds a model: a bundled one, a fewstep or diffusers folder, or the model of a run folder.
-
-    Raises FileNotFoundError when there is none.
-    """
-    folder = BUNDLED / str(name)
-    if not (folder / "config.json").is_file():
-        folder = Path(name)
-    for place in (folder / "model", folder):
-        if (place / "config.json").is_file() or (place / "model_index.json").is_file():
-            return place
-    if (folder / "recipe.json").is_file():
-        raise FileNotFoundError(f"{folder}: this run has no model yet; the command that started it finishes it")
-    raise FileNotFoundError(
-        f"model '{name}': neither a bundled model ({', '.join(bundled_models())}) nor a folder with config.json or "
-        "model_index.json"
-    )
+from fewstep.hub.places import BUNDLED as BUNDLED
+from fewstep.hub.places import bundled_models as bundled_models
+from fewstep.hub.places import locate as locate
 
 
 def load(name: str | Path, size: tuple[int, int] | None = None) -> Any:

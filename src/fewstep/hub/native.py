@@ -8,6 +8,8 @@ memory is taken for them, and nothing is unpickled.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +18,10 @@ from torch import nn
 
 from fewstep.files import Header, headers, load_tensors, save_tensors, sha256, write_atomically
 from fewstep.hub.adapters import as_adapter
-from fewstep.hub.lora import described as low_rank
-from fewstep.hub.lora import factored, with_low_rank
 from fewstep.hub.saved_adapters import described as described_adapter
 from fewstep.hub.saved_adapters import fresh, rebuilt
+from fewstep.hub.saved_low_rank import MOST_TENSORS, name_now, on_its_base, remember, with_factors
+from fewstep.hub.saved_low_rank import described as low_rank
 from fewstep.hub.weights import no_larger_than
 from fewstep.models import kinds
 from fewstep.models.denoisers import DENOISER
@@ -27,6 +29,7 @@ from fewstep.models.model import Config
 from fewstep.models.networks import DIFFUSERS, SCHEDULES
 from fewstep.models.networks import build_network as build_own
 from fewstep.models.networks import describe_network as describe_own
+from fewstep.networks.lora import is_frozen
 from fewstep.schemas import Maybe, Place, blaming, check, read_json
 
 __all__ = ["DENOISER", "FORMAT", "SCHEDULES", "build", "card", "describe", "load", "save"]
@@ -43,13 +46,8 @@ def describe(model: nn.Module) -> Config:
 def describe_network(net: nn.Module) -> Config:
     """A network as plain data: a reference network, or one of diffusers."""
     adapter = as_adapter(net)
-    if adapter is None:
-        return describe_own(net)
-    return {
-        "name": DIFFUSERS,
-        **described_adapter(adapter),
-        **({"low_rank": low_rank(adapter)} if adapter.frozen else {}),
-    }
+    own = describe_own(net) if adapter is None else {"name": DIFFUSERS, **described_adapter(adapter)}
+    return {**own, **low_rank(net)}
 
 
 def build(config: Config) -> Any:
@@ -58,31 +56,66 @@ def build(config: Config) -> Any:
 
 
 def build_in_pipeline(config: Config) -> nn.Module:
-    """A network from its description, with fresh weights; one of diffusers inside its pipeline, where that still is."""
-    if config["name"] != DIFFUSERS:
-        return build_own(config)
-    described = without_name(config)
-    return with_low_rank(rebuilt(described), described) if "low_rank" in described else rebuilt(described)
+    """A network from its description, with fresh weights; one of diffusers inside its pipeline, and low-rank weights on
+    their base, where those still are."""
+    plain = without("low_rank", config)
+    net = rebuilt(without("name", plain)) if config["name"] == DIFFUSERS else build_own(plain)
+    return on_its_base(net, config) if "low_rank" in config else net
 
 
 def build_without_memory(config: Config) -> nn.Module:
     """A network with shapes and no values."""
+    plain = without("low_rank", config)
     with torch.device("meta"):
-        made = fresh(without_name(config)) if config["name"] == DIFFUSERS else build_own(config)
-    return factored(made, config["low_rank"]) if "low_rank" in config else made
+        net: nn.Module = fresh(without("name", plain)) if config["name"] == DIFFUSERS else build_own(plain)
+        return with_factors(net, config["low_rank"]) if "low_rank" in config else net
 
 
-def without_name(config: Config) -> Config:
-    return {key: value for key, value in config.items() if key != "name"}
+def without(name: str, config: Config) -> Config:
+    return {key: value for key, value in config.items() if key != name}
+
+
+@dataclass
+class Elsewhere:
+    """Which networks a description is about, and which tensors of theirs lie elsewhere than in the model's folder: the
+    base of low-rank weights."""
+
+    networks: list[nn.Module] = field(default_factory=list)
+    tensors: set[int] = field(default_factory=set)
+
+    def note(self, net: nn.Module, config: Config) -> None:
+        if config.get("low_rank", {}).get("base") is None:
+            self.networks.append(net)
+        else:
+            self.tensors |= {id(weight) for weight in net.parameters() if is_frozen(weight)}
+
+    def describe(self, net: nn.Module) -> Config:
+        config = describe_network(net)
+        self.note(net, config)
+        return config
+
+    def building(self, build: Callable[[Config], nn.Module]) -> Callable[[Config], nn.Module]:
+        def built(config: Config) -> nn.Module:
+            net = build(config)
+            self.note(net, config)
+            return net
+
+        return built
+
+    def here(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The state of a model that its folder holds."""
+        state = model.state_dict(keep_vars=True)
+        return {name: tensor.detach() for name, tensor in state.items() if id(tensor) not in self.tensors}
 
 
 def save(model: nn.Module, folder: str | Path, card: dict[str, Any] | None = None) -> Path:
     """Write a model folder; existing files are replaced one by one, each atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    description = describe(model)
+    elsewhere = Elsewhere()
+    description = kinds.describe(model, elsewhere.describe)
     weights = folder / "model.safetensors"
-    save_tensors(weights, apart(model.state_dict()))
+    save_tensors(weights, apart(elsewhere.here(model)))
     config = {"format": FORMAT, "model": description, "sha256": sha256(weights), "card": card or {}}
     write_atomically(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     return folder
@@ -107,15 +140,21 @@ def load(folder: str | Path) -> Any:
     folder = Path(folder)
     path, weights = folder / "config.json", folder / "model.safetensors"
     config = _read_config(path)
-    held = headers(weights)
-    with blaming(path), no_larger_than(len(held)):
-        expected = kinds.build(config["model"], build_without_memory, Place(path, "model")).state_dict()
-    _check_fit(weights, held, expected)
+    held = {name_now(name): header for name, header in headers(weights).items()}
+    expected, found = Elsewhere(), Elsewhere()
+    bases = MOST_TENSORS if '"low_rank"' in json.dumps(config["model"]) else 0
+    with blaming(path), no_larger_than(len(held) + bases):
+        shapes = kinds.build(config["model"], expected.building(build_without_memory), Place(path, "model"))
+    _check_fit(weights, held, expected.here(shapes))
     if "sha256" in config and sha256(weights) != config["sha256"]:
         raise ValueError(f"{weights}: its SHA-256 is not the one in config.json: damaged, or of another model")
-    with blaming(path):  # the pipeline that a network came from may have changed
-        model = build(config["model"])
-        model.load_state_dict(load_tensors(weights))
+    with blaming(path):  # what a network came from may have changed
+        model = kinds.build(config["model"], found.building(build_in_pipeline))
+        tensors = {name_now(name): tensor for name, tensor in load_tensors(weights).items()}
+        model.load_state_dict({**model.state_dict(), **tensors} if found.tensors else tensors)
+    places = {id(module): name for name, module in model.named_modules()}
+    for net in found.networks:
+        remember(net, folder, places[id(net)])
     return model.requires_grad_(False).eval()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.denoisers import gradients
 from fewstep.hub.autoencoders import autoencoder_name, decode
-from fewstep.networks.latents import Latent
+from fewstep.networks.inputs import TakesInputs
 
 
 class Origin:
@@ -27,7 +27,7 @@ class Origin:
         return self
 
 
-class FromPipeline(Latent):
+class FromPipeline(TakesInputs):
     """A network with the pipeline that it came from, None for a bare one.
 
     ``latent`` says whether its samples are latents, of an autoencoder that may be out of reach.

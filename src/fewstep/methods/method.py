@@ -25,6 +25,7 @@ from fewstep.methods.optimizer import Optimizer
 from fewstep.methods.paper import Paper as Paper
 from fewstep.methods.paper import System as System
 from fewstep.methods.start import Start
+from fewstep.networks.lora import frozen_names
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
 from fewstep.values import check_fields
@@ -158,6 +159,7 @@ class Networks(nn.Module):
 
     Modules that no group names are frozen here, their dropout off; ``moved`` names those among them that the method
     moves itself (a target network), which a checkpoint must hold too and whose dropout is on as in what they follow.
+    ``base`` are the names of the weights in all of them that never move (:mod:`fewstep.networks.lora`).
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class Networks(nn.Module):
         unknown = (trained | set(ema)) - set(modules)
         if unknown:
             raise ValueError(f"groups name networks that do not exist: {sorted(unknown)}")
+        self.base = frozen_names(modules)
         for name, module in modules.items():
             module.requires_grad_(name in trained)
             module.train(name in trained or name in moved)
@@ -197,9 +200,25 @@ class Networks(nn.Module):
                 stack.enter_context(gradients(self.get_submodule(name), "input"))
             yield
 
+    def weights(self, name: str) -> list[nn.Parameter]:
+        """The parameters of a network, without the base of low-rank ones."""
+        named = self.get_submodule(name).named_parameters()
+        return [p for path, p in named if f"{name}.{path}" not in self.base]
+
     def group_parameters(self, group: str) -> list[nn.Parameter]:
         """The parameters that an update of ``group`` moves."""
-        return [p for name in self.groups[group].modules for p in self.get_submodule(name).parameters()]
+        return [p for name in self.groups[group].modules for p in self.weights(name)]
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a network that a run keeps: its state, without the base of low-rank weights."""
+        whole = self.get_submodule(name).state_dict()
+        return {path: tensor for path, tensor in whole.items() if f"{name}.{path}" not in self.base}
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put a :meth:`state` back; RuntimeError when it is another's."""
+        held = self.get_submodule(name).state_dict()
+        base = {path: tensor for path, tensor in held.items() if f"{name}.{path}" in self.base}
+        self.get_submodule(name).load_state_dict({**base, **tensors})
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ own; a method asks for a role and gets the newest model that plays it::
     start.model("teacher")         what a stage before made of it, if one did
     start.network("student")       a trainable copy: what a stage before made, else what the user brought (of any
                                    architecture), else of the teacher
+    start.network("critic", low_rank=LowRank(16))      one that trains low-rank weights, on the memory of the model
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from fewstep.denoisers import Denoiser, networks_in
 from fewstep.methods.parts.stores import Store, made_now
 from fewstep.models import model_of
 from fewstep.networks.inputs import with_inputs
+from fewstep.networks.lora import LowRank, add_factors, factors_in, frozen
 from fewstep.schedules import Schedule
 
+#: The role of networks that a run uses and does not make.
+CRITIC = "critic"
 #: The name of the target time as an input of networks, and the size up to which times are embedded as they are.
 TARGET, SMALL = "s", 10.0
 #: A store as a data set, made now or found where it was left; the seed is that of the stage that asks.
@@ -39,7 +43,8 @@ class Start:
 
     ``made`` are the models that stages before handed on and ``given`` those that the user brought, by role.  The models
     are frozen and not the user's own objects: a method may put them into its networks as they are.  ``keep`` is where
-    stores are kept.  Networks are made without data, for which one zero stands.
+    stores are kept.  ``low_rank`` asks for networks that train low-rank weights, see :meth:`network`.  Networks are
+    made without data, for which one zero stands.
     """
 
     teacher: Denoiser
@@ -48,6 +53,7 @@ class Start:
     made: Mapping[str, nn.Module] = field(default_factory=dict)
     given: Mapping[str, nn.Module] = field(default_factory=dict)
     keep: Keep = made_now
+    low_rank: LowRank | None = None
 
     def model(self, role: str = "teacher") -> Any:
         """The model in a role, as it is: made by a stage before, else brought, else the teacher of this stage."""
@@ -57,11 +63,21 @@ class Start:
         return self.made.get("teacher", self.teacher)
 
     def network(
-        self, role: str = "student", *, extras: tuple[str, ...] = (), beside: int = 0, on: Schedule | None = None
+        self,
+        role: str = "student",
+        *,
+        extras: tuple[str, ...] = (),
+        beside: int = 0,
+        on: Schedule | None = None,
+        low_rank: LowRank | None = None,
     ) -> Any:
         """A trainable copy of the denoiser in a role, seen on the schedule ``on``.  Its network takes the further
         inputs ``extras`` and a second sample of ``beside`` channels; new ones start at zero: the copy starts as the
         model.
+
+        With ``low_rank`` (by default what the run asks for, but for a critic, which it does not make) only low-rank
+        weights and new inputs train, and the others lie on the memory of the model.  A model that has low-rank weights
+        goes on with those.
 
         ValueError naming the role when it makes other samples than the teacher, is no denoiser, or has a network that
         cannot take the inputs.
@@ -73,9 +89,16 @@ class Start:
             )
         if found.classes != self.teacher.classes:
             raise ValueError(f"the {role} knows {found.classes} classes, the teacher {self.teacher.classes}")
-        network = copy.deepcopy(found)
+        asked = low_rank or (None if role == CRITIC else self.low_rank)
+        new = asked is not None and not factors_in(found)
+        network = frozen(found) if new else copy.deepcopy(found)
         if extras or beside:
             give_inputs(network, role, extras, beside)
+        if new and asked is not None:
+            try:
+                add_factors(network, asked, self.seed)
+            except ValueError as error:
+                raise ValueError(f"the {role}: {error}") from None
         network.requires_grad_(True)
         return network if on is None else network.on(on)
 

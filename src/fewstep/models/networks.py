@@ -31,17 +31,25 @@ _PREDICTION_NAMES = {cls: name for name, cls in ALL_PREDICTIONS.items()}
 # What config.json may hold.
 SCHEDULE = Choice("name", {name: fields_of(cls) for name, cls in SCHEDULES.items()})
 PREDICTION = Choice("name", {name: fields_of(cls) for name, cls in ALL_PREDICTIONS.items()})
-TOKEN_NETWORK = Choice("name", {name: arguments_of(cls) for name, cls in TOKEN_NETWORKS.items()})
 #: The size of the values of a further input.
 Span = Annotated[float, Range(1e-6, 1e6)]
 #: Low-rank weights on a frozen network; ``base`` is the SHA-256 of its weights, null where they are kept too;
-#: ``trained`` are the weights in it that are not frozen.
+#: ``model`` is where they lie, which for diffusers' networks may be their pipeline; ``trained`` are the weights in it
+#: that are not frozen.
 LOW_RANK = {
-    "rank": Size, "alpha": float, "targets": tuple[str, ...], "base": str | None, "trained": Maybe(tuple[str, ...])
+    "rank": Size, "alpha": float, "targets": tuple[str, ...], "base": str | None, "trained": Maybe(tuple[str, ...]),
+    "model": Maybe({"folder": str, "network": str}),
 }  # fmt: skip
+
+
+def _arguments(known: dict[str, type[nn.Module]]) -> dict[str, dict[str, Any]]:
+    return {name: {**arguments_of(cls), "low_rank": Maybe(LOW_RANK)} for name, cls in known.items()}
+
+
+TOKEN_NETWORK = Choice("name", _arguments(TOKEN_NETWORKS))
 NETWORK = Choice(
     "name",
-    {name: arguments_of(cls) for name, cls in NETWORKS.items()}
+    _arguments(NETWORKS)
     | {
         DIFFUSERS: {
             "class": str,

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.networks.lora import merged
 from fewstep.networks.parts import Beside, GroupNorm, zeroed
 from fewstep.networks.unet import UNet, folded
 from fewstep.ranges import Count, Multiple, Share
@@ -89,7 +90,7 @@ class CascadeUNet(UNet):
         if config.pop("beside"):
             raise ValueError("from_unet: this U-Net takes a second sample already; a cascade needs that place itself")
         cascade = cls(resolutions=resolutions, **config)
-        cascade.load_state_dict(net.state_dict(), strict=False)
+        cascade.load_state_dict(merged(net).state_dict(), strict=False)
         return cascade.to(next(net.parameters()))
 
     def features(

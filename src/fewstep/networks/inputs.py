@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fewstep.networks.lora import carry_over
 from fewstep.networks.parts import Beside, PositionalEmbedding, zeroed
 
 
@@ -22,6 +23,8 @@ class TakesInputs(ABC):
 
     #: What its guidance weight ``w`` is where there is no guidance: 1 for the scale of ``unc + w (cond - unc)``.
     unguided: float = 1.0
+    #: Where its weights lie: a folder of fewstep's, and the network's name in the model there; None for nowhere.
+    kept: tuple[str, str] | None = None
 
     @property
     @abstractmethod
@@ -38,16 +41,21 @@ class TakesInputs(ABC):
         """The channels of the second sample that it takes, 0 for none."""
         return 0
 
+    def decode(self, samples: Tensor) -> Tensor:
+        """Its samples as pictures in [-1, 1] (not clipped): themselves, unless it makes latents; with a gradient in the
+        samples, and none in what decodes them."""
+        return samples
+
+
+def taking_inputs(net: nn.Module) -> TakesInputs | None:
+    """A network where it is one that can be given further inputs, None where it is of another make."""
+    return net if isinstance(net, TakesInputs) else None
+
 
 def inputs_of(net: nn.Module) -> tuple[str, ...]:
     """The names of the further inputs that a network takes."""
-    known = as_taking(net)
-    return () if known is None else known.extra_inputs
-
-
-def as_taking(net: nn.Module) -> TakesInputs | None:
-    """A network where it can be given further inputs, None where it cannot."""
-    return net if isinstance(net, TakesInputs) else None
+    found = taking_inputs(net)
+    return () if found is None else found.extra_inputs
 
 
 class Configured(TakesInputs):
@@ -67,7 +75,10 @@ class Configured(TakesInputs):
         own: Any = self
         second = {"beside": beside} if beside else {}
         wider = type(own)(**{**self.config, "extras": (*self.extra_inputs, *spans), **second})
-        wider.to(next(own.parameters())).load_state_dict(wider.state_dict() | own.state_dict())
+        wider.to(next(own.parameters()))
+        carry_over(own, wider)
+        wider.load_state_dict(wider.state_dict() | own.state_dict())
+        wider.kept = self.kept
         return wider.train(own.training)
 
 
@@ -177,16 +188,16 @@ def with_inputs(
     """
     spans = dict(extras) if isinstance(extras, Mapping) else dict.fromkeys(extras, 1.0)
     made = copy.deepcopy(net)
-    known = as_taking(made)
-    if known is not None:
-        new = {name: span for name, span in spans.items() if name not in known.extra_inputs}
-        if beside and known.beside_channels not in (0, beside):
+    taking = taking_inputs(made)
+    if taking is not None:
+        new = {name: span for name, span in spans.items() if name not in taking.extra_inputs}
+        if beside and taking.beside_channels not in (0, beside):
             raise ValueError(
-                f"the network takes a second sample of {known.beside_channels} channels, this method needs {beside}, "
+                f"the network takes a second sample of {taking.beside_channels} channels, this method needs {beside}, "
                 "as many as the data"
             )
-        missing = beside if beside and not known.beside_channels else known.beside_channels
-        return known.widened(new, missing) if new or missing != known.beside_channels else made
+        missing = beside if beside and not taking.beside_channels else taking.beside_channels
+        return taking.widened(new, missing) if new or missing != taking.beside_channels else made
     if not spans:
         return made
     if site is None or beside:

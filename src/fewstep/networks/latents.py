@@ -1,27 +1,18 @@
-"""Networks whose samples are latents, and the pictures behind them."""
+"""The pictures behind the samples of networks that make latents."""
 
 from __future__ import annotations
-
-from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
 from fewstep.denoisers import networks_in
-
-
-class Latent(ABC):
-    """A network that knows how its samples become pictures."""
-
-    @abstractmethod
-    def decode(self, samples: Tensor) -> Tensor:
-        """Pictures in [-1, 1] (not clipped), with a gradient in the samples and none in the decoder; ValueError where
-        the samples are latents and their decoder is out of reach."""
+from fewstep.networks.inputs import taking_inputs
 
 
 def decode(model: nn.Module, samples: Tensor) -> Tensor:
-    """What a model sampled, as pictures in [-1, 1] (not clipped), differentiable: decoded where its networks make
-    latents, the samples themselves where not."""
+    """What a model sampled, as pictures in [-1, 1] (not clipped), differentiable: decoded where its network makes
+    latents, the samples themselves where not.  ValueError where their decoder is out of reach."""
     for part in networks_in(model):
-        if isinstance(part.net, Latent):
-            return part.net.decode(samples)
+        found = taking_inputs(part.net)
+        if found is not None:
+            return found.decode(samples)
     return samples

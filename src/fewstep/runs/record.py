@@ -114,8 +114,7 @@ def hyper_parameters(recipe: Recipe) -> dict[str, Any]:
 
 def settings_data(settings: Settings) -> dict[str, Any]:
     """Settings as plain data, in the words of the command line."""
-    widths = values.plain(settings.averages)
-    return vars(settings) | {"budget": str(settings.budget), "averages": widths}
+    return {name: values.plain(value) for name, value in vars(settings).items()}
 
 
 def model_source(name: str | None, model: nn.Module, folder: Path | None = None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import nn
 from fewstep.hub import native
 from fewstep.methods.method import Recipe, Stage
 from fewstep.methods.start import Start
+from fewstep.networks.lora import moving
 from fewstep.randomness import derive_seed
 from fewstep.runs.record import Seeds
 from fewstep.runs.shelf import Shelf
@@ -49,7 +50,7 @@ def stage_seed(seed: int, k: int, seeds: Seeds = "derived") -> int:
 def borrowed(model: AnyModule, device: torch.device) -> AnyModule:
     """A frozen twin of somebody's model on a device, which shares its memory where that is there: what is done to the
     twin (moved, frozen, set to training) is not done to the model."""
-    parameters = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    parameters = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in moving(model)}
     twin = copy.deepcopy(model, {**parameters, **{id(b): b for b in model.buffers()}})
     return twin.to(device).requires_grad_(False).eval()
 

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.files import save_tensors
+from fewstep.methods.method import Networks
 from fewstep.schemas import Count, Map, Place, check, parse_json
 
 #: What the trainer counts.
@@ -53,17 +54,17 @@ def load_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[st
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """A module's weights under its name."""
-    return {f"module/{name}/{key}": value for key, value in module.state_dict().items()}
+def module_tensors(name: str, nets: Networks) -> dict[str, Tensor]:
+    """A network's weights under its name."""
+    return {f"module/{name}/{key}": value for key, value in nets.state(name).items()}
 
 
-def load_module(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_module(name: str, nets: Networks, tensors: dict[str, Tensor]) -> None:
     """Put saved weights back; ValueError when they do not fit."""
     prefix = f"module/{name}/"
     found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     try:
-        module.load_state_dict(found)
+        nets.load(name, found)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"the checkpoint does not fit network '{name}': {first}") from None

@@ -36,7 +36,7 @@ class Groups:
         self.nets, self.parallel = nets, parallel
         self.optimizers = {name: make_optimizer(group, nets, name) for name, group in nets.groups.items()}
         self.parameters = {name: nets.group_parameters(name) for name in nets.groups}
-        self.averaged = {name: list(nets.get_submodule(name).parameters()) for name in nets.ema}
+        self.averaged = {name: nets.weights(name) for name in nets.ema}
         self.averages = {
             name: [Average(profile, weights) for profile in profiles] for name, weights in self.averaged.items()
         }

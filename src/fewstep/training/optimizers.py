@@ -23,10 +23,7 @@ def make_optimizer(spec: Optimizer, nets: Networks, group: str) -> torch.optim.O
     """Fused or multi-tensor optimizers only: per-tensor ones cost more than a small network's backward pass."""
     parameters: list[Any] = nets.group_parameters(group)
     if spec.rates:
-        parameters = [
-            {"params": list(nets.get_submodule(name).parameters()), "rate": spec.rates.get(name, 1.0)}
-            for name in spec.modules
-        ]
+        parameters = [{"params": nets.weights(name), "rate": spec.rates.get(name, 1.0)} for name in spec.modules]
     if spec.kind == "sgd":
         return torch.optim.SGD(
             parameters, spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay,

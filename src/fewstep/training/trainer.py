@@ -31,6 +31,7 @@ from fewstep.data.dataset import Rows, Samples
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Batch, Method, Networks, Progress, Question, Update, advance
 from fewstep.methods.start import Start
+from fewstep.networks.lora import factors_in
 from fewstep.randomness import Rng, derive_seed, repeated_draws, seed_own_draws
 from fewstep.sampling.rollout import Student
 from fewstep.training import checkpoint, nonfinite, snapshots
@@ -166,7 +167,7 @@ class Run(Groups):
         """Everything that moves, as named tensors."""
         tensors: dict[str, Tensor] = {}
         for name in self.kept():
-            tensors |= checkpoint.module_tensors(name, self.nets.get_submodule(name))
+            tensors |= checkpoint.module_tensors(name, self.nets)
         for name, optimizer in self.optimizers.items():
             tensors |= checkpoint.optimizer_tensors(name, optimizer)
         for name, averages in self.averages.items():
@@ -205,7 +206,7 @@ class Run(Groups):
         self.allocate_moments()
         tensors = saved.tensors(self.state())
         for name in self.kept():
-            checkpoint.load_module(name, self.nets.get_submodule(name), tensors)
+            checkpoint.load_module(name, self.nets, tensors)
         for name, optimizer in self.optimizers.items():
             checkpoint.load_optimizer(name, optimizer, tensors)
         for name, averages in self.averages.items():
@@ -251,8 +252,7 @@ class Run(Groups):
                 torch._foreach_copy_(local(self.averaged[name]), local(averages[0].weights))
         if plain is not self.nets:
             for name in self.kept():
-                weights = self.nets.get_submodule(name).state_dict()
-                plain.get_submodule(name).load_state_dict({k: self.parallel.whole(w) for k, w in weights.items()})
+                plain.load(name, {k: self.parallel.whole(w) for k, w in self.nets.state(name).items()})
         plain.requires_grad_(False).eval()
         return self.method.student(plain).requires_grad_(False).eval(), self.method.hands_on(plain)
 
@@ -276,7 +276,7 @@ def train_held(
     """What :func:`train` does, in a folder that the caller holds against other runs."""
     if settings.tensorboard and folder is None:
         raise ValueError("tensorboard=True writes into the run folder: give one")
-    start = dataclasses.replace(start, data=fitted(start.data, start.teacher))
+    start = dataclasses.replace(start, data=fitted(start.data, start.teacher), low_rank=settings.low_rank)
     sources = {name: fitted(source, start.teacher) for name, source in method.sources(start).items()}
     device = torch.device(settings.device)
     parallel = processes(settings, device)
@@ -287,6 +287,8 @@ def train_held(
 
     with repeated_draws(device):  # PyTorch's generator, which new layers and dropout use, is left as it was
         run = Run(method, networks(), settings, parallel)
+        if start.low_rank is not None and not factors_in(run.nets):
+            raise ValueError(f"lora_rank={settings.lora_rank}: {method.name} trains no copy of a network")
         records = loop(run, sources, folder, show and parallel.main)
         model, made = run.finish(networks() if settings.shard else run.nets)
     return Result(model, run.steps, run.steps * settings.batch, run.seconds, records, made)

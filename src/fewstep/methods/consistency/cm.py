@@ -21,42 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import grids
-from fewstep.conditions import Cond
 from fewstep.flow_maps import EDMConsistency, FlowMap
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.distances import L2, Compare, Distance
 from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
 from fewstep.methods.start import Start
+from fewstep.networks.lora import moving
 from fewstep.randomness import repeated_draws
 from fewstep.ranges import Above, Count, Least, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Student, plans_along
 from fewstep.schedules import Schedule
-
-
-def landings(
-    model: FlowMap,
-    target: FlowMap,
-    cond: Cond,
-    x_t: Tensor,
-    x_s: Tensor,
-    t: Tensor,
-    s: Tensor,
-    end: Tensor | None = None,
-    **extras: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """``f(x_t, t)`` and ``sg f_target(x_s, s)``, with the same dropout mask in both calls.
-
-    ``f`` goes to the data, or to the times ``end`` ``[B]``; ``extras`` are further inputs of both networks.
-    """
-
-    def jump(flow_map: FlowMap, x: Tensor, time: Tensor) -> Tensor:
-        if end is None:
-            return flow_map.to_data(x, time, cond, **extras)
-        return flow_map.jump(x, time, end, cond, **extras)
-
-    with torch.no_grad(), repeated_draws(x_t.device):
-        aim = jump(target, x_s, s)
-    return jump(model, x_t, t), aim
 
 
 def consistency_loss(
@@ -71,8 +45,34 @@ def consistency_loss(
     end: Tensor | None = None,
     **extras: Tensor,
 ) -> Tensor:
-    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, see :func:`landings`."""
-    return distance(*landings(model, target, batch.cond, x_t, x_s, t, s, end, **extras))
+    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, of :func:`two_jumps`."""
+    return distance(*two_jumps(model, target, batch, x_t, x_s, t, s, end, **extras))
+
+
+def two_jumps(
+    model: FlowMap,
+    target: FlowMap,
+    batch: Batch,
+    x_t: Tensor,
+    x_s: Tensor,
+    t: Tensor,
+    s: Tensor,
+    end: Tensor | None = None,
+    **extras: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``f(x_t, t)`` and, without a graph, ``f_target(x_s, s)``, with the same dropout mask in both calls.
+
+    ``f`` goes to the data, or to the times ``end`` ``[B]``; ``extras`` are further inputs of both networks.
+    """
+
+    def jump(flow_map: FlowMap, x: Tensor, time: Tensor) -> Tensor:
+        if end is None:
+            return flow_map.to_data(x, time, batch.cond, **extras)
+        return flow_map.jump(x, time, end, batch.cond, **extras)
+
+    with torch.no_grad(), repeated_draws(x_t.device):
+        aim = jump(target, x_s, s)
+    return jump(model, x_t, t), aim
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _ConsistencyModel(Method):
 @torch.no_grad()
 def follow(target: FlowMap, model: FlowMap, mu: float) -> None:
     """``target <- mu target + (1 - mu) model``."""
-    torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - mu)
+    torch._foreach_lerp_((*moving(target),), (*moving(model),), 1 - mu)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -28,10 +29,14 @@ from torch import Tensor, nn
 from fewstep import grids
 from fewstep.conditions import Cond, repeat
 from fewstep.flow_maps import Jump, ddim_move
+from fewstep.methods.alarm import Alarm
 from fewstep.methods.consistency.cm import follow
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Question, System, Update
-from fewstep.methods.parts.balance import balance_losses
+from fewstep.methods.parts.adversarial_phase import AdversarialPhase
+from fewstep.methods.parts.adversary import Adversary, Hinge
+from fewstep.methods.parts.balance import Balanced, balance_losses
 from fewstep.methods.parts.distances import L2, Distance
+from fewstep.methods.parts.distribution_matching import WON_GAME
 from fewstep.methods.parts.teacher_steps import edm_like, guided, heun_step
 from fewstep.methods.parts.times import EarlyRamp, LogNormal
 from fewstep.methods.start import Start
@@ -45,13 +50,15 @@ class _ConsistencyTrajectory(Method):
     """What the two ways to go ahead share.
 
     ``most_steps`` bounds ``h``, the steps between ``t`` and ``u``, drawn once an iteration with a probability in
-    proportion to ``h``; ``mu`` is the decay of the target network.
+    proportion to ``h``; ``mu`` is the decay of the target network.  With ``gan_share`` a discriminator of the student's
+    estimates and data joins at the end (:class:`~fewstep.methods.parts.adversarial_phase.AdversarialPhase`).
     """
 
     healthy: ClassVar[dict[str, str]] = {
         "student/consistency": "small from the start, because g starts as the teacher's denoiser, and stays small",
         "student/denoising": "stays near the teacher's own denoising loss; a rise says that g(x, t, t) drifts from it",
     }
+    unstable: ClassVar[dict[str, Alarm]] = {"head/discriminator_accuracy": WON_GAME}
 
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
@@ -60,6 +67,8 @@ class _ConsistencyTrajectory(Method):
     most_steps: Annotated[Count, "most steps that go ahead of the student, at most N - 1"] = 17
     mu: Annotated[Share, "decay of the target network"] = 0.999
     denoising_weight: Annotated[NonNegative, "size of the denoising gradient over consistency's, 0 for none"] = 1.0
+    gan_share: Annotated[Share, "last share of the budget, in which a discriminator joins; 0 for none"] = 0.0
+    gan_lr: Annotated[NonNegative, "learning rate of the discriminator"] = 2e-3
     distance: Annotated[Distance, "how two predictions are compared; LPIPS in the paper"] = L2
     sigma_data: Annotated[Positive, "standard deviation of the data, in the weight of the denoising loss"] = 0.5
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4, 8)
@@ -80,11 +89,16 @@ class _ConsistencyTrajectory(Method):
                 "target": copy.deepcopy(model),
                 "distance": self.distance.network(start.teacher.shape),
                 **self.asked(start, schedule),
+                **self.phase.modules(start.teacher.on(schedule)),
             },
-            {"student": Optimizer(("student",), self.lr, kind="radam", decay="linear")},
+            {"student": Optimizer(("student",), self.lr, kind="radam", decay="linear"), **self.phase.optimizers()},
             ema=("student",),
             moved=("target",),
         )
+
+    @property
+    def phase(self) -> AdversarialPhase:
+        return AdversarialPhase(self.gan_share, self.gan_lr, Adversary(Hinge()))
 
     def asked(self, start: Start, schedule: Schedule) -> dict[str, nn.Module]:
         """What the loss asks besides the student, by name."""
@@ -96,6 +110,7 @@ class _ConsistencyTrajectory(Method):
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
         schedule, rng, n = nets.student.schedule, batch.rng, batch.n
+        phase = self.phase
         grid = grids.karras(schedule, self.grid_times - 1).to(batch.x.device)
         h = 1 + rng.shared_choice(range(1, self.most_steps + 1))
         i = rng.integers(n, 0, len(grid) - h)
@@ -103,6 +118,11 @@ class _ConsistencyTrajectory(Method):
         j = i + h + (rng.uniform(n) * left).long().clamp_max(left - 1)
         t, u, s = grid[i], grid[i + h], grid[j]
         x_t = schedule.add_noise(batch.x, rng.normal_like(batch.x), t)
+        if phase.discriminates(progress):
+            with torch.no_grad():
+                landed = nets.target.to_data(nets.student(x_t, t, s, batch.cond), s, batch.cond)
+            yield phase.discriminate(nets, batch.x, landed, batch.cond, rng)
+            return
         with torch.no_grad():
             x_u = self.ahead(nets, x_t, grid[i + torch.arange(h + 1, device=i.device)[:, None]], batch.cond)
             aim = nets.target.to_data(nets.student(x_u, u, s, batch.cond), s, batch.cond)
@@ -117,16 +137,26 @@ class _ConsistencyTrajectory(Method):
             cond = repeat(cond, 2)
         g = nets.student.predict(x, first, last, cond)
         landed = ddim_move(x_t, g[:n], t, s, schedule)
-        consistency = nets.distance(nets.target.to_data(landed, s, batch.cond), aim).mean()
-        if not self.denoising_weight:
-            yield Update("student", consistency, {}, lambda: self.follow(nets))
-            return
-        variance = self.sigma_data**2
-        weight = align((level**2 + variance) / (level**2 * variance), batch.x)
-        denoising = (weight * (g[n:] - batch.x).square()).mean()
-        loss, balance = yield from balance_losses(consistency, denoising, at=g, share=self.denoising_weight)
-        logs = {"consistency": consistency.detach(), "denoising": denoising.detach(), "balance": balance}
-        yield Update("student", loss, logs, lambda: self.follow(nets))
+        estimate = nets.target.to_data(landed, s, batch.cond)
+        consistency = nets.distance(estimate, aim).mean()
+        others: dict[str, Balanced] = {}
+        if self.denoising_weight:
+            variance = self.sigma_data**2
+            weight = align((level**2 + variance) / (level**2 * variance), batch.x)
+            denoising = (weight * (g[n:] - batch.x).square()).mean()
+            others["denoising"] = Balanced(denoising, self.denoising_weight)
+        with ExitStack() as stack:
+            if phase.joins(progress):
+                stack.enter_context(nets.held("head"))
+                gan = phase.student_loss(nets, estimate, batch.cond, rng)
+                others["gan"] = Balanced(gan, 1.0, phase.least, phase.most)
+            logs = {name: other.loss.detach() for name, other in others.items()}
+            loss = consistency
+            if others:
+                loss, weights = yield from balance_losses(consistency, *others.values(), at=g)
+                logs |= {f"{name}_weight": weight for name, weight in zip(others, weights, strict=True)}
+            logs["consistency"] = consistency.detach()
+            yield Update("student", loss, logs, lambda: self.follow(nets))
 
     def follow(self, nets: Networks) -> None:
         follow(nets.target, nets.student, self.mu)
@@ -145,7 +175,8 @@ class ConsistencyTrajectory(_ConsistencyTrajectory):
         "Consistency Trajectory Models: Learning Probability Flow ODE Trajectory of Diffusion", "2310.02279",
         "verified",
         ("`distance` is l2 by default: the weights of LPIPS are not bundled (distance lpips:PATH reads a file of them)",
-         "no adversarial term yet, which the paper adds after consistency and denoising",
+         "the adversarial term (`gan_share`) is off by default; its discriminator sees features of the frozen teacher "
+         "(of classifiers there, DeiT-B and EfficientNet, with augmented pictures)",
          "gradients are balanced at the network's output, over the samples of both losses (at its last weights there)",
          "`decay`: the learning rate falls linearly to 0 over the budget (the paper's is constant)",
          "the weights of the target time start at zero, so that the student starts as the teacher's DDIM (the official "

@@ -29,8 +29,8 @@ from fewstep.denoisers import Denoiser, networks_in
 from fewstep.extras import Input
 from fewstep.flow_maps import FlowMap, LatentConsistency
 from fewstep.guidance import Guided
-from fewstep.methods.consistency.cm import consistency_loss, follow
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
+from fewstep.methods.consistency.cm import follow, two_jumps
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Question, System, Update
 from fewstep.methods.parts.distances import L2, Distance
 from fewstep.methods.parts.teacher_steps import check_tells_data, ddim_step, guided
 from fewstep.methods.start import Start
@@ -139,7 +139,18 @@ class SkippingDistillation(Method):
         scale = batch.rng.uniform(len(batch.x), low=self.guidance_min, high=self.guidance_max)
         return Guided(nets.teacher, scale), {WEIGHT: scale - 1 + nets.student.extras[WEIGHT].unguided}
 
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
+        made, aim, _ = self.neighbours(nets, batch)
+        yield self.moving(nets, nets.distance(made, aim).mean())
+
+    def moving(self, nets: Networks, loss: Tensor, logs: Mapping[str, Tensor] | None = None) -> Update:
+        """The student's update, which the target network follows."""
+        target = nets.target if self.mu else None
+        then = None if target is None else lambda: follow(target, nets.student, self.mu)
+        return Update("student", loss, logs or {}, then)
+
+    def neighbours(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the student makes of a state, what the target makes of the teacher's next one, and the state's time."""
         schedule, rng = nets.student.schedule, batch.rng
         grid = self.times(schedule).to(batch.x.device)
         n = rng.integers(len(batch.x), 0, len(grid) - 1)
@@ -149,10 +160,8 @@ class SkippingDistillation(Method):
         with torch.no_grad():
             x_s = ddim_step(teacher, x_t, t, s, batch.cond)
         target = nets.target if self.mu else nets.student
-        loss = consistency_loss(
-            nets.student, target, batch, x_t, x_s, t, s, nets.distance, self.end(schedule, t), **told
-        ).mean()
-        yield Update("student", loss, then=(lambda: follow(target, nets.student, self.mu)) if self.mu else None)
+        made, aim = two_jumps(nets.student, target, batch, x_t, x_s, t, s, self.end(schedule, t), **told)
+        return made, aim, t
 
 
 @dataclass(frozen=True)

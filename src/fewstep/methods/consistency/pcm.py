@@ -17,32 +17,43 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
+import torch
 from torch import Tensor
 
 from fewstep import grids
-from fewstep.denoisers import Denoiser
+from fewstep.conditions import repeat
+from fewstep.denoisers import Denoiser, gradients
 from fewstep.extras import Input
 from fewstep.flow_maps import FlowMap, Jump
+from fewstep.methods.alarm import Alarm
 from fewstep.methods.consistency.lcm import SkippingDistillation
-from fewstep.methods.method import Batch, Networks, Paper, Progress, System, Update
+from fewstep.methods.method import Batch, Networks, Paper, Progress, Question, System, Update
+from fewstep.methods.parts.adversarial_phase import AdversarialPhase
+from fewstep.methods.parts.adversary import Adversary, Hinge, accuracy
+from fewstep.methods.parts.distribution_matching import WON_GAME
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Segments
+from fewstep.methods.start import Start
+from fewstep.randomness import Rng
 from fewstep.ranges import Count, NonNegative, Share
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.schedules import Schedule
+from fewstep.schedules import Schedule, align
 
 
 @dataclass(frozen=True)
 class PhasedConsistencyDistillation(SkippingDistillation):
-    """PCM without its adversarial term; ``phases`` is the number of calls that the student is made for.
+    """``phases`` is the number of calls that the student is made for.
 
-    Taught by a teacher without guidance, with ``label_dropout``, the student can be guided as the teacher can.
+    With ``gan_share`` a discriminator tells what the student makes of a state from what the target makes of the
+    teacher's next one, both noised on from the phase's end to a time within it; its iterations and the student's take
+    turns.  Taught by a teacher without guidance, with ``label_dropout``, the student can be guided as the teacher can.
     """
 
     name: ClassVar[str] = "pcm"
     paper: ClassVar[Paper] = Paper(
         "Phased Consistency Models", "2405.18407", "verified",
-        ("no adversarial term between phases: the consistency loss alone",
+        ("the adversarial term between phases (`gan_share`) is off by default; its heads are those of DMD2, "
+         "on the teacher's bottleneck, at a `gan_lr` for runs of minutes (1e-5 there)",
          "`guidance_min` and `guidance_max` are 1, the authors' option of a teacher without guidance; their scripts "
          "draw the scale from 5 to 6 without telling the student, which is told a range here",
          "`lr` suits networks of a million parameters and runs of minutes (5e-6 there, for low-rank weights)",
@@ -58,10 +69,15 @@ class PhasedConsistencyDistillation(SkippingDistillation):
         "consistency distillation within phases of the trajectory: deterministic sampling, guidance left free",
     )  # fmt: skip
 
+    unstable: ClassVar[dict[str, Alarm]] = {"head/discriminator_accuracy": WON_GAME}
+
     lr: Annotated[NonNegative, "learning rate"] = 1e-4
     mu: Annotated[Share, "decay of the target network; 0 makes it the student"] = 0.0
     phases: Annotated[Count, "parts of the trajectory, one network call each"] = 4
     label_dropout: Annotated[Share, "share of samples without their condition, for guidance in sampling"] = 0.0
+    gan_share: Annotated[Share, "last share of the budget, in which a discriminator joins; 0 for none"] = 0.0
+    gan_weight: Annotated[NonNegative, "weight of the adversarial term"] = 0.1
+    gan_lr: Annotated[NonNegative, "learning rate of the discriminator"] = 1e-3
 
     def seen_on(self, schedule: Schedule) -> Schedule:
         return schedule
@@ -79,9 +95,45 @@ class PhasedConsistencyDistillation(SkippingDistillation):
     def end(self, schedule: Schedule, t: Tensor) -> Tensor | None:
         return Segments(self.phases).end(schedule, t)
 
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+    @property
+    def phase(self) -> AdversarialPhase:
+        return AdversarialPhase(self.gan_share, self.gan_lr, Adversary(Hinge()))
+
+    def networks(self, start: Start) -> Networks:
+        nets = super().networks(start)
+        if not self.gan_share:
+            return nets
+        modules = dict(nets.named_children()) | self.phase.modules(start.teacher.on(nets.student.schedule))
+        return Networks(modules, {**nets.groups, **self.phase.optimizers()}, nets.ema, nets.moved)
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
         cond = drop_condition(batch.cond, nets.student.null, self.label_dropout, batch.rng)
-        yield from super().updates(nets, replace(batch, cond=cond), progress)
+        batch = replace(batch, cond=cond)
+        if not self.phase.joins(progress):
+            yield from super().updates(nets, batch, progress)
+            return
+        phase, adversary = self.phase, self.phase.adversary
+        judging = phase.discriminates(progress)
+        with gradients(nets.student, "none" if judging else "all"):
+            made, aim, t = self.neighbours(nets, batch)
+        states, time = self.noised_within(nets, aim, made, t, batch.rng)
+        with nets.held("student" if judging else "head"):
+            told = adversary.logits_at(nets.body, nets.head, states, time, repeat(cond, 2))
+            real, fake = told.chunk(2)
+            if judging:
+                logs = {"discriminator_accuracy": accuracy(real.detach(), fake.detach())}
+                yield Update("head", adversary.loss.discriminator(real, fake), logs)
+                return
+            loss, gan = nets.distance(made, aim).mean(), adversary.loss.generator(fake)
+            yield self.moving(nets, loss + self.gan_weight * gan, {"consistency": loss.detach(), "gan": gan.detach()})
+
+    def noised_within(self, nets: Networks, real: Tensor, fake: Tensor, t: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Two states at the lower edge of each phase noised on to one time within it, ``[2 B, ...]``."""
+        schedule, phases = nets.student.schedule, Segments(self.phases)
+        time = phases.within(schedule, t, 1 - rng.uniform(len(t)))
+        a, sd = schedule.transition(phases.end(schedule, t), time)
+        states = [align(a, x) * x + align(sd, x) * rng.normal_like(x) for x in (real, fake)]
+        return torch.cat(states), time.repeat(2)
 
     def student(self, nets: Networks) -> Student:
         edges = Segments(self.phases).edges(nets.student.schedule)

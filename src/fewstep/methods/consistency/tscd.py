@@ -29,7 +29,7 @@ from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
 from fewstep.guidance import Guided
 from fewstep.methods.alarm import Alarm
-from fewstep.methods.consistency.cm import follow, landings
+from fewstep.methods.consistency.cm import follow, two_jumps
 from fewstep.methods.method import (
     Batch,
     Method,
@@ -91,25 +91,16 @@ def draw_ends(schedule: Schedule, low: Tensor, s: Tensor, rng: Rng) -> Tensor:
     return torch.minimum(torch.maximum(ends, low), s)
 
 
-def segment_plan(schedule: Schedule, segments: int) -> Plan:
-    """A deterministic call for each segment."""
-    return Plan(tuple(Segments(segments).edges(schedule)[1:].flip(0).tolist()), gamma=0.0)
-
-
 def tcd_plan(schedule: Schedule, steps: int, eta: float) -> Plan:
-    """TCD's rule: every jump goes to ``(1 - eta)`` of the next time, and noise up to it; ``eta = 0`` is deterministic.
-
-    Times are trailing steps of a table, of which the share is rounded down, or those of an even grid, on which it is
-    counted.
-    """
-    table = schedule.table_length is not None
-    times = segment_plan(schedule, steps).times if table else tuple(grids.even(schedule, steps)[:-1].tolist())
+    """TCD's rule at the edges of ``steps`` segments: each jump goes to ``(1 - eta)`` of the next time, in the own index
+    (rounded down to a step of a table), and noise up to it; ``eta = 0`` is deterministic."""
+    times = tuple(Segments(steps).edges(schedule)[1:].flip(0).tolist())
     if eta == 0 or steps == 1:
         return Plan(times, gamma=0.0)
-    if table:
-        return Plan(times, inner=tuple(float(math.floor((1 - eta) * s)) for s in times[1:]))
-    left = 1 - torch.arange(1, steps, dtype=torch.float64) / steps
-    return Plan(times, inner=tuple(grids.even_time(schedule, 1 - (1 - eta) * left).tolist()))
+    inner = (1 - eta) * grids.own_index(schedule, torch.tensor(times[1:], dtype=torch.float64))
+    if schedule.table_length is not None:
+        inner = torch.tensor([math.floor(place) for place in inner.tolist()], dtype=torch.float64)
+    return Plan(times, inner=tuple(grids.at_index(schedule, inner).tolist()))
 
 
 def check_etas(name: str, steps: Sequence[int], eta: Sequence[float]) -> None:
@@ -215,7 +206,7 @@ class SegmentConsistency(Method):
         x_t = schedule.add_noise(batch.x, rng.normal_like(batch.x), t)
         with torch.no_grad():
             x_s = ddim_step(self.led(nets.teacher, batch.n, rng), x_t, t, s, batch.cond)
-        return *landings(nets.student, nets.target, batch.cond, x_t, x_s, t, s, end), t, end
+        return *two_jumps(nets.student, nets.target, batch, x_t, x_s, t, s, end), t, end
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
         landed, aim, t, end = self.land(nets, batch)
@@ -241,7 +232,7 @@ class SegmentConsistency(Method):
     def plans(self, schedule: Schedule) -> dict[int, Plan]:
         """A call a segment, or with one segment the plans of all steps."""
         if self.segments > 1:
-            return {self.segments: segment_plan(schedule, self.segments)}
+            return {self.segments: tcd_plan(schedule, self.segments, 0.0)}
         each = self.eta if len(self.eta) == len(self.steps) else self.eta * len(self.steps)
         return {k: tcd_plan(schedule, k, eta) for k, eta in zip(self.steps, each, strict=True)}
 

@@ -26,13 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import grids
-from fewstep.conditions import Cond
+from fewstep.conditions import Cond, repeat
 from fewstep.denoisers import Denoiser
 from fewstep.extras import Input
 from fewstep.flow_maps import Jump
 from fewstep.guidance import Autoguided, Guided
 from fewstep.methods.alarm import Alarm, Grows
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Question, System, Update
+from fewstep.methods.parts.adversarial_phase import AdversarialPhase
+from fewstep.methods.parts.adversary import Adversary, Relativistic
+from fewstep.methods.parts.balance import Balanced, balance_losses
+from fewstep.methods.parts.distribution_matching import WON_GAME
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian, regression, sizes
 from fewstep.methods.parts.times import GapFirst, PairLaw
 from fewstep.methods.start import Start, denoiser_in
@@ -69,7 +73,8 @@ class _AlignYourFlow(Method):
     unstable: ClassVar[dict[str, Alarm]] = {
         "student/tangent_norm": Grows(
             "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
-        )
+        ),
+        "head/discriminator_accuracy": WON_GAME,
     }
     roles: ClassVar[tuple[str, ...]] = ("student", "guide")
 
@@ -82,6 +87,8 @@ class _AlignYourFlow(Method):
     guidance: Annotated[float, "guidance weight of samples that ask for none"] = 2.0
     guidance_low: Annotated[float, "least guidance weight that the student learns, 1 for none"] = 1.0
     guidance_high: Annotated[float, "greatest guidance weight that the student learns"] = 3.0
+    gan_share: Annotated[Share, "last share of the budget, in which a discriminator joins; 0 for none"] = 0.0
+    gan_lr: Annotated[NonNegative, "learning rate of the discriminator"] = 1e-3
     gamma: Annotated[Share, "noise put back between calls: 0 deterministic, 1 all of it"] = 0.0
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4, 8)
 
@@ -111,7 +118,8 @@ class _AlignYourFlow(Method):
         if "guide" in {**start.made, **start.given}:
             modules["guide"] = denoiser_in(start.model("guide"), "guide").on(schedule)
         optimizer = Optimizer(("student",), self.lr, betas=(0.9, 0.99), warmup=20, decay="cosine")
-        nets = Networks(modules, {"student": optimizer}, ema=("student",))
+        modules |= self.phase.modules(start.teacher.on(schedule))
+        nets = Networks(modules, {"student": optimizer, **self.phase.optimizers()}, ema=("student",))
         self.teacher(nets, self.guidance_high)  # ValueError for a guide or a teacher that cannot guide
         return nets
 
@@ -128,12 +136,23 @@ class _AlignYourFlow(Method):
             )
         return Guided(nets.teacher, w)
 
+    @property
+    def phase(self) -> AdversarialPhase:
+        """Its penalties are the published ``0.05 |dl/dx|^2``, by differences over 0.1."""
+        return AdversarialPhase(self.gan_share, self.gan_lr, Adversary(Relativistic(), r1=5.0, r2=5.0))
+
     def times(self) -> PairLaw:
         """The law of ``(t, s)``."""
         return GapFirst(self.gap_mean, self.gap_std)
 
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
-        student, rng = nets.student, batch.rng
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
+        student, rng, phase = nets.student, batch.rng, self.phase
+        if phase.discriminates(progress):
+            with torch.no_grad():
+                end, told = self.one_jump(student, batch)
+                fake = student(*end, batch.cond, **told)
+            yield phase.discriminate(nets, batch.x, fake, batch.cond, rng)
+            return
         t, s = self.times().draw(student.schedule, batch.n, rng)
         x = student.schedule.add_noise(batch.x, batch.normal(), t)
         w = rng.stream("guidance").uniform(batch.n, low=self.guidance_low, high=self.guidance_high)
@@ -141,9 +160,30 @@ class _AlignYourFlow(Method):
         told = {name: w.to(torch.promote_types(x.dtype, torch.float32)) for name in self.weights}
         r = min(self.r_max, progress.fraction / self.tangent_warmup) if self.tangent_warmup else self.r_max
         own = self.direction(student, teacher, Asked(x, t, s, batch.cond, told), r)
-        f = student.mean_velocity(x, t, s, batch.cond, **told)
-        loss = regression(f, own, c=self.c).mean()
-        yield Update("student", loss, {"tangent_norm": sizes(own.g).mean(), "warmup": r})
+        logs: dict[str, Tensor | float] = {"tangent_norm": sizes(own.g).mean(), "warmup": r}
+        if not phase.joins(progress):
+            f = student.mean_velocity(x, t, s, batch.cond, **told)
+            yield Update("student", regression(f, own, c=self.c).mean(), logs)
+            return
+        # both losses from one call of the student
+        (z, one, zero), further = self.one_jump(student, batch)
+        told = {name: torch.cat([w, further[name]]) for name, w in told.items()}
+        times = torch.cat([t, one]), torch.cat([s, zero])
+        f = student.mean_velocity(torch.cat([x, z]), *times, repeat(batch.cond, 2), **told)
+        loss = regression(f[: batch.n], own, c=self.c).mean()
+        fake = student.schedule.move(z, f[batch.n :], one, zero)
+        with nets.held("head"):
+            gan = phase.student_loss(nets, fake, batch.cond, rng, batch.x)
+            logs["gan"], adversarial = gan.detach(), Balanced(gan, 1.0, phase.least, phase.most)
+            loss, (logs["gan_weight"],) = yield from balance_losses(loss, adversarial, at=f)
+            yield Update("student", loss, logs)
+
+    def one_jump(self, student: Jump, batch: Batch) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """Noise and the two ends of the whole range, ``[B]``, with the guidance weight of samples that ask for none."""
+        z = batch.normal()
+        one = torch.full((batch.n,), student.schedule.t_max, dtype=torch.float64, device=z.device)
+        weight = {name: torch.full_like(one, given.default).to(z.dtype) for name, given in self.weights.items()}
+        return (z, one, torch.full_like(one, student.schedule.t_min)), weight
 
     @abstractmethod
     def direction(self, student: Jump, teacher: Denoiser, asked: Asked, r: float) -> Direction:
@@ -169,8 +209,9 @@ class AlignYourFlow(_AlignYourFlow):
     paper: ClassVar[Paper] = Paper(
         "Align Your Flow: Scaling Continuous-Time Flow Map Distillation", "2506.14603", "from paper text",
         ("no official code: equations and constants from two summaries of the paper and from code of third parties",
-         "no adversarial finetuning after the distillation (about 3000 iterations there, a relativistic GAN with R1 "
-         "and R2), and so none of the paper's numbers with it",
+         "the adversarial finetuning (gan_share; about 3000 iterations there) is off by default; its discriminator "
+         "sees features of the frozen teacher (StyleGAN2's, of pixels, there) and samples of one jump from noise, and "
+         "its gradient penalties R1 and R2 are differences",
          "no LoRA student for text-to-image models",
          "the warm-up counts shares of the budget, the learning rate falls to 0 over it; the Lagrangian objective has "
          "the Eulerian one's warm-up and laws",

@@ -126,17 +126,20 @@ class Adversary:
     r1_sigma: float = 0.1
 
     def heads(self, body: Denoiser) -> nn.Module:
-        """Untrained heads for the features of ``body``."""
-        return Heads(feature_shapes(body, self.layers)) if self.layers else FeatureHead(body.feature_shape)
+        """Untrained heads for the features of ``body``, in float32 at least."""
+        heads = Heads(feature_shapes(body, self.layers)) if self.layers else FeatureHead(body.feature_shape)
+        like = next(body.parameters(), None)
+        return heads if like is None else heads.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
     def logits(self, body: Denoiser, heads: nn.Module, x: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> Tensor:
         """The logits of samples ``x`` ``[B, ...]`` noised to ``t`` ``[B]``."""
         return self.logits_at(body, heads, body.schedule.add_noise(x, noise, t), t, cond)
 
     def logits_at(self, body: Denoiser, heads: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The logits of states ``x_t`` ``[B, ...]`` at times ``t`` ``[B]``."""
-        found = tapped(body, self.layers, x_t, t, cond)[1] if self.layers else body.features(x_t, t, cond)
-        logits: Tensor = heads(found)
+        """The logits of states ``x_t`` ``[B, ...]`` at ``t`` ``[B]``."""
+        found = tapped(body, self.layers, x_t, t, cond)[1] if self.layers else [body.features(x_t, t, cond)]
+        features = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in found]
+        logits: Tensor = heads(features if self.layers else features[0])
         return logits
 
     def student_loss(
@@ -154,19 +157,27 @@ class Adversary:
         return self.loss.generator(fake, told)
 
     def discriminator_loss(
-        self, body: Denoiser, heads: nn.Module, real: Tensor, fake: Tensor, cond: Cond, rng: Rng
+        self,
+        body: Denoiser,
+        heads: nn.Module,
+        real: Tensor,
+        fake: Tensor,
+        cond: Cond,
+        rng: Rng,
+        real_cond: Cond = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's side for data and samples without a graph, both under ``cond``, in one pass, and what
-        there is to record: ``discriminator_accuracy`` is 0.5 at a tie."""
+        """The discriminator's side for data and samples without a graph, in one pass, both under ``cond`` unless data
+        have their own, and what there is to record: ``discriminator_accuracy`` is 0.5 at a tie."""
         t = self.law.draw(body.schedule, len(fake), rng)
         noise = torch.cat([rng.normal_like(fake), rng.normal_like(fake)])
         both, times = torch.cat([real, fake]), torch.cat([t, t])
-        told = self.logits(body, heads, both, times, noise, join([cond, cond]))
+        conds = join([cond if real_cond is None else real_cond, cond])
+        told = self.logits(body, heads, both, times, noise, conds)
         of_real, of_fake = told.chunk(2)
         loss, logs = self.judge(of_real, of_fake)
         if self.r1 or self.r2:
-            moved = both + self.r1_sigma * rng.normal_like(both)
-            of_moved, of_moved_fake = self.logits(body, heads, moved, times, noise, join([cond, cond])).chunk(2)
+            moved = both + self.r1_sigma * torch.cat([rng.normal_like(real), rng.normal_like(fake)])
+            of_moved, of_moved_fake = self.logits(body, heads, moved, times, noise, conds).chunk(2)
             penalty = self.r1 * mse_loss(of_moved, of_real) + self.r2 * mse_loss(of_moved_fake, of_fake)
             loss, logs["gradient_penalty"] = loss + penalty, penalty.detach()
         return loss, logs

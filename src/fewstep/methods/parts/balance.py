@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,28 +24,41 @@ def balance(
     batch nor its splitting counts.
     """
     slopes = [torch.autograd.grad(loss, at, retain_graph=True)[0] for loss in (first, second)]
-    weight = yield from weigh(slopes, at, eps, most)
-    return weight
+    sizes = yield from size(slopes, at)
+    return (sizes[0] / (sizes[1] + eps)).clamp_max(most)
+
+
+class Balanced(NamedTuple):
+    """A loss that is to have ``share`` times the gradient of another, by a weight between ``least`` and ``most``."""
+
+    loss: Tensor
+    share: float = 1.0
+    least: float = 0.0
+    most: float = 1e4
 
 
 def balance_losses(
-    first: Tensor, second: Tensor, at: Tensor, *, share: float = 1.0, eps: float = 1e-4, most: float = 1e4
-) -> Generator[Mean, Tensor, tuple[Tensor, Tensor]]:
-    """``first + w second`` and ``w``, which is ``share`` times that of :func:`balance`, where both depend on parameters
-    through the tensor ``at`` only: the loss has the value of the sum and its gradient at ``at``, so that what lies
-    behind ``at`` is differentiated once, not once more for ``w``."""
-    slopes = [torch.autograd.grad(loss, at)[0] for loss in (first, second)]
-    weight = share * (yield from weigh(slopes, at, eps, most))
-    inner = (at * (slopes[0] + weight * slopes[1])).sum()
-    return (first + weight * second).detach() + inner - inner.detach(), weight
+    first: Tensor, *others: Balanced, at: Tensor, eps: float = 1e-4
+) -> Generator[Mean, Tensor, tuple[Tensor, list[Tensor]]]:
+    """``first`` plus each of ``others`` by its weight, and the weights, ``share`` times those of :func:`balance`, where
+    all depend on parameters through the tensor ``at`` only: the loss has the value of the sum and its gradient at
+    ``at``, so that what lies behind ``at`` is differentiated once, not once more for the weights."""
+    losses = (first, *(other.loss for other in others))
+    slopes = [torch.autograd.grad(loss, at, retain_graph=True)[0] for loss in losses]
+    sizes = yield from size(slopes, at)
+    total, slope, weights = first.detach(), slopes[0], []
+    for other, own, length in zip(others, slopes[1:], sizes[1:], strict=True):
+        weight = other.share * (sizes[0] / (length + eps)).clamp(other.least, other.most)
+        total, slope = total + weight * other.loss.detach(), slope + weight * own
+        weights.append(weight)
+    inner = (at * slope).sum()
+    return total + inner - inner.detach(), weights
 
 
-def weigh(slopes: list[Tensor], at: Tensor, eps: float, most: float) -> Generator[Mean, Tensor, Tensor]:
-    """The ratio of the sizes of two slopes over the whole batch."""
+def size(slopes: list[Tensor], at: Tensor) -> Generator[Mean, Tensor, Tensor]:
+    """The sizes of slopes over the whole batch."""
     if at.is_leaf:
         means = yield Mean(torch.stack(slopes))
-        sizes = torch.linalg.vector_norm(means.flatten(1), dim=1)
-    else:
-        squares = yield Mean(torch.stack([slope.square().sum() * len(at) for slope in slopes]))
-        sizes = squares.sqrt()
-    return (sizes[0] / (sizes[1] + eps)).clamp_max(most)
+        return torch.linalg.vector_norm(means.flatten(1), dim=1)
+    squares = yield Mean(torch.stack([slope.square().sum() * len(at) for slope in slopes]))
+    return squares.sqrt()

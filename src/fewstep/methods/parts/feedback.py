@@ -16,7 +16,7 @@ from fewstep.methods.method import Mean
 from fewstep.methods.start import Start
 from fewstep.networks.classifier import BUNDLED, bundled_classifier
 from fewstep.networks.latents import decode
-from fewstep.rewards import ClassReward, ModuleReward, Reward, hinge
+from fewstep.rewards import ClassReward, Reward, as_reward, hinge
 from fewstep.sampling.inputs import weights_of
 from fewstep.values import Written, check, suggestion
 
@@ -71,8 +71,7 @@ class Feedback(Written):
         if not self:
             raise ValueError(f"feedback=none: nothing rates samples; choose from {', '.join(CHOICES[1:])}")
         if self.by == GIVEN:
-            brought = copy.deepcopy(start.given[ROLE])
-            return brought if isinstance(brought, Reward) else ModuleReward(brought)
+            return as_reward(copy.deepcopy(start.given[ROLE]))
         return ClassReward(bundled_classifier(self.by.partition(":")[2]))
 
 

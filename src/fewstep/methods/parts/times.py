@@ -70,6 +70,14 @@ class EarlyRamp(TimeLaw):
         return schedule.time_at(-karras_level(1 - rng.uniform(n, high=self.share)).log())
 
 
+def chosen_rows(n: int, share: float, rng: Rng) -> Tensor:
+    """Which rows of the whole batch a share of it is, bool ``[n]`` for this part's: each with probability ``share``,
+    and always as many but for one at most (systematic sampling), so that networks see batches of the same sizes."""
+    row = rng.part * n + torch.arange(n, dtype=torch.float64, device=rng.device)
+    before = share * row + rng.shared_integer(0, 2**32) / 2**32
+    return (before + share).floor() > before.floor()
+
+
 class PairLaw(ABC):
     """Draws ``n`` pairs of float64 times ``(t, s)`` with ``t >= s``."""
 
@@ -109,9 +117,7 @@ class Ordered(PairLaw):
         u = torch.sigmoid(self.mean + self.std * rng.normal(n, 2, dtype=torch.float64))
         u = schedule.t_min + (schedule.t_max - schedule.t_min) * u
         t, s = u.amax(1), u.amin(1)
-        row = rng.part * n + torch.arange(n, dtype=torch.float64, device=t.device)
-        before = self.equal * row + rng.shared_integer(0, 2**32) / 2**32
-        return t, torch.where((before + self.equal).floor() > before.floor(), t, s)
+        return t, torch.where(chosen_rows(n, self.equal, rng), t, s)
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,11 @@ class Segments:
         # an edge that comes out of another computation has a rounding error, and belongs to the part below it still
         inner = (self.indices(schedule)[1:-1] + 1e-6).to(t.device)
         return torch.searchsorted(inner, grids.own_index(schedule, t).contiguous())
+
+    def within(self, schedule: Schedule, t: Tensor, share: Tensor) -> Tensor:
+        """Times in the same part as ``t``, at a ``share`` of the way from its lower edge to its upper one."""
+        places, part = self.indices(schedule).to(t.device), self.of(schedule, t)
+        return grids.at_index(schedule, places[part] + share * (places[part + 1] - places[part]))
 
     def end(self, schedule: Schedule, t: Tensor) -> Tensor:
         """The lower edge of the part: where the jump from ``t`` ends."""
