@@ -4,7 +4,8 @@
 
 The law is a one-dimensional mixture, whose exact map from noise to data is that of quantiles.  Both students start from
 one small network that was fitted to its denoiser, and have the same number of steps in all.  Rows are the root mean
-square difference to the exact map, over quantiles of the noise, in 1, 2, 4 and 8 calls.  The picture shows the maps of one call and of four.
+square difference to the exact map, over quantiles of the noise, in 1, 2, 4 and 8 calls.  The picture shows the maps of
+one call and of four.
 """
 
 from __future__ import annotations
