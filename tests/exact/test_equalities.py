@@ -15,15 +15,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep import grids
 from fewstep.conditions import Cond
 from fewstep.constant_acceleration import ConstantAcceleration, acceleration
 from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser, NetworkDenoiser, View
 from fewstep.exact import ExactFlowMap, Gaussian
-from fewstep.flow_maps import Jump
+from fewstep.flow_maps import Jump, ddim_move
 from fewstep.guidance import Guided
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
+from fewstep.methods.consistency.hyper_sd import OneStepMatching
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
 from fewstep.methods.consistency.mlcm import SegmentConsistency
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
@@ -31,6 +33,7 @@ from fewstep.methods.consistency.rcm import RCM, student_direction
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
 from fewstep.methods.consistency.scott import StochasticConsistencyDistillation
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
+from fewstep.methods.consistency.tscd import SegmentConsistency
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
 from fewstep.methods.flow_maps.boot import BOOT, signal_step
 from fewstep.methods.flow_maps.constant_acceleration import InitialVelocity
@@ -907,6 +910,88 @@ def tdm() -> Pairs:
     yield "importance", logs["importance"], torch.ones((), dtype=torch.float64)
     yield "critic's loss", loss, (snr.clamp_max(5.0) * error).mean()
     yield "not the critic's loss without the bound", loss, (snr * error).mean()
+
+
+# Hyper-SD
+
+
+@row("TSCD, one segment", "it is TCD's step, written down", 1e-12)
+def tscd() -> Pairs:
+    """A guided DDIM step, two jumps to one time below it, squares; scales are drawn, and the student is not told."""
+    source, method = teacher(), SegmentConsistency(guidance_min=1.5, guidance_max=3.0, skip=50)
+    found = gradients_of(method, source, batch())
+    nets = method.networks(Start(source))
+    moved(nets, "student")
+
+    def tcd(sure: float = 0.0) -> Tensor:
+        given, schedule = batch(), source.schedule
+        rng, x_0, cond = given.rng, given.x, given.cond
+        index = torch.arange(1000, -1, -50, dtype=torch.float64)  # of an own index of 1000 steps
+        n = rng.integers(given.n, 0, len(index) - 1)
+        t, s, end = (grids.at_index(schedule, place) for place in (index[n], index[n + 1], index[n + 1]))
+        end = grids.at_index(schedule, rng.uniform(given.n) * index[n + 1] * (1 - sure))
+        x_t = schedule.add_noise(x_0, rng.normal_like(x_0), t)
+        w = rng.uniform(given.n, low=1.5, high=3.0)[:, None]
+        with torch.no_grad():
+            plain, away = source(x_t, t, cond), source(x_t, t, torch.full_like(cond, -1))
+            x_s = ddim_move(x_t, away + w * (plain - away), t, s, schedule)
+            aim = ddim_move(x_s, nets.target.denoiser(x_s, s, cond), s, end, schedule)
+        landed = ddim_move(x_t, nets.student.denoiser(x_t, t, cond), t, end, schedule)
+        return flat(torch.autograd.grad((landed - aim).square().mean(), list(nets.student.parameters())))
+
+    yield "gradient", flat(found.values()), tcd()
+    yield "not that of a consistency model, which jumps to the data", flat(found.values()), tcd(1.0)
+
+
+@row("TSCD, one segment and one step", "it is CTM's, around a network that is not told the target time", 1e-12)
+def tscd_is_ctm() -> Pairs:
+    class InDDIMForm(ConsistencyTrajectory):
+        """CTM with DDIM steps, and without the target time as an input."""
+
+        def networks(self, start: Start) -> Networks:
+            return SegmentConsistency().networks(start)
+
+        def ahead(self, nets: Networks, x: Tensor, times: Tensor, cond: Cond) -> Tensor:
+            for k in range(len(times) - 1):
+                x = ddim_step(nets.teacher, x, times[k], times[k + 1], cond)
+            return x
+
+    class Same(Rng):
+        """The same noise wherever it is drawn."""
+
+        def normal_like(self, x: Tensor) -> Tensor:
+            return torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))
+
+    given = dataclasses.replace(batch(), rng=Same(3, "equalities"))
+    theirs = InDDIMForm(grid_times=2, most_steps=1, denoising_weight=0.0)
+    ctm_step = flat(gradients_of(theirs, teacher(EDM()), given).values())
+    for name, skip in (("gradient", 1000), ("not with two steps", 500)):
+        mine = gradients_of(SegmentConsistency(skip=skip), teacher(EDM()), given)
+        yield name, flat(mine.values()), ctm_step
+
+
+@row("TSCD to the edges", "with all jumps to the edge of their segment it is PCM")
+def tscd_is_pcm() -> Pairs:
+    class ToTheEdge(SegmentConsistency):
+        def ends(self, schedule: Schedule, t: Tensor, s: Tensor, rng: Rng) -> Tensor:
+            return Segments(self.segments).end(schedule, t)
+
+    phased = gradients_of(PhasedConsistencyDistillation(phases=4, mu=0.8), teacher(), batch())
+    for name, cls in (("gradient", ToTheEdge), ("not to anywhere in it", SegmentConsistency)):
+        yield name, flat(gradients_of(cls(segments=4), teacher(), batch()).values()), flat(phased.values())
+
+
+@row("Hyper-SD's score distillation", "with nothing beside it, it is DMD without its regression")
+def hyper_sd_matching() -> Pairs:
+    bare = {"consistency_weight": 0.0, "regression_weight": 0.0}
+    student = teacher(seed=1)
+    for group in ("student", "critic"):
+        dmd = flat(gradients_of(DMD(regression_weight=0.0), teacher(), batch(), group=group, student=student).values())
+        mine = gradients_of(OneStepMatching(**bare), teacher(), batch(), group=group, student=student)
+        yield group, flat(mine.values()), dmd
+    with_it = gradients_of(OneStepMatching(regression_weight=0.0), teacher(), batch(), student=student)
+    dmd = flat(gradients_of(DMD(regression_weight=0.0), teacher(), batch(), student=student).values())
+    yield "not with consistency beside it", flat(with_it.values()), dmd
 
 
 # The test, after all rows

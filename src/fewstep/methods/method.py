@@ -237,6 +237,13 @@ class Recipe(ABC):
     def __post_init__(self) -> None:
         check_fields(self)
 
+    def check_given(self, given: Mapping[str, object]) -> None:
+        """ValueError for a model in a role that the recipe has no use for."""
+        for role in given:
+            if role not in self.roles:
+                uses = f"it uses: {', '.join(self.roles)}" if self.roles else "it starts from the teacher alone"
+                raise ValueError(f"{self.name} has no use for a {role} ({uses})")
+
     @abstractmethod
     def stages(self) -> list[Stage]:
         """The methods in order, each with its share of the budget."""

@@ -50,7 +50,7 @@ def run_recipe(
     folder that holds another run or is held by one.
     """
     teacher, given = teacher_in(teacher), given or {}
-    check_roles(recipe, given)
+    recipe.check_given(given)
     check_readable(teacher, data)
     device = torch.device(settings.device)
 
@@ -83,14 +83,6 @@ def run_recipe(
         native.save(result.model, folder / "model", card(record, recipe, result))
         join_logs(folder)
     return result
-
-
-def check_roles(recipe: Recipe, given: Mapping[str, object]) -> None:
-    """ValueError for a model in a role that the recipe has no use for."""
-    for role in given:
-        if role not in recipe.roles:
-            uses = f"it uses: {', '.join(recipe.roles)}" if recipe.roles else "it starts from the teacher alone"
-            raise ValueError(f"{recipe.name} has no use for a {role} ({uses})")
 
 
 def keep_half_level(model: nn.Module) -> None:
