@@ -38,7 +38,9 @@ from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, Reflow, straight_pair
 from fewstep.methods.flow_maps.shortcut import Shortcut
 from fewstep.methods.flow_maps.slim_flow import AnnealingReflow
+from fewstep.methods.matching.ladd import LADD
 from fewstep.methods.method import Batch, Method, Networks, Progress, alone
+from fewstep.methods.parts.distribution_matching import matching_loss
 from fewstep.methods.parts.from_noise import FromNoise
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
 from fewstep.methods.parts.ramp import Ramp
@@ -611,6 +613,32 @@ def pcm_steps() -> Pairs:
 
     yield "gradient", flat(found.values()), regressed(10)
     yield "not of another grid", flat(found.values()), regressed(9)
+
+
+# Adversaries on the features of the teacher
+
+
+@row("LADD", "distribution matching of weight 0 beside the same adversary leaves its loss")
+def ladd() -> Pairs:
+    method = LADD(pairs=0, blocks=2)
+
+    def slopes(weight: float | None) -> Tensor:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            nets = method.networks(Start(teacher()))
+        moved(nets, "student")
+        given, progress = batch(), Progress(fraction=0.5)
+        with nets.held("discriminator"):
+            if weight is None:
+                loss = next(iter(alone(method.updates(nets, given, progress)))).loss
+            else:
+                x = method.draw(nets, given, progress)
+                matching, _ = matching_loss(x, nets.teacher, nets.student.denoiser, given.cond, Rng(9, "matching"))
+                loss = nets.discriminator.student_loss(nets.teacher, x, given.cond, given.rng) + weight * matching
+            return flat(torch.autograd.grad(loss, list(nets.student.parameters())))
+
+    yield "gradient", slopes(None), slopes(0.0)
+    yield "not with a weight of 0.1", slopes(None), slopes(0.1)
 
 
 # The test, after all rows

@@ -47,7 +47,7 @@ SMALL = {
 #: Methods of token models.
 TOKEN_METHODS = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 #: Methods that make networks or pairs of their own, which are float32; the others are tried in float64.
-SINGLE = (*TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "reflow", "instaflow", "caf", "slim-flow")
+SINGLE = (*TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "ladd", "reflow", "instaflow", "caf", "slim-flow")
 #: Every method, and DMD2 with a loss over the pairs of the whole batch.
 CASES = (*RECIPES, "dmd2-energy")
 

@@ -8,6 +8,7 @@ processes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -131,3 +132,22 @@ def spread_layers(denoiser: Denoiser, count: int) -> tuple[str, ...]:
     if count == 1:
         return (layers[last],)
     return tuple(layers[round(last * (0.1 + 0.9 * i / (count - 1)))] for i in range(count))
+
+
+def grid_shape(shape: tuple[int, ...], picture: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape ``(D, h, w)`` of tokens ``(L, D)`` that are the square patches of a ``picture`` ``(C, H, W)``; any
+    other shape as it is."""
+    if len(shape) != 2 or len(picture) != 3:
+        return shape
+    tokens, width = shape
+    _, high, wide = picture
+    side = math.isqrt(high * wide // tokens)
+    if not side or side**2 * tokens != high * wide or high % side or wide % side:
+        return shape
+    return (width, high // side, wide // side)
+
+
+def as_grid(features: Tensor, picture: tuple[int, ...]) -> Tensor:
+    """Tokens ``[B, L, D]`` that are the patches of a picture as its grid ``[B, D, h, w]``; others as they are."""
+    shape = grid_shape(tuple(features.shape[1:]), picture)
+    return features.mT.unflatten(2, shape[1:]) if len(shape) == features.ndim else features
