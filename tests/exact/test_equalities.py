@@ -25,6 +25,7 @@ from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
+from fewstep.methods.consistency.sana_sprint import SanaSprint
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
@@ -639,6 +640,17 @@ def ladd() -> Pairs:
 
     yield "gradient", slopes(None), slopes(0.0)
     yield "not with a weight of 0.1", slopes(None), slopes(0.1)
+
+
+@row("SANA-Sprint", "with an adversary of weight 0 and one guidance its gradient is sCM's, bit for bit")
+def sana_sprint() -> Pairs:
+    shared = {"sigma_data": 0.7, "tangent_warmup": 0.6}
+    scm = ContinuousConsistencyDistillation(**shared, guidance=2.0, noise_mean=0.0)
+    theirs = gradients_of(scm, teacher(), batch())
+    for name, weight in (("gradient", 0.0), ("not with a weight of 0.1", 0.1)):
+        sprint = SanaSprint(**shared, guidances=(2.0,), adversary_weight=weight)
+        own = gradients_of(sprint, teacher(), batch())
+        yield name, flat(own[key] for key in theirs), flat(theirs.values())
 
 
 # The test, after all rows

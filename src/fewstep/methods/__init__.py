@@ -28,6 +28,7 @@ RECIPES: dict[str, str] = {
     "scm": "fewstep.methods.consistency.scm:ContinuousConsistencyDistillation",
     "scm-training": "fewstep.methods.consistency.scm:ContinuousConsistencyTraining",
     "tbcm": "fewstep.methods.consistency.tbcm:TBCM",
+    "sana-sprint": "fewstep.methods.consistency.sana_sprint:SanaSprint",
     "ctm": "fewstep.methods.consistency.ctm:ConsistencyTrajectory",
     "ctm-training": "fewstep.methods.consistency.ctm:SelfConsistencyTrajectory",
     "lcm": "fewstep.methods.consistency.lcm:LatentConsistencyDistillation",

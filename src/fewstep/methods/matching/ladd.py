@@ -117,10 +117,11 @@ class LADD(Method):
         return teacher_pairs(start, self.pairs, self.ode_steps, self.guidance) if self.pairs else {"data": start.data}
 
     def networks(self, start: Start) -> Networks:
-        teacher = start.teacher.native()
+        teacher, cond = start.teacher.native(), start.condition()
         rules = Adversary(
-            Hinge(), LogNormal(self.noise_mean, self.noise_std), self.layers or spread_layers(teacher, self.blocks),
-            PatchHead, grids=True, projection=self.projection, r1=self.r1,
+            Hinge(), LogNormal(self.noise_mean, self.noise_std),
+            self.layers or spread_layers(teacher, self.blocks, cond), PatchHead, grids=True,
+            projection=self.projection, r1=self.r1,
         )  # fmt: skip
         student = Optimizer(
             ("student",), self.lr, betas=(0.0, 0.99), clip=self.clip, warmup=self.warmup, decay="linear"
@@ -129,7 +130,7 @@ class LADD(Method):
         return Networks(
             {
                 "student": Jump(start.network("student", on=teacher.schedule)),
-                "discriminator": Discriminator(rules, teacher),
+                "discriminator": Discriminator(rules, teacher, cond),
                 "teacher": teacher,
             },
             {"student": student, "discriminator": heads},

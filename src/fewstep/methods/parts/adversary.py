@@ -96,11 +96,12 @@ class Adversary:
     r2: float = 0.0
     r1_sigma: float = 0.1
 
-    def heads(self, body: Denoiser) -> Any:
-        """Untrained heads for the features of ``body``; ``follow()`` is to be called after each of their updates."""
+    def heads(self, body: Denoiser, cond: Cond = None) -> Any:
+        """Untrained heads for the features of ``body``; ``follow()`` is to be called after each of their updates.
+        ``cond`` is a condition of one row, for networks that need more than their "no condition" holds."""
         if not self.layers:
             return self.head(body.feature_shape)
-        shapes = feature_shapes(body, self.layers)
+        shapes = feature_shapes(body, self.layers, cond)
         if self.grids:
             shapes = [grid_shape(shape, body.shape) for shape in shapes]
         if not self.projection:
@@ -171,11 +172,11 @@ class Discriminator(nn.Module):
     ``forward`` is that of the heads: features in, logits out.
     """
 
-    def __init__(self, rules: Adversary, body: Denoiser) -> None:
+    def __init__(self, rules: Adversary, body: Denoiser, cond: Cond = None) -> None:
         super().__init__()
         self.rules = rules
         like = next(body.parameters(), torch.zeros(()))
-        self.heads = rules.heads(body).to(torch.promote_types(like.dtype, torch.float32))
+        self.heads = rules.heads(body, cond).to(torch.promote_types(like.dtype, torch.float32))
 
     def forward(self, *given: Any) -> Tensor:
         logits: Tensor = self.heads(*given)
