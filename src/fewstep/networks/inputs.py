@@ -24,6 +24,11 @@ class TakesInputs(ABC):
     unguided: float = 1.0
 
     @property
+    def clock(self) -> float:
+        """What it multiplies the time that it is given by, before it embeds it."""
+        return 1.0
+
+    @property
     @abstractmethod
     def extra_inputs(self) -> tuple[str, ...]:
         """The names of the further inputs that it takes, ``[B]`` each."""
@@ -42,6 +47,11 @@ class TakesInputs(ABC):
 def inputs_of(net: nn.Module) -> tuple[str, ...]:
     """The names of the further inputs that a network takes."""
     return net.extra_inputs if isinstance(net, TakesInputs) else ()
+
+
+def clock_of(net: nn.Module) -> float:
+    """What a network multiplies the time that it is given by."""
+    return net.clock if isinstance(net, TakesInputs) else 1.0
 
 
 class Configured(TakesInputs):
