@@ -92,6 +92,10 @@ class Result:
     milliseconds: float
     training_seconds: float
     training_steps: int
+    recall: float | None = None
+    diversity: float | None = None
+    #: The share of samples nearer to training data than the nearest 5 % of held-out data are; 0.05 for fresh data.
+    close: float | None = None
 
 
 def main() -> None:
@@ -109,7 +113,7 @@ def main() -> None:
             quality = judge(x, labels)
             made = Result(
                 key, name, seed, steps, calls, quality.frechet.value, quality.frechet.error, quality.floor.value,
-                quality.accuracy, 1000 * seconds, *cost,
+                quality.accuracy, 1000 * seconds, *cost, quality.recall, quality.diversity, quality.memorisation.close,
             )  # fmt: skip
             done[f"{key} steps={steps}"] = made
         write(chosen.out, done, vars(chosen) | {"features": features})
@@ -217,8 +221,9 @@ def table(rows: list[Result], where: str) -> str:
     lines = [
         f"{where}; real against real {mean(r.floor for g in ordered for r in g):.2f}",
         "",
-        "| model | calls | Fréchet | class accuracy | ms a picture | training | steps | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | calls | Fréchet | recall | diversity | close to training data | class accuracy | ms a picture "
+        "| training | steps | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for group in ordered:
         known = [row.accuracy for row in group if row.accuracy is not None]
@@ -226,6 +231,7 @@ def table(rows: list[Result], where: str) -> str:
         steps = mean(row.training_steps for row in group)
         cells = [
             group[0].model, str(group[0].calls), spread([row.frechet for row in group], 2),
+            *(spread([v for v in column if v is not None], 2) or "-" for column in beside(group)),
             spread(known, 3) if known else "-", f"{mean(row.milliseconds for row in group):.3g}",
             f"{trained:.0f} s" if trained else "-", f"{steps:.0f}" if steps else "-", str(len(group)),
         ]  # fmt: skip
@@ -233,12 +239,19 @@ def table(rows: list[Result], where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def beside(group: list[Result]) -> list[list[float | None]]:
+    """Recall, diversity over the data's, and the share close to training data."""
+    return [[row.recall for row in group], [row.diversity for row in group], [row.close for row in group]]
+
+
 def mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation over seeds; the value alone of one seed."""
+    """Mean and standard deviation over seeds; the value alone of one seed, nothing of none."""
+    if not values:
+        return ""
     value = f"{statistics.fmean(values):.{digits}f}"
     return value if len(values) < 2 else f"{value} ± {statistics.stdev(values):.{digits}f}"
 

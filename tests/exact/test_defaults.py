@@ -222,7 +222,7 @@ def start_of(name: str) -> Start:
     if name in ("discrete-denoising", "score-entropy", "lsd", "lsd-plus"):
         net = Transformer(LENGTH, 5, 6, width=8, blocks=1, heads=2)
         return Start(NetworkDiscreteDenoiser(net, Masked(5), LENGTH), Dataset("words", torch.ones(8, LENGTH).long()))
-    net = UNet(SHAPE, (8, 8), 1, 16, CLASSES) if name == "lowdiff" else MLP(SHAPE, 16, 1, CLASSES)
+    net = UNet(SHAPE, (8, 8), 1, 16, CLASSES) if name == "lowdiff" else MLP(SHAPE, 64, 1, CLASSES)
     prediction = EDMPrediction(sigma_data=0.7) if name == "retime" else TrigPrediction(sigma_data=0.7)
     teacher = NetworkDenoiser(net, TrigFlow(sigma_data=0.7), prediction, SHAPE, CLASSES)
     return Start(teacher, Dataset("points", torch.randn(8, *SHAPE), torch.arange(8) % CLASSES))

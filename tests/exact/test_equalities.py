@@ -528,7 +528,7 @@ def boot() -> Pairs:
 
 @row("FreeFlow", "its gradient is that of the Lagrangian direction at t = 1, g = F - d dF/ds - u", 1e-12)
 def free_flow() -> Pairs:
-    method = FreeFlow(difference=0.0, k=1.0, eps=0.1)
+    method = FreeFlow(difference=0.0, correction=0.0, k=1.0, eps=0.1)
     z = batch().normal()
     found = gradients_of(method, teacher(FlowMatching()), batch())
 

@@ -14,7 +14,13 @@ from fewstep.data import Dataset
 from fewstep.denoisers import CountCalls, NetworkDenoiser
 from fewstep.exact import ExactFlowMap, Gaussian, GuidedGaussian, three_modes
 from fewstep.flow_maps import Jump
-from fewstep.methods.flow_maps.mdt_dist import MDTDist, backward_difference, slope_engine, velocity_matching
+from fewstep.methods.flow_maps.mdt_dist import (
+    MDTDist,
+    backward_difference,
+    slope_engine,
+    velocity_distillation,
+    velocity_matching,
+)
 from fewstep.methods.method import Batch, Progress
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet3d
@@ -31,7 +37,8 @@ FLOW = FlowMatching()
 EXACT = slope_engine(0.0, False)
 PUBLISHED: dict[str, Any] = {
     # Zanue/MDT-dist, src/trellis/trainers/flow_matching/flow_matching_mdt.py and src/configs/*.json (structure)
-    "lr": 4e-8, "guidances": (41.0,), "gap": 0.01, "slope_norm": True, "c": 0.0, "tangent_warmup": 0.0,
+    "lr": 4e-8, "guidances": (41.0,), "distillation_weight": 1.0, "distillation_guidances": (101.0,),
+    "gap": 0.01, "slope_norm": True, "c": 0.0, "tangent_warmup": 0.0,
     "time_mean": 1.0, "time_std": 1.0, "steps": (1, 2),
     "optimizer": {
         "kind": "adamw", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "clip": "adaptive", "warmup": ...,
@@ -90,6 +97,38 @@ def test_the_direction_is_that_of_the_identity() -> None:
     torch.testing.assert_close(direction.g, phi + t[:, None] * slope - v, atol=1e-7, rtol=1e-6)
     torch.testing.assert_close(loss, direction.g.square().mean(1), atol=1e-12, rtol=0)
     wanted = torch.autograd.grad((2 / 3 * direction.g * student.denoiser.velocity(x, t)).sum(), student.parameters())
+    found = torch.autograd.grad(loss.sum(), student.parameters())
+    assert all(torch.allclose(a, b, atol=1e-12, rtol=1e-9) for a, b in zip(found, wanted, strict=True))
+
+
+def test_velocity_distillation_is_the_matching_vector_of_the_students_own_law() -> None:
+    """A student that is exact for N(m', c^2), beside a teacher of N(m, c^2): the velocities of the two laws are ``-(m'
+    - m) t / S^2`` apart, ``-1 / t`` times the difference of the two data predictions, and samples move towards m.  The
+    derivative is taken along the teacher's velocity, which multiplies this by the slope ``c / S`` of the student's map;
+    at the teacher's own map nothing is left.  Before the derivative is turned up it is another vector."""
+    own, teacher = Gaussian(FLOW, 0.8 + torch.zeros(3, dtype=torch.float64), 0.25), world()
+    _, t = states()
+    z, noise = (torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    student = ExactFlowMap(own)
+    loss, gap = velocity_distillation(student, z, noise, t, teacher, None, EXACT)
+    S2 = (1 - t) ** 2 * 0.25 + t**2
+    slope = (0.5 / S2.sqrt())[:, None]
+    torch.testing.assert_close(gap.g, slope * (-0.5 * t / S2)[:, None].expand(64, 3), atol=1e-9, rtol=0)
+    x_t = FLOW.add_noise(0.8 + 0.5 * z, noise, t)
+    torch.testing.assert_close(gap.g, -slope * (own(x_t, t) - teacher(x_t, t)) / t[:, None], atol=1e-9, rtol=0)
+    torch.testing.assert_close(loss, gap.g.square().mean(1))
+    left = velocity_distillation(ExactFlowMap(teacher), z, noise, t, teacher, None, EXACT)[1].g
+    assert float(left.abs().max()) < 1e-9
+    half = velocity_distillation(ExactFlowMap(teacher), z, noise, t, teacher, None, EXACT, r=0.5)[1].g
+    assert float(half.abs().max()) > 0.05
+
+
+def test_velocity_distillation_moves_the_samples_and_not_the_estimate() -> None:
+    """Its gradient is that of ``phi(z, 1)`` times the gap, held: the call at the noised samples has no graph."""
+    student, (z, t) = Jump(network(None)), states()
+    noise, one = torch.flip(z, (0,)), torch.ones_like(t)
+    loss, gap = velocity_distillation(student, z, noise, t, world(), None, EXACT)
+    wanted = torch.autograd.grad((2 / 3 * gap.g * student.denoiser.velocity(z, one)).sum(), student.parameters())
     found = torch.autograd.grad(loss.sum(), student.parameters())
     assert all(torch.allclose(a, b, atol=1e-12, rtol=1e-9) for a, b in zip(found, wanted, strict=True))
 
@@ -159,7 +198,7 @@ def test_the_student_is_the_teachers_network_and_starts_as_it() -> None:
         nets = MDTDist().networks(Start(network()))
         nets.teacher = CountCalls(nets.teacher)
         batch = Batch(states()[0], torch.arange(64) % 2, Rng(0))
-        (update,) = MDTDist(guidances=guidances).updates(nets, batch, Progress())
+        (update,) = MDTDist(guidances=guidances, distillation_weight=0.0).updates(nets, batch, Progress())
         update.loss.backward()
         assert nets.teacher.calls == calls
         assert all(p.grad is None for p in nets.teacher.parameters())

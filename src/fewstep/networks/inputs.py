@@ -42,9 +42,15 @@ class TakesInputs(ABC):
         return 0
 
 
+def taking_inputs(net: nn.Module) -> TakesInputs | None:
+    """A network where it is one that can be given further inputs, None where it is of another make."""
+    return net if isinstance(net, TakesInputs) else None
+
+
 def inputs_of(net: nn.Module) -> tuple[str, ...]:
     """The names of the further inputs that a network takes."""
-    return net.extra_inputs if isinstance(net, TakesInputs) else ()
+    found = taking_inputs(net)
+    return () if found is None else found.extra_inputs
 
 
 class Configured(TakesInputs):
@@ -177,15 +183,16 @@ def with_inputs(
     """
     spans = dict(extras) if isinstance(extras, Mapping) else dict.fromkeys(extras, 1.0)
     made = copy.deepcopy(net)
-    if isinstance(made, TakesInputs):
-        new = {name: span for name, span in spans.items() if name not in made.extra_inputs}
-        if beside and made.beside_channels not in (0, beside):
+    taking = taking_inputs(made)
+    if taking is not None:
+        new = {name: span for name, span in spans.items() if name not in taking.extra_inputs}
+        if beside and taking.beside_channels not in (0, beside):
             raise ValueError(
-                f"the network takes a second sample of {made.beside_channels} channels, this method needs {beside}, as "
-                "many as the data"
+                f"the network takes a second sample of {taking.beside_channels} channels, this method needs {beside}, "
+                "as many as the data"
             )
-        missing = beside if beside and not made.beside_channels else made.beside_channels
-        return made.widened(new, missing) if new or missing != made.beside_channels else made
+        missing = beside if beside and not taking.beside_channels else taking.beside_channels
+        return taking.widened(new, missing) if new or missing != taking.beside_channels else made
     if not spans:
         return made
     if site is None or beside:

@@ -70,6 +70,14 @@ class EarlyRamp(TimeLaw):
         return schedule.time_at(-karras_level(1 - rng.uniform(n, high=self.share)).log())
 
 
+def chosen_rows(n: int, share: float, rng: Rng) -> Tensor:
+    """Which rows of the whole batch a share of it is, bool ``[n]`` for this part's: each with probability ``share``,
+    and always as many but for one at most (systematic sampling), so that networks see batches of the same sizes."""
+    row = rng.part * n + torch.arange(n, dtype=torch.float64, device=rng.device)
+    before = share * row + rng.shared_integer(0, 2**32) / 2**32
+    return (before + share).floor() > before.floor()
+
+
 class PairLaw(ABC):
     """Draws ``n`` pairs of float64 times ``(t, s)`` with ``t >= s``."""
 
@@ -109,9 +117,7 @@ class Ordered(PairLaw):
         u = torch.sigmoid(self.mean + self.std * rng.normal(n, 2, dtype=torch.float64))
         u = schedule.t_min + (schedule.t_max - schedule.t_min) * u
         t, s = u.amax(1), u.amin(1)
-        row = rng.part * n + torch.arange(n, dtype=torch.float64, device=t.device)
-        before = self.equal * row + rng.shared_integer(0, 2**32) / 2**32
-        return t, torch.where((before + self.equal).floor() > before.floor(), t, s)
+        return t, torch.where(chosen_rows(n, self.equal, rng), t, s)
 
 
 @dataclass(frozen=True)
