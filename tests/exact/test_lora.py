@@ -95,6 +95,7 @@ def test_the_copy_is_the_base_until_it_is_trained(name: str) -> None:
         assert torch.equal(called(copied), before)
         with scaled(copied, 1.0):
             assert torch.equal(called(copied), before)
+        assert torch.equal(called(copied), before)
     with scaled(copied, 0.5), scaled(copied, 2.0):
         assert torch.equal(called(copied), after)
     assert torch.equal(called(copied), after) and torch.equal(called(net), before)
