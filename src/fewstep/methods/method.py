@@ -271,7 +271,11 @@ class Method(Recipe):
 
     @abstractmethod
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
-        """The updates of one iteration, one at a time, and questions about the whole batch between them."""
+        """The updates of one iteration, one at a time, and questions about the whole batch between them.
+
+        A method with a critic leaves its student's updates out where ``nets`` has no such group: the critic is trained
+        alone then, by a method around it (:mod:`fewstep.methods.matching.disback`).
+        """
 
     @abstractmethod
     def student(self, nets: Networks) -> Student | Denoiser:
@@ -285,10 +289,12 @@ class Method(Recipe):
 
 @dataclass(frozen=True)
 class Stage:
-    """A method and its share of the budget, relative to the others'; a stage whose share is 0 is left out."""
+    """A method and its share of the budget, relative to the others'; a stage whose share is 0 is left out, and one that
+    needs a model in a role which nobody brings."""
 
     method: Method
     share: float = 1.0
+    needs: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < math.inf:

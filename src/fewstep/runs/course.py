@@ -101,7 +101,7 @@ def keep_half_level(model: nn.Module) -> None:
 def card(record: Record, recipe: Recipe, result: Result) -> dict[str, Any]:
     """How the model was made, for its card."""
     return {
-        **cost(stages_of(recipe)[-1].method.name, result),
+        **cost(stages_of(recipe, record.start)[-1].method.name, result),
         "recipe": record.method,
         "hyper_parameters": record.hyper_parameters,
         "teacher": record.start["teacher"] if record.command == "distill" else None,

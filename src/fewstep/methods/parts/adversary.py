@@ -94,10 +94,11 @@ class FeatureHead(nn.Module):
 
 
 class Heads(nn.Module):
-    """A head for the features of each of several layers: logits ``[B, K]``."""
+    """A head for the features of each of several layers, whose names may be kept here: logits ``[B, K]``."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], layers: tuple[str, ...] = ()) -> None:
         super().__init__()
+        self.layers = layers
         self.heads = nn.ModuleList(FeatureHead(shape) for shape in shapes)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -127,7 +128,9 @@ class Adversary:
 
     def heads(self, body: Denoiser) -> nn.Module:
         """Untrained heads for the features of ``body``, in float32 at least."""
-        heads = Heads(feature_shapes(body, self.layers)) if self.layers else FeatureHead(body.feature_shape)
+        heads = (
+            Heads(feature_shapes(body, self.layers), self.layers) if self.layers else FeatureHead(body.feature_shape)
+        )
         like = next(body.parameters(), None)
         return heads if like is None else heads.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
