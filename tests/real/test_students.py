@@ -16,6 +16,7 @@ from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveLadder
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow
 from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.matching.f_distill import FDistill
 from fewstep.metrics import Evaluator, load_features
 from fewstep.runs.course import run_recipe
 from fewstep.sampling import sample
@@ -61,6 +62,7 @@ CASES = [
         1000, {1: 3.4, 2: 1.8, 4: 1.4}, 0.85,
     ),
     (DMD2(lr=5e-4, critic_lr=2e-3, critic_steps=3), 1500, {1: 2.3}, 0.92),
+    (FDistill(lr=1e-3, critic_lr=2e-3, critic_steps=2, gan_weight=3e-2), 300, {1: 4.2}, 0.85),
     (ProgressiveLadder(8, 1, lr=1e-3), 600, {1: 2.2}, 0.92),
     (InstaFlow(pairs=1024, lr=1e-3), 600, {1: 1.6}, 0.85),
 ]  # fmt: skip
