@@ -40,6 +40,7 @@ SHORT = ("--budget", "6steps", "--batch", "16", "--precision", "fp32", "--log-st
 #: What would otherwise take long before the first iteration.
 SMALL = dict.fromkeys(("dmd", "reflow", "instaflow"), ("--pairs", "32", "--ode-steps", "2"))
 SMALL |= dict.fromkeys(("lsd", "lsd-plus"), ("--steps", "2", "--teacher-steps", "4"))
+SMALL["msd"] = ("--dm", "dmd:pairs=32,ode_steps=2")
 #: Methods of discrete models, which take another teacher.
 DISCRETE = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 
@@ -473,7 +474,7 @@ def test_a_low_rank_student_by_command(cli: Cli) -> None:
     asked = ("distill", "cm", "--teacher", "digits", "--out", "first", *SHORT)
     cli(*asked, "--lora-rank", "2", "--lora-alpha", "8", "--lora-targets", "first,second")
     settings = json.loads(Path("first/recipe.json").read_text())["settings"]
-    assert [settings[f"lora_{name}"] for name in ("rank", "alpha", "targets")] == ["2", 8.0, ["first", "second"]]
+    assert [settings[f"lora_{name}"] for name in ("rank", "alpha", "targets")] == [2, 8.0, ["first", "second"]]
     assert len(weights(Path("first"))) < 40_000  # 1.5 MB with the base
     cli("distill", "--recipe", "first/recipe.json", "--out", "second", "--quiet")
     assert weights(Path("second")) == weights(Path("first"))

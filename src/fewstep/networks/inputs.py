@@ -27,6 +27,11 @@ class TakesInputs(ABC):
     kept: tuple[str, str] | None = None
 
     @property
+    def clock(self) -> float:
+        """What it multiplies the time that it is given by, before it embeds it."""
+        return 1.0
+
+    @property
     @abstractmethod
     def extra_inputs(self) -> tuple[str, ...]:
         """The names of the further inputs that it takes, ``[B]`` each."""
@@ -41,6 +46,11 @@ class TakesInputs(ABC):
         """The channels of the second sample that it takes, 0 for none."""
         return 0
 
+    def decode(self, samples: Tensor) -> Tensor:
+        """Its samples as pictures in [-1, 1] (not clipped): themselves, unless it makes latents; with a gradient in the
+        samples, and none in what decodes them."""
+        return samples
+
 
 def taking_inputs(net: nn.Module) -> TakesInputs | None:
     """A network where it is one that can be given further inputs, None where it is of another make."""
@@ -51,6 +61,11 @@ def inputs_of(net: nn.Module) -> tuple[str, ...]:
     """The names of the further inputs that a network takes."""
     found = taking_inputs(net)
     return () if found is None else found.extra_inputs
+
+
+def clock_of(net: nn.Module) -> float:
+    """What a network multiplies the time that it is given by."""
+    return net.clock if isinstance(net, TakesInputs) else 1.0
 
 
 class Configured(TakesInputs):
@@ -188,8 +203,8 @@ def with_inputs(
         new = {name: span for name, span in spans.items() if name not in taking.extra_inputs}
         if beside and taking.beside_channels not in (0, beside):
             raise ValueError(
-                f"the network takes a second sample of {taking.beside_channels} channels, this method needs {beside}, as "
-                "many as the data"
+                f"the network takes a second sample of {taking.beside_channels} channels, this method needs {beside}, "
+                "as many as the data"
             )
         missing = beside if beside and not taking.beside_channels else taking.beside_channels
         return taking.widened(new, missing) if new or missing != taking.beside_channels else made

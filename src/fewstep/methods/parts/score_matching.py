@@ -21,8 +21,21 @@ def denoising_loss(model: Denoiser, x0: Tensor, t: Tensor, cond: Cond, rng: Rng,
     """
     eps = rng.normal_like(x0) if eps is None else eps
     x_t = model.schedule.add_noise(x0, eps, t)
+    return data_loss(model, x_t, t, cond, x0)
+
+
+def data_loss(model: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, target: Tensor) -> Tensor:
+    """``E || F - (target - a x_t) / b ||^2``: the squared error of a data prediction, as ``F`` sees it."""
     a, b, f = model.affine(x_t, t, cond)
-    return torch.nn.functional.mse_loss(f, (x0 - align(a, x_t) * x_t) / align(b, x_t))
+    return torch.nn.functional.mse_loss(f, (target - align(a, x_t) * x_t) / align(b, x_t))
+
+
+def velocity_loss(model: Denoiser, x0: Tensor, t: Tensor, cond: Cond, rng: Rng) -> Tensor:
+    """``E || dx/dt - (alpha' x0 + sigma' eps) ||^2``, mean over everything, whatever the network predicts.  On TrigFlow
+    it is ``|| D - x0 ||^2 / sin^2 t`` exactly."""
+    eps = rng.normal_like(x0)
+    x_t = model.schedule.add_noise(x0, eps, t)
+    return torch.nn.functional.mse_loss(model.velocity(x_t, t, cond), model.schedule.velocity(x0, eps, t))
 
 
 def known_at(schedule: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
