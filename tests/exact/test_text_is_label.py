@@ -99,7 +99,7 @@ def short(name: str, **further: object) -> Recipe:
     fields = {field.name for field in dataclasses.fields(cls)}
     wanted = {
         "guidance": 2.0, "pairs": 12, "ode_steps": 2, "start": 2, "host": "dmd2:guidance=2", "nodes": 2, "parts": 1,
-        "dm": "dmd:pairs=12,ode_steps=2,guidance=2", **further,
+        "dm": "dmd:pairs=12,ode_steps=2,guidance=2", "rank": 0, "projection": 0, **further,
     }  # fmt: skip
     return cls(**{key: value for key, value in wanted.items() if key in fields})  # type: ignore[arg-type]
 
