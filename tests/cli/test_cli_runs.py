@@ -474,7 +474,7 @@ def test_a_low_rank_student_by_command(cli: Cli) -> None:
     asked = ("distill", "cm", "--teacher", "digits", "--out", "first", *SHORT)
     cli(*asked, "--lora-rank", "2", "--lora-alpha", "8", "--lora-targets", "first,second")
     settings = json.loads(Path("first/recipe.json").read_text())["settings"]
-    assert [settings[f"lora_{name}"] for name in ("rank", "alpha", "targets")] == ["2", 8.0, ["first", "second"]]
+    assert [settings[f"lora_{name}"] for name in ("rank", "alpha", "targets")] == [2, 8.0, ["first", "second"]]
     assert len(weights(Path("first"))) < 40_000  # 1.5 MB with the base
     cli("distill", "--recipe", "first/recipe.json", "--out", "second", "--quiet")
     assert weights(Path("second")) == weights(Path("first"))

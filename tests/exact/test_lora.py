@@ -95,9 +95,14 @@ def test_the_copy_is_the_base_until_it_is_trained(name: str) -> None:
         assert torch.equal(called(copied), before)
         with scaled(copied, 1.0):
             assert torch.equal(called(copied), before)
+        assert torch.equal(called(copied), before)
     with scaled(copied, 0.5), scaled(copied, 2.0):
         assert torch.equal(called(copied), after)
     assert torch.equal(called(copied), after) and torch.equal(called(net), before)
+    with torch.no_grad(), scaled(copied, 0.0):
+        for weight in moving(copied):
+            weight.fill_(torch.inf)  # what counts nothing is not computed either
+        assert torch.equal(called(copied), before)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -285,7 +290,7 @@ def test_new_inputs_train_in_full_beside_the_factors(order: str) -> None:
     s = torch.tensor([0.1, 0.2, 0.3, 0.4])
     torch.testing.assert_close(called(student, s=s), called(given.get("student", teacher)), rtol=0, atol=0)
     in_full = {n for n, w in student.named_parameters() if w.requires_grad and "lora_" not in n}
-    assert in_full == {"net.conditioning.extras.s.weight"}
+    assert in_full == {"net.conditioning.extras.s.weight"} and not any("extras" in n for n in factors(student))
     if order != "inputs first":
         assert {w.data_ptr() for w in student.parameters() if is_frozen(w)} == {
             w.data_ptr() for w in teacher.parameters()
@@ -314,6 +319,9 @@ def test_bad_requests_get_one_line() -> None:
         low_rank(net, 500)
     with pytest.raises(ValueError, match="lora_alpha says nothing without lora_rank"):
         Settings(lora_alpha=2.0)
+    assert Settings(lora_rank=64) == Settings(lora_rank="64") == Settings(lora_rank=Rank(64))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'many' is not a whole number"):
+        Rank.parse("many")
     with pytest.raises(ValueError, match="rank 0: it must be at least 1"):
         Settings(lora_rank=Rank(0))
 
@@ -461,7 +469,7 @@ def test_distill_makes_low_rank_students_in_folders(tmp_path: Path) -> None:
     opened = fs.load(tmp_path / "run")
     assert torch.equal(opened.sample(3), student.sample(3))
     kept = json.loads((tmp_path / "run" / "recipe.json").read_text())["settings"]
-    assert (kept["lora_rank"], kept["lora_alpha"], kept["lora_targets"]) == ("2", None, None)
+    assert (kept["lora_rank"], kept["lora_alpha"], kept["lora_targets"]) == (2, None, None)
     again = fs.distill(str(tmp_path / "teacher"), CD, lora=LowRank(2), **where)
     assert torch.equal(again.sample(3), student.sample(3))
     with pytest.raises(ValueError, match="holds another run: lora_rank is 2 there and 3 here"):

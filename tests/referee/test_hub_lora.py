@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def test_plain_pipeline_loads_the_student(pipe: Any, tmp_path: Path, choices: di
     pipe.load_lora_weights(tmp_path)
     theirs = pipe(**call, latents=start * X).images
     assert float((theirs - expected).abs().max()) < 1e-4
+    assert float((lora.merged(student)(X, PROMPT) - theirs).abs().max()) < 1e-4
     assert float((without - expected).abs().max()) > 0.1
     assert float(before.abs().max()) > 0.1
 
@@ -286,6 +288,36 @@ def test_a_base_that_is_another_is_named(pipe: Any, tmp_path: Path) -> None:
     (tmp_path / "pipe").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="pipe is not there any more"):
         native.load(tmp_path / "student")
+
+
+@pytest.mark.parametrize("base", ["in a folder", "in memory"])
+def test_folders_of_earlier_versions_are_opened(pipe: Any, tmp_path: Path, base: str) -> None:
+    """Their weights had other names: those of peft, beside ``base_layer`` where the base was kept with them."""
+    teacher: Denoiser = from_pipeline(pipe).denoiser
+    if base == "in a folder":
+        pipe.save_pretrained(tmp_path / "pipe")
+        teacher = load_pipeline(tmp_path / "pipe").denoiser
+    student = trained(teacher, alpha=5.0, targets=("to_q", "conv1"))
+    native.save(student, tmp_path / "student")
+    weights, config = tmp_path / "student" / "model.safetensors", tmp_path / "student" / "config.json"
+    tensors, described = load_file(weights), json.loads(config.read_text())
+    targets = described["model"]["network"]["low_rank"]["targets"]
+    layers = [f"net.model.{name}" for name in targets]
+
+    def earlier(name: str) -> str:
+        for letter in ("lora_A", "lora_B"):
+            name = name.replace(f".low_rank.{letter}.", f".{letter}.default.")
+        owner, _, leaf = name.rpartition(".")
+        return f"{owner}.base_layer.{leaf}" if owner in layers else name
+
+    renamed = {earlier(name): value for name, value in tensors.items()}
+    assert len(set(renamed) - set(tensors)) == len(layers) * (2 if base == "in a folder" else 3) + (
+        0 if base == "in a folder" else sum("conv1" in name for name in layers)
+    )
+    save_file(renamed, weights)
+    del described["sha256"]
+    config.write_text(json.dumps(described))
+    assert torch.equal(native.load(tmp_path / "student")(X, 500.0, PROMPT), student(X, 500.0, PROMPT))
 
 
 GIVEN = {"s": torch.tensor([100.0, 300.0]), "w": torch.tensor([1.0, 4.0])}

@@ -223,7 +223,7 @@ def factors(net: nn.Module) -> dict[str, Tensor]:
 
 def is_frozen(weight: Tensor) -> bool:
     """Whether a weight is part of the base of low-rank weights."""
-    return isinstance(weight, Frozen)
+    return type(weight) is Frozen
 
 
 def moving(net: nn.Module) -> list[nn.Parameter]:

@@ -6,7 +6,7 @@ The flags of the command line are made from it; nothing here needs torch, so tha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fewstep.ranges import Count, Most, NonNegative, Positive
 from fewstep.training.budget import Budget
@@ -44,8 +44,15 @@ class Rank(Written):
     def parse(cls, text: str) -> Rank:
         return cls(None if text == "auto" else read(int, text))
 
+    @classmethod
+    def from_plain(cls, value: Any) -> Rank:
+        return cls.parse(str(value))
+
+    def plain(self) -> str | float:
+        return "auto" if self.value is None else self.value
+
     def __str__(self) -> str:
-        return "auto" if self.value is None else str(self.value)
+        return str(self.plain())
 
 
 @dataclass(frozen=True)

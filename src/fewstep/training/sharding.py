@@ -1,9 +1,10 @@
 """Networks that do not fit in one process: every process holds a part of every tensor (PyTorch's FSDP2).
 
-:class:`Sharded` cuts each network of a method into groups (the members of its module lists, then the rest) that are
-gathered when they are used and freed afterwards.  Gradients, optimizer moments and averages stay cut; sums over the
-processes are the only new arithmetic.  Checkpoints go through ``torch.distributed.checkpoint`` in its safetensors
-form, every process writing its own part, and can be read by another number of processes.
+:class:`Sharded` cuts each network of a method into groups (the members of its outermost module lists, then the
+rest) that are gathered when they are used and freed afterwards, frozen weights too.  Gradients, optimizer moments and
+averages stay cut; sums over the processes are the only new arithmetic.  Checkpoints go through
+``torch.distributed.checkpoint`` in its safetensors form, every process writing its own part, and can be read by another
+number of processes.
 
 What this does not do: every process makes the whole network in main memory before it is cut (there is no building on
 the meta device), and the finished model is put together on every process.  Networks are entered through ``forward``
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +87,18 @@ def cut(net: nn.Module, mesh: DeviceMesh) -> None:
     """Cut one network into groups, in place; a network that plays two roles is cut once."""
     if isinstance(net, FSDPModule) or not has_parameters(net):
         return
-    lists = [module for module in net.modules() if isinstance(module, nn.ModuleList)]
-    for block in (block for blocks in lists for block in blocks):
+    for block in blocks_in(net):
         if has_parameters(block):
             fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
     with suppress(ValueError):  # a network without features
         register_fsdp_forward_method(net, "features")
+
+
+def blocks_in(net: nn.Module) -> Iterator[nn.Module]:
+    """The members of module lists, but not of lists inside them."""
+    for module in net.children():
+        yield from module if isinstance(module, nn.ModuleList) else blocks_in(module)
 
 
 def has_parameters(module: nn.Module) -> bool:

@@ -212,7 +212,6 @@ class AlignYourFlow(_AlignYourFlow):
          "the adversarial finetuning (gan_share; about 3000 iterations there) is off by default; its discriminator "
          "sees features of the frozen teacher (StyleGAN2's, of pixels, there) and samples of one jump from noise, and "
          "its gradient penalties R1 and R2 are differences",
-         "no LoRA student for text-to-image models",
          "the warm-up counts shares of the budget, the learning rate falls to 0 over it; the Lagrangian objective has "
          "the Eulerian one's warm-up and laws",
          "without a guide, classifier-free guidance in its place (the paper's ablation, worse there)",

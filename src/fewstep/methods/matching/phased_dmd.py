@@ -104,7 +104,7 @@ class Phase(Method):
          "code",
          "the loss is on the state at the end of the phase (the code's on the data prediction there)",
          "not here: averaging the critic towards the student, a diversity loss, real data for the critic (extras of "
-         "the code), and low-rank students as a default",
+         "the code); experts are trained in full unless low-rank weights are asked for, as they are in the paper",
          "sampling uses a power-function average of the experts (none there)"),
     )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {

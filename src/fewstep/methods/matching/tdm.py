@@ -111,7 +111,7 @@ class TDM(Method):
          "time, on EDM in TrigFlow's angle",
          "how the number of steps is told is not in the code: here as an input of its own, the number itself",
          "with shared times the critic is always told the step; the paper's text has no code for it",
-         "full fine-tuning; the released models are low-rank",
+         "full fine-tuning unless low-rank weights are asked for; the released models are low-rank",
          "no multistep solver in sampling; SD3's scale of 1/8 and CogVideoX's own times are not here",
          "sampling uses a power-function average of the student (none there)"),
     )  # fmt: skip
