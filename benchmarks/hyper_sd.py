@@ -22,7 +22,7 @@ from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.exact import three_modes
 from fewstep.methods.consistency.hyper_sd import HyperSD
-from fewstep.methods.consistency.tscd import SegmentConsistency
+from fewstep.methods.consistency.tscd import SegmentedConsistency
 from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
@@ -75,7 +75,7 @@ def error(student: Student, calls: int) -> float:
     return float((mapped(student, calls) - quantiles()[1]).square().mean().sqrt())
 
 
-def trained(recipe: HyperSD | SegmentConsistency, start: NetworkDenoiser, steps: int, seed: int) -> Student:
+def trained(recipe: HyperSD | SegmentedConsistency, start: NetworkDenoiser, steps: int, seed: int) -> Student:
     data = Dataset("modes", WORLD.sample(8192, Rng(seed, "data")).float())
     settings = Settings(Budget(steps), batch=128, seed=seed, precision="fp32")
     found: Student = run_recipe(recipe, start, data, settings, show=False).model

@@ -34,7 +34,7 @@ from fewstep.methods.consistency.sana_sprint import SanaSprint
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
 from fewstep.methods.consistency.scott import StochasticConsistencyDistillation
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
-from fewstep.methods.consistency.tscd import SegmentConsistency
+from fewstep.methods.consistency.tscd import SegmentedConsistency
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
 from fewstep.methods.flow_maps.boot import BOOT, signal_step
 from fewstep.methods.flow_maps.constant_acceleration import InitialVelocity
@@ -920,7 +920,7 @@ def tdm() -> Pairs:
 @row("TSCD, one segment", "it is TCD's step, written down", 1e-12)
 def tscd() -> Pairs:
     """A guided DDIM step, two jumps to one time below it, squares; scales are drawn, and the student is not told."""
-    source, method = teacher(), SegmentConsistency(guidance_min=1.5, guidance_max=3.0, skip=50)
+    source, method = teacher(), SegmentedConsistency(guidance_min=1.5, guidance_max=3.0, skip=50)
     found = gradients_of(method, source, batch())
     nets = method.networks(Start(source))
     moved(nets, "student")
@@ -951,7 +951,7 @@ def tscd_is_ctm() -> Pairs:
         """CTM with DDIM steps, and without the target time as an input."""
 
         def networks(self, start: Start) -> Networks:
-            return SegmentConsistency().networks(start)
+            return SegmentedConsistency().networks(start)
 
         def ahead(self, nets: Networks, x: Tensor, times: Tensor, cond: Cond) -> Tensor:
             for k in range(len(times) - 1):
@@ -968,18 +968,18 @@ def tscd_is_ctm() -> Pairs:
     theirs = InDDIMForm(grid_times=2, most_steps=1, denoising_weight=0.0)
     ctm_step = flat(gradients_of(theirs, teacher(EDM()), given).values())
     for name, skip in (("gradient", 1000), ("not with two steps", 500)):
-        mine = gradients_of(SegmentConsistency(skip=skip), teacher(EDM()), given)
+        mine = gradients_of(SegmentedConsistency(skip=skip), teacher(EDM()), given)
         yield name, flat(mine.values()), ctm_step
 
 
 @row("TSCD to the edges", "with all jumps to the edge of their segment it is PCM")
 def tscd_is_pcm() -> Pairs:
-    class ToTheEdge(SegmentConsistency):
+    class ToTheEdge(SegmentedConsistency):
         def ends(self, schedule: Schedule, t: Tensor, s: Tensor, rng: Rng) -> Tensor:
             return Segments(self.segments).end(schedule, t)
 
     phased = gradients_of(PhasedConsistencyDistillation(phases=4, mu=0.8), teacher(), batch())
-    for name, cls in (("gradient", ToTheEdge), ("not to anywhere in it", SegmentConsistency)):
+    for name, cls in (("gradient", ToTheEdge), ("not to anywhere in it", SegmentedConsistency)):
         yield name, flat(gradients_of(cls(segments=4), teacher(), batch()).values()), flat(phased.values())
 
 

@@ -15,19 +15,20 @@ import fewstep as fs
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods.consistency.hyper_sd import HyperSD, OneStepMatching, RewardTuning
-from fewstep.methods.consistency.tscd import SegmentConsistency, tcd_plan
+from fewstep.methods.consistency.tscd import SegmentedConsistency, tcd_plan
 from fewstep.methods.method import Batch, Progress, alone
 from fewstep.methods.parts.distribution_matching import matching_loss
 from fewstep.methods.parts.feedback import Feedback
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
+from fewstep.networks.lora import factors
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.runs.course import run_recipe
 from fewstep.sampling.rollout import rollout
 from fewstep.schedules import FlowMatching, TrigFlow
 from fewstep.training.budget import Budget
-from fewstep.training.settings import Settings
+from fewstep.training.settings import Rank, Settings
 
 #: The paper (the stages, batches of 512, the rate) and the model cards (the steps).
 PUBLISHED = {
@@ -59,7 +60,10 @@ def test_every_stage_goes_on_from_the_last_student_with_the_same_teacher(monkeyp
     user's in all of them, and of the last the critic starts from it."""
     seen: list[tuple[Any, Any, dict[str, Tensor]]] = []
     stages = SMALL.stages()
-    assert [type(stage.method) for stage in stages] == [SegmentConsistency] * 4 + [RewardTuning, OneStepMatching]
+    assert [type(stage.method) for stage in stages] == [SegmentedConsistency] * 4 + [
+        RewardTuning,
+        OneStepMatching,
+    ]
     for cls in {type(stage.method) for stage in stages}:
         real = cls.networks
 
@@ -193,3 +197,15 @@ def test_a_user_brings_a_reward(tmp_path: Any) -> None:
         assert float((rated > 0.3).float().mean()) > float((before > 0.3).float().mean())
     with pytest.raises(ValueError, match="hyper-sd has no use for a guide"):
         fs.distill(teacher, recipe, data, guide=teacher, **run)
+
+
+def test_low_rank_weights_go_through_all_stages() -> None:
+    """One adapter, that every stage goes on with; the weights below are the teacher's, bit for bit."""
+    teacher = network().float()
+    data = Dataset("points", batch().x.float(), batch().cond)
+    settings = Settings(Budget(12), batch=8, precision="fp32", lora_rank=Rank.parse("2"))
+    student = run_recipe(SMALL, teacher, data, settings, given={"reward": Mean()}, show=False).model
+    net, own = student.flow_map.denoiser.net, dict(teacher.net.named_parameters())
+    kept = {name: weight for name, weight in net.state_dict().items() if "low_rank" not in name}
+    assert own.keys() <= kept.keys() and all(torch.equal(kept[name], weight) for name, weight in own.items())
+    assert any(bool(weight.any()) for name, weight in factors(net).items() if "lora_B" in name)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep import grids
 from fewstep.discrete_vp import DiscreteVP
 from fewstep.exact import ExactFlowMap, Gaussian, three_modes
-from fewstep.methods.consistency.tscd import SegmentConsistency, draw_ends, solver_times, tcd_plan
+from fewstep.methods.consistency.tscd import SegmentedConsistency, draw_ends, solver_times, tcd_plan
 from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.parts.adversary import FeatureHead
 from fewstep.methods.parts.distances import Plain, l2
@@ -40,7 +40,7 @@ def test_jumps_end_in_their_segment_below_the_next_time(schedule: Schedule) -> N
     for k in (1, 2, 4, 8):
         grid = solver_times(schedule, 20, k)
         t, s = (part.repeat(40) for part in (grid[:-1], grid[1:]))
-        method = SegmentConsistency(segments=k)
+        method = SegmentedConsistency(segments=k)
         low, end = Segments(k).end(schedule, t), method.ends(schedule, t, s, Rng(k))
         assert bool((low <= end).all()) and bool((end <= s).all()) and bool((s < t).all())
         assert len(set(low.tolist())) == k and float(low.min()) == schedule.t_min
@@ -71,7 +71,7 @@ def test_the_loss_at_the_exact_map_falls_with_the_steps_skipped(segments: int) -
     losses = []
     for skip in (8, 4):
         given = Batch(world.sample(2048, Rng(3)), None, Rng(4))
-        method = SegmentConsistency(segments=segments, skip=skip)
+        method = SegmentedConsistency(segments=segments, skip=skip)
         (update,) = method.updates(Networks(exact(world), {}), given, Progress())
         losses.append(float(update.loss))
     assert 10 < losses[0] / losses[1] < 24
@@ -83,7 +83,7 @@ def test_exact_segments_compose_to_the_one_step_map() -> None:
     z = torch.randn(64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     end = world.flow(20.0 * z, 20.0, 0.02)
     for segments in (8, 4, 2, 1):
-        student = SegmentConsistency(segments=segments).student(Networks({"student": ExactFlowMap(world)}, {}))
+        student = SegmentedConsistency(segments=segments).student(Networks({"student": ExactFlowMap(world)}, {}))
         plan = student.plans[segments]
         assert len(plan.times) == segments and plan == tcd_plan(world.schedule, segments, 0.0)
         assert float((rollout(student.flow_map, z, plan) - end).abs().max()) < 1e-6
@@ -135,17 +135,17 @@ def test_plans_follow_tcds_rule_on_a_table() -> None:
     assert tcd_plan(table, 4, 0.3) == Plan((999, 749, 499, 249), inner=(524.0, 349.0, 174.0))
     assert tcd_plan(table, 4, 0.0) == Plan((999, 749, 499, 249), gamma=0.0)
     assert tcd_plan(table, 2, 1.0).inner == (0.0,) and tcd_plan(table, 1, 0.3) == Plan((999,), gamma=0.0)
-    nets = SegmentConsistency().networks(Start(network(FlowMatching())))
-    etas = SegmentConsistency(steps=(1, 2, 4), eta=(0.0, 0.5, 0.1)).student(nets).plans
+    nets = SegmentedConsistency().networks(Start(network(FlowMatching())))
+    etas = SegmentedConsistency(steps=(1, 2, 4), eta=(0.0, 0.5, 0.1)).student(nets).plans
     assert etas[2].inner == (0.25,) and etas[4].inner == pytest.approx((0.675, 0.45, 0.225))
-    student = SegmentConsistency().student(SegmentConsistency().networks(Start(network(table))))
+    student = SegmentedConsistency().student(SegmentedConsistency().networks(Start(network(table))))
     assert list(student.plans) == [1, 2, 4, 8] and student_plan(student, "tcd", 4, eta=0.3).inner is not None
 
 
 def test_samples_of_a_plan_draw_noise_as_tcd_does() -> None:
     """A rollout by hand: jump below the next time, noise up to it."""
-    nets = SegmentConsistency(eta=(0.4,)).networks(Start(network(FlowMatching())))
-    student = SegmentConsistency(eta=(0.4,)).student(nets)
+    nets = SegmentedConsistency(eta=(0.4,)).networks(Start(network(FlowMatching())))
+    student = SegmentedConsistency(eta=(0.4,)).student(nets)
     noise, cond = batch(8).x, batch(8).cond
     made = student(noise, cond, 2, Rng(7))
     below = student.flow_map(noise, 1.0, 0.3, cond)
@@ -157,7 +157,7 @@ def test_both_sides_of_the_adversary_read_the_same_two_landings() -> None:
     """The student's update leaves the discriminator alone and reaches the student through its landing; the
     discriminator's is that of these landings noised on to times between their end and their start.  Weight 0 leaves all
     of it out."""
-    method = SegmentConsistency(segments=2, adversarial_weight=0.5, distance_weight=0.0)
+    method = SegmentedConsistency(segments=2, adversarial_weight=0.5, distance_weight=0.0)
     nets = method.networks(Start(network(FlowMatching()))).double()
     with torch.no_grad():
         for p in nets.group_parameters("student"):
@@ -188,14 +188,14 @@ def test_both_sides_of_the_adversary_read_the_same_two_landings() -> None:
     noises = [((x - a[:, None] * y) / sd[:, None]) for x, y in ((fake, landed), (both[: len(fake)], aim))]
     assert all(abs(float(noise.square().mean()) - 1) < 0.3 for noise in noises)
     assert next(updates, None) is None
-    plain = SegmentConsistency(segments=2)
+    plain = SegmentedConsistency(segments=2)
     assert "head" not in dict(plain.networks(Start(network())).named_children())
     assert [u.group for u in plain.updates(plain.networks(Start(network())), batch(), Progress())] == ["student"]
     assert isinstance(nets.head, FeatureHead)
 
 
 def test_the_target_follows_after_the_update_only() -> None:
-    method = SegmentConsistency(mu=0.75)
+    method = SegmentedConsistency(mu=0.75)
     nets = method.networks(Start(network()))
     (update,) = method.updates(nets, batch(), Progress())
     with torch.no_grad():
@@ -211,12 +211,15 @@ def test_the_target_follows_after_the_update_only() -> None:
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     bare, tiny = Start(network(classes=None)), Start(network(DiscreteVP.linear(30)))
     refused = [
-        (lambda: SegmentConsistency(guidance_max=2.0).networks(bare), "guidance=2: this teacher is unconditional"),
-        (lambda: SegmentConsistency(segments=30).networks(tiny), "skip=20|30 segments: DiscreteVP has no times"),
-        (lambda: SegmentConsistency(skip=30).networks(tiny), "skip=30 must be at most 29"),
-        (lambda: SegmentConsistency(eta=(0.1, 0.2)), r"eta=\(0.1, 0.2\) must be one number, or one for each of steps"),
-        (lambda: SegmentConsistency(eta=(1.5,)), "eta=1.5 must lie in"),
-        (lambda: SegmentConsistency(guidance_min=2.0), "guidance_max=1 must be at least guidance_min=2"),
+        (lambda: SegmentedConsistency(guidance_max=2.0).networks(bare), "guidance=2: this teacher is unconditional"),
+        (lambda: SegmentedConsistency(segments=30).networks(tiny), "skip=20|30 segments: DiscreteVP has no times"),
+        (lambda: SegmentedConsistency(skip=30).networks(tiny), "skip=30 must be at most 29"),
+        (
+            lambda: SegmentedConsistency(eta=(0.1, 0.2)),
+            r"eta=\(0.1, 0.2\) must be one number, or one for each of steps",
+        ),
+        (lambda: SegmentedConsistency(eta=(1.5,)), "eta=1.5 must lie in"),
+        (lambda: SegmentedConsistency(guidance_min=2.0), "guidance_max=1 must be at least guidance_min=2"),
     ]
     for make, reason in refused:
         with pytest.raises(ValueError, match=reason) as found:

@@ -38,7 +38,7 @@ from fewstep.hub.text_adapters import TextAdapter  # noqa: E402
 from fewstep.methods.consistency.cm import ConsistencyDistillation  # noqa: E402
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation  # noqa: E402
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation  # noqa: E402
-from fewstep.methods.consistency.tscd import SegmentConsistency  # noqa: E402
+from fewstep.methods.consistency.tscd import SegmentedConsistency  # noqa: E402
 from fewstep.methods.method import Method  # noqa: E402
 from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP, UNet  # noqa: E402
@@ -306,7 +306,7 @@ def make_cases(root: Path) -> dict[str, Case]:
         written = export(student, root / f"sd-pcm-{phases}")
         inputs = {**text, "latents": written.start * noise}
         cases[f"sd-pcm-{phases}"] = Case(student, written, inputs, {"output_type": "latent"}, text, noise)
-    student = distilled_by(SegmentConsistency(eta=(0.3,)), empty)
+    student = distilled_by(SegmentedConsistency(eta=(0.3,)), empty)
     written = export(student, root / "sd-tscd")
     inputs = {**text, "latents": written.start * noise}
     cases["sd-tscd"] = Case(student, written, inputs, {"output_type": "latent"}, text, noise)

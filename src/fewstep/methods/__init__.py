@@ -35,7 +35,7 @@ RECIPES: dict[str, str] = {
     "ctm-training": "fewstep.methods.consistency.ctm:SelfConsistencyTrajectory",
     "lcm": "fewstep.methods.consistency.lcm:LatentConsistencyDistillation",
     "scott": "fewstep.methods.consistency.scott:StochasticConsistencyDistillation",
-    "tscd": "fewstep.methods.consistency.tscd:SegmentConsistency",
+    "tscd": "fewstep.methods.consistency.tscd:SegmentedConsistency",
     "hyper-sd": "fewstep.methods.consistency.hyper_sd:HyperSD",
     "pcm": "fewstep.methods.consistency.pcm:PhasedConsistencyDistillation",
     "dmd": "fewstep.methods.matching.dmd:DMD",

@@ -28,7 +28,7 @@ from torch import nn
 
 from fewstep.data.dataset import Samples
 from fewstep.methods.alarm import Alarm
-from fewstep.methods.consistency.tscd import PAPER, SegmentConsistency, check_etas, tcd_plan
+from fewstep.methods.consistency.tscd import PAPER, SegmentedConsistency, check_etas, tcd_plan
 from fewstep.methods.method import (
     Batch,
     Method,
@@ -60,7 +60,7 @@ from fewstep.sampling.rollout import Student, rollout
 from fewstep.sampling.student_generator import StudentGenerator
 
 #: TSCD with one segment.
-CONSISTENCY = SegmentConsistency()
+CONSISTENCY = SegmentedConsistency()
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class RewardTuning(Method):
     unstable: ClassVar[dict[str, Alarm]] = {"student/class_entropy": FEW_CLASSES, "student/sample_std": LOST_MODES}
     roles: ClassVar[tuple[str, ...]] = ("student", ROLE)
 
-    consistency: SegmentConsistency = CONSISTENCY
+    consistency: SegmentedConsistency = CONSISTENCY
     feedback: Feedback = NO_FEEDBACK
     margins: tuple[float, ...] = (-0.1,)
     lr: float = 1e-4
@@ -122,7 +122,7 @@ class OneStepMatching(Method):
     }
     roles: ClassVar[tuple[str, ...]] = ("student", ROLE)
 
-    consistency: SegmentConsistency = CONSISTENCY
+    consistency: SegmentedConsistency = CONSISTENCY
     consistency_weight: float = 1.0
     regression_weight: float = 0.25
     pairs: int = 4096
@@ -251,8 +251,8 @@ class HyperSD(Recipe):
             Stage(last, self.one_step_share),
         ]
 
-    def consistency(self, segments: int, distance_weight: float, adversarial_weight: float) -> SegmentConsistency:
-        return SegmentConsistency(
+    def consistency(self, segments: int, distance_weight: float, adversarial_weight: float) -> SegmentedConsistency:
+        return SegmentedConsistency(
             segments, self.lr, self.skip, self.mu, self.guidance_min, self.guidance_max, self.distance,
             distance_weight, adversarial_weight, self.discriminator_lr, self.steps, self.eta, self.target_time,
         )  # fmt: skip

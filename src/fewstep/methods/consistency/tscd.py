@@ -110,7 +110,7 @@ def check_etas(name: str, steps: Sequence[int], eta: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True)
-class SegmentConsistency(Method):
+class SegmentedConsistency(Method):
     """TSCD: one stage, with ``segments`` parts.
 
     The student of several segments has one plan, deterministic with a call a segment; that of one segment has the
