@@ -15,7 +15,7 @@ from pathlib import Path
 IDEAS = {
     "files", "digests", "schemas", "conditions", "schedules", "discrete_vp", "grids", "predictions", "denoisers",
     "guidance", "extras", "flow_maps", "constant_acceleration", "routing", "generators", "tangents", "randomness",
-    "ranges", "values", "exact",
+    "ranges", "values", "exact", "rewards",
 }  # fmt: skip
 BELOW_METHODS = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}

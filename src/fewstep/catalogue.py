@@ -147,12 +147,6 @@ LISTED: tuple[Row, ...] = (
     S("disback", "DisBack", 2024, "2408.15991", "matching", "teacher", "1",
       "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation",
       "records how a teacher degrades into the student and follows that path back"),
-    S("tdm", "TDM", 2025, "2503.06674", "matching", "teacher", "1-4",
-      "Learning Few-Step Diffusion Models by Trajectory Distribution Matching",
-      "matches distributions along the student's trajectory, step by step"),
-    S("phased-dmd", "Phased DMD", 2025, "2510.27684", "matching", "teacher", "4",
-      "Phased DMD: Few-step Distribution Matching Distillation via Score Matching within Subintervals",
-      "distribution matching phase by phase over intervals of noise"),
     S("flash-dmd", "Flash-DMD", 2025, "2511.20549", "matching", "teacher, data, reward", "4",
       "Flash-DMD: Towards High-Fidelity Few-Step Image Generation with Efficient Distillation and "
       "Joint Reinforcement Learning",

@@ -40,6 +40,7 @@ SHORT = ("--budget", "6steps", "--batch", "16", "--precision", "fp32", "--log-st
 #: What would otherwise take long before the first iteration.
 SMALL = dict.fromkeys(("dmd", "reflow", "instaflow"), ("--pairs", "32", "--ode-steps", "2"))
 SMALL |= dict.fromkeys(("lsd", "lsd-plus"), ("--steps", "2", "--teacher-steps", "4"))
+SMALL["msd"] = ("--dm", "dmd:pairs=32,ode_steps=2")
 #: Methods of discrete models, which take another teacher.
 DISCRETE = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 

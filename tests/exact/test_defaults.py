@@ -36,6 +36,7 @@ from fewstep.networks import MLP, UNet
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
+from fewstep.runs.stages import stages_of
 from fewstep.sampling.coefficients import DATA, NOISE
 from fewstep.sampling.dpm_ot import optimal_transport
 from fewstep.sampling.named import ALL_SOLVERS
@@ -151,7 +152,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     # experiments/imagenet/imagenet_gan_classifier_genloss3e-3_diffusion1000_lr2e-6_scratch.sh
     "dmd2": {
-        "steps": 1, "critic_steps": 5, "gan_weight": 3e-3, "discriminator_weight": 1e-2, "energy_weight": 0.0,
+        "steps": 1, "critic_steps": 5, "first_level": 1.0, "gan_weight": 3e-3, "discriminator_weight": 1e-2,
+        "discriminator": "critic", "r1": 0.0, "energy_weight": 0.0,
         "guidance": 1.0, "lr": 2e-6, "critic_lr": 2e-6, "clip": 10.0, "warmup": 500,
         "optimizer": MATCHING,
     },
@@ -251,7 +253,7 @@ def test_a_default_is_the_published_one_or_declared(name: str) -> None:
     optimizer = published.pop("optimizer")
     assert {field.name for field in dataclasses.fields(cls)} == set(published)
     different = differences(cls(), published)
-    for stage in (stage for stage in cls().stages() if stage.share):
+    for stage in stages_of(cls()):
         for group in stage.method.networks(start_of(name)).groups.values():
             different |= differences(group, optimizer)
     assert set(re.findall(r"`(\w+)`", " ".join(cls.paper.deviations))) & {*published, *ADAM} == different

@@ -15,18 +15,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep import grids
 from fewstep.conditions import Cond
 from fewstep.constant_acceleration import ConstantAcceleration, acceleration
+from fewstep.data import Dataset
 from fewstep.denoisers import Denoiser, NetworkDenoiser, View
 from fewstep.exact import ExactFlowMap, Gaussian
-from fewstep.flow_maps import Jump
+from fewstep.flow_maps import Jump, ddim_move
 from fewstep.guidance import Guided
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
+from fewstep.methods.consistency.hyper_sd import OneStepMatching
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
+from fewstep.methods.consistency.mlcm import SegmentConsistency
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
+from fewstep.methods.consistency.rcm import RCM, student_direction
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
+from fewstep.methods.consistency.scott import StochasticConsistencyDistillation
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
+from fewstep.methods.consistency.tscd import SegmentConsistency
 from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow, Asked
 from fewstep.methods.flow_maps.boot import BOOT, signal_step
 from fewstep.methods.flow_maps.constant_acceleration import InitialVelocity
@@ -38,20 +45,35 @@ from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import STRAIGHT, Reflow, straight_pair
 from fewstep.methods.flow_maps.shortcut import Shortcut
 from fewstep.methods.flow_maps.slim_flow import AnnealingReflow
-from fewstep.methods.method import Batch, Method, Networks, Progress, alone
+from fewstep.methods.matching.diff_instruct import DiffInstruct
+from fewstep.methods.matching.disback import Backtracking
+from fewstep.methods.matching.dmd import DMD
+from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.matching.f_distill import DIVERGENCES, FDistill
+from fewstep.methods.matching.msd import MSD
+from fewstep.methods.matching.phased_dmd import Phase
+from fewstep.methods.matching.sid import SiD
+from fewstep.methods.matching.sim import SIM
+from fewstep.methods.matching.tdm import TDM, Interval
+from fewstep.methods.method import Batch, Method, Networks, Progress, Recipe, alone
+from fewstep.methods.parts.distribution_matching import matching_loss
 from fewstep.methods.parts.from_noise import FromNoise
+from fewstep.methods.parts.host import Host
 from fewstep.methods.parts.identities import Direction, eulerian, lagrangian
 from fewstep.methods.parts.ramp import Ramp
 from fewstep.methods.parts.score_matching import denoising_loss
-from fewstep.methods.parts.teacher_steps import ddim_step, guided, guided_by_choice
-from fewstep.methods.parts.times import LogNormal, Ordered, PairLaw, Segments
+from fewstep.methods.parts.teacher_steps import ERSDE, DDIMNoise, ddim_step, guided, guided_by_choice
+from fewstep.methods.parts.times import LogNormal, Ordered, Own, PairLaw, Segments, TimeLaw
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.networks.inputs import with_inputs
 from fewstep.predictions import TrigPrediction, Velocity
 from fewstep.randomness import Rng
+from fewstep.runs.course import run_recipe
 from fewstep.sampling.rollout import Plan, rollout
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow
+from fewstep.training.budget import Budget
+from fewstep.training.settings import Settings
 
 SHAPE, CLASSES = (3,), 2
 #: Pairs by name: what must agree, and under a name that begins with "not " what must not.
@@ -611,6 +633,365 @@ def pcm_steps() -> Pairs:
 
     yield "gradient", flat(found.values()), regressed(10)
     yield "not of another grid", flat(found.values()), regressed(9)
+
+
+# f-distill and where DMD2's discriminator sits
+
+
+def matched(method: DMD2 | FDistill, group: str, equal_logits: bool = False) -> Tensor:
+    """The gradient of the first update of a group, with everything away from its start."""
+    torch.manual_seed(0)
+    nets = method.networks(Start(teacher())).double()
+    moved(nets, "student")
+    moved(nets, "critic")
+    if equal_logits:
+        for p in nets.head.parameters():
+            p.data.zero_()
+    updates = alone(method.updates(nets, batch(), Progress()))
+    loss = next(update.loss for update in updates if group in update.groups)
+    return flat(torch.autograd.grad(loss, [p for p in nets.group_parameters(group) if p.requires_grad]))
+
+
+ON_THE_TEACHER: dict[str, Any] = {"gan_weight": 0.3, "discriminator_weight": 0.5, "discriminator": "teacher", "r1": 2.0}
+
+
+@row("f-distill, reverse KL", "it is DMD2, wherever the discriminator sits, student and critic")
+def f_distill() -> Pairs:
+    for body in ("teacher", "critic"):
+        shared = {**ON_THE_TEACHER, "discriminator": body, "guidance": 1.5}
+        ours, theirs = FDistill(divergence="rkl", **shared), DMD2(**shared)
+        for group in ("student", "critic"):
+            yield f"{group}, {body}", matched(ours, group), matched(theirs, group)
+        yield (
+            f"not js, {body}",
+            matched(dataclasses.replace(ours, divergence="js"), "student"),
+            matched(ours, "student"),
+        )
+    yield "not the other body", matched(ours, "student"), matched(FDistill("rkl", **ON_THE_TEACHER), "student")
+
+
+@row("f-distill, equal ratios", "where the discriminator is blind every divergence is DMD2", 1e-12)
+def f_distill_of_equal_ratios() -> Pairs:
+    expected = matched(DMD2(**ON_THE_TEACHER), "student", equal_logits=True)
+    for name in DIVERGENCES:
+        yield name, matched(FDistill(name, **ON_THE_TEACHER), "student", equal_logits=True), expected
+    yield "not where it sees", matched(FDistill("kl", **ON_THE_TEACHER), "student"), expected
+
+
+@row("DMD2 with the teacher's features", "without the GAN's gradient the student's is that without a GAN")
+def dmd2_on_the_teacher() -> Pairs:
+    method = DMD2(**ON_THE_TEACHER)
+    plain = matched(DMD2(gan_weight=0.0), "student")
+    yield "a blind discriminator", matched(method, "student", equal_logits=True), plain
+    yield "not one that sees", matched(method, "student"), plain
+
+
+# Distribution matching: stages around a host, and parts of the conditions
+
+HOSTS: tuple[Method, ...] = (
+    DMD2(gan_weight=0.0, critic_steps=1), DMD(regression_weight=0.0), DiffInstruct(), SiD(), SIM(),
+)  # fmt: skip
+
+
+@row("DisBack", "without a recorded path its second stage is the host, whichever it is")
+def disback() -> Pairs:
+    def slopes(method: Method, **made: nn.Module) -> Tensor:
+        nets = method.networks(Start(teacher(), made=made))
+        moved(nets, "student")
+        updates = alone(method.updates(nets, batch(), Progress()))
+        loss = next(update.loss for update in updates if update.group == "student")
+        return flat(torch.autograd.grad(loss, nets.group_parameters("student")))
+
+    for host in HOSTS:
+        method, expected = Backtracking(Host(host)), slopes(host)
+        yield host.name, slopes(method), expected
+        yield f"not with a node, {host.name}", slopes(method, path=nn.ModuleList([teacher(seed=1)])), expected
+
+
+@row("MSD", "one part is the method that distils it, whichever it is")
+def msd() -> Pairs:
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(32, *SHAPE, dtype=torch.float64, generator=gen)
+    data = Dataset("points", x, torch.arange(32) % CLASSES)
+
+    def weights(recipe: Recipe) -> Tensor:
+        made = run_recipe(recipe, teacher(), data, Settings(Budget(4), 8, precision="fp32"), show=False).model
+        return flat(p.detach() for p in made.parameters())[: sum(p.numel() for p in teacher().parameters())]
+
+    for host in HOSTS:
+        expected = weights(host)
+        yield host.name, weights(MSD(parts=1, adm=0.0, dm=Host(host))), expected
+        yield f"not the first of two, {host.name}", weights(MSD(parts=2, adm=0.0, dm=Host(host))), expected
+
+
+# rCM
+
+
+@row("rCM", "at r = 1 its direction is sCM's, to the last bit")
+def rcm() -> Pairs:
+    nets = RCM(sigma_data=0.7).networks(Start(teacher()))
+    moved(nets, "student")
+    x = batch().x
+    t = torch.linspace(0.1, 1.5, len(x), dtype=torch.float64)
+    v = nets.teacher.velocity(x, t).detach()
+    scm_direction = eulerian(nets.student, x, t, 0 * t, v, scale=t.cos())
+    for name, r in (("direction", 1.0), ("not in its warm-up", 0.5)):
+        yield name, student_direction(nets.student, x, t, v, None, r=r).g, scm_direction.g
+
+
+@row("rCM without matching", "its gradient is sCM's at an even weight, times the number of dimensions", 1e-12)
+def rcm_without_matching() -> Pairs:
+    def slopes(method: Method, other: str) -> Tensor:
+        nets = method.networks(Start(teacher()))
+        moved(nets, "student")
+        for p in nets.get_submodule(other).parameters() if other else ():
+            p.data.fill_(0.1 * (other == "critic"))
+        (update,) = method.updates(nets, batch(), Progress(fraction=0.95))  # type: ignore[arg-type]
+        return flat(torch.autograd.grad(update.loss, list(nets.student.parameters())))
+
+    expected = 3 * slopes(ContinuousConsistencyDistillation(sigma_data=0.7, noise_mean=-0.8), "weight")
+    yield "gradient", slopes(RCM(sigma_data=0.7, matching_weight=0.0), ""), expected
+    yield "not with matching", slopes(RCM(sigma_data=0.7, matching_weight=0.1), "critic"), expected
+
+
+@row("rCM without consistency", "of one call it is DMD without its regression, at DMD's times, twice the sum", 1e-12)
+def rcm_without_consistency() -> Pairs:
+    class InnerTimes(RCM):
+        def matching_law(self, shape: tuple[int, ...]) -> TimeLaw:
+            return Own(0.02, 0.98)
+
+    def slopes(method: Method) -> Tensor:
+        nets = method.networks(Start(teacher()))
+        moved(nets, "student")
+        moved(nets, "critic")
+        update = next(iter(method.updates(nets, batch(), Progress(fraction=0.5))))
+        return flat(torch.autograd.grad(update.loss, list(nets.student.parameters())))  # type: ignore[union-attr]
+
+    own = {"sigma_data": 0.7, "consistency_weight": 0.0, "matching_weight": 0.3}
+    expected = 2 * 3 * 0.3 * slopes(DMD(regression_weight=0.0))
+    yield "gradient", slopes(InnerTimes(rollout_steps=1, **own)), expected
+    yield "not at times of its own", slopes(RCM(rollout_steps=1, **own)), expected
+
+
+# Consistency with a stochastic teacher, and on segments
+
+
+@row("SCott", "without noise, in one sub-step and without its game it is LCM, bit for bit")
+def scott() -> Pairs:
+    plain = {"skip": 24, "steps": (1, 2, 4)}
+    expected = gradients_of(LatentConsistencyDistillation(**plain), teacher(), batch())
+    bare = StochasticConsistencyDistillation(noise=DDIMNoise(0.0), substeps=1, gan_weight=0.0)
+    yield "gradient", flat(gradients_of(bare, teacher(), batch()).values()), flat(expected.values())
+    for name, change in (("noise", {"noise": DDIMNoise(0.2)}), ("two sub-steps", {"substeps": 2})):
+        other = gradients_of(dataclasses.replace(bare, **change), teacher(), batch())
+        yield f"not with {name}", flat(other.values()), flat(expected.values())
+
+
+@row("SCott, ER-SDE", "phi = r^2 is DDIM's eta = 1, the posterior of DDPM, and phi = r the probability flow", 1e-12)
+def scott_er_sde() -> Pairs:
+    bare = StochasticConsistencyDistillation(gan_weight=0.0, substeps=2)
+
+    def slopes(noise: Any) -> Tensor:
+        return flat(gradients_of(dataclasses.replace(bare, noise=noise), teacher(), batch()).values())
+
+    yield "phi = r^2", slopes(ERSDE("r^2")), slopes(DDIMNoise(1.0))
+    yield "phi = r", slopes(ERSDE("r")), slopes(DDIMNoise(0.0))
+    yield "not phi = r^1.5", slopes(ERSDE("r^1.5")), slopes(DDIMNoise(1.0))
+
+
+@row("MLCM, one segment", "on noised data it is PCM in one phase without a target network, bit for bit")
+def mlcm() -> Pairs:
+    one = SegmentConsistency(segments=1, states="data", guidance=2.0)
+    expected = gradients_of(
+        PhasedConsistencyDistillation(phases=1, guidance_min=2.0, guidance_max=2.0), teacher(), batch()
+    )
+    for name, method in (
+        ("gradient", one),
+        ("not in two segments", dataclasses.replace(one, segments=2)),
+        ("not on trajectories", dataclasses.replace(one, states="trajectory")),
+        ("not without guidance", dataclasses.replace(one, guidance=1.0)),
+    ):
+        yield name, flat(gradients_of(method, teacher(), batch()).values()), flat(expected.values())
+
+
+@row("MLCM, one segment, and LCM", "on noised data it is LCM at one weight, whose boundary is that of the jump", 1e-11)
+def mlcm_lcm() -> Pairs:
+    one = SegmentConsistency(segments=1, states="data", guidance=2.0)
+    # c_skip = 0 and c_out = 1 to all digits from the first time on
+    lcm_like = {"guidance_min": 2.0, "guidance_max": 2.0, "time_scale": 1e9}
+    found = flat(gradients_of(one, teacher(), batch()).values())
+    for name, mu in (("no average", 0.0), ("not with a target network", 0.95)):
+        method = LatentConsistencyDistillation(mu=mu, **lcm_like)
+        nets = method.networks(Start(teacher()))
+        moved(nets, "student")
+        (update,) = method.updates(nets, batch(), Progress())
+        yield name, found, flat(torch.autograd.grad(update.loss, list(nets.student.parameters())))
+
+
+@row("MLCM, a segment a step", "it regresses on the guided teacher's own DDIM step", 1e-12)
+def mlcm_steps() -> Pairs:
+    source, schedule = teacher(), teacher().schedule
+    method = SegmentConsistency(segments=10, skip=100, states="data", guidance=2.0)
+    found, nets = gradients_of(method, source, batch()), method.networks(Start(source))
+    moved(nets, "student")
+    edges = Segments(10).edges(schedule).flip(0)
+    for name, scale in (("gradient", 2.0), ("not of the teacher alone", 1.0)):
+        given = batch()
+        n = given.rng.integers(given.n, 0, 10)
+        t, s = edges[n], edges[n + 1]
+        x = schedule.add_noise(given.x, given.rng.normal_like(given.x), t)
+        aim = ddim_step(guided(source, scale), x, t, s, given.cond)
+        loss = (nets.student(x, t, s, given.cond) - aim).square().mean()
+        yield name, flat(found.values()), flat(torch.autograd.grad(loss, list(nets.student.parameters())))
+
+
+# Matching along trajectories
+
+
+@row("Phased DMD", "with one phase of one call it is DMD2 without its GAN on flow matching, student and critic")
+def phased_dmd() -> Pairs:
+    def slopes(method: Method) -> Mapping[str, Tensor]:
+        nets = method.networks(Start(teacher(FlowMatching())))
+        moved(nets, "student")
+        moved(nets, "critic")
+        return {
+            update.groups[0]: flat(
+                slope
+                for slope in torch.autograd.grad(
+                    update.loss, nets.group_parameters(update.groups[0]), allow_unused=True
+                )
+                if slope is not None
+            )
+            for update in alone(method.updates(nets, batch(), Progress()))
+        }
+
+    plain, one, first = (
+        slopes(method)
+        for method in (
+            DMD2(gan_weight=0.0, critic_steps=1),
+            Phase(phases=1, steps=1, critic_steps=1),
+            Phase(phases=2, steps=1, critic_steps=1),
+        )
+    )
+    for group in ("student", "critic"):
+        yield group, one[group], plain[group]
+        yield f"not the {group} of the first of two", first[group], plain[group]
+
+
+@row("TDM", "with one step its gradient is DMD's, but for the pseudo-Huber distance; its critic's weights are 1", 1e-11)
+def tdm() -> Pairs:
+    source, given = teacher(FlowMatching()), batch()
+    nets = TDM(steps=(1,)).networks(Start(source))
+    moved(nets, "student")
+    moved(nets, "critic")
+    noise, one = given.x, torch.ones(len(given.x), dtype=torch.float64)
+    x = nets.student.to_data(noise, 1.0, given.cond)
+    step = Interval(noise, x.detach(), one, 0 * one, torch.zeros(len(noise), dtype=torch.long))
+    weights = list(nets.student.parameters())
+
+    def slope(loss: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        return flat(g for g in found if g is not None)
+
+    plain, _ = matching_loss(x, source, nets.critic, given.cond, Rng(0), Own(0.02, 0.99))
+    for name, method, factor in (
+        ("squared", TDM(steps=(1,), distance="l2"), 0.5),
+        ("pseudo-Huber of a wide square", TDM(steps=(1,), distance="pseudo-huber", c=1e6), 1e6),
+        ("not pseudo-Huber as published", TDM(steps=(1,), distance="pseudo-huber", c=1e-3), 1e-3),
+    ):
+        found = method.student_loss(nets, dataclasses.replace(given, rng=Rng(0)), step, 1)
+        yield name, factor * slope(found), slope(plain)
+    loss, logs = TDM(steps=(1,)).critic_loss(nets, dataclasses.replace(given, rng=Rng(0)), step, 1)
+    rng = Rng(0)
+    t = Own(0.02, 0.99).draw(source.schedule, len(x), rng)
+    x_t = source.schedule.add_noise(x.detach(), rng.normal_like(x), t)
+    error = (nets.critic(x_t, t, given.cond) - x.detach()).square().mean(1)
+    snr = ((1 - t) / t) ** 2
+    yield "importance", logs["importance"], torch.ones((), dtype=torch.float64)
+    yield "critic's loss", loss, (snr.clamp_max(5.0) * error).mean()
+    yield "not the critic's loss without the bound", loss, (snr * error).mean()
+
+
+# Hyper-SD
+
+
+@row("TSCD, one segment", "it is TCD's step, written down", 1e-12)
+def tscd() -> Pairs:
+    """A guided DDIM step, two jumps to one time below it, squares; scales are drawn, and the student is not told."""
+    source, method = teacher(), SegmentConsistency(guidance_min=1.5, guidance_max=3.0, skip=50)
+    found = gradients_of(method, source, batch())
+    nets = method.networks(Start(source))
+    moved(nets, "student")
+
+    def tcd(sure: float = 0.0) -> Tensor:
+        given, schedule = batch(), source.schedule
+        rng, x_0, cond = given.rng, given.x, given.cond
+        index = torch.arange(1000, -1, -50, dtype=torch.float64)  # of an own index of 1000 steps
+        n = rng.integers(given.n, 0, len(index) - 1)
+        t, s, end = (grids.at_index(schedule, place) for place in (index[n], index[n + 1], index[n + 1]))
+        end = grids.at_index(schedule, rng.uniform(given.n) * index[n + 1] * (1 - sure))
+        x_t = schedule.add_noise(x_0, rng.normal_like(x_0), t)
+        w = rng.uniform(given.n, low=1.5, high=3.0)[:, None]
+        with torch.no_grad():
+            plain, away = source(x_t, t, cond), source(x_t, t, torch.full_like(cond, -1))
+            x_s = ddim_move(x_t, away + w * (plain - away), t, s, schedule)
+            aim = ddim_move(x_s, nets.target.denoiser(x_s, s, cond), s, end, schedule)
+        landed = ddim_move(x_t, nets.student.denoiser(x_t, t, cond), t, end, schedule)
+        return flat(torch.autograd.grad((landed - aim).square().mean(), list(nets.student.parameters())))
+
+    yield "gradient", flat(found.values()), tcd()
+    yield "not that of a consistency model, which jumps to the data", flat(found.values()), tcd(1.0)
+
+
+@row("TSCD, one segment and one step", "it is CTM's, around a network that is not told the target time", 1e-12)
+def tscd_is_ctm() -> Pairs:
+    class InDDIMForm(ConsistencyTrajectory):
+        """CTM with DDIM steps, and without the target time as an input."""
+
+        def networks(self, start: Start) -> Networks:
+            return SegmentConsistency().networks(start)
+
+        def ahead(self, nets: Networks, x: Tensor, times: Tensor, cond: Cond) -> Tensor:
+            for k in range(len(times) - 1):
+                x = ddim_step(nets.teacher, x, times[k], times[k + 1], cond)
+            return x
+
+    class Same(Rng):
+        """The same noise wherever it is drawn."""
+
+        def normal_like(self, x: Tensor) -> Tensor:
+            return torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))
+
+    given = dataclasses.replace(batch(), rng=Same(3, "equalities"))
+    theirs = InDDIMForm(grid_times=2, most_steps=1, denoising_weight=0.0)
+    ctm_step = flat(gradients_of(theirs, teacher(EDM()), given).values())
+    for name, skip in (("gradient", 1000), ("not with two steps", 500)):
+        mine = gradients_of(SegmentConsistency(skip=skip), teacher(EDM()), given)
+        yield name, flat(mine.values()), ctm_step
+
+
+@row("TSCD to the edges", "with all jumps to the edge of their segment it is PCM")
+def tscd_is_pcm() -> Pairs:
+    class ToTheEdge(SegmentConsistency):
+        def ends(self, schedule: Schedule, t: Tensor, s: Tensor, rng: Rng) -> Tensor:
+            return Segments(self.segments).end(schedule, t)
+
+    phased = gradients_of(PhasedConsistencyDistillation(phases=4, mu=0.8), teacher(), batch())
+    for name, cls in (("gradient", ToTheEdge), ("not to anywhere in it", SegmentConsistency)):
+        yield name, flat(gradients_of(cls(segments=4), teacher(), batch()).values()), flat(phased.values())
+
+
+@row("Hyper-SD's score distillation", "with nothing beside it, it is DMD without its regression")
+def hyper_sd_matching() -> Pairs:
+    bare = {"consistency_weight": 0.0, "regression_weight": 0.0}
+    student = teacher(seed=1)
+    for group in ("student", "critic"):
+        dmd = flat(gradients_of(DMD(regression_weight=0.0), teacher(), batch(), group=group, student=student).values())
+        mine = gradients_of(OneStepMatching(**bare), teacher(), batch(), group=group, student=student)
+        yield group, flat(mine.values()), dmd
+    with_it = gradients_of(OneStepMatching(regression_weight=0.0), teacher(), batch(), student=student)
+    dmd = flat(gradients_of(DMD(regression_weight=0.0), teacher(), batch(), student=student).values())
+    yield "not with consistency beside it", flat(with_it.values()), dmd
 
 
 # The test, after all rows

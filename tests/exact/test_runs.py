@@ -258,7 +258,7 @@ def test_what_stages_hand_on() -> None:
         method = recipe.stages()[0].method
         roles[name] = set(method.hands_on(method.networks(Start(teacher()))))
     assert roles == {
-        "cm": {"student"}, "scm": {"student"}, "dmd2": {"student"}, "pd": {"teacher", "student"},
+        "cm": {"student"}, "scm": {"student"}, "dmd2": {"student", "critic"}, "pd": {"teacher", "student"},
         "reflow": {"teacher"}, "instaflow": {"teacher"}, "denoising": {"teacher"},
     }  # fmt: skip
 

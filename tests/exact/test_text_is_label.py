@@ -93,11 +93,14 @@ def of_text(name: str = "") -> NetworkDenoiser:
     return NetworkDenoiser(Reader(network()), TrigFlow(), prediction(name), (4,), null=NULL).eval()
 
 
-def short(name: str, **further: float) -> Recipe:
+def short(name: str, **further: object) -> Recipe:
     """A method with little to do, under guidance where it knows any."""
     cls = recipe_class(name)
     fields = {field.name for field in dataclasses.fields(cls)}
-    wanted = {"guidance": 2.0, "pairs": 12, "ode_steps": 2, "start": 2, **further}
+    wanted = {
+        "guidance": 2.0, "pairs": 12, "ode_steps": 2, "start": 2, "host": "dmd2:guidance=2", "nodes": 2, "parts": 1,
+        "dm": "dmd:pairs=12,ode_steps=2,guidance=2", **further,
+    }  # fmt: skip
     return cls(**{key: value for key, value in wanted.items() if key in fields})  # type: ignore[arg-type]
 
 
@@ -122,6 +125,21 @@ def test_one_hot_prompts_are_labels(name: str) -> None:
     if isinstance(by_label, Student) and isinstance(by_text, Student):
         drawn = torch.tensor([2, 0, 1])
         assert torch.equal(by_label.sample(3, drawn, seed=4), by_text.sample(3, prompts(drawn), seed=4))
+
+
+def test_every_prompt_has_a_student_of_its_own() -> None:
+    """Cut by embeddings, without data: three students that differ, each asked for its own prompt only."""
+    recipe = short("msd", parts=3, by="embedding", adm=0.0, dm="diff-instruct:guidance=2,lr=1e-2")
+    made: Any = run_recipe(recipe, of_text(), Prior((4,), prompts(LABELS)), SETTINGS, show=False).model
+    drawn, noise = prompts(torch.tensor([2, 0, 1])), torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+    owner = made.flow_map.router.route(noise, noise, drawn).tolist()
+    assert sorted(owner) == [0, 1, 2]
+    t = made.plans[1].times[0]
+    alone = [expert.to_data(noise, t, drawn) for expert in made.flow_map.experts]
+    whole = made.flow_map.to_data(noise, t, drawn)
+    for row, own in enumerate(owner):
+        gaps = [float((whole[row] - one[row]).abs().max()) for one in alone]
+        assert gaps[own] < 1e-6 < 1e-4 < min(gap for k, gap in enumerate(gaps) if k != own)
 
 
 @pytest.mark.parametrize("name", ["dmd", "dmd2", "reflow", "instaflow", "boot", "free-flow"])

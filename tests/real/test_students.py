@@ -15,7 +15,11 @@ from fewstep.methods.consistency.cm import ConsistencyDistillation, ConsistencyT
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.flow_maps.progressive import ProgressiveLadder
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow
+from fewstep.methods.matching.diff_instruct import DiffInstruct
+from fewstep.methods.matching.disback import DisBack
 from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.matching.msd import MSD
+from fewstep.methods.parts.host import Host
 from fewstep.metrics import Evaluator, load_features
 from fewstep.runs.course import run_recipe
 from fewstep.sampling import sample
@@ -53,6 +57,7 @@ def test_teacher_is_good_in_sixteen_calls_and_poor_in_one(measure, teacher) -> N
     assert fast > 5
 
 
+HOST = Host(DiffInstruct(lr=3e-4, critic_lr=1e-3))
 # recipe, steps, batch -> student calls, largest Fréchet distance, least accuracy
 CASES = [
     (ConsistencyDistillation(sigma_data=0.75, lr=1e-3), 600, {1: 3.4, 2: 2.2, 4: 1.9}, 0.85),
@@ -63,6 +68,8 @@ CASES = [
     (DMD2(lr=5e-4, critic_lr=2e-3, critic_steps=3), 1500, {1: 2.3}, 0.92),
     (ProgressiveLadder(8, 1, lr=1e-3), 600, {1: 2.2}, 0.92),
     (InstaFlow(pairs=1024, lr=1e-3), 600, {1: 1.6}, 0.85),
+    (DisBack(HOST, nodes=3), 160, {1: 2.0}, 0.85),
+    (MSD(parts=2, adm=0.0, dm=HOST), 200, {1: 2.0}, 0.85),
 ]  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from fewstep.hub.text_adapters import TextAdapter  # noqa: E402
 from fewstep.methods.consistency.cm import ConsistencyDistillation  # noqa: E402
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation  # noqa: E402
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation  # noqa: E402
+from fewstep.methods.consistency.tscd import SegmentConsistency  # noqa: E402
 from fewstep.methods.method import Method  # noqa: E402
 from fewstep.methods.start import Start  # noqa: E402
 from fewstep.networks import MLP, UNet  # noqa: E402
@@ -305,6 +306,10 @@ def make_cases(root: Path) -> dict[str, Case]:
         written = export(student, root / f"sd-pcm-{phases}")
         inputs = {**text, "latents": written.start * noise}
         cases[f"sd-pcm-{phases}"] = Case(student, written, inputs, {"output_type": "latent"}, text, noise)
+    student = distilled_by(SegmentConsistency(eta=(0.3,)), empty)
+    written = export(student, root / "sd-tscd")
+    inputs = {**text, "latents": written.start * noise}
+    cases["sd-tscd"] = Case(student, written, inputs, {"output_type": "latent"}, text, noise)
     baked = LatentConsistencyDistillation(guidance_max=1.0, steps=(1, 2, 4))
     for name, method in (("sd3-lcm", baked), ("sd3-pcm", PhasedConsistencyDistillation(phases=4))):
         student = distilled_by(method, straight.denoiser)
@@ -467,6 +472,7 @@ PLAIN = {
     "sd-lcm-40-asked": ("StableDiffusionPipeline", "LCMScheduler"),
     "sd-pcm-1": ("StableDiffusionPipeline", "DDIMScheduler"),
     "sd-pcm-4": ("StableDiffusionPipeline", "DDIMScheduler"),
+    "sd-tscd": ("StableDiffusionPipeline", "TCDScheduler"),
     "sd3-lcm": ("StableDiffusion3Pipeline", "FlowMatchLCMScheduler"),
     "sd3-pcm": ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"),
     "flux-pcm": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),

@@ -56,14 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
 def run(chosen: argparse.Namespace) -> None:
     from fewstep.cli import models, plan, runs
     from fewstep.methods.start import teacher_in
-    from fewstep.runs.course import check_roles
 
     record, recipe, brought, data = again(chosen) if chosen.recipe is not None else new(chosen)
     for named in brought.values():
         models.check_conditions(named)
     given = {role: named.model for role, named in brought.items()}
     teacher = teacher_in(given.pop("teacher"), f"'{brought['teacher'].name}'")
-    check_roles(recipe, given)
+    recipe.check_given(given)
     if chosen.dry_run:
         plan.show(recipe, teacher, data, runs.settings_of(record.settings, "settings"), given)
         return

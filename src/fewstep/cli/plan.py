@@ -60,7 +60,7 @@ def show(
     """Print the plan; runs two iterations of the first stage on copies of the networks."""
     check_readable(teacher, data)
     terminal = console()
-    stages = [stage.method for stage in stages_of(recipe)]
+    stages = [stage.method for stage in stages_of(recipe, given or ())]
     terminal.print(f"[bold]{recipe.name}[/]: {recipe.paper.title} (arXiv {recipe.paper.arxiv})", highlight=False)
     if len(stages) > 1:
         terminal.print(f"{len(stages)} stages, each from what those before made; the plan below is the first one's:")

@@ -291,6 +291,37 @@ class First(Samples):
         return hashlib.sha256(f"{self.count} of {self.inner.sha256()}".encode()).hexdigest()
 
 
+class Chosen(Samples):
+    """The samples ``index`` ``[n]`` of a data set, read as they are there."""
+
+    def __init__(self, inner: Samples, index: Tensor, name: str) -> None:
+        self.inner, self.index = inner, index
+        self.name, self.class_names = name, inner.class_names
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def classes(self) -> int | None:
+        return self.inner.classes
+
+    def rows(self, indices: Tensor | slice) -> Rows:
+        return self.inner.rows(self.index[indices])
+
+    def conditions(self, indices: Tensor | slice) -> Cond:
+        return self.inner.conditions(self.index[indices])
+
+    def feed(self, draws: Iterable[Draw]) -> Iterator[Rows]:
+        return self.inner.feed(draw._replace(indices=self.index[draw.indices]) for draw in draws)
+
+    def sha256(self) -> str:
+        return digest_of([self.index], {}, f"of {self.inner.sha256()}")
+
+
 def epoch_indices(n: int, start: int, count: int, seed: int) -> Tensor:
     """The indices that training reads from position ``start`` on: every epoch is its own permutation of ``n``.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fewstep.hub.adapters import Adapter, Origin
+from fewstep.hub.adapters import Adapter
 from fewstep.hub.label_adapters import DiT, UNet2D
+from fewstep.hub.origins import Origin
 from fewstep.hub.text_adapters import SD3, Flux, Sana, UNet2DCondition
 
 #: The adapter of every diffusers model class that fewstep reads.

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.hub.autoencoders import autoencoder_name, latent_channels, pixels_per_latent, step_of_sides
-from fewstep.networks.inputs import FurtherInputs, SecondSample, TakesInputs
+from fewstep.hub.origins import FromPipeline, Origin
+from fewstep.networks.inputs import FurtherInputs, SecondSample
 
 #: The name by which networks take their guidance weight.
 WEIGHT = "w"
@@ -55,22 +56,7 @@ BESIDE = {
 }
 
 
-class Origin:
-    """The diffusers pipeline that a network was read from, and the name of the network in it.
-
-    Copies of a network share it (a student must not copy its teacher's text encoders), which is all this class adds
-    to the pair.
-    """
-
-    def __init__(self, pipe: Any, component: str) -> None:
-        self.pipe = pipe
-        self.component = component
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
-        return self
-
-
-class Adapter(nn.Module, TakesInputs):
+class Adapter(nn.Module, FromPipeline):
     """A diffusers model behind the signature of fewstep's networks.
 
     ``model`` is the diffusers model, ``origin`` the pipeline it came from (None for a bare model), ``size`` the height

@@ -18,9 +18,10 @@ from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser
 from fewstep.files import headers
 from fewstep.hub import autoencoders
 from fewstep.hub.adapter_kinds import adapt, adapter_class
-from fewstep.hub.adapters import BESIDE, Adapter, Origin
+from fewstep.hub.adapters import BESIDE, Adapter
 from fewstep.hub.exporting import Exported, export, export_with_code
 from fewstep.hub.folders import check_component, check_pipeline, offline
+from fewstep.hub.origins import Origin
 from fewstep.hub.requires import require
 from fewstep.hub.schedulers import Reading, read_scheduler
 from fewstep.hub.weights import no_larger_than

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fewstep.conditions import Cond
-from fewstep.hub.adapters import Adapter, Origin, UNetAdapter
+from fewstep.hub.adapters import Adapter, UNetAdapter
 from fewstep.hub.autoencoders import autoencoder_name
+from fewstep.hub.origins import Origin
 from fewstep.hub.requires import require
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fewstep.hub import native
 from fewstep.hub.adapters import Adapter, as_adapter
-from fewstep.hub.autoencoders import decode
 from fewstep.hub.places import BUNDLED as BUNDLED
 from fewstep.hub.places import bundled_models as bundled_models
 from fewstep.hub.places import locate as locate
@@ -50,8 +49,4 @@ def pictures(model: nn.Module, samples: Tensor) -> Tensor:
     Raises ValueError when the samples are latents and their pipeline is not where it was.
     """
     net = adapter_of(model)
-    if net is None or not net.latent:
-        return samples
-    if net.origin is None:
-        raise ValueError("the samples are latents, and the pipeline with their autoencoder is not where it was")
-    return decode(net.origin.pipe, samples)
+    return samples if net is None else net.decode(samples)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Cond
-from fewstep.hub.adapters import Adapter, Origin, UNetAdapter
+from fewstep.hub.adapters import Adapter, UNetAdapter
 from fewstep.hub.autoencoders import pixels_per_latent
+from fewstep.hub.origins import Origin
 from fewstep.hub.requires import require
 from fewstep.networks.parts import zeroed
 

@@ -237,6 +237,13 @@ class Recipe(ABC):
     def __post_init__(self) -> None:
         check_fields(self)
 
+    def check_given(self, given: Mapping[str, object]) -> None:
+        """ValueError for a model in a role that the recipe has no use for."""
+        for role in given:
+            if role not in self.roles:
+                uses = f"it uses: {', '.join(self.roles)}" if self.roles else "it starts from the teacher alone"
+                raise ValueError(f"{self.name} has no use for a {role} ({uses})")
+
     @abstractmethod
     def stages(self) -> list[Stage]:
         """The methods in order, each with its share of the budget."""
@@ -264,7 +271,11 @@ class Method(Recipe):
 
     @abstractmethod
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
-        """The updates of one iteration, one at a time, and questions about the whole batch between them."""
+        """The updates of one iteration, one at a time, and questions about the whole batch between them.
+
+        A method with a critic leaves its student's updates out where ``nets`` has no such group: the critic is trained
+        alone then, by a method around it (:mod:`fewstep.methods.matching.disback`).
+        """
 
     @abstractmethod
     def student(self, nets: Networks) -> Student | Denoiser:
@@ -278,10 +289,12 @@ class Method(Recipe):
 
 @dataclass(frozen=True)
 class Stage:
-    """A method and its share of the budget, relative to the others'; a stage whose share is 0 is left out."""
+    """A method and its share of the budget, relative to the others'; a stage whose share is 0 is left out, and one that
+    needs a model in a role which nobody brings."""
 
     method: Method
     share: float = 1.0
+    needs: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < math.inf:

@@ -41,6 +41,11 @@ class TakesInputs(ABC):
         """The channels of the second sample that it takes, 0 for none."""
         return 0
 
+    def decode(self, samples: Tensor) -> Tensor:
+        """Its samples as pictures in [-1, 1] (not clipped): themselves, unless it makes latents; with a gradient in the
+        samples, and none in what decodes them."""
+        return samples
+
 
 def taking_inputs(net: nn.Module) -> TakesInputs | None:
     """A network where it is one that can be given further inputs, None where it is of another make."""

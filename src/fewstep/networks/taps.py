@@ -104,6 +104,20 @@ def tappable_layers(denoiser: Denoiser) -> dict[str, tuple[int, ...]]:
     return found
 
 
+@torch.no_grad()
+def bottleneck(denoiser: Denoiser) -> str:
+    """The layer that gives what :meth:`Denoiser.features <fewstep.denoisers.Denoiser.features>` gives, found by one
+    call.  ValueError where they are no layer's own."""
+    part = only_network(denoiser)
+    with tapping(part.net, [name for name, _ in part.net.named_modules() if name]) as seen:
+        x, t, _ = trial_input(part)
+        wanted = part.features(x, t, part.null).untyped_storage().data_ptr()
+        own = [n for n, given in seen.items() if given and given[-1].untyped_storage().data_ptr() == wanted]
+    if not own:
+        raise ValueError(f"the features of this {type(part.net).__name__} are those of no layer: name layers to tap")
+    return own[-1]
+
+
 def feature_shapes(denoiser: Denoiser, layers: Sequence[str]) -> list[tuple[int, ...]]:
     """The shape of one sample's features in each of ``layers``."""
     part = only_network(denoiser)
@@ -115,10 +129,16 @@ def feature_shapes(denoiser: Denoiser, layers: Sequence[str]) -> list[tuple[int,
 @torch.no_grad()
 def trial_call(part: NetworkDenoiser) -> None:
     """One call on a sample of zeros, without a condition and with further inputs of 0."""
+    x, t, extras = trial_input(part)
+    part(x, t, part.null, **extras)
+
+
+def trial_input(part: NetworkDenoiser) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A sample of zeros, the noisiest time, and further inputs of 0."""
     like = next(part.net.parameters(), torch.zeros(()))
     x = torch.zeros(1, *part.shape, device=like.device, dtype=like.dtype)
-    extras = {name: x.new_zeros(1) for name in inputs_of(part.net)}
-    part(x, torch.tensor([part.schedule.t_max], dtype=torch.float64, device=like.device), part.null, **extras)
+    time = torch.tensor([part.schedule.t_max], dtype=torch.float64, device=like.device)
+    return x, time, {name: x.new_zeros(1) for name in inputs_of(part.net)}
 
 
 def spread_layers(denoiser: Denoiser, count: int) -> tuple[str, ...]:

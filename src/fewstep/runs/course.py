@@ -50,7 +50,7 @@ def run_recipe(
     folder that holds another run or is held by one.
     """
     teacher, given = teacher_in(teacher), given or {}
-    check_roles(recipe, given)
+    recipe.check_given(given)
     check_readable(teacher, data)
     device = torch.device(settings.device)
 
@@ -85,14 +85,6 @@ def run_recipe(
     return result
 
 
-def check_roles(recipe: Recipe, given: Mapping[str, object]) -> None:
-    """ValueError for a model in a role that the recipe has no use for."""
-    for role in given:
-        if role not in recipe.roles:
-            uses = f"it uses: {', '.join(recipe.roles)}" if recipe.roles else "it starts from the teacher alone"
-            raise ValueError(f"{recipe.name} has no use for a {role} ({uses})")
-
-
 def keep_half_level(model: nn.Module) -> None:
     """Measure what samplers want to know of a teacher, and keep it there; None where nothing was learned yet, nothing
     in a student that is no teacher."""
@@ -109,7 +101,7 @@ def keep_half_level(model: nn.Module) -> None:
 def card(record: Record, recipe: Recipe, result: Result) -> dict[str, Any]:
     """How the model was made, for its card."""
     return {
-        **cost(stages_of(recipe)[-1].method.name, result),
+        **cost(stages_of(recipe, record.start)[-1].method.name, result),
         "recipe": record.method,
         "hyper_parameters": record.hyper_parameters,
         "teacher": record.start["teacher"] if record.command == "distill" else None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,9 +29,10 @@ from fewstep.training.trainer import Result, Settings, train_held
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def stages_of(recipe: Recipe) -> list[Stage]:
-    """The stages that get a share of the budget; ValueError when none does."""
-    stages = [stage for stage in recipe.stages() if stage.share]
+def stages_of(recipe: Recipe, given: Container[str] = ()) -> list[Stage]:
+    """The stages that get a share of the budget, where models in the roles ``given`` are brought; ValueError when none
+    does."""
+    stages = [stage for stage in recipe.stages() if stage.share and (not stage.needs or stage.needs in given)]
     if not stages:
         raise ValueError(f"{recipe.name}: no stage has a share of the budget")
     return stages
@@ -69,7 +70,7 @@ def run_stages(
     With a ``folder`` (which the caller holds) every stage leaves ``stage-<k>-<name>/`` there, records, checkpoint and
     its model; a recipe of one stage trains in the folder itself.
     """
-    stages = stages_of(recipe)
+    stages = stages_of(recipe, {*start.given, *start.made})
     whole = sum(stage.share for stage in stages)
     parallel = Parallel.from_environment(torch.device(settings.device))
     shelf = Shelf(folder, parallel, show)

@@ -13,6 +13,11 @@ from fewstep.sampling.inputs import weights_of
 from fewstep.sampling.rollout import Plan, rollout
 
 
+def fresh_noise(flow_map: FlowMap, n: int, rng: Rng) -> Tensor:
+    """Standard normal ``[n, *shape]`` for a student to start from, in the type of its weights."""
+    return rng.normal(n, *flow_map.shape, dtype=weights_of(flow_map, torch.empty(0)).dtype)
+
+
 class StudentGenerator(Generator):
     """A student's samples from fresh noise, by its own rollout along ``plan``.
 
@@ -29,5 +34,5 @@ class StudentGenerator(Generator):
     def draw(self, n: int, rng: Rng, cond: Cond = None) -> tuple[Tensor, Cond]:
         """Noise has the type of the student's weights."""
         call = rng.shared_integer(0, len(self.plan.times)) if self.simulate else None
-        noise = rng.normal(n, *self.shape, dtype=weights_of(self.flow_map, torch.empty(0)).dtype)
+        noise = fresh_noise(self.flow_map, n, rng)
         return rollout(self.flow_map, noise, self.plan, cond, rng, stop=call, grad_at=call), cond

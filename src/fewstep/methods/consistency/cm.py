@@ -45,11 +45,11 @@ def consistency_loss(
     end: Tensor | None = None,
     **extras: Tensor,
 ) -> Tensor:
-    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, of :func:`two_jumps`."""
-    return distance(*two_jumps(model, target, batch, x_t, x_s, t, s, end, **extras))
+    """``d(f(x_t, t), sg f_target(x_s, s))`` per sample, as :func:`both_jumps` makes the two."""
+    return distance(*both_jumps(model, target, batch, x_t, x_s, t, s, end, **extras))
 
 
-def two_jumps(
+def both_jumps(
     model: FlowMap,
     target: FlowMap,
     batch: Batch,

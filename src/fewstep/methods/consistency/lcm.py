@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -29,7 +29,7 @@ from fewstep.denoisers import Denoiser, networks_in
 from fewstep.extras import Input
 from fewstep.flow_maps import FlowMap, LatentConsistency
 from fewstep.guidance import Guided
-from fewstep.methods.consistency.cm import follow, two_jumps
+from fewstep.methods.consistency.cm import both_jumps, follow
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Question, System, Update
 from fewstep.methods.parts.distances import L2, Distance
 from fewstep.methods.parts.teacher_steps import check_tells_data, ddim_step, guided
@@ -139,18 +139,13 @@ class SkippingDistillation(Method):
         scale = batch.rng.uniform(len(batch.x), low=self.guidance_min, high=self.guidance_max)
         return Guided(nets.teacher, scale), {WEIGHT: scale - 1 + nets.student.extras[WEIGHT].unguided}
 
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
-        made, aim, _ = self.neighbours(nets, batch)
-        yield self.moving(nets, nets.distance(made, aim).mean())
+    def ahead(self, teacher: Denoiser, x: Tensor, t: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        """Where the guided teacher takes states from ``t`` to ``s``, both ``[B]``."""
+        return ddim_step(teacher, x, t, s, batch.cond)
 
-    def moving(self, nets: Networks, loss: Tensor, logs: Mapping[str, Tensor] | None = None) -> Update:
-        """The student's update, which the target network follows."""
-        target = nets.target if self.mu else None
-        then = None if target is None else lambda: follow(target, nets.student, self.mu)
-        return Update("student", loss, logs or {}, then)
-
-    def neighbours(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """What the student makes of a state, what the target makes of the teacher's next one, and the state's time."""
+    def both_ends(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the student makes of noised data, what the target makes of the states that the teacher takes them to,
+        and the times of the first."""
         schedule, rng = nets.student.schedule, batch.rng
         grid = self.times(schedule).to(batch.x.device)
         n = rng.integers(len(batch.x), 0, len(grid) - 1)
@@ -158,10 +153,22 @@ class SkippingDistillation(Method):
         x_t = schedule.add_noise(batch.x, rng.normal_like(batch.x), t)
         teacher, told = self.led(nets, batch)
         with torch.no_grad():
-            x_s = ddim_step(teacher, x_t, t, s, batch.cond)
-        target = nets.target if self.mu else nets.student
-        made, aim = two_jumps(nets.student, target, batch, x_t, x_s, t, s, self.end(schedule, t), **told)
-        return made, aim, t
+            x_s = self.ahead(teacher, x_t, t, s, batch)
+        jumps = both_jumps(nets.student, self.target(nets), batch, x_t, x_s, t, s, self.end(schedule, t), **told)
+        return *jumps, t
+
+    def target(self, nets: Networks) -> FlowMap:
+        """The target network, the student itself where it has no average."""
+        found: FlowMap = nets.target if self.mu else nets.student
+        return found
+
+    def moves(self, nets: Networks) -> Callable[[], None] | None:
+        """What moves after an update of the student."""
+        return (lambda: follow(nets.target, nets.student, self.mu)) if self.mu else None
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
+        made, aim, _ = self.both_ends(nets, batch)
+        yield Update("student", nets.distance(made, aim).mean(), then=self.moves(nets))
 
 
 @dataclass(frozen=True)

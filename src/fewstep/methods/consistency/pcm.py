@@ -115,7 +115,7 @@ class PhasedConsistencyDistillation(SkippingDistillation):
         phase, adversary = self.phase, self.phase.adversary
         judging = phase.discriminates(progress)
         with gradients(nets.student, "none" if judging else "all"):
-            made, aim, t = self.neighbours(nets, batch)
+            made, aim, t = self.both_ends(nets, batch)
         states, time = self.noised_within(nets, aim, made, t, batch.rng)
         with nets.held("student" if judging else "head"):
             told = adversary.logits_at(nets.body, nets.head, states, time, repeat(cond, 2))
@@ -125,7 +125,8 @@ class PhasedConsistencyDistillation(SkippingDistillation):
                 yield Update("head", adversary.loss.discriminator(real, fake), logs)
                 return
             loss, gan = nets.distance(made, aim).mean(), adversary.loss.generator(fake)
-            yield self.moving(nets, loss + self.gan_weight * gan, {"consistency": loss.detach(), "gan": gan.detach()})
+            logs = {"consistency": loss.detach(), "gan": gan.detach()}
+            yield Update("student", loss + self.gan_weight * gan, logs, self.moves(nets))
 
     def noised_within(self, nets: Networks, real: Tensor, fake: Tensor, t: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
         """Two states at the lower edge of each phase noised on to one time within it, ``[2 B, ...]``."""

@@ -105,8 +105,9 @@ class DMD(Method):
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         x, _ = StudentGenerator(nets.student, self.plan(nets.student.schedule)).draw(batch.n, batch.rng, batch.cond)
-        loss, logs = self.student_loss(nets, batch, x)
-        yield Update("student", loss, logs)
+        if "student" in nets.groups:  # else it is held, and its critic learns alone
+            loss, logs = self.student_loss(nets, batch, x)
+            yield Update("student", loss, logs)
         denoising = critic_loss(nets.critic, x.detach(), batch.cond, batch.rng)
         yield Update("critic", denoising, {"denoising": denoising.detach()})
 

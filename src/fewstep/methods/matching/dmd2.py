@@ -9,18 +9,20 @@ adds what only real data know::
 
 The critic moves in every iteration, the student in one of ``critic_steps``.  With several steps the student is
 trained on the inputs that its own rollout produces (backward simulation).
+
+NVIDIA's FastGen has the discriminator on the frozen teacher instead (``discriminator = "teacher"``): the teacher's one
+pass at ``x_t`` gives its prediction and the features there, and the critic learns nothing but the score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewstep import grids
-from fewstep.denoisers import gradients
+from fewstep.denoisers import Denoiser
 from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Method, Networks, Paper, Progress, Question, System, Update
 from fewstep.methods.parts.adversary import Adversary
@@ -28,20 +30,22 @@ from fewstep.methods.parts.distribution_matching import (
     LOST_MODES,
     RUNAWAY_CRITIC,
     WON_GAME,
+    check_first_level,
     critic_loss,
     matching_loss,
+    renoising_plan,
+    simulated,
     three_networks,
     two_optimizers,
+    vector_loss,
 )
 from fewstep.methods.parts.energy import feature_energy
+from fewstep.methods.parts.score_matching import weighted_difference
+from fewstep.methods.parts.shared_pass import Body, scores_and_logits, tapped_heads, tapping_adversary
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.start import Start
-from fewstep.ranges import Count, Least, NonNegative, Positive
+from fewstep.ranges import Count, Least, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
-from fewstep.sampling.student_generator import StudentGenerator
-
-#: DMD2's discriminator: on the critic's bottleneck, at all noise levels.
-ADVERSARY = Adversary()
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class DMD2(Method):
     """Distribution matching without pairs.
 
     ``steps`` student calls; ``critic_steps`` is the paper's two-time-scale ratio (5 on ImageNet, 10 on SD 1.5);
-    ``gan_weight = 0`` leaves the GAN out altogether; ``guidance`` acts on the teacher only.
+    ``gan_weight = 0`` leaves the GAN out altogether; ``guidance`` acts on the teacher only.  ValueError for a
+    ``first_level`` below 1 with several ``steps``.
     """
 
     name: ClassVar[str] = "dmd2"
@@ -90,8 +95,13 @@ class DMD2(Method):
     critic_steps: Annotated[
         Count, "critic updates for each of the student's; the paper has 5 on ImageNet, 10 on SD 1.5"
     ] = 5
+    first_level: Annotated[
+        Share, "share of the noise levels at which a student of one step is called; 0.4 is 399 of 1000, as for SDXL"
+    ] = 1.0
     gan_weight: Annotated[NonNegative, "weight of the adversarial term; 0 leaves the GAN out altogether"] = 3e-3
     discriminator_weight: Annotated[NonNegative, "weight of the discriminator's loss beside the critic's own"] = 1e-2
+    discriminator: Annotated[Body, "whose features the discriminator sees; the paper's is on the critic"] = "critic"
+    r1: Annotated[NonNegative, "weight of the approximate R1 penalty of the discriminator, 0 for none"] = 0.0
     energy_weight: Annotated[
         NonNegative,
         "weight of the energy distance between the teacher's features of samples and of data; 0 leaves it out",
@@ -102,11 +112,16 @@ class DMD2(Method):
     clip: Annotated[Positive, "bound on the gradient norm"] = 10.0
     warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 20
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_first_level(self.first_level, self.steps)
+
     def networks(self, start: Start) -> Networks:
         modules = three_networks(start)
         critic: tuple[str, ...] = ("critic",)
         if self.gan_weight:
-            modules["head"] = ADVERSARY.heads(start.teacher.native())
+            body = start.teacher.native()
+            modules["head"] = tapped_heads(body) if self.discriminator == "teacher" else Adversary().heads(body)
             critic = ("critic", "head")
         groups = two_optimizers(self.lr, self.critic_lr, self.clip, self.warmup, critic)
         return Networks(modules, groups, ema=("student",))
@@ -124,32 +139,44 @@ class DMD2(Method):
         yield Update("critic", loss, logs)
 
     def plan(self, nets: Networks) -> Plan:
-        """The student's times: equally spaced, noisiest first (999, 749, 499, 249 of 1000 in the paper)."""
-        return Plan(tuple(grids.even(nets.student.schedule, self.steps)[:-1].tolist()), gamma=1.0)
+        """The student's times."""
+        return renoising_plan(nets.student.schedule, self.steps, self.first_level)
 
     def draw(self, nets: Networks, batch: Batch, trainable: bool) -> Tensor:
         """Student samples as inference makes them: backward simulation."""
-        with gradients(nets.student, "all" if trainable else "none"):
-            return StudentGenerator(nets.student, self.plan(nets)).draw(batch.n, batch.rng, batch.cond)[0]
+        return simulated(nets.student, self.plan(nets), batch, trainable)
 
     def student_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Distribution matching plus the adversarial term; the gradient reaches the student through ``x`` only."""
         rng = batch.rng
-        loss, logs = matching_loss(x, guided(nets.teacher, self.guidance), nets.critic, batch.cond, rng)
-        if self.gan_weight:
-            fake = ADVERSARY.student_loss(nets.critic, nets.head, x, batch.cond, rng)
-            loss = loss + self.gan_weight * fake
-            logs["gan"] = fake.detach()
-        return loss, logs
+        if self.gan_weight and self.discriminator == "teacher":
+            found, told = scores_and_logits(nets, "teacher", x, batch.cond, rng, self.guidance)
+            loss, logs = vector_loss(x, weighted_difference(found))
+            fake = self.adversary(nets).loss.generator(told)
+        else:
+            loss, logs = matching_loss(x, guided(nets.teacher, self.guidance), nets.critic, batch.cond, rng)
+            if not self.gan_weight:
+                return loss, logs
+            fake = self.adversary(nets).student_loss(nets.critic, nets.head, x, batch.cond, rng)
+        return loss + self.gan_weight * fake, {**logs, "gan": fake.detach()}
 
     def critic_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic learns the score of the student's samples, and with the head to tell them from data."""
+        """The critic learns the score of the student's samples, and with the head to tell them from data; on the
+        teacher the head learns alone."""
         denoising = critic_loss(nets.critic, x, batch.cond, batch.rng)
         logs = {"denoising": denoising.detach()}
         if not self.gan_weight:
             return denoising, logs
-        told, more = ADVERSARY.discriminator_loss(nets.critic, nets.head, batch.x, x, batch.cond, batch.rng)
+        body: Denoiser = getattr(nets, self.discriminator)
+        told, more = self.adversary(nets).discriminator_loss(body, nets.head, batch.x, x, batch.cond, batch.rng)
         return denoising + self.discriminator_weight * told, {**logs, **more}
+
+    def adversary(self, nets: Networks) -> Adversary:
+        """The game, at all noise levels: on the critic's bottleneck, or where the heads are on the teacher."""
+        return tapping_adversary(nets.head, self.r1) if self.discriminator == "teacher" else Adversary(r1=self.r1)
 
     def student(self, nets: Networks) -> Student:
         return Student(nets.student, {self.steps: self.plan(nets)})
+
+    def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
+        return {"student": self.student(nets), "critic": nets.critic}

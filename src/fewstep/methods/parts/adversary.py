@@ -94,10 +94,11 @@ class FeatureHead(nn.Module):
 
 
 class Heads(nn.Module):
-    """A head for the features of each of several layers: logits ``[B, K]``."""
+    """A head for the features of each of several layers, whose names may be kept here: logits ``[B, K]``."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], layers: tuple[str, ...] = ()) -> None:
         super().__init__()
+        self.layers = layers
         self.heads = nn.ModuleList(FeatureHead(shape) for shape in shapes)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -127,7 +128,9 @@ class Adversary:
 
     def heads(self, body: Denoiser) -> nn.Module:
         """Untrained heads for the features of ``body``, in float32 at least."""
-        heads = Heads(feature_shapes(body, self.layers)) if self.layers else FeatureHead(body.feature_shape)
+        heads = (
+            Heads(feature_shapes(body, self.layers), self.layers) if self.layers else FeatureHead(body.feature_shape)
+        )
         like = next(body.parameters(), None)
         return heads if like is None else heads.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
@@ -174,14 +177,25 @@ class Adversary:
         conds = join([cond if real_cond is None else real_cond, cond])
         told = self.logits(body, heads, both, times, noise, conds)
         of_real, of_fake = told.chunk(2)
-        loss = self.loss.discriminator(of_real, of_fake)
-        logs = {"discriminator_accuracy": accuracy(of_real.detach(), of_fake.detach())}
+        loss, logs = self.judge(of_real, of_fake)
         if self.r1 or self.r2:
             moved = both + self.r1_sigma * torch.cat([rng.normal_like(real), rng.normal_like(fake)])
             of_moved, of_moved_fake = self.logits(body, heads, moved, times, noise, conds).chunk(2)
             penalty = self.r1 * mse_loss(of_moved, of_real) + self.r2 * mse_loss(of_moved_fake, of_fake)
             loss, logs["gradient_penalty"] = loss + penalty, penalty.detach()
         return loss, logs
+
+    def tell_apart(
+        self, body: Denoiser, heads: nn.Module, real: Tensor, fake: Tensor, t: Tensor, cond: Cond
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`discriminator_loss` of states at times ``t`` ``[B]``, without penalties."""
+        told = self.logits_at(body, heads, torch.cat([real, fake]), torch.cat([t, t]), join([cond, cond]))
+        return self.judge(*told.chunk(2))
+
+    def judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss of logits, and what there is to record."""
+        logs = {"discriminator_accuracy": accuracy(real.detach(), fake.detach())}
+        return self.loss.discriminator(real, fake), logs
 
 
 def accuracy(real: Tensor, fake: Tensor) -> Tensor:

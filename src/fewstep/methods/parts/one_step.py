@@ -89,6 +89,8 @@ class OneStep(Method):
             x = self.draw(nets, batch)
         loss = self.critic_loss(nets, batch, x)
         yield Update("critic", loss, {"denoising": loss.detach()})
+        if "student" not in nets.groups:  # it is held, and its critic learns alone
+            return
         x = self.draw(nets, batch)
         # held until the backward pass is done, in which checkpointed layers are computed again
         with nets.held("critic"):

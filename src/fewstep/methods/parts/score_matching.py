@@ -21,8 +21,68 @@ def denoising_loss(model: Denoiser, x0: Tensor, t: Tensor, cond: Cond, rng: Rng,
     """
     eps = rng.normal_like(x0) if eps is None else eps
     x_t = model.schedule.add_noise(x0, eps, t)
+    return data_loss(model, x_t, t, cond, x0)
+
+
+def data_loss(model: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, target: Tensor) -> Tensor:
+    """``E || F - (target - a x_t) / b ||^2``: the squared error of a data prediction, as ``F`` sees it."""
     a, b, f = model.affine(x_t, t, cond)
-    return torch.nn.functional.mse_loss(f, (x0 - align(a, x_t) * x_t) / align(b, x_t))
+    return torch.nn.functional.mse_loss(f, (target - align(a, x_t) * x_t) / align(b, x_t))
+
+
+def velocity_loss(model: Denoiser, x0: Tensor, t: Tensor, cond: Cond, rng: Rng) -> Tensor:
+    """``E || dx/dt - (alpha' x0 + sigma' eps) ||^2``, mean over everything, whatever the network predicts.  On TrigFlow
+    it is ``|| D - x0 ||^2 / sin^2 t`` exactly."""
+    eps = rng.normal_like(x0)
+    x_t = model.schedule.add_noise(x0, eps, t)
+    return torch.nn.functional.mse_loss(model.velocity(x_t, t, cond), model.schedule.velocity(x0, eps, t))
+
+
+def known_at(schedule: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(alpha_s, sigma_s, a, sd)`` of a state that is known at ``s <= t``, with the kernel ``x_t = a x_s + sd n``.
+
+    A state at ``t_min`` counts as data, ``(1, 0, alpha_t, sigma_t)``, as where a student's last call ends.
+    """
+    data = s <= schedule.t_min
+    alpha, sigma = torch.where(data, 1.0, schedule.alpha(s)), torch.where(data, 0.0, schedule.sigma(s))
+    a = schedule.alpha(t) / alpha
+    return alpha, sigma, a, (schedule.sigma(t) ** 2 - (a * sigma) ** 2).clamp_min(0).sqrt()
+
+
+def noised_from(schedule: Schedule, x_s: Tensor, s: Tensor, t: Tensor, n: Tensor) -> Tensor:
+    """States at ``t`` ``[B]`` from states ``x_s`` at ``s``, ``[B]`` or one time: ``(alpha_t / alpha_s) x_s +
+    sigma_{t|s} n`` with ``sigma_{t|s}^2 = sigma_t^2 - (alpha_t sigma_s / alpha_s)^2``."""
+    _, _, a, sd = known_at(schedule, s, t)
+    return align(a, x_s) * x_s + align(sd, x_s) * n
+
+
+def interval_target(schedule: Schedule, x_s: Tensor, s: Tensor, t: Tensor, n: Tensor) -> Tensor:
+    """``x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_{t|s}) n``, whose mean given ``x_t`` is what a denoiser of
+    the law of ``x_t`` says (Phased DMD).
+
+    ``E[-n / sigma_{t|s} | x_t]`` is the score, and this is what makes data of it; the data themselves are not needed.
+    It grows without bound where ``t`` comes near ``s``.
+    """
+    alpha, sigma, a, sd = known_at(schedule, s, t)
+    return align(1 / alpha, x_s) * x_s - align(a * sigma**2 / (alpha * sd.clamp_min(1e-12)), x_s) * n
+
+
+def interval_denoising_loss(
+    critic: Denoiser, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond, rng: Rng, bound: float | None = None
+) -> Tensor:
+    """The denoising loss at ``t`` ``[B]`` of a law that is known by its states ``x_s`` at ``s < t`` only; at ``t_min``
+    it is :func:`denoising_loss`.
+
+    ``bound`` weighs a sample by ``min(1, bound sigma_{t|s}^2)``, so that none counts without bound near ``s``.
+    """
+    n = rng.normal_like(x_s)
+    x_t = noised_from(critic.schedule, x_s, s, t, n)
+    a, b, f = critic.affine(x_t, t, cond)
+    target = (interval_target(critic.schedule, x_s, s, t, n) - align(a, x_t) * x_t) / align(b, x_t)
+    if bound is None:
+        return torch.nn.functional.mse_loss(f, target)
+    weight = (bound * known_at(critic.schedule, s, t)[3] ** 2).clamp_max(1)
+    return (align(weight, f) * (f - target).square()).mean()
 
 
 def drop_condition(cond: Cond, null: Cond, probability: float, rng: Rng) -> Cond:

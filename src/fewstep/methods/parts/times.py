@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep import grids
 from fewstep.randomness import Rng
-from fewstep.schedules import Schedule, karras_level
+from fewstep.schedules import Schedule, ShiftedFlow, karras_level
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,17 @@ class Own(TimeLaw):
 
     def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
         return schedule.own_time(rng.uniform(n, low=self.low, high=self.high))
+
+
+@dataclass(frozen=True)
+class ShiftedUniform(TimeLaw):
+    """Uniform in the time of flow matching, then shifted, ``k u / (1 + (k - 1) u)``: for ``shift`` above 1 more of the
+    times are in noise (the training times of video models, k = 5).  Clamped to the schedule's range."""
+
+    shift: float = 5.0
+
+    def draw(self, schedule: Schedule, n: int, rng: Rng) -> Tensor:
+        return schedule.time_at(ShiftedFlow(shift=self.shift).log_snr(rng.uniform(n)))
 
 
 @dataclass(frozen=True)
