@@ -8,6 +8,10 @@ only.  A row says at how many modes at least half of a fair share of the samples
 (further than three standard deviations from all), the total variation between how often each mode is made and an
 eighth, the energy distance to the data, and the largest weight of a sample over the run: means over seeds.  About a
 minute of one core a seed.
+
+    python benchmarks/divergences.py --covering docs/img/f-distill-covering.png
+
+draws a Gaussian student of two modes instead, with exact scores and ratios, from the right one on: a few seconds.
 """
 
 from __future__ import annotations
@@ -23,16 +27,18 @@ from torch import Tensor
 
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
-from fewstep.exact import ring
+from fewstep.exact import Gaussian, Mixture1D, ring
 from fewstep.methods.matching.f_distill import FDistill, Name
 from fewstep.methods.method import Method
+from fewstep.methods.parts.score_matching import TwoScores, by_noise, surrogate, weighted_difference
+from fewstep.methods.parts.times import Own
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.metrics import energy_distance
 from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
-from fewstep.schedules import TrigFlow
+from fewstep.schedules import EDM, TrigFlow
 from fewstep.training.budget import Budget
 from fewstep.training.profiles import Power
 from fewstep.training.settings import Settings
@@ -43,6 +49,7 @@ from matplotlib import pyplot
 
 SCHEDULE = TrigFlow(sigma_data=1.4)
 SD, MODES = 0.2, 8
+TWO = Mixture1D(EDM(), torch.ones(2), torch.tensor([-1.5, 1.5]), torch.tensor([0.4, 0.4]))
 TITLES: dict[Name, str] = {
     "rkl": "reverse KL (DMD2)", "soft-rkl": "softened reverse KL", "js": "Jensen-Shannon",
     "hellinger": "squared Hellinger", "kl": "forward KL", "jeffreys": "Jeffreys", "neyman": "Neyman",
@@ -79,8 +86,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--names", nargs="+", default=get_args(Name))
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--covering", type=Path, help="draw the Gaussian student of two modes only")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    if chosen.covering:
+        draw_covering({name: gaussian_student(name) for name in chosen.names}, chosen.covering)
+        return
     world = ring(SCHEDULE, MODES, 2.0, SD)
     x, means = world.sample(8192, Rng(1)).float(), world.means.reshape(MODES, 2)
     data = Dataset("ring", x)
@@ -109,6 +120,50 @@ def main() -> None:
         print(f"| {TITLES[name]} | {modes:.1f} | {none:.0%} | {tv:.2f} | {energy:.3f} | {weight:.1f} |", flush=True)
     if chosen.picture:
         draw(shown, means, chosen.picture)
+
+
+def gaussian_student(name: Name, steps: int = 150, n: int = 128) -> tuple[float, float]:
+    """The mean and the spread of ``b + a z`` after ``steps`` updates by the weighted difference of exact scores."""
+    parameters = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, 0.6)]
+    optimiser = torch.optim.Adam(parameters, betas=(0.0, 0.99))
+    method, levels = FDistill(divergence=name), torch.ones(10, dtype=torch.float64)
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = 0.03 * (1 - step / steps)
+        b, a = parameters
+        rng = Rng(0, step)
+        x = b + a * rng.normal(n, 1, dtype=torch.float64)
+        critic = Gaussian(TWO.schedule, b.detach()[None], float(a.detach()) ** 2)
+        t = Own(0.02, 0.3).draw(TWO.schedule, n, rng)  # up to where noise would join the modes
+        x_t = TWO.schedule.add_noise(x.detach(), rng.normal_like(x), t)
+        asked = method.weights(TWO.log_density(x_t, t) - critic.log_density(x_t, t), t, TWO.schedule, levels)
+        question = next(asked)
+        try:
+            while True:
+                question = asked.send(question.value)
+        except StopIteration as answer:
+            weight = answer.value[0]
+        found = TwoScores(x.detach(), x_t, t, TWO(x_t, t), critic(x_t, t), TWO.schedule)
+        optimiser.zero_grad()
+        surrogate(x, weighted_difference(found, lambda scores, w=weight: by_noise(scores) * w)).backward()
+        optimiser.step()
+    return float(parameters[0].detach()), float(parameters[1].detach())
+
+
+def draw_covering(found: dict[Name, tuple[float, float]], path: Path) -> None:
+    """The law of the data and, in a panel for each divergence, that of its student."""
+    figure, axes = pyplot.subplots(2, 4, figsize=(7.2, 2.6), layout="constrained", sharey=True)
+    x = torch.linspace(-4, 4, 400, dtype=torch.float64)
+    law = TWO.log_density(x[:, None], 0.0).exp()
+    for ax, (name, (b, a)) in zip(axes.flat, found.items(), strict=True):
+        left = float(torch.special.ndtr(torch.tensor(-b / abs(a))))
+        print(f"{TITLES[name]}: mean {b:.2f}, spread {abs(a):.2f}, {left:.2f} on the left")
+        ax.fill_between(x, law, color="0.85", lw=0)
+        ax.plot(x, torch.distributions.Normal(b, abs(a)).log_prob(x).exp(), color="tab:blue", lw=1.2)
+        ax.set(xticks=[], yticks=[], ylim=(0, 1.1))
+        ax.set_title(f"{TITLES[name]}: {left:.0%} on the left", fontsize=6.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def draw(shown: dict[Name, Tensor], means: Tensor, path: Path) -> None:

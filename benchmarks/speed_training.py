@@ -29,7 +29,7 @@ from fewstep.methods.flow_maps.progressive import ProgressiveDistillation
 from fewstep.methods.flow_maps.rectified_flow import ReflowDistillation
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Method
-from fewstep.methods.parts.adversary import FeatureHead
+from fewstep.methods.parts.heads import FeatureHead
 from fewstep.methods.parts.identities import TimeWeight
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising

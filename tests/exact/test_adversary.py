@@ -13,12 +13,11 @@ from fewstep.exact import Gaussian
 from fewstep.methods.parts.adversary import (
     AdversarialLoss,
     Adversary,
-    FeatureHead,
-    Heads,
     Hinge,
     NonSaturating,
     Relativistic,
 )
+from fewstep.methods.parts.heads import FeatureHead, Heads
 from fewstep.methods.parts.times import Uniform
 from fewstep.networks import UNet
 from fewstep.predictions import TrigPrediction

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.denoisers import Denoiser, NetworkDenoiser, OnSchedule
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Method, Networks, Progress, Update
-from fewstep.methods.parts.adversary import Adversary, FeatureHead
+from fewstep.methods.parts.adversary import Adversary
+from fewstep.methods.parts.heads import FeatureHead
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
 from fewstep.networks import UNet

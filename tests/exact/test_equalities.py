@@ -27,9 +27,10 @@ from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.consistency.ctm import ConsistencyTrajectory
 from fewstep.methods.consistency.hyper_sd import OneStepMatching
 from fewstep.methods.consistency.lcm import LatentConsistencyDistillation
-from fewstep.methods.consistency.mlcm import SegmentConsistency
+from fewstep.methods.consistency.mlcm import MultistepConsistency
 from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
 from fewstep.methods.consistency.rcm import RCM, student_direction
+from fewstep.methods.consistency.sana_sprint import SanaSprint
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation, tangent_update
 from fewstep.methods.consistency.scott import StochasticConsistencyDistillation
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, walk
@@ -50,6 +51,7 @@ from fewstep.methods.matching.disback import Backtracking
 from fewstep.methods.matching.dmd import DMD
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.matching.f_distill import DIVERGENCES, FDistill
+from fewstep.methods.matching.ladd import LADD
 from fewstep.methods.matching.msd import MSD
 from fewstep.methods.matching.phased_dmd import Phase
 from fewstep.methods.matching.sid import SiD
@@ -801,7 +803,7 @@ def scott_er_sde() -> Pairs:
 
 @row("MLCM, one segment", "on noised data it is PCM in one phase without a target network, bit for bit")
 def mlcm() -> Pairs:
-    one = SegmentConsistency(segments=1, states="data", guidance=2.0)
+    one = MultistepConsistency(segments=1, states="data", guidance=2.0)
     expected = gradients_of(
         PhasedConsistencyDistillation(phases=1, guidance_min=2.0, guidance_max=2.0), teacher(), batch()
     )
@@ -816,7 +818,7 @@ def mlcm() -> Pairs:
 
 @row("MLCM, one segment, and LCM", "on noised data it is LCM at one weight, whose boundary is that of the jump", 1e-11)
 def mlcm_lcm() -> Pairs:
-    one = SegmentConsistency(segments=1, states="data", guidance=2.0)
+    one = MultistepConsistency(segments=1, states="data", guidance=2.0)
     # c_skip = 0 and c_out = 1 to all digits from the first time on
     lcm_like = {"guidance_min": 2.0, "guidance_max": 2.0, "time_scale": 1e9}
     found = flat(gradients_of(one, teacher(), batch()).values())
@@ -831,7 +833,7 @@ def mlcm_lcm() -> Pairs:
 @row("MLCM, a segment a step", "it regresses on the guided teacher's own DDIM step", 1e-12)
 def mlcm_steps() -> Pairs:
     source, schedule = teacher(), teacher().schedule
-    method = SegmentConsistency(segments=10, skip=100, states="data", guidance=2.0)
+    method = MultistepConsistency(segments=10, skip=100, states="data", guidance=2.0)
     found, nets = gradients_of(method, source, batch()), method.networks(Start(source))
     moved(nets, "student")
     edges = Segments(10).edges(schedule).flip(0)
@@ -992,6 +994,43 @@ def hyper_sd_matching() -> Pairs:
     with_it = gradients_of(OneStepMatching(regression_weight=0.0), teacher(), batch(), student=student)
     dmd = flat(gradients_of(DMD(regression_weight=0.0), teacher(), batch(), student=student).values())
     yield "not with consistency beside it", flat(with_it.values()), dmd
+
+
+# Adversaries on the features of the teacher
+
+
+@row("LADD", "distribution matching of weight 0 beside the same adversary leaves its loss")
+def ladd() -> Pairs:
+    method = LADD(pairs=0, blocks=2)
+
+    def slopes(weight: float | None) -> Tensor:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            nets = method.networks(Start(teacher()))
+        moved(nets, "student")
+        given, progress = batch(), Progress(fraction=0.5)
+        with nets.held("discriminator"):
+            if weight is None:
+                loss = next(iter(alone(method.updates(nets, given, progress)))).loss
+            else:
+                x = method.draw(nets, given, progress)
+                matching, _ = matching_loss(x, nets.teacher, nets.student.denoiser, given.cond, Rng(9, "matching"))
+                loss = nets.discriminator.student_loss(nets.teacher, x, given.cond, given.rng) + weight * matching
+            return flat(torch.autograd.grad(loss, list(nets.student.parameters())))
+
+    yield "gradient", slopes(None), slopes(0.0)
+    yield "not with a weight of 0.1", slopes(None), slopes(0.1)
+
+
+@row("SANA-Sprint", "with an adversary of weight 0 and one guidance its gradient is sCM's, bit for bit")
+def sana_sprint() -> Pairs:
+    shared = {"sigma_data": 0.7, "tangent_warmup": 0.6}
+    scm = ContinuousConsistencyDistillation(**shared, guidance=2.0, noise_mean=0.0)
+    theirs = gradients_of(scm, teacher(), batch())
+    for name, weight in (("gradient", 0.0), ("not with a weight of 0.1", 0.1)):
+        sprint = SanaSprint(**shared, guidances=(2.0,), adversary_weight=weight)
+        own = gradients_of(sprint, teacher(), batch())
+        yield name, flat(own[key] for key in theirs), flat(theirs.values())
 
 
 # The test, after all rows

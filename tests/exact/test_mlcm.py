@@ -20,8 +20,8 @@ from fewstep.exact import ExactFlowMap, Gaussian, GuidedGaussian
 from fewstep.flow_maps import FlowMap
 from fewstep.methods.consistency.mlcm import (
     MLCM,
+    MultistepConsistency,
     Preference,
-    SegmentConsistency,
     SegmentJoining,
     SelfMatching,
     even_plan,
@@ -115,7 +115,7 @@ def test_a_segment_further_down_takes_more_steps() -> None:
             asked.append(torch.as_tensor(t))
             return super().forward(x, t, cond, **extras)
 
-    method = SegmentConsistency(segments=4, skip=50, steps=(2, 4))
+    method = MultistepConsistency(segments=4, skip=50, steps=(2, 4))
     nets = method.networks(Start(network(FlowMatching())))
     nets.teacher = Seen(nets.teacher)
     loss_of(method, nets, batch(400))
@@ -142,7 +142,7 @@ def test_merging_segments_leaves_the_composed_map(schedule: Schedule) -> None:
 
     samples = []
     for segments in (8, 4, 2):
-        method = SegmentConsistency(segments=segments, skip=25)
+        method = MultistepConsistency(segments=segments, skip=25)
         assert loss_of(method, nets_of(method, exact, source), batch()) < 1e-24
         assert loss_of(method, nets_of(method, Over(source, grid), source), batch()) > 1e-8
         samples.append(rollout(exact, batch(4).x, even_plan(schedule, segments, 0.0), torch.arange(4) % 2))
@@ -152,7 +152,7 @@ def test_merging_segments_leaves_the_composed_map(schedule: Schedule) -> None:
     assert loss_of(joining, nets_of(joining, exact, source), batch()) < 1e-24
     rough = dataclasses.replace(joining, teacher_steps=4)
     assert loss_of(rough, nets_of(rough, exact, source), batch()) > 1e-9
-    nets = SegmentConsistency().networks(Start(source))
+    nets = MultistepConsistency().networks(Start(source))
     x, t = batch(4).x, torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=F64) * schedule.t_max
     torch.testing.assert_close(nets.student(x, t, t), x, rtol=1e-12, atol=1e-12)
 
@@ -292,7 +292,7 @@ def test_plans_are_even_and_re_noise_or_jump_on() -> None:
     found = {k: even_plan(table, k).times for k in (2, 4, 8)}
     assert found[4] == (999, 749, 499, 249) and found[2] == (999, 499) and len(found[8]) == 8
     for gamma in (1.0, 0.0):
-        method = SegmentConsistency(gamma=gamma)
+        method = MultistepConsistency(gamma=gamma)
         student = method.student(method.networks(Start(network(table))))
         assert list(student.plans) == [2, 4, 8] and {plan.gamma for plan in student.plans.values()} == {gamma}
         assert student.only_to_data is (gamma == 1.0)
@@ -340,6 +340,6 @@ def test_a_run_needs_no_data_and_takes_a_reward(tmp_path: Path) -> None:
     assert len(list((tmp_path / "b").glob("stage-*"))) == 3
     noise, cond = torch.randn(4, 3), torch.arange(4) % 2
     assert not torch.equal(with_reward.model(noise, cond, 1), plain.model(noise, cond, 1))
-    method = SegmentConsistency(states="data")
+    method = MultistepConsistency(states="data")
     with pytest.raises(ValueError, match="reads samples"):
         next(method.updates(method.networks(Start(teacher)), dataless(), Progress()))

@@ -61,6 +61,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dmd2": ("dmd2", {"critic_steps": 2}),  # so that the student moves twice, under a head that has moved
     "dmd2-4": ("dmd2", {"critic_steps": 2, "steps": 4}),
     **{f"{name}-gan": (name, {"gan_share": 1.0}) for name in ("ctm", "pcm", "ayf", "caf")},
+    "dmd2-teacher": ("dmd2", {"critic_steps": 2, "discriminator": "teacher", "r1": 1.0}),
+    "f-distill": ("f-distill", {"critic_steps": 2}),
+    "f-distill-kl": ("f-distill", {"critic_steps": 2, "divergence": "kl", "discriminator": "critic"}),
     "cm-mu": ("cm", {"mu": 0.9, "distance": "l1"}),
     "pd-4": ("pd", {"start": 4}),
     "instaflow-2": ("instaflow", {"steps": 2, "reflow_guidance": 1.5}),

@@ -20,6 +20,7 @@ from fewstep.methods.consistency import tbcm
 from fewstep.methods.consistency.tbcm import TBCM, jittered_times, reference_times, walk
 from fewstep.methods.method import Batch, Progress
 from fewstep.methods.parts.identities import eulerian
+from fewstep.methods.parts.teacher_steps import guidance_input
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
@@ -235,7 +236,7 @@ def test_one_guidance_is_no_input_and_several_are() -> None:
     method = TBCM(guidances=(4.0, 4.5, 5.0))
     student = method.student(method.networks(Start(teacher())))
     assert student.extras["w"].at_scale(4.5) == 4.5
-    assert student.extras["w"].default == TBCM(guidances=(5.0, 4.0, 4.5)).inputs()["w"].default == 4.5
+    assert student.extras["w"].default == guidance_input(teacher(), (5.0, 4.0, 4.5))["w"].default == 4.5
     assert student.sample(2, w=5.0).shape == (2, 3)
     assert student.plans[2].times == (SCHEDULE.t_max, 1.0)
     with pytest.raises(ValueError, match=r"w=1 must lie in \[4, 5\]"):

@@ -18,6 +18,7 @@ from fewstep.methods.flow_maps.rectified_flow import InstaFlow
 from fewstep.methods.matching.diff_instruct import DiffInstruct
 from fewstep.methods.matching.disback import DisBack
 from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.matching.f_distill import FDistill
 from fewstep.methods.matching.msd import MSD
 from fewstep.methods.parts.host import Host
 from fewstep.metrics import Evaluator, load_features
@@ -66,6 +67,7 @@ CASES = [
         1000, {1: 3.4, 2: 1.8, 4: 1.4}, 0.85,
     ),
     (DMD2(lr=5e-4, critic_lr=2e-3, critic_steps=3), 1500, {1: 2.3}, 0.92),
+    (FDistill(lr=1e-3, critic_lr=2e-3, critic_steps=2, gan_weight=3e-2), 300, {1: 4.2}, 0.85),
     (ProgressiveLadder(8, 1, lr=1e-3), 600, {1: 2.2}, 0.92),
     (InstaFlow(pairs=1024, lr=1e-3), 600, {1: 1.6}, 0.85),
     (DisBack(HOST, nodes=3), 160, {1: 2.0}, 0.85),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 diffusers = pytest.importorskip("diffusers")
 
-from tiny_pipelines import clip_text, ddim, sd3_with_text, stable_diffusion, unet2d_condition  # noqa: E402
+from tiny_pipelines import clip_text, ddim, sana_with_text, sd3_with_text, stable_diffusion, unet2d_condition  # noqa: E402
 
 import fewstep as fs  # noqa: E402
 from fewstep.cli import main  # noqa: E402
@@ -58,9 +58,11 @@ CASES = {
     "ayf-lmd": Case("Stable Diffusion 3", retimed=True),
     "tbcm": Case("Stable Diffusion 3", retimed=True),
     "scm": Case("Stable Diffusion 3", retimed=True, export=True),
+    "ladd": Case("Stable Diffusion 3", export=False),
+    "sana-sprint": Case("Sana"),
 }
 #: The last weights of the networks.
-LAST = {"Stable Diffusion": "conv_out.weight", "Stable Diffusion 3": "proj_out.weight"}
+LAST = {"Stable Diffusion": "conv_out.weight", "Stable Diffusion 3": "proj_out.weight", "Sana": "proj_out.weight"}
 
 
 class Prepared(NamedTuple):
@@ -79,7 +81,9 @@ def made() -> Any:
     return pipe
 
 
-PIPELINES: dict[str, Callable[[], Any]] = {"Stable Diffusion": made, "Stable Diffusion 3": sd3_with_text}
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "Stable Diffusion": made, "Stable Diffusion 3": sd3_with_text, "Sana": sana_with_text,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +161,33 @@ def test_a_text_teacher_is_distilled(
         assert "\n" not in str(refused.value) and not (tmp_path / "plain").exists()
     else:
         assert bool(export(opened, tmp_path / "plain").code) is case.export
+
+
+def test_a_sana_student_of_one_guidance_opens_in_plain_diffusers(prepared: dict[str, Prepared], tmp_path: Path) -> None:
+    """Its pipeline makes the student's own sample of the same noise, from prompts, in one call; and where the network
+    counts a thousand steps it is retimed in the same run."""
+    here = prepared["Sana"]
+    teacher = load_pipeline(here.folder, size=(32, 32)).denoiser
+    data = Dataset("captioned", torch.randn(len(CAPTIONS), *teacher.shape), here.data.cond)
+    method = recipe("sana-sprint", guidances=(4.5,))
+    student = run_recipe(method, teacher, data, SETTINGS, tmp_path / "run", show=False).model
+    written = export(student, tmp_path / "plain")
+    assert written.code
+    pipe = diffusers.DiffusionPipeline.from_pretrained(written.folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    cond, noise = here.loaded.embed(["b", "c"]), torch.randn(2, *teacher.shape)
+    call = {"height": 32, "width": 32, "use_resolution_binning": False, "output_type": "latent", "guidance_scale": 1.0}
+    made = pipe(**cond, **call, latents=noise, num_inference_steps=1).images
+    torch.testing.assert_close(made, student(noise, cond, steps=1), atol=1e-4, rtol=1e-3)
+
+    torch.manual_seed(0)
+    sana_with_text(timestep_scale=1.0).to(torch.float32).save_pretrained(tmp_path / "counts")
+    counts = load_pipeline(tmp_path / "counts", size=(32, 32)).denoiser
+    with pytest.raises(ValueError, match="told a time that changes"):
+        run_recipe(method, counts, data, SETTINGS, show=False)
+    slow = dataclasses.replace(method, retime=0.5)
+    retimed = run_recipe(slow, counts, data, SETTINGS, show=False).model
+    assert bool(retimed.sample(2, cond, steps=2, seed=0).isfinite().all())
 
 
 def test_without_guidance_the_empty_prompt_is_not_asked(

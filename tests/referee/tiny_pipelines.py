@@ -175,6 +175,22 @@ def sana() -> Any:
     ).to(torch.float64)
 
 
+def sana_with_text(timestep_scale: float = 0.001) -> Any:
+    """With an encoder of the letters a to c, and queries and keys under RMS norms; told t in [0, 1] as SANA-Sprint's
+    teachers are, unless another scale is given."""
+    transformers = pytest.importorskip("transformers")
+    pipe, clip = sana(), clip_text(projected=False)
+    # the pipeline writes an instruction of some hundred letters before every prompt
+    config = {**clip["text_encoder"].config.to_dict(), "max_position_embeddings": 2048}
+    pipe.register_modules(
+        tokenizer=clip["tokenizer"], text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+    )
+    pipe.transformer = diffusers.SanaTransformer2DModel.from_config(
+        {**pipe.transformer.config, "timestep_scale": timestep_scale, "qk_norm": "rms_norm_across_heads"}
+    )
+    return pipe
+
+
 def vq_model(**changes: Any) -> Any:
     config = {
         "latent_channels": 4, "block_out_channels": (4, 8), "norm_num_groups": 2, "num_vq_embeddings": 16,

@@ -312,6 +312,10 @@ class Sana(TextAdapter):
         if model.config.guidance_embeds:
             raise ValueError("SanaTransformer2DModel: guidance_embeds (SANA-Sprint) is not read")
 
+    @property
+    def clock(self) -> float:
+        return float(self.model.config.timestep_scale)
+
     def needs(self) -> dict[str, tuple[int | None, ...]]:
         return {"prompt_embeds": (None, self.model.config.caption_channels), **super().needs()}
 
@@ -332,7 +336,7 @@ class Sana(TextAdapter):
             self.with_concat(x, given),
             encoder_hidden_states=given["prompt_embeds"],
             encoder_attention_mask=given.get("prompt_attention_mask"),
-            timestep=t * self.model.config.timestep_scale,
+            timestep=t * self.clock,
         )
         return out[:, : x.shape[1]]
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.conditions import Cond
 from fewstep.data.dataset import Dataset, Samples
 from fewstep.denoisers import Denoiser, networks_in
 from fewstep.methods.parts.stores import Store, made_now
@@ -105,6 +106,10 @@ class Start:
     def store(self, what: Store) -> Dataset:
         """What a stage trains on, made once for all stages that ask for the same."""
         return self.keep(what, self.seed)
+
+    def condition(self) -> Cond:
+        """One row of the data's conditions; None where there are none."""
+        return self.data.conditions(torch.tensor([0]))
 
     def apart(self) -> Start:
         """The same with models of its own, for networks that are changed in place."""

@@ -27,6 +27,11 @@ class TakesInputs(ABC):
     kept: tuple[str, str] | None = None
 
     @property
+    def clock(self) -> float:
+        """What it multiplies the time that it is given by, before it embeds it."""
+        return 1.0
+
+    @property
     @abstractmethod
     def extra_inputs(self) -> tuple[str, ...]:
         """The names of the further inputs that it takes, ``[B]`` each."""
@@ -56,6 +61,11 @@ def inputs_of(net: nn.Module) -> tuple[str, ...]:
     """The names of the further inputs that a network takes."""
     found = taking_inputs(net)
     return () if found is None else found.extra_inputs
+
+
+def clock_of(net: nn.Module) -> float:
+    """What a network multiplies the time that it is given by."""
+    return net.clock if isinstance(net, TakesInputs) else 1.0
 
 
 class Configured(TakesInputs):

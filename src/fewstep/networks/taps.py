@@ -8,6 +8,7 @@ processes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.conditions import Cond
+from fewstep.conditions import Cond, to
 from fewstep.denoisers import Denoiser, NetworkDenoiser, networks_in
 from fewstep.networks.inputs import inputs_of
 
@@ -78,13 +79,13 @@ def only_network(denoiser: Denoiser) -> NetworkDenoiser:
     return found[0]
 
 
-def tappable_layers(denoiser: Denoiser) -> dict[str, tuple[int, ...]]:
+def tappable_layers(denoiser: Denoiser, cond: Cond = None) -> dict[str, tuple[int, ...]]:
     """The layers that a network is a sequence of, in the order in which they run, and the shape of one sample's
     features.
 
     They are the members of its outermost lists of modules that give features of the highest rank (what embeds a time
-    or a condition has a lower one), found by one call on a sample of zeros.  ValueError for a network without such
-    lists.
+    or a condition has a lower one), found by one call on a sample of zeros, under ``cond`` of one row where the network
+    needs more than its "no condition" holds (a picture).  ValueError for a network without such lists.
     """
     part = only_network(denoiser)
     lists = [name for name, module in part.net.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
@@ -95,7 +96,7 @@ def tappable_layers(denoiser: Denoiser) -> dict[str, tuple[int, ...]]:
         for name in names:
             hook = part.net.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name))
             stack.callback(hook.remove)
-        trial_call(part)
+        trial_call(part, cond)
     shapes = {name: tuple(seen[name][0].shape[1:]) for name in order if len(seen[name]) == 1}
     rank = max(map(len, shapes.values()), default=0)
     found = {name: shape for name, shape in shapes.items() if len(shape) == rank}
@@ -118,19 +119,19 @@ def bottleneck(denoiser: Denoiser) -> str:
     return own[-1]
 
 
-def feature_shapes(denoiser: Denoiser, layers: Sequence[str]) -> list[tuple[int, ...]]:
-    """The shape of one sample's features in each of ``layers``."""
+def feature_shapes(denoiser: Denoiser, layers: Sequence[str], cond: Cond = None) -> list[tuple[int, ...]]:
+    """The shape of one sample's features in each of ``layers``; ``cond`` as for :func:`tappable_layers`."""
     part = only_network(denoiser)
     with tapping(part.net, layers) as seen:
-        trial_call(part)
+        trial_call(part, cond)
     return [tuple(features.shape[1:]) for features in once_each(seen)]
 
 
 @torch.no_grad()
-def trial_call(part: NetworkDenoiser) -> None:
-    """One call on a sample of zeros, without a condition and with further inputs of 0."""
+def trial_call(part: NetworkDenoiser, cond: Cond = None) -> None:
+    """One call on a sample of zeros, with further inputs of 0, under ``cond`` of one row or without a condition."""
     x, t, extras = trial_input(part)
-    part(x, t, part.null, **extras)
+    part(x, t, part.null if cond is None else to(cond, x.device), **extras)
 
 
 def trial_input(part: NetworkDenoiser) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -141,13 +142,32 @@ def trial_input(part: NetworkDenoiser) -> tuple[Tensor, Tensor, dict[str, Tensor
     return x, time, {name: x.new_zeros(1) for name in inputs_of(part.net)}
 
 
-def spread_layers(denoiser: Denoiser, count: int) -> tuple[str, ...]:
+def spread_layers(denoiser: Denoiser, count: int, cond: Cond = None) -> tuple[str, ...]:
     """``count`` of the :func:`tappable_layers` at equal distances, from a tenth of the depth to the end; all where
     there are fewer."""
-    layers = list(tappable_layers(denoiser))
+    layers = list(tappable_layers(denoiser, cond))
     if count >= len(layers):
         return tuple(layers)
     last = len(layers) - 1
     if count == 1:
         return (layers[last],)
     return tuple(layers[round(last * (0.1 + 0.9 * i / (count - 1)))] for i in range(count))
+
+
+def grid_shape(shape: tuple[int, ...], picture: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape ``(D, h, w)`` of tokens ``(L, D)`` that are the square patches of a ``picture`` ``(C, H, W)``; any
+    other shape as it is."""
+    if len(shape) != 2 or len(picture) != 3:
+        return shape
+    tokens, width = shape
+    _, high, wide = picture
+    side = math.isqrt(high * wide // tokens)
+    if not side or side**2 * tokens != high * wide or high % side or wide % side:
+        return shape
+    return (width, high // side, wide // side)
+
+
+def as_grid(features: Tensor, picture: tuple[int, ...]) -> Tensor:
+    """Tokens ``[B, L, D]`` that are the patches of a picture as its grid ``[B, D, h, w]``; others as they are."""
+    shape = grid_shape(tuple(features.shape[1:]), picture)
+    return features.mT.unflatten(2, shape[1:]) if len(shape) == features.ndim else features

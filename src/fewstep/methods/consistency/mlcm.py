@@ -140,7 +140,7 @@ class _Consistent(_Multistep):
 
 
 @dataclass(frozen=True)
-class SegmentConsistency(_Consistent):
+class MultistepConsistency(_Consistent):
     """Consistency within segments, at states of the teacher's own trajectory; at noised ``states`` of data it is PCM
     without a target network."""
 
@@ -344,11 +344,11 @@ class MLCM(Recipe):
         later = (self.later_lr, self.guidance, self.segments, self.student_steps, self.steps, self.gamma, self.distance)
         joins: list[Method] = []
         if self.joining != "milestones":
-            joins += [SegmentConsistency(later[0], later[1], count, *later[3:], self.skip) for count in self.merges]
+            joins += [MultistepConsistency(later[0], later[1], count, *later[3:], self.skip) for count in self.merges]
         if self.joining != "merging":
             joins.append(SegmentJoining(*later, self.teacher_steps))
         return [
-            Stage(SegmentConsistency(self.lr, *later[1:], self.skip), first),
+            Stage(MultistepConsistency(self.lr, *later[1:], self.skip), first),
             *(Stage(join, second / len(joins)) for join in joins),
             Stage(Preference(*later, self.margin), third, needs="reward"),
             Stage(SelfMatching(*later, self.critic_lr), fourth),

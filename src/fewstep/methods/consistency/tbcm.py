@@ -23,13 +23,12 @@ from torch import Tensor
 from fewstep import grids
 from fewstep.conditions import Cond, repeat
 from fewstep.denoisers import Denoiser
-from fewstep.extras import Input
 from fewstep.flow_maps import Jump
 from fewstep.methods.alarm import Alarm, Grows
 from fewstep.methods.consistency.scm import tangent_update, trig_like
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.identities import TimeWeight
-from fewstep.methods.parts.teacher_steps import guided, guided_by_choice
+from fewstep.methods.parts.teacher_steps import guidance_input, guided_by_choice
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.retime import check_time_input
 from fewstep.randomness import Rng
@@ -158,9 +157,7 @@ class TBCM(Method):
 
     def networks(self, start: Start) -> Networks:
         schedule = trig_like(start.teacher.schedule, self.sigma_data)
-        for scale in self.guidances:
-            guided(start.teacher, scale)  # raises for a teacher that cannot be guided
-        inputs = self.inputs()
+        inputs = guidance_input(start.teacher, self.guidances)
         student = Jump(start.network("student", extras=tuple(inputs), on=schedule), extras=inputs)
         check_time_input(student.denoiser)
         return Networks(
@@ -172,12 +169,6 @@ class TBCM(Method):
             },
             ema=("student",),
         )
-
-    def inputs(self) -> dict[str, Input]:
-        """The guidance scale as an input of the student, where there are several: the middle one unless asked."""
-        scales = sorted(self.guidances)
-        middle = scales[len(scales) // 2]
-        return {"w": Input(middle, scales[0], scales[-1], unguided=1.0)} if scales[0] < scales[-1] else {}
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         schedule, n = nets.student.schedule, batch.n

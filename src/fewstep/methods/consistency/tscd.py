@@ -29,7 +29,7 @@ from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
 from fewstep.guidance import Guided
 from fewstep.methods.alarm import Alarm
-from fewstep.methods.consistency.cm import follow, two_jumps
+from fewstep.methods.consistency.cm import both_jumps, follow
 from fewstep.methods.method import (
     Batch,
     Method,
@@ -206,7 +206,7 @@ class SegmentConsistency(Method):
         x_t = schedule.add_noise(batch.x, rng.normal_like(batch.x), t)
         with torch.no_grad():
             x_s = ddim_step(self.led(nets.teacher, batch.n, rng), x_t, t, s, batch.cond)
-        return *two_jumps(nets.student, nets.target, batch, x_t, x_s, t, s, end), t, end
+        return *both_jumps(nets.student, nets.target, batch, x_t, x_s, t, s, end), t, end
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
         landed, aim, t, end = self.land(nets, batch)

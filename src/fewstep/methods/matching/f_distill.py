@@ -120,7 +120,7 @@ class FDistill(Method):
     paper: ClassVar[Paper] = Paper(
         "One-step Diffusion Models with f-Divergence Distribution Matching", "2502.15681", "verified",
         ("read against NVIDIA's FastGen, which the authors' group publishes; there is no other code of theirs",
-         "h is the exact one, which differs from FastGen's by factors that the normalisation takes out; Pearson's "
+         "weights by the exact h, which differs from FastGen's by factors that the normalisation takes out; Pearson's "
          "divergence is not in FastGen",
          "parts of the noise levels are equal in the family's own index (there in time, where on EDM most samples lie "
          "in the first); no constant of 1e-6 is added to what is divided by, so that equal ratios are exactly DMD2",

@@ -52,7 +52,7 @@ class AdversarialPhase:
     ) -> Update:
         """The discriminator's iteration, for data and samples without a graph, under the same conditions unless data
         have their own."""
-        loss, logs = self.adversary.discriminator_loss(nets.body, nets.head, real, fake, cond, rng, real_cond)
+        loss, logs = self.adversary.discriminator_loss(nets.body, nets.head, real, fake, cond, rng, real_cond=real_cond)
         return Update("head", loss, {"loss": loss.detach(), **logs})
 
     def student_loss(self, nets: Networks, fake: Tensor, cond: Cond, rng: Rng, real: Tensor | None = None) -> Tensor:

@@ -7,10 +7,9 @@ distribution matching (DMD2) or the frozen teacher (LADD).  Its best logit is th
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,9 @@ from torch.nn.functional import mse_loss, relu, softplus
 
 from fewstep.conditions import Cond, join
 from fewstep.denoisers import Denoiser
+from fewstep.methods.parts.heads import FeatureHead, HeadKind, Heads, Told, ToldHeads
 from fewstep.methods.parts.times import Own, TimeLaw
-from fewstep.networks.taps import feature_shapes, tapped
+from fewstep.networks.taps import as_grid, feature_shapes, grid_shape, tapped
 from fewstep.randomness import Rng
 
 
@@ -67,44 +67,6 @@ class Relativistic(AdversarialLoss):
         return softplus(real - fake).mean()
 
 
-class FeatureHead(nn.Module):
-    """One logit ``[B]`` from features inside a network: convolutions for grids ``(C, h, w)`` and ``(C, f, h, w)``,
-    linear layers for vectors ``(d,)`` and, with a mean over them, for tokens ``(L, d)``."""
-
-    def __init__(self, feature_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        if len(feature_shape) > 2:
-            width, *sides = feature_shape
-            conv: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv2d if len(sides) == 2 else nn.Conv3d
-            # the published kernel needs two places on every side
-            first = conv(width, width, 4, 2, 1) if min(sides) > 1 else conv(width, width, 3, 1, 1)
-            groups = math.gcd(8, width)
-            self.layers = nn.Sequential(
-                first, nn.GroupNorm(groups, width), nn.SiLU(),
-                conv(width, width, 3, padding=1), nn.GroupNorm(groups, width), nn.SiLU(),
-                nn.AdaptiveAvgPool2d(1) if len(sides) == 2 else nn.AdaptiveAvgPool3d(1), nn.Flatten(),
-                nn.Linear(width, 1),
-            )  # fmt: skip
-        else:
-            width = feature_shape[-1]
-            self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features).flatten(1).mean(1)
-
-
-class Heads(nn.Module):
-    """A head for the features of each of several layers, whose names may be kept here: logits ``[B, K]``."""
-
-    def __init__(self, shapes: Sequence[tuple[int, ...]], layers: tuple[str, ...] = ()) -> None:
-        super().__init__()
-        self.layers = layers
-        self.heads = nn.ModuleList(FeatureHead(shape) for shape in shapes)
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return torch.stack([head(found) for head, found in zip(self.heads, features, strict=True)], 1)
-
-
 #: DMD2's times: all of the family's own index.
 EVERYWHERE = Own(0.0, 1.0)
 
@@ -114,25 +76,43 @@ class Adversary:
     """A discriminator's rules: the game, the noise levels at which it looks, and the layers whose features it sees.
 
     Without ``layers`` it sees the bottleneck, by a pass that need not go further, and gives a logit ``[B]``; with
-    some, one for each, ``[B, K]``.  ``r1`` is the weight of a penalty for logits of real samples that change when the
-    samples are moved by ``r1_sigma``, ``r2`` that for generated ones: the gradient penalties R1 and R2 by differences
-    (Lin et al. 2025, arXiv 2501.08316), for one more pass.
+    some, those of a ``head`` for each, ``[B, K]``.  With ``grids`` tokens that are the patches of a picture are laid
+    out as its grid.  With ``projection`` patch heads of so many channels are told the time and the condition.  With
+    ``apart`` data are looked at at times of their own.
+
+    ``r1`` is the weight of a penalty for logits of real samples that change when the samples are moved by ``r1_sigma``,
+    ``r2`` that for generated ones: the gradient penalties R1 and R2 by differences (Lin et al. 2025, arXiv 2501.08316),
+    for one more pass.
     """
 
     loss: AdversarialLoss = field(default_factory=NonSaturating)
     law: TimeLaw = EVERYWHERE
     layers: tuple[str, ...] = ()
+    head: HeadKind = FeatureHead
+    grids: bool = False
+    projection: int = 0
+    apart: bool = False
     r1: float = 0.0
     r2: float = 0.0
     r1_sigma: float = 0.1
 
-    def heads(self, body: Denoiser) -> nn.Module:
-        """Untrained heads for the features of ``body``, in float32 at least."""
-        heads = (
-            Heads(feature_shapes(body, self.layers), self.layers) if self.layers else FeatureHead(body.feature_shape)
-        )
+    def heads(self, body: Denoiser, cond: Cond = None) -> Any:
+        """Untrained heads for the features of ``body``, in float32 at least; ``follow()`` is to be called after each of
+        their updates.  ``cond`` is a condition of one row, for networks that need more than their "no condition"
+        holds."""
+        heads = self.untrained(body, cond)
         like = next(body.parameters(), None)
         return heads if like is None else heads.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+    def untrained(self, body: Denoiser, cond: Cond) -> nn.Module:
+        if not self.layers:
+            return self.head(body.feature_shape)
+        shapes = feature_shapes(body, self.layers, cond)
+        if self.grids:
+            shapes = [grid_shape(shape, body.shape) for shape in shapes]
+        if not self.projection:
+            return Heads(shapes, self.head, self.layers)
+        return ToldHeads(shapes, Told(body.null, body.classes, self.projection), self.projection)
 
     def logits(self, body: Denoiser, heads: nn.Module, x: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> Tensor:
         """The logits of samples ``x`` ``[B, ...]`` noised to ``t`` ``[B]``."""
@@ -142,7 +122,13 @@ class Adversary:
         """The logits of states ``x_t`` ``[B, ...]`` at ``t`` ``[B]``."""
         found = tapped(body, self.layers, x_t, t, cond)[1] if self.layers else [body.features(x_t, t, cond)]
         features = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in found]
-        logits: Tensor = heads(features if self.layers else features[0])
+        if not self.layers:
+            alone: Tensor = heads(features[0])
+            return alone
+        if self.grids:
+            features = [as_grid(f, body.shape) for f in features]
+        told = (body.schedule.log_snr(t), cond) if self.projection else ()
+        logits: Tensor = heads(features, *told)
         return logits
 
     def student_loss(
@@ -167,20 +153,28 @@ class Adversary:
         fake: Tensor,
         cond: Cond,
         rng: Rng,
+        wrong: Tensor | None = None,
         real_cond: Cond = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's side for data and samples without a graph, in one pass, both under ``cond`` unless data
-        have their own, and what there is to record: ``discriminator_accuracy`` is 0.5 at a tie."""
+        have their own, and what there is to record: ``discriminator_accuracy`` is 0.5 at a tie.  ``wrong`` are data
+        that do not belong to ``cond``, which count as generated."""
         t = self.law.draw(body.schedule, len(fake), rng)
-        noise = torch.cat([rng.normal_like(fake), rng.normal_like(fake)])
-        both, times = torch.cat([real, fake]), torch.cat([t, t])
-        conds = join([cond if real_cond is None else real_cond, cond])
-        told = self.logits(body, heads, both, times, noise, conds)
-        of_real, of_fake = told.chunk(2)
+        noise = [rng.normal_like(fake), rng.normal_like(fake)]
+        times, parts = [t, t], [real, fake]
+        if self.apart:
+            times[0] = self.law.draw(body.schedule, len(real), rng)
+        if wrong is not None:
+            parts.append(wrong)
+            times.append(self.law.draw(body.schedule, len(wrong), rng) if self.apart else t)
+            noise.append(rng.normal_like(wrong))
+        conds = join([cond if real_cond is None else real_cond, *[cond] * (len(parts) - 1)])
+        x, at, drawn = torch.cat(parts), torch.cat(times), torch.cat(noise)
+        of_real, of_fake = apart(self.logits(body, heads, x, at, drawn, conds), len(real))
         loss, logs = self.judge(of_real, of_fake)
         if self.r1 or self.r2:
-            moved = both + self.r1_sigma * torch.cat([rng.normal_like(real), rng.normal_like(fake)])
-            of_moved, of_moved_fake = self.logits(body, heads, moved, times, noise, conds).chunk(2)
+            moved = x + self.r1_sigma * torch.cat([rng.normal_like(part) for part in parts])
+            of_moved, of_moved_fake = apart(self.logits(body, heads, moved, at, drawn, conds), len(real))
             penalty = self.r1 * mse_loss(of_moved, of_real) + self.r2 * mse_loss(of_moved_fake, of_fake)
             loss, logs["gradient_penalty"] = loss + penalty, penalty.detach()
         return loss, logs
@@ -198,6 +192,41 @@ class Adversary:
         return self.loss.discriminator(real, fake), logs
 
 
+class Discriminator(nn.Module):
+    """Rules with heads of their own for the features of a ``body``, which stays outside: it is given to every loss.
+
+    ``forward`` is that of the heads: features in, logits out.
+    """
+
+    def __init__(self, rules: Adversary, body: Denoiser, cond: Cond = None) -> None:
+        super().__init__()
+        self.rules = rules
+        self.heads = rules.heads(body, cond)
+
+    def forward(self, *given: Any) -> Tensor:
+        logits: Tensor = self.heads(*given)
+        return logits
+
+    def student_loss(self, body: Denoiser, x: Tensor, cond: Cond, rng: Rng, real: Tensor | None = None) -> Tensor:
+        """:meth:`Adversary.student_loss`."""
+        return self.rules.student_loss(body, self, x, cond, rng, real)
+
+    def loss(
+        self, body: Denoiser, real: Tensor, fake: Tensor, cond: Cond, rng: Rng, wrong: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`Adversary.discriminator_loss`."""
+        return self.rules.discriminator_loss(body, self, real, fake, cond, rng, wrong)
+
+    def follow(self) -> None:
+        """What is to be done after every update of the heads."""
+        self.heads.follow()
+
+
+def apart(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Those of ``n`` data, and those of what counts as generated."""
+    return logits[:n], logits[n:]
+
+
 def accuracy(real: Tensor, fake: Tensor) -> Tensor:
-    """The share of logits that tell right; 0.5 is a tie."""
-    return (torch.cat([real > 0, fake <= 0]).float()).mean()
+    """The mean of the shares of data and of generated samples whose logits tell right; 0.5 is a tie."""
+    return ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2

@@ -31,7 +31,7 @@ def tapped_heads(body: Denoiser, count: int = 1) -> Heads:
     """Untrained heads for features that are tapped in a pass that goes on: of the bottleneck, or of ``count`` layers
     over the depth of the network."""
     layers = (bottleneck(body),) if count == 1 else spread_layers(body, count)
-    return Heads(feature_shapes(body, layers), layers)
+    return Heads(feature_shapes(body, layers), layers=layers)
 
 
 def tapping_adversary(heads: Heads, r1: float = 0.0) -> Adversary:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoisers import Cond, Denoiser, networks_in
+from fewstep.extras import Input
 from fewstep.flow_maps import ddim_move
 from fewstep.grids import at_index, own_index
 from fewstep.guidance import Guided
@@ -56,6 +57,16 @@ def guided_by_choice(teacher: Denoiser, scales: Sequence[float], n: int, rng: Rn
     drawn = rng.choice(n, [1.0] * len(scales))
     w = torch.tensor(scales, dtype=torch.float32, device=rng.device)[drawn]
     return Guided(teacher, w), w
+
+
+def guidance_input(teacher: Denoiser, scales: Sequence[float]) -> dict[str, Input]:
+    """The guidance scale as an input ``w`` of a student, where there are several: the middle one unless asked.  Errors
+    as :func:`guided`."""
+    for scale in scales:
+        guided(teacher, scale)
+    scales = sorted(scales)
+    middle = scales[len(scales) // 2]
+    return {"w": Input(middle, scales[0], scales[-1], unguided=1.0)} if scales[0] < scales[-1] else {}
 
 
 def ddim_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:

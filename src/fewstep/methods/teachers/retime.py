@@ -21,6 +21,7 @@ from fewstep.denoisers import Denoiser, NetworkDenoiser, networks_in
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
+from fewstep.networks.inputs import clock_of
 from fewstep.predictions import retimed
 from fewstep.ranges import NonNegative, Positive
 from fewstep.schedules import TrigFlow
@@ -30,14 +31,14 @@ FASTEST = 30.0
 
 
 def time_slope(denoiser: Denoiser) -> float:
-    """The largest derivative of what a denoiser's networks are told in TrigFlow's angle, over the times they know."""
+    """The largest derivative of what a denoiser's networks embed in TrigFlow's angle, over the times they know."""
     found = 0.0
     for part in networks_in(denoiser):
         angles = TrigFlow(sigma_data=1.0)
         ends = torch.tensor([part.schedule.t_min, part.schedule.t_max], dtype=torch.float64)
         low, high = (angles.time_at(part.schedule.log_snr(end)) for end in ends)
         a = low + (high - low) * torch.linspace(0.002, 0.998, 500, dtype=torch.float64)
-        told = part.prediction.time(part.schedule, part.schedule.time_at(angles.log_snr(a)))
+        told = clock_of(part.net) * part.prediction.time(part.schedule, part.schedule.time_at(angles.log_snr(a)))
         found = max(found, float((told.diff() / a.diff()).abs().max()))
     return found
 
