@@ -426,6 +426,9 @@ def test_a_student_on_a_bundled_teacher_is_saved_as_its_factors(tmp_path: Path) 
     opened = fs.load(tmp_path)
     assert torch.equal(opened.sample(3, seed=1), student.sample(3, seed=1))
     assert native.describe(opened) == native.describe(student)
+    wider = Start(fs.load("digits"), low_rank=LowRank(2)).network("student", extras=("s",))
+    low = native.describe(wider)["network"]["low_rank"]
+    assert (low["model"]["folder"], low["trained"]) == ("digits", ["conditioning.extras.s.weight"])
 
 
 def test_a_student_on_a_model_folder_is_saved_over_it(tmp_path: Path) -> None:
@@ -475,4 +478,4 @@ def test_distill_makes_low_rank_students_in_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds another run: lora_rank is 2 there and 3 here"):
         fs.distill(str(tmp_path / "teacher"), CD, lora=3, **where)
     further = fs.distill(str(tmp_path / "teacher"), CD, lora=2, student=opened, **arguments)
-    assert {held.rank for held in factors_in(further).values()} == {2}
+    assert {held.rank for held in factors_in(further).values()} == {2} and len(moving(further)) == len(factors(further))
