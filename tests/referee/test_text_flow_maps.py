@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +38,13 @@ SMALL = {
 
 
 class Case(NamedTuple):
-    """A teacher; whether the student is retimed first; whether the export holds code, or why there is none."""
+    """A teacher; whether the student is retimed first; whether the export holds code, or why there is none; and
+    hyper-parameters of its own."""
 
     pipeline: str
     retimed: bool = False
     export: bool | str = r"further inputs .*keep it in a folder of fewstep's own"
+    changes: Mapping[str, Any] = {}
 
 
 CASES = {
@@ -58,6 +60,11 @@ CASES = {
     "ayf-lmd": Case("Stable Diffusion 3", retimed=True),
     "tbcm": Case("Stable Diffusion 3", retimed=True),
     "scm": Case("Stable Diffusion 3", retimed=True, export=True),
+    "dmd2": Case("Stable Diffusion", export=False, changes={"steps": 1}),
+    "f-distill": Case("Stable Diffusion 3", export=False, changes={"steps": 2}),
+    "swift-brush": Case("Stable Diffusion", export=False, changes={"rank": 2}),
+    "tdm": Case("Stable Diffusion", export=True, changes={"steps": (2,)}),
+    "phased-dmd": Case("Stable Diffusion 3", export="experts", changes={"steps": 1}),
     "ladd": Case("Stable Diffusion 3", export=False),
     "sana-sprint": Case("Sana"),
 }
@@ -137,7 +144,9 @@ def test_a_text_teacher_is_distilled(
     here = prepared[case.pipeline]
     given = {"student": here.retimed} if case.retimed else {}
     teacher = here.loaded.denoiser
-    student = run_recipe(recipe(name), teacher, here.data, SETTINGS, tmp_path / "run", given=given, show=False).model
+    student = run_recipe(
+        recipe(name, **case.changes), teacher, here.data, SETTINGS, tmp_path / "run", given=given, show=False
+    ).model
     lines = [json.loads(line) for log in (tmp_path / "run").rglob("log.jsonl") for line in log.read_text().splitlines()]
     losses = [value for line in lines for key, value in line.items() if key.endswith("/loss")]
     assert len(losses) >= 2 and all(map(math.isfinite, losses))
