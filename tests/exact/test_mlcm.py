@@ -27,7 +27,7 @@ from fewstep.methods.consistency.mlcm import (
     even_plan,
     trajectory_states,
 )
-from fewstep.methods.method import Batch, Method, Networks, Progress
+from fewstep.methods.method import Batch, Method, Networks, Progress, alone
 from fewstep.methods.parts.adversary import Adversary
 from fewstep.methods.parts.distances import Plain, l2
 from fewstep.methods.parts.distribution_matching import critic_loss
@@ -81,8 +81,8 @@ def test_states_are_the_teachers_steps_row_by_row(schedule: Schedule) -> None:
     for i in range(1, 6):
         way = times_between(schedule, top, t[i : i + 1], int(steps[i]))
         with torch.no_grad():
-            alone = ddim_steps(teacher, noise[i : i + 1], way, cond[i : i + 1])
-        torch.testing.assert_close(made[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+            single = ddim_steps(teacher, noise[i : i + 1], way, cond[i : i + 1])
+        torch.testing.assert_close(made[i : i + 1], single, rtol=1e-9, atol=1e-9)
 
 
 def test_states_have_the_forward_law_up_to_the_error_of_the_steps_and_not_under_guidance() -> None:
@@ -225,11 +225,11 @@ def test_a_reward_moves_the_samples_as_far_as_its_margin() -> None:
     nets = method.networks(Start(network().float(), given={"reward": Near()}))
     rewards = [line["reward"] for line in trained(method, nets, 60)]
     assert rewards[0] < 0 and max(rewards) > 0.4
-    assert nets.reward.weight.grad is None and torch.equal(nets.reward.weight, torch.ones(3))
+    assert nets.reward.net.weight.grad is None and torch.equal(nets.reward.net.weight, torch.ones(3))
     low = dataclasses.replace(method, margin=-1e6)
-    (update,) = low.updates(nets, dataless(), Progress())
+    (update,) = alone(low.updates(nets, dataless(), Progress()))
     assert float(update.loss.detach()) == 0.0
-    with pytest.raises(ValueError, match="bring one in the role 'reward'"):
+    with pytest.raises(ValueError, match="feedback=given asks a reward"):
         method.networks(Start(network()))
 
 

@@ -26,15 +26,17 @@ CAPTIONS = ["a b", "c", "a b", "b", "c c", "a"]
 SETTINGS = Settings(Budget(6), batch=2, precision="fp32", save_seconds=0.0, log_steps=1)
 
 
-#: The shapes of the prompts that the reward was asked about.
+#: The shapes of the prompts that the reward was asked about, and of the pictures.
 ASKED: list[tuple[int, ...]] = []
+SHOWN: list[tuple[int, ...]] = []
 
 
 class Warm(nn.Module):
-    """A reward of high samples."""
+    """A reward of bright pictures."""
 
     def forward(self, pictures: Tensor, cond: Any) -> Tensor:
         ASKED.append(tuple(cond["prompt_embeds"].shape))
+        SHOWN.append(tuple(pictures.shape[1:]))
         return pictures.flatten(1).mean(1)
 
 
@@ -82,3 +84,4 @@ def test_prompts_make_a_student_that_plain_diffusers_opens(name: str, loaded: An
     assert latents.shape[1:] == teacher.shape and bool(latents.isfinite().all())
     if name == "mlcm":
         assert set(ASKED) == {(2, *prompts["prompt_embeds"].shape[1:])}
+        assert set(SHOWN) == {tuple(pipe("a b", num_inference_steps=1, output_type="pt").images.shape[1:])}

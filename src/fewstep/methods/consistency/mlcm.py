@@ -27,7 +27,6 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import relu
 
 from fewstep import grids
 from fewstep.conditions import Cond, rows
@@ -35,7 +34,19 @@ from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
 from fewstep.methods.alarm import Alarm
 from fewstep.methods.consistency.cm import consistency_loss
-from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
+from fewstep.methods.method import (
+    Batch,
+    Method,
+    Networks,
+    Optimizer,
+    Paper,
+    Progress,
+    Question,
+    Recipe,
+    Stage,
+    System,
+    Update,
+)
 from fewstep.methods.parts.adversary import Adversary
 from fewstep.methods.parts.distances import L2, Distance
 from fewstep.methods.parts.distribution_matching import (
@@ -45,6 +56,7 @@ from fewstep.methods.parts.distribution_matching import (
     critic_loss,
     matching_loss,
 )
+from fewstep.methods.parts.feedback import FEW_CLASSES, GIVEN, ROLE, Feedback, feedback_loss
 from fewstep.methods.parts.score_matching import sample_std
 from fewstep.methods.parts.teacher_steps import check_tells_data, ddim_step, ddim_steps, guided, times_between
 from fewstep.methods.parts.times import Segments
@@ -196,31 +208,27 @@ class SegmentJoining(_Consistent):
 class Preference(_Multistep):
     """A reward that is differentiated through the student's samples, as far as a margin.
 
-    The role "reward" is a module: ``reward(samples [B, ...], cond) -> [B]``.  A sample is the prediction of a random
-    call, the calls before it made as in sampling.
+    The role "reward" is a module: ``reward(pictures [B, ...], cond) -> [B]``, of decoded samples.  A sample is the
+    prediction of a random call, the calls before it made as in sampling.
     """
 
     name: ClassVar[str] = "mlcm-preference"
     healthy: ClassVar[dict[str, str]] = {
         "student/reward": "rises to about the margin; samples of glaring colours say that the reward is being gamed",
     }
-    unstable: ClassVar[dict[str, Alarm]] = {"student/sample_std": LOST_MODES}
-    roles: ClassVar[tuple[str, ...]] = ("student", "reward")
+    unstable: ClassVar[dict[str, Alarm]] = {"student/class_entropy": FEW_CLASSES, "student/sample_std": LOST_MODES}
+    roles: ClassVar[tuple[str, ...]] = ("student", ROLE)
 
     margin: Annotated[float, "the reward from which on a sample is good enough"] = 1.0
 
     def made(self, start: Start, teacher: Denoiser) -> Networks:
-        given = {**start.given, **start.made}
-        if "reward" not in given:
-            raise ValueError("this stage needs a reward: bring one in the role 'reward'")
-        modules = {"student": self.jump(start, teacher), "reward": given["reward"]}
+        modules = {"student": self.jump(start, teacher), ROLE: Feedback(GIVEN).reward(start)}
         return Networks(modules, self.group(), ema=("student",))
 
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
         x, _ = StudentGenerator(nets.student, self.plan(nets)).draw(batch.n, batch.rng, batch.cond)
-        reward = nets.reward(x, batch.cond)
-        logs = {"reward": reward.detach().mean(), "sample_std": sample_std(x)}
-        yield Update("student", relu(self.margin - reward).mean(), logs)
+        loss, logs = yield from feedback_loss(nets.reward, nets.student, x, batch.cond, (self.margin,))
+        yield Update("student", loss, {**logs, "sample_std": sample_std(x)})
 
 
 @dataclass(frozen=True)
@@ -296,8 +304,7 @@ class MLCM(Recipe):
          "stages are shares of one budget, 12 : 2 : 0.5 : 1 (12k, 2k, 0.5k and 1k iterations there, the last two in "
          "smaller batches)",
          "the learning rate falls linearly to 0 over each stage (not known there)",
-         "rewards see samples as the student makes them, and prompts as they are: no decoder stands between, and there "
-         "are no negative prompts",
+         "rewards are asked about the prompts alone: there are no negative prompts",
          "the critic of the matching is DMD2's, with the discriminator's heads on its features (not known there); the "
          "weights of the two games and five updates of the critic for each of the student's are DMD2's",
          "sampling uses a power-function average of the weights",
@@ -307,7 +314,7 @@ class MLCM(Recipe):
         "MLCM", 2024, "consistency", "teacher", "2, 4, 8",
         "consistency within segments of the teacher's own trajectories, then between them: no images",
     )  # fmt: skip
-    roles: ClassVar[tuple[str, ...]] = ("student", "reward")
+    roles: ClassVar[tuple[str, ...]] = ("student", ROLE)
 
     lr: Annotated[NonNegative, "learning rate of the first stage"] = 1e-3
     later_lr: Annotated[NonNegative, "learning rate of the stages after it"] = 1e-4
@@ -350,6 +357,6 @@ class MLCM(Recipe):
         return [
             Stage(MultistepConsistency(self.lr, *later[1:], self.skip), first),
             *(Stage(join, second / len(joins)) for join in joins),
-            Stage(Preference(*later, self.margin), third, needs="reward"),
+            Stage(Preference(*later, self.margin), third, needs=ROLE),
             Stage(SelfMatching(*later, self.critic_lr), fourth),
         ]

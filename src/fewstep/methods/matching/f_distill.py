@@ -217,8 +217,7 @@ class FDistill(Method):
         self, logits: Tensor, t: Tensor, schedule: Schedule, before: Tensor
     ) -> Generator[Question, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The weights ``[B]`` of samples with ``logits`` ``[B, ...]`` at times ``t``, whose mean over the whole batch
-        is 1; their ratios over the mean at like noise levels; and those
-        means, given as they were ``before``."""
+        is 1; their ratios over the mean at like noise levels; and those means, given as they were ``before``."""
         ratio = ratio_of(logits, self.ratio_min, self.ratio_max)
         relative, seen = yield from relative_ratio(ratio, t, schedule, before, self.ratio_decay)
         h = DIVERGENCES[self.divergence].h(relative)

@@ -48,6 +48,7 @@ from fewstep.methods.parts.score_matching import (
     known_at,
     matching_vector,
     noised_from,
+    sample_std,
     surrogate,
 )
 from fewstep.methods.parts.teacher_steps import guided
@@ -203,7 +204,7 @@ class Phase(Method):
         x_t = noised_from(schedule, x_s.detach(), s, t, rng.normal_like(x_s))
         weight = by_divergence(s) if self.weight == "kl" else by_distance
         g = matching_vector(x0, x_t, t, guided(nets.teacher, self.guidance), nets.critic, batch.cond, weight)
-        return surrogate(x_s, g), {"matching_norm": g.square().mean().sqrt(), "sample_std": x_s.detach().std()}
+        return surrogate(x_s, g), {"matching_norm": g.square().mean().sqrt(), "sample_std": sample_std(x_s)}
 
     def critic_loss(self, nets: Networks, batch: Batch, x_s: Tensor) -> Tensor:
         """Score matching at all times above the states ``x_s``."""

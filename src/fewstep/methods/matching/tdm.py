@@ -37,7 +37,7 @@ from fewstep.flow_maps import Jump, ddim_move
 from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.distribution_matching import LOST_MODES, RUNAWAY_CRITIC
-from fewstep.methods.parts.score_matching import TwoScores, by_distance, noised_from
+from fewstep.methods.parts.score_matching import TwoScores, by_distance, noised_from, sample_std
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
@@ -124,7 +124,7 @@ class TDM(Method):
         "critic/denoising": "stays level: its target moves with the student, a fall is not the goal",
         "critic/importance": "near 1; far from it, the steps are too large for the weights",
         "student/loss": "rises from near 0 while the critic turns to the student's samples, then falls slowly",
-        "student/sample_std": "stays near the data's; a slide to 0 is collapse",
+        "student/sample_std": "of samples among themselves: rises to about the data's; a slide to 0 is collapse",
     }
     unstable: ClassVar[dict[str, Alarm]] = {"critic/denoising": RUNAWAY_CRITIC, "student/sample_std": LOST_MODES}
     roles: ClassVar[tuple[str, ...]] = ("student",)
@@ -184,7 +184,7 @@ class TDM(Method):
         loss, logs = self.critic_loss(nets, batch, self.interval(nets, calls, batch.rng), k)
         yield Update("critic", loss, logs)
         loss = self.student_loss(nets, batch, self.interval(nets, calls, batch.rng), k)
-        yield Update("student", loss, {"sample_std": made.std()})
+        yield Update("student", loss, {"sample_std": sample_std(made)})
 
     def interval(self, nets: Networks, calls: Sequence[Call], rng: Rng) -> Interval:
         """A random step of the trajectory for every sample."""
