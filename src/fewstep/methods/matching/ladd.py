@@ -99,7 +99,7 @@ class LADD(Method):
     r1: Annotated[NonNegative, "weight of the gradient penalty of the heads at samples"] = 0.0
     lr: Annotated[NonNegative, "learning rate of the student"] = 1e-4
     discriminator_lr: Annotated[NonNegative, "learning rate of the heads"] = 1e-3
-    clip: Annotated[Positive, "bound on the gradient norm"] = 10.0
+    clip: Annotated[Positive, "bound on the gradient norm"] = 1.0
     warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 20
 
     def __post_init__(self) -> None:
