@@ -26,6 +26,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fewstep.conditions import Cond, leaves
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import Jump
 from fewstep.grids import uniform
@@ -94,7 +95,7 @@ class SanaSprint(Method):
          "RMS norms of queries and keys are not added to networks that lack them: give a teacher that has them",
          "no further factor 1 / (sigma_data tan t) on sCM's loss, which the learned weight would take up",
          "student and heads see the same samples in one iteration, with draws of their own (another batch each there)",
-         "a sample whose label is its neighbour's makes no mismatched pair: the student's own sample stands for it",
+         "a sample whose condition is its neighbour's makes no mismatched pair: the student's own sample stands for it",
          "heads are normalised over the sample (over virtual batches of 8 there)",
          "the guidance is embedded by a linear layer that starts at 0 (times 0.1, added to the time there)",
          "time weight on its own small embedding (a linear layer on the network's there)"),
@@ -225,7 +226,8 @@ class SanaSprint(Method):
 def mismatched_pairs(batch: Batch, otherwise: Tensor) -> Generator[Question, Tensor, Any]:
     """Every sample's successor in the whole batch, which is a sample of another condition: ``[b, ...]`` for this part.
 
-    Where the labels of both are one, ``otherwise`` stands in.  None where there are no conditions, or no other sample.
+    Where the conditions of both are one, ``otherwise`` stands in.  None where there are no conditions, or no other
+    sample.
     """
     if batch.cond is None:
         return None
@@ -236,8 +238,13 @@ def mismatched_pairs(batch: Batch, otherwise: Tensor) -> Generator[Question, Ten
         return None
     next_one = places.argsort()[((place + 1) % len(everyone)).long()]
     wrong = everyone[next_one]
-    if isinstance(batch.cond, Tensor) and batch.cond.ndim == 1:
-        labels = yield Rows(batch.cond)
-        same = labels[next_one] == batch.cond
-        wrong = torch.where(same.reshape(-1, *[1] * (wrong.ndim - 1)), otherwise, wrong)
-    return wrong
+    own = numbers(batch.cond)
+    same = (yield Rows(own))[next_one] == own
+    return torch.where(same.reshape(-1, *[1] * (wrong.ndim - 1)), otherwise, wrong)
+
+
+def numbers(cond: Cond) -> Tensor:
+    """A number ``[B]`` for every condition, which is that of another one only if both are the same."""
+    found = [leaf.reshape(len(leaf), -1).double() for leaf in leaves(cond).values()]
+    weights = [torch.arange(1.0, leaf.shape[1] + 1, dtype=torch.float64, device=leaf.device).cos() for leaf in found]
+    return torch.stack([(leaf * w).sum(1) for leaf, w in zip(found, weights, strict=True)]).sum(0)
