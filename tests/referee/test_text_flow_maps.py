@@ -212,7 +212,7 @@ def test_without_guidance_the_empty_prompt_is_not_asked(
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.retimed])
 def test_a_network_that_counts_a_thousand_steps_is_refused(name: str, prepared: dict[str, Prepared]) -> None:
     """Where the loss differentiates it in time: one line that says what would be right."""
-    for here in prepared.values():
+    for here in (here for kind, here in prepared.items() if kind != "Sana"):
         with pytest.raises(ValueError, match=r"told the angle first \(fewstep distill retime\)") as found:
             run_recipe(recipe(name), here.loaded.denoiser, here.data, SETTINGS, show=False)
         assert "\n" not in str(found.value)

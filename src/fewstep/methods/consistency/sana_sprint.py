@@ -87,7 +87,7 @@ class SanaSprint(Method):
     paper: ClassVar[Paper] = Paper(
         "SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency Distillation", "2503.09641", "verified",
         ("`lr`, `discriminator_lr`: Adam at rates for runs of minutes, which fall to 0 along a cosine for the student "
-         "(`decay`; CAME at 2e-6 for both there), and `clip` only bounds what is far out (0.1 there)",
+         "(`decay`; CAME at 2e-6 for both there)",
          "`guidances` are 1, 1.5 and 2, for small models (4, 4.5 and 5 there)",
          "`tangent_warmup` is nine tenths of the budget, as for sCM here (4000 of 20000 iterations there)",
          "`retime` is off unless asked for, because a network that is told a slow time needs none; it tells the angle "
@@ -137,7 +137,7 @@ class SanaSprint(Method):
     mismatched: Annotated[bool, "whether data under another sample's condition count as generated"] = True
     blocks: Annotated[Count, "blocks of the teacher that have a head, spread over its depth"] = 4
     layers: Annotated[tuple[str, ...], "names of the layers that have a head, in place of blocks"] = ()
-    clip: Annotated[Positive, "bound on the gradient norm"] = 10.0
+    clip: Annotated[Positive, "bound on the gradient norm"] = 0.1
     retime: Annotated[Share, "share of the budget in which the network first learns to be told the angle"] = 0.0
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4)
 

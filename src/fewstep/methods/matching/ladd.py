@@ -11,7 +11,7 @@ mean over blocks, places and samples.  Nothing else: the samples are the teacher
 that neither data nor a distance to the teacher's prediction are needed.  What a head sees is decided by the law of
 ``s``: much noise shows the whole picture, little noise its texture.
 
-No code of the authors is public: from the paper's text, with the head of StyleGAN-T and ADD that it names.
+No code of the authors is public: reconstructed from descriptions of the paper, with the head of StyleGAN-T and ADD.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class LADD(Method):
     paper: ClassVar[Paper] = Paper(
         "Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation", "2403.12015",
         "reconstructed",
-        ("no code of the authors is public: from the paper's text, heads as in StyleGAN-T, which ADD and LADD name",
+        ("no code of the authors is public: from descriptions of the paper, whose numbers for levels and laws were not "
+         "checked against its text; heads as in StyleGAN-T, which ADD and LADD build on",
          "heads are normalised over the sample (over virtual batches of 8 there), and their spectral norms follow the "
          "weights once an update",
          "learning rates and optimizers suit networks of a million parameters and runs of minutes",
@@ -99,7 +100,7 @@ class LADD(Method):
     r1: Annotated[NonNegative, "weight of the gradient penalty of the heads at samples"] = 0.0
     lr: Annotated[NonNegative, "learning rate of the student"] = 1e-4
     discriminator_lr: Annotated[NonNegative, "learning rate of the heads"] = 1e-3
-    clip: Annotated[Positive, "bound on the gradient norm"] = 10.0
+    clip: Annotated[Positive, "bound on the gradient norm"] = 1.0
     warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 20
 
     def __post_init__(self) -> None:

@@ -150,28 +150,30 @@ class Heads(nn.Module):
 class Told(nn.Module):
     """A time and a condition as one vector ``[B, width]``: what a discriminator is conditioned on.
 
-    ``null`` is the body's "no condition": its leaves are the ones that are read, labels through a table, vectors as
-    they are and tokens by their mean.
+    ``null`` is the body's "no condition": its leaves are the ones that are read, labels as one of ``classes``, vectors
+    as they are and tokens by their mean.
     """
 
     def __init__(self, null: Cond, classes: int | None, width: int) -> None:
         super().__init__()
         self.null: Cond = null
+        self.classes = classes
         self.link = nn.Linear(width, width)
         self.time = PositionalEmbedding(width)
         named = {name: leaf for name, leaf in leaves(null).items() if "mask" not in name}
-        read = {name: leaf for name, leaf in named.items() if leaf.ndim < 4 and leaf.is_floating_point()}
-        self.vectors = nn.ModuleDict({name: nn.Linear(leaf.shape[-1], width) for name, leaf in read.items()})
-        self.label = nn.Embedding(classes + 1, width) if classes else None
+        read = {name: leaf.shape[-1] for name, leaf in named.items() if leaf.ndim < 4 and leaf.is_floating_point()}
+        sizes = {"cond": classes} if classes else read
+        self.vectors = nn.ModuleDict({name: nn.Linear(size, width) for name, size in sizes.items()})
 
     def forward(self, log_snr: Tensor, cond: Cond) -> Tensor:
         weight = self.link.weight
         known = leaves(expand(to(self.null, weight.device), len(log_snr)) if cond is None else cond)
         told: Tensor = self.link(self.time((log_snr / 4).to(weight)))
-        if self.label is not None:
-            told = told + self.label(known["cond"] + 1)
         for name, layer in self.vectors.items():
-            leaf = known[name].to(weight)
+            leaf = known[name]
+            if self.classes:  # a label of -1, which is none, is no class
+                leaf = leaf[:, None] == torch.arange(self.classes, device=leaf.device)
+            leaf = leaf.to(weight)
             told = told + layer(leaf.mean(1) if leaf.ndim == 3 else leaf)
         return told
 
