@@ -106,10 +106,10 @@ class FreeFlow(FromNoise):
     ] = 0.5
     difference: Annotated[Share, "step of the finite difference that gives v_G; 0 for the exact derivative"] = 0.1
     correction: Annotated[Share, "share of the batch that corrects by the velocity of the samples; 0 for none"] = 0.25
-    alpha: Annotated[NonNegative, "size of the correction's gradient over the prediction's"] = 1.0
+    alpha: Annotated[NonNegative, "size of the correction's gradient over the prediction's"] = 0.5
     noise_mean: Annotated[float, "mean of logit r, the noise level at which samples are corrected"] = 0.8
     noise_std: Annotated[NonNegative, "standard deviation of logit r"] = 1.0
-    critic_lr: Annotated[NonNegative, "learning rate of the network that learns the samples' velocity"] = 1e-3
+    critic_lr: Annotated[NonNegative, "learning rate of the network that learns the samples' velocity"] = 3e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
