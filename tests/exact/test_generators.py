@@ -191,7 +191,7 @@ def test_a_critic_that_knows_the_noise_is_sds(schedule: Schedule) -> None:
     real = teacher(x_t, t)
     scale = (x - real).abs().mean(1, keepdim=True)
     found = matching_vector(x, x_t, t, teacher, Drawn(teacher, x))
-    assert torch.equal(found, (x - real) / scale)
+    assert torch.equal(found, 1 / scale * (x - real))
     ratio = align(schedule.sigma(t) / schedule.alpha(t), x)
     torch.testing.assert_close(found, ratio * (teacher.eps(x_t, t) - eps) / scale, atol=1e-9, rtol=1e-9)
 

@@ -33,7 +33,7 @@ PUBLISHED: dict[str, Any] = {
     # as the paper is described: 1, 2 and 4 calls; p = [0.7, 0.1, 0.1, 0.1] after 500 iterations with [0, 0, 0.5, 0.5];
     # times of the heads from a logit-normal law with m = 1, s = 1; every block of a depth of 24 has a head
     "steps": (1, 2, 4), "probabilities": (0.7, 0.1, 0.1, 0.1), "first_probabilities": (0.0, 0.0, 0.5, 0.5),
-    "noise_mean": 1.0, "noise_std": 1.0, "blocks": 24, "layers": (),
+    "noise_mean": 1.0, "noise_std": 1.0, "blocks": 24, "layers": None,
     **dict.fromkeys(("first_share", "pairs", "ode_steps", "guidance", "lr", "discriminator_lr", "clip", "warmup"), ...),
     # StyleGAN-T, networks/discriminator.py (cmap_dim)
     "projection": 64, "r1": 0.0,

@@ -34,7 +34,7 @@ PUBLISHED: dict[str, Any] = {
     # iterations; noise_mean of the paper (0.2 in the file); the optimizer is CAME
     "lr": 2e-6, "discriminator_lr": 2e-6, "sigma_data": 0.5, "c": 0.1, "tangent_warmup": 4000 / 20000,
     "guidances": (4.0, 4.5, 5.0), "noise_mean": 0.0, "noise_std": 1.6, "adversary_weight": 0.5, "max_time": 0.5,
-    "heads_mean": -0.6, "heads_std": 1.0, "mismatched": True, "blocks": 4, "layers": (), "clip": 0.1,
+    "heads_mean": -0.6, "heads_std": 1.0, "mismatched": True, "blocks": 4, "layers": None, "clip": 0.1,
     "retime": 5000 / 25000, "steps": (1, 2, 4),
     "optimizer": {
         "kind": ..., "betas": ..., "eps": ..., "weight_decay": ..., "clip": 0.1, "warmup": ..., "decay": "constant",

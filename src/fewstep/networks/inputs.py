@@ -23,7 +23,7 @@ class TakesInputs(ABC):
 
     #: What its guidance weight ``w`` is where there is no guidance: 1 for the scale of ``unc + w (cond - unc)``.
     unguided: float = 1.0
-    #: Where its weights lie: a folder of fewstep's, and the network's name in the model there; None for nowhere.
+    #: Where its weights lie: a model's folder, and the network's name in the model there; None for nowhere.
     kept: tuple[str, str] | None = None
 
     @property

@@ -136,7 +136,7 @@ class SanaSprint(Method):
     heads_std: Annotated[NonNegative, "standard deviation of log(sigma / alpha) at those times"] = 1.0
     mismatched: Annotated[bool, "whether data under another sample's condition count as generated"] = True
     blocks: Annotated[Count, "blocks of the teacher that have a head, spread over its depth"] = 4
-    layers: Annotated[tuple[str, ...], "names of the layers that have a head, in place of blocks"] = ()
+    layers: Annotated[tuple[str, ...] | None, "names of the layers that have a head, in place of blocks"] = None
     clip: Annotated[Positive, "bound on the gradient norm"] = 0.1
     retime: Annotated[Share, "share of the budget in which the network first learns to be told the angle"] = 0.0
     steps: Annotated[tuple[Count, ...], "network calls that the student is made for, one plan each"] = (1, 2, 4)

@@ -89,12 +89,14 @@ class StochasticConsistencyDistillation(LatentConsistencyDistillation):
     noise: Annotated[StepNoise, "noise of the teacher's steps: DDIM's eta, or ER-SDE's phi"] = WEAK
     substeps: Annotated[Count, "steps of the teacher between the two states"] = 3
     gan_weight: Annotated[NonNegative, "weight of the adversarial term; 0 leaves the discriminator out"] = 0.02
-    layers: Annotated[tuple[str, ...], "layers whose features the discriminator sees; none for the bottleneck"] = ()
+    layers: Annotated[
+        tuple[str, ...] | None, "layers whose features the discriminator sees; none for the bottleneck"
+    ] = None
     critic_lr: Annotated[NonNegative, "learning rate of the discriminator"] = 1e-3
 
     @property
     def adversary(self) -> Adversary:
-        return Adversary(Hinge(), layers=self.layers)
+        return Adversary(Hinge(), layers=self.layers or ())
 
     def check(self, teacher: Denoiser) -> None:
         super().check(teacher)
