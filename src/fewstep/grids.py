@@ -91,6 +91,12 @@ def even(schedule: Schedule, steps: int) -> Tensor:
     return _with_ends(even_time(schedule, _unit(steps)), schedule, None)
 
 
+def student_grid(schedule: Schedule, steps: int) -> Tensor:
+    """The times of a student's calls, equally spaced, and the end: of a table the integer times of :func:`trailing`
+    (999, 749, 499 and 249 of 1000 for four), which schedulers of diffusers have too; else :func:`even`."""
+    return even(schedule, steps) if schedule.table_length is None else trailing(schedule, steps)
+
+
 def even_time(schedule: Schedule, u: Tensor) -> Tensor:
     """The time at a share ``u`` in [0, 1] of the way along :func:`even` grids, from noise to data."""
     if schedule.even:

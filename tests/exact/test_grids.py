@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from fewstep.discrete_vp import DiscreteVP
-from fewstep.grids import GRIDS, check_grid, karras, log_snr, power, shifted, to_data, trailing, uniform
+from fewstep.grids import (
+    GRIDS,
+    check_grid,
+    even,
+    karras,
+    log_snr,
+    power,
+    shifted,
+    student_grid,
+    to_data,
+    trailing,
+    uniform,
+)
 from fewstep.sampling import Levels
 from fewstep.schedules import EDM, FlowMatching, ShiftedFlow, TrigFlow, VPLinear
 
@@ -129,3 +141,10 @@ def test_no_steps_is_refused():
     for name in CONTINUOUS:
         with pytest.raises(ValueError, match="steps=0"):
             GRIDS[name](VPLinear(), 0)
+
+
+def test_a_students_times_are_those_of_diffusers_schedulers_on_a_table() -> None:
+    """Published for four calls of 1000 steps: 999, 749, 499 and 249; on other schedules equal parts."""
+    table = DiscreteVP.scaled_linear()
+    assert student_grid(table, 4).tolist() == [999, 749, 499, 249, 0]
+    assert torch.equal(student_grid(FlowMatching(), 3), even(FlowMatching(), 3))

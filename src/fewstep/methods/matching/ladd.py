@@ -157,7 +157,7 @@ class LADD(Method):
 
     def levels(self, schedule: Schedule) -> Tensor:
         """The times of the student, the noisiest first: 1, 0.75, 0.5, 0.25 on flow matching."""
-        times: Tensor = grids.even(schedule, len(self.probabilities))[:-1]
+        times: Tensor = grids.student_grid(schedule, len(self.probabilities))[:-1]
         return times.to(torch.float64)
 
     def student(self, nets: Networks) -> Student:

@@ -86,7 +86,8 @@ class Phase(Method):
     """One phase, number ``index`` of ``phases``: an expert, and a critic on what it ends in.
 
     The data give nothing but conditions and how many samples to make: they may be absent.  ``steps`` are the network
-    calls of the phase.  Times are equal parts of :func:`~fewstep.grids.even`, of the schedule's own time as a rule.
+    calls of the phase.  Times are equal parts of :func:`~fewstep.grids.student_grid`, of the schedule's own time as a
+    rule.
     """
 
     name: ClassVar[str] = "phased-dmd-phase"
@@ -155,7 +156,7 @@ class Phase(Method):
 
     def plan(self, schedule: Schedule) -> Plan:
         """All times at which students are called, noisiest first."""
-        return Plan(tuple(grids.even(schedule, self.phases * self.steps)[:-1].tolist()), gamma=0.0)
+        return Plan(tuple(grids.student_grid(schedule, self.phases * self.steps)[:-1].tolist()), gamma=0.0)
 
     def bounds(self, schedule: Schedule) -> tuple[float, ...]:
         """The ends of all phases but the last."""

@@ -238,7 +238,9 @@ class TDM(Method):
 
     def plan(self, schedule: Schedule, k: int) -> Plan:
         """Equal steps from the noisiest time on, without fresh noise."""
-        return Plan(tuple(grids.even(schedule, k)[:-1].tolist()), gamma=0.0, extras={"k": k} if self.inputs else {})
+        return Plan(
+            tuple(grids.student_grid(schedule, k)[:-1].tolist()), gamma=0.0, extras={"k": k} if self.inputs else {}
+        )
 
     def student(self, nets: Networks) -> Student:
         return Student(nets.student, {k: self.plan(nets.student.schedule, k) for k in self.steps})
@@ -246,7 +248,7 @@ class TDM(Method):
 
 def check_room(schedule: Schedule, k: int, random_middle: bool) -> None:
     """ValueError when there are steps in which no time could be looked at."""
-    share = schedule.own_share(grids.even(schedule, k))
+    share = schedule.own_share(grids.student_grid(schedule, k))
     room = share[:-1] - share[1:].clamp_min(EARLIEST)
     if not float(room.min()) > (ROOM if random_middle else BELOW):
         raise ValueError(f"steps={k}: the shortest of so many steps leaves no times to look at, take fewer")

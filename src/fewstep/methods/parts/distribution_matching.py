@@ -98,7 +98,7 @@ def renoising_plan(schedule: Schedule, steps: int, first_level: float = 1.0) -> 
     A single one may lie lower, at the share ``first_level`` of the family's own index (399 of a table of 1000 for 0.4).
     """
     if first_level == 1:
-        return Plan(tuple(grids.even(schedule, steps)[:-1].tolist()), gamma=1.0)
+        return Plan(tuple(grids.student_grid(schedule, steps)[:-1].tolist()), gamma=1.0)
     length = schedule.table_length
     place = grids.last_index(schedule) * first_level if length is None else max(round(length * first_level) - 1, 0)
     return Plan((float(grids.at_index(schedule, torch.tensor(place, dtype=torch.float64))),), gamma=1.0)
