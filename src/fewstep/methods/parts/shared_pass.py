@@ -59,9 +59,12 @@ def scores_and_logits(
     x_t = schedule.add_noise(x, rng.normal_like(x), t)
     held = x_t.detach()
     if body == "teacher":
-        plain, features = tapped(nets.teacher, nets.head.layers, x_t, t, cond)
         with torch.no_grad():
-            real, fake = steered(nets.teacher, guidance, plain.detach(), held, t, cond), nets.critic(held, t, cond)
+            fake = nets.critic(held, t, cond)  # first, as the graph of the teacher's pass takes memory
+        plain, features = tapped(nets.teacher, nets.head.layers, x_t, t, cond)
+        plain = plain.detach()  # which lets go of what is behind the features
+        with torch.no_grad():
+            real = steered(nets.teacher, guidance, plain, held, t, cond)
     else:
         with torch.no_grad():
             real = guided(nets.teacher, guidance)(held, t, cond)
