@@ -20,6 +20,7 @@ from fewstep.methods.parts.adversary import (
 from fewstep.methods.parts.heads import FeatureHead, Heads
 from fewstep.methods.parts.times import Uniform
 from fewstep.networks import UNet
+from fewstep.networks.taps import stops_at
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.schedules import FlowMatching, TrigFlow, align
@@ -117,6 +118,25 @@ def test_heads_see_as_many_layers_as_are_named() -> None:
     plain = Adversary()
     head = plain.heads(made)
     assert isinstance(head, FeatureHead) and plain.logits(made, head, x, t, noise, cond).shape == (4,)
+
+
+@pytest.mark.parametrize("layers", [("middle.2",), ("up.1",), ("middle.2", "up.1")])
+def test_a_pass_for_the_bottleneck_alone_goes_no_further(layers: tuple[str, ...]) -> None:
+    """The same logits, without the layers behind; a pass for other layers reaches those."""
+    made = body()
+    whole, short = (Adversary(layers=layers, stops=stops and stops_at(made, layers)) for stops in (False, True))
+    heads = whole.heads(made)
+    given = (
+        torch.randn(4, *SHAPE),
+        torch.full((4,), 0.5, dtype=F64),
+        torch.randn(4, *SHAPE),
+        torch.tensor([0, 1, 2, -1]),
+    )
+    expected = whole.logits(made, heads, *given)
+    reached: list[int] = []
+    made.net.up[0].register_forward_hook(lambda *_: reached.append(1))
+    assert torch.equal(short.logits(made, heads, *given), expected)
+    assert len(reached) == (layers != ("middle.2",))
 
 
 def test_the_students_gradient_passes_through_body_and_heads_which_stay() -> None:

@@ -213,7 +213,7 @@ class Score(nn.Module):
 
 
 class Line(nn.Linear):
-    layers = ("seen",)
+    layers, stops = ("seen",), False
 
     def forward(self, features: list[Tensor]) -> Tensor:
         return super().forward(features[0])

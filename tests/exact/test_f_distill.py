@@ -183,7 +183,7 @@ def test_one_pass_of_each_network_gives_scores_and_logits(body: Any, guidance: f
         calls[name] += 1
 
     for name in calls:
-        nets.get_submodule(name).net.register_forward_hook(lambda *_, name=name: count(name))
+        nets.get_submodule(name).net.blocks[1].register_forward_hook(lambda *_, name=name: count(name))
     first = next(alone(method.updates(nets, batch_of(), Progress())))
     assert calls == {"teacher": 1 + (guidance != 1), "critic": 1 + (body == "critic")}
     assert isinstance(first, Update) and first.group == "student"
@@ -226,7 +226,7 @@ class Squares(nn.Module):
 
 
 class Regression(nn.Linear):
-    layers = ("squares",)
+    layers, stops = ("squares",), False
 
     def forward(self, features: list[Tensor]) -> Tensor:
         return super().forward(features[0])

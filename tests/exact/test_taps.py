@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser, OnSchedule
-from fewstep.guidance import Autoguided
+from fewstep.guidance import Autoguided, Guided
 from fewstep.networks import MLP, UNet
-from fewstep.networks.taps import feature_shapes, spread_layers, tappable_layers, tapped
+from fewstep.networks.taps import feature_shapes, spread_layers, stops_at, tappable_layers, tapped
 from fewstep.predictions import TrigPrediction
 from fewstep.schedules import EDM, TrigFlow
 
@@ -81,6 +81,16 @@ def test_layers_are_spread_over_the_depth() -> None:
     deep = NetworkDenoiser(Deep(), TrigFlow(), TrigPrediction(), (2,))
     assert spread_layers(deep, 4) == tuple(f"blocks.{i}" for i in (2, 8, 13, 19))
     assert spread_layers(deep, 1) == ("blocks.19",) and len(spread_layers(deep, 50)) == 20
+
+
+def test_a_pass_can_stop_at_the_bottleneck_of_a_network_with_features() -> None:
+    """Not where it is one layer of several, not in what is made of several calls, not in networks without features or
+    with further inputs."""
+    made = teacher()
+    assert stops_at(made, ("middle.2",)) and not stops_at(made, ("up.1",)) and not stops_at(made, ("middle.2", "up.1"))
+    assert not any(stops_at(led, ("middle.2",)) for led in (Guided(made, 2.0), Autoguided(made, teacher(), 2.0)))
+    assert not stops_at(teacher("mlp"), ("blocks.2",))
+    assert not stops_at(NetworkDenoiser(Twice(), TrigFlow(), TrigPrediction(), (2,)), ("block",))
 
 
 class Twice(nn.Module):

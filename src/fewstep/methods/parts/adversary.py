@@ -76,9 +76,10 @@ class Adversary:
     """A discriminator's rules: the game, the noise levels at which it looks, and the layers whose features it sees.
 
     Without ``layers`` it sees the bottleneck, by a pass that need not go further, and gives a logit ``[B]``; with
-    some, those of a ``head`` for each, ``[B, K]``.  With ``grids`` tokens that are the patches of a picture are laid
-    out as its grid.  With ``projection`` patch heads of so many channels are told the time and the condition.  With
-    ``apart`` data are looked at at times of their own.
+    some, those of a ``head`` for each, ``[B, K]``; where that is the bottleneck alone, ``stops``
+    (:func:`~fewstep.networks.taps.stops_at`) keeps the pass from going further.  With ``grids`` tokens that are the
+    patches of a picture are laid out as its grid.  With ``projection`` patch heads of so many channels are told the
+    time and the condition.  With ``apart`` data are looked at at times of their own.
 
     ``r1`` is the weight of a penalty for logits of real samples that change when the samples are moved by ``r1_sigma``,
     ``r2`` that for generated ones: the gradient penalties R1 and R2 by differences (Lin et al. 2025, arXiv 2501.08316),
@@ -92,6 +93,7 @@ class Adversary:
     grids: bool = False
     projection: int = 0
     apart: bool = False
+    stops: bool = False
     r1: float = 0.0
     r2: float = 0.0
     r1_sigma: float = 0.1
@@ -120,7 +122,8 @@ class Adversary:
 
     def logits_at(self, body: Denoiser, heads: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The logits of states ``x_t`` ``[B, ...]`` at ``t`` ``[B]``."""
-        found = tapped(body, self.layers, x_t, t, cond)[1] if self.layers else [body.features(x_t, t, cond)]
+        further = bool(self.layers) and not self.stops
+        found = tapped(body, self.layers, x_t, t, cond)[1] if further else [body.features(x_t, t, cond)]
         features = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in found]
         if not self.layers:
             alone: Tensor = heads(features[0])

@@ -20,7 +20,7 @@ from fewstep.methods.parts.distribution_matching import IN_THE_MIDDLE
 from fewstep.methods.parts.score_matching import TwoScores
 from fewstep.methods.parts.teacher_steps import guided, steered
 from fewstep.methods.parts.times import TimeLaw
-from fewstep.networks.taps import bottleneck, feature_shapes, spread_layers, tapped
+from fewstep.networks.taps import bottleneck, feature_shapes, spread_layers, stops_at, tapped
 from fewstep.randomness import Rng
 
 #: Whose features a discriminator sees.
@@ -31,12 +31,12 @@ def tapped_heads(body: Denoiser, count: int = 1) -> Heads:
     """Untrained heads for features that are tapped in a pass that goes on: of the bottleneck, or of ``count`` layers
     over the depth of the network."""
     layers = (bottleneck(body),) if count == 1 else spread_layers(body, count)
-    return Heads(feature_shapes(body, layers), layers=layers)
+    return Heads(feature_shapes(body, layers), layers=layers, stops=stops_at(body, layers))
 
 
 def tapping_adversary(heads: Heads, r1: float = 0.0) -> Adversary:
-    """DMD2's game on the layers of such heads."""
-    return Adversary(layers=heads.layers, r1=r1)
+    """DMD2's game on the layers of such heads, by passes that stop at the bottleneck where that is all they see."""
+    return Adversary(layers=heads.layers, stops=heads.stops, r1=r1)
 
 
 def scores_and_logits(
@@ -59,9 +59,12 @@ def scores_and_logits(
     x_t = schedule.add_noise(x, rng.normal_like(x), t)
     held = x_t.detach()
     if body == "teacher":
-        plain, features = tapped(nets.teacher, nets.head.layers, x_t, t, cond)
         with torch.no_grad():
-            real, fake = steered(nets.teacher, guidance, plain.detach(), held, t, cond), nets.critic(held, t, cond)
+            fake = nets.critic(held, t, cond)  # first, as the graph of the teacher's pass takes memory
+        plain, features = tapped(nets.teacher, nets.head.layers, x_t, t, cond)
+        plain = plain.detach()  # which lets go of what is behind the features
+        with torch.no_grad():
+            real = steered(nets.teacher, guidance, plain, held, t, cond)
     else:
         with torch.no_grad():
             real = guided(nets.teacher, guidance)(held, t, cond)
