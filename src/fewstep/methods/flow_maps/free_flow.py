@@ -92,7 +92,8 @@ class FreeFlow(FromNoise):
     healthy: ClassVar[dict[str, str]] = {
         "student/velocity_gap": "the size of v_G - u, falls over the run",
         "student/loss": "with k = 1 it stays near 1 by construction: it says nothing about quality",
-        "student/correction_gap": "the size of u_fake - u: rises as the critic turns to the samples, then falls",
+        "student/correction_gap": "the size of u_fake - u: rises as the critic turns to the samples, then falls; growth "
+        "is a correction that runs ahead of its critic: lower alpha",
         "critic/denoising": "stays level: its target moves with the student, a fall is not the goal",
     }
     unstable: ClassVar[dict[str, Alarm]] = {"critic/denoising": RUNAWAY_CRITIC}
@@ -106,10 +107,10 @@ class FreeFlow(FromNoise):
     ] = 0.5
     difference: Annotated[Share, "step of the finite difference that gives v_G; 0 for the exact derivative"] = 0.1
     correction: Annotated[Share, "share of the batch that corrects by the velocity of the samples; 0 for none"] = 0.25
-    alpha: Annotated[NonNegative, "size of the correction's gradient over the prediction's"] = 0.5
+    alpha: Annotated[NonNegative, "size of the correction's gradient over the prediction's"] = 0.1
     noise_mean: Annotated[float, "mean of logit r, the noise level at which samples are corrected"] = 0.8
     noise_std: Annotated[NonNegative, "standard deviation of logit r"] = 1.0
-    critic_lr: Annotated[NonNegative, "learning rate of the network that learns the samples' velocity"] = 3e-3
+    critic_lr: Annotated[NonNegative, "learning rate of the network that learns the samples' velocity"] = 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
