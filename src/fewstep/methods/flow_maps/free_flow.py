@@ -34,7 +34,7 @@ from fewstep.conditions import Cond
 from fewstep.conditions import rows as take
 from fewstep.denoisers import Denoiser
 from fewstep.flow_maps import FlowMap
-from fewstep.methods.alarm import Alarm
+from fewstep.methods.alarm import Alarm, Grows
 from fewstep.methods.method import Batch, Mean, Networks, Optimizer, Paper, Progress, Question, System, Update
 from fewstep.methods.parts.adversary import EVERYWHERE
 from fewstep.methods.parts.distribution_matching import RUNAWAY_CRITIC
@@ -92,11 +92,15 @@ class FreeFlow(FromNoise):
     healthy: ClassVar[dict[str, str]] = {
         "student/velocity_gap": "the size of v_G - u, falls over the run",
         "student/loss": "with k = 1 it stays near 1 by construction: it says nothing about quality",
-        "student/correction_gap": "the size of u_fake - u: rises as the critic turns to the samples, then falls; growth "
-        "is a correction that runs ahead of its critic: lower alpha",
+        "student/correction_gap": "the size of u_fake - u: rises as the critic turns to the samples, then falls",
         "critic/denoising": "stays level: its target moves with the student, a fall is not the goal",
     }
-    unstable: ClassVar[dict[str, Alarm]] = {"critic/denoising": RUNAWAY_CRITIC}
+    unstable: ClassVar[dict[str, Alarm]] = {
+        "critic/denoising": RUNAWAY_CRITIC,
+        "student/velocity_gap": Grows(
+            "the correction runs ahead of the network that learns its velocity: lower alpha", 5.0
+        ),
+    }
 
     schedule: ClassVar[Schedule] = FlowMatching()
 
