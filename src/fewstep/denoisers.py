@@ -294,7 +294,14 @@ class NetworkDenoiser(Denoiser):
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        return tuple(self.net.feature_shape)
+        """ValueError for a network without features of its own."""
+        shape = getattr(self.net, "feature_shape", None)
+        if shape is None:
+            raise ValueError(
+                f"a {type(self.net).__name__} says no features: a discriminator on its bottleneck needs a method "
+                "features(x, t, cond) and a feature_shape"
+            )
+        return tuple(shape)
 
     def label(self, t: Tensor, x: Tensor) -> Tensor:
         """The time in float32, whatever the type of the state (float64 for float64)."""

@@ -8,6 +8,9 @@ from torch import nn
 
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser, OnSchedule
 from fewstep.guidance import Autoguided, Guided
+from fewstep.methods.matching.dmd2 import DMD2
+from fewstep.methods.matching.f_distill import FDistill
+from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.networks.taps import feature_shapes, spread_layers, stops_at, tappable_layers, tapped
 from fewstep.predictions import TrigPrediction
@@ -116,3 +119,26 @@ def test_what_cannot_be_tapped_is_said() -> None:
         tappable_layers(twice)
     with pytest.raises(ValueError, match="made of 2"):
         tapped(Autoguided(teacher(), teacher(), 2.0), ("middle.2",), X, T, COND)
+
+
+def test_a_network_without_features_is_told_so_in_one_line() -> None:
+    """A network of somebody's own that only predicts: discriminators on its bottleneck are refused, those on its layers
+    are not."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, cond: object = None) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    own = NetworkDenoiser(Own(), TrigFlow(), TrigPrediction(), (2,))
+    for recipe in (DMD2(), FDistill()):
+        with pytest.raises(ValueError, match="a Own says no features") as found:
+            recipe.networks(Start(own))
+        assert "\n" not in str(found.value)
+    heads = FDistill(heads=2).networks(Start(own)).head
+    assert heads.layers == spread_layers(own, 2) and not heads.stops

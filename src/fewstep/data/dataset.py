@@ -260,37 +260,6 @@ class Unlabelled(Samples):
         return hashlib.sha256(f"unlabelled {self.inner.sha256()}".encode()).hexdigest()
 
 
-class First(Samples):
-    """The first ``count`` samples of a data set."""
-
-    def __init__(self, inner: Samples, count: int) -> None:
-        self.inner, self.count = inner, min(count, len(inner))
-        self.name, self.class_names = inner.name, inner.class_names
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def classes(self) -> int | None:
-        return self.inner.classes
-
-    def rows(self, indices: Tensor | slice) -> Rows:
-        return self.inner.rows(torch.arange(self.count)[indices])
-
-    def conditions(self, indices: Tensor | slice) -> Cond:
-        return self.inner.conditions(torch.arange(self.count)[indices])
-
-    def feed(self, draws: Iterable[Draw]) -> Iterator[Rows]:
-        return self.inner.feed(draws)
-
-    def sha256(self) -> str:
-        return hashlib.sha256(f"{self.count} of {self.inner.sha256()}".encode()).hexdigest()
-
-
 class Chosen(Samples):
     """The samples ``index`` ``[n]`` of a data set, read as they are there."""
 
@@ -320,6 +289,19 @@ class Chosen(Samples):
 
     def sha256(self) -> str:
         return digest_of([self.index], {}, f"of {self.inner.sha256()}")
+
+
+class First(Chosen):
+    """The first ``count`` samples of a data set."""
+
+    def __init__(self, inner: Samples, count: int) -> None:
+        super().__init__(inner, torch.arange(min(count, len(inner))), inner.name)
+
+    def feed(self, draws: Iterable[Draw]) -> Iterator[Rows]:
+        return self.inner.feed(draws)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(f"{len(self)} of {self.inner.sha256()}".encode()).hexdigest()
 
 
 def epoch_indices(n: int, start: int, count: int, seed: int) -> Tensor:

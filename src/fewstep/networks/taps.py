@@ -108,13 +108,15 @@ def tappable_layers(denoiser: Denoiser, cond: Cond = None) -> dict[str, tuple[in
 @torch.no_grad()
 def bottleneck(denoiser: Denoiser, cond: Cond = None) -> str:
     """The layer that gives what :meth:`Denoiser.features <fewstep.denoisers.Denoiser.features>` gives, found by one
-    call; ``cond`` as for :func:`tappable_layers`.  ValueError where they are no layer's own."""
+    call; ``cond`` as for :func:`tappable_layers`.  ValueError where they are no layer's own, or there are none."""
     part = only_network(denoiser)
+    shape = part.feature_shape
     with tapping(part.net, [name for name, _ in part.net.named_modules() if name]) as seen:
         x, t, _ = trial_input(part)
         told = part.null if cond is None else to(cond, x.device)
         wanted = part.features(x, t, told).untyped_storage().data_ptr()
-        own = [n for n, given in seen.items() if given and given[-1].untyped_storage().data_ptr() == wanted]
+        last = {name: given[-1] for name, given in seen.items() if given}
+        own = [n for n, f in last.items() if f.shape[1:] == shape and f.untyped_storage().data_ptr() == wanted]
     if not own:
         raise ValueError(f"the features of this {type(part.net).__name__} are those of no layer: name layers to tap")
     return own[-1]
@@ -126,7 +128,7 @@ def stops_at(denoiser: Denoiser, layers: Sequence[str], cond: Cond = None) -> bo
         return False
     try:
         return bottleneck(denoiser, cond) == layers[0]
-    except (ValueError, TypeError, AttributeError):  # those of no layer, or with further inputs, or none at all
+    except (ValueError, TypeError):  # those of no layer, or with further inputs, or none at all
         return False
 
 

@@ -29,8 +29,11 @@ Body = Literal["critic", "teacher"]
 
 def tapped_heads(body: Denoiser, count: int = 1) -> Heads:
     """Untrained heads for features that are tapped in a pass that goes on: of the bottleneck, or of ``count`` layers
-    over the depth of the network."""
-    layers = (bottleneck(body),) if count == 1 else spread_layers(body, count)
+    over the depth of the network.  ValueError for the bottleneck of a network that has none."""
+    try:
+        layers = (bottleneck(body),) if count == 1 else spread_layers(body, count)
+    except ValueError as error:
+        raise ValueError(f"{error}; more heads than one look at layers over the depth") from None
     return Heads(feature_shapes(body, layers), layers=layers, stops=stops_at(body, layers))
 
 
