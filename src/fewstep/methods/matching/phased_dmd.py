@@ -82,7 +82,26 @@ def experts_by_time(experts: Sequence[FlowMap], bounds: Sequence[float]) -> Flow
 
 
 @dataclass(frozen=True)
-class Phase(Method):
+class _Phases(Recipe):
+    """The hyper-parameters of one phase and of all."""
+
+    phases: Annotated[Count, "phases, with an expert each"] = 2
+    steps: Annotated[Count, "network calls in every phase"] = 2
+    critic_steps: Annotated[Count, "critic updates for each of the student's"] = 5
+    weight: Annotated[Weighting, "weight of the two scores' difference: DMD's, or that of the KL divergence"] = (
+        "distance"
+    )
+    early_exit: Annotated[bool, "the call with the gradient ends the phase in training, as in the code"] = True
+    bound: Annotated[Positive | None, "clamp of the critic's weight 1 / sigma_{t|s}^2; none without"] = 10.0
+    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
+    lr: Annotated[NonNegative, "learning rate of the student"] = 3e-4
+    critic_lr: Annotated[NonNegative, "learning rate of the critic"] = 1e-3
+    clip: Annotated[Positive, "bound on the gradient norm"] = 10.0
+    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 20
+
+
+@dataclass(frozen=True)
+class Phase(_Phases, Method):
     """One phase, number ``index`` of ``phases``: an expert, and a critic on what it ends in.
 
     The data give nothing but conditions and how many samples to make: they may be absent.  ``steps`` are the network
@@ -119,19 +138,6 @@ class Phase(Method):
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
     index: Annotated[int, Least(0), "number of the phase, 0 for the noisiest"] = 0
-    phases: Annotated[Count, "phases, with an expert each"] = 2
-    steps: Annotated[Count, "network calls in every phase"] = 2
-    critic_steps: Annotated[Count, "critic updates for each of the student's"] = 5
-    weight: Annotated[Weighting, "weight of the two scores' difference: DMD's, or that of the KL divergence"] = (
-        "distance"
-    )
-    early_exit: Annotated[bool, "the call with the gradient ends the phase in training, as in the code"] = True
-    bound: Annotated[Positive | None, "clamp of the critic's weight 1 / sigma_{t|s}^2; none without"] = 10.0
-    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
-    lr: Annotated[NonNegative, "learning rate of the student"] = 3e-4
-    critic_lr: Annotated[NonNegative, "learning rate of the critic"] = 1e-3
-    clip: Annotated[Positive, "bound on the gradient norm"] = 10.0
-    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,7 +238,7 @@ def expert(index: int) -> str:
 
 
 @dataclass(frozen=True)
-class PhasedDMD(Recipe):
+class PhasedDMD(_Phases):
     """The phases one after the other, from noise to data; a student of ``phases * steps`` calls.
 
     ``weight`` "kl" is the paper's, "distance" the code's, which is DMD's.  With ``early_exit`` the call that has the
@@ -248,20 +254,6 @@ class PhasedDMD(Recipe):
         real="trajectory_matching_real",
     )  # fmt: skip
     roles: ClassVar[tuple[str, ...]] = ("student",)
-
-    phases: Annotated[Count, "phases, with an expert each"] = 2
-    steps: Annotated[Count, "network calls in every phase"] = 2
-    critic_steps: Annotated[Count, "critic updates for each of the student's"] = 5
-    weight: Annotated[Weighting, "weight of the two scores' difference: DMD's, or that of the KL divergence"] = (
-        "distance"
-    )
-    early_exit: Annotated[bool, "the call with the gradient ends the phase in training, as in the code"] = True
-    bound: Annotated[Positive | None, "clamp of the critic's weight 1 / sigma_{t|s}^2; none without"] = 10.0
-    guidance: Annotated[float, "scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
-    lr: Annotated[NonNegative, "learning rate of the student"] = 3e-4
-    critic_lr: Annotated[NonNegative, "learning rate of the critic"] = 1e-3
-    clip: Annotated[Positive, "bound on the gradient norm"] = 10.0
-    warmup: Annotated[int, Least(0), "steps over which the learning rate rises from 0"] = 20
 
     def stages(self) -> list[Stage]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
