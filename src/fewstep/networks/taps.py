@@ -110,13 +110,12 @@ def bottleneck(denoiser: Denoiser, cond: Cond = None) -> str:
     """The layer that gives what :meth:`Denoiser.features <fewstep.denoisers.Denoiser.features>` gives, found by one
     call; ``cond`` as for :func:`tappable_layers`.  ValueError where they are no layer's own, or there are none."""
     part = only_network(denoiser)
-    shape = part.feature_shape
+    part.feature_shape  # noqa: B018 - refuses a network that has no features
     with tapping(part.net, [name for name, _ in part.net.named_modules() if name]) as seen:
         x, t, _ = trial_input(part)
         told = part.null if cond is None else to(cond, x.device)
         wanted = part.features(x, t, told).untyped_storage().data_ptr()
-        last = {name: given[-1] for name, given in seen.items() if given}
-        own = [n for n, f in last.items() if f.shape[1:] == shape and f.untyped_storage().data_ptr() == wanted]
+        own = [n for n, given in seen.items() if given and given[-1].untyped_storage().data_ptr() == wanted]
     if not own:
         raise ValueError(f"the features of this {type(part.net).__name__} are those of no layer: name layers to tap")
     return own[-1]
