@@ -238,8 +238,8 @@ class NetworkDenoiser(Denoiser):
 
     ``extras`` are the further inputs that a student's network takes (the target time ``s``, a guidance weight, a step
     size): keyword tensors that are handed through.  ``null`` is for networks that take other conditions than class
-    labels: the one row that stands for "no condition".  Discriminators need ``net.features`` and ``net.feature_shape``
-    too.
+    labels: the one row that stands for "no condition".  A network may have ``net.features(x, time, cond)`` and
+    ``net.feature_shape`` too, a pass that ends at activations in its middle: discriminators there are spared the rest.
     """
 
     net: Any
@@ -290,6 +290,8 @@ class NetworkDenoiser(Denoiser):
         return align(self.prediction.coefficients(self.schedule, t)[2], x) * x, self.label(t, x)
 
     def features(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        if not hasattr(self.net, "features"):
+            raise self.without_features()
         return self.net.features(*self.seen(x, as_time(t, x)), cond)
 
     @property
@@ -297,11 +299,14 @@ class NetworkDenoiser(Denoiser):
         """ValueError for a network without features of its own."""
         shape = getattr(self.net, "feature_shape", None)
         if shape is None:
-            raise ValueError(
-                f"a {type(self.net).__name__} says no features: a discriminator on its bottleneck needs a method "
-                "features(x, t, cond) and a feature_shape"
-            )
+            raise self.without_features()
         return tuple(shape)
+
+    def without_features(self) -> ValueError:
+        return ValueError(
+            f"a {type(self.net).__name__} says no features: an energy distance needs a method features(x, t, cond) and "
+            "a feature_shape"
+        )
 
     def label(self, t: Tensor, x: Tensor) -> Tensor:
         """The time in float32, whatever the type of the state (float64 for float64)."""

@@ -70,13 +70,13 @@ def test_each_sides_iteration_moves_its_own_networks(name: str) -> None:
     heads."""
     method, nets = METHODS[name], networks(name)
     trained = "acceleration" if name == "caf" else "student"
-    for step, group in ((20, trained), (21, "head")):
+    for step, group in ((20, trained), (21, "discriminator")):
         nets.zero_grad(set_to_none=True)
         (update,) = (u for u in grads(method, nets, Progress(step, 0, 0.9)))
         assert update.groups == (group,)
         moved = {n.split(".")[0] for n, p in nets.named_parameters() if p.grad is not None and bool(p.grad.any())}
         assert moved == {group}
-    assert all(p.requires_grad for p in nets.head.parameters())
+    assert all(p.requires_grad for p in nets.discriminator.parameters())
     if name != "caf":  # before the phase there is no such term
         (update,) = grads(method, nets, Progress(20, 0, 0.3))
         assert update.groups == (trained,) and "gan" not in update.logs
@@ -96,7 +96,7 @@ def test_the_terms_gradients_at_the_output_are_of_one_size(name: str, steep: flo
     """The adversarial term's weight is a ratio of gradients: with logits twice as steep it is half, and it is at most
     10 where they are nearly flat."""
     method, nets = METHODS[name], networks(name)
-    last, weights = nets.head.layers[-1], []
+    last, weights = nets.discriminator.heads.heads[0].layers[-1], []
     start = last.weight.detach().clone()
     for factor in (steep, 2 * steep, 1e-6):
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_the_terms_gradients_at_the_output_are_of_one_size(name: str, steep: flo
 def test_without_a_share_there_is_no_discriminator() -> None:
     for method in (ConsistencyTrajectory(), PhasedConsistencyDistillation(), AlignYourFlow()):
         nets = method.networks(Start(teacher()))
-        assert "head" not in nets.groups and "body" not in dict(nets.named_children())
+        assert "discriminator" not in nets.groups and "body" not in dict(nets.named_children())
     stages = ConstantAccelerationFlow().stages()
     assert [stage.share for stage in stages] == [1.0, 1.0, 0.0]
     assert [type(stage.method) for stage in replace(ConstantAccelerationFlow(), gan_share=0.5).stages()][2] is (

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoisers import NetworkDenoiser, gradients
+from fewstep.denoisers import Denoiser, NetworkDenoiser, gradients
 from fewstep.exact import Gaussian
 from fewstep.methods.parts.adversary import (
     AdversarialLoss,
     Adversary,
+    Discriminator,
     Hinge,
     NonSaturating,
     Relativistic,
 )
-from fewstep.methods.parts.heads import FeatureHead, Heads
 from fewstep.methods.parts.times import Uniform
 from fewstep.networks import UNet
-from fewstep.networks.taps import stops_at
+from fewstep.networks.taps import tapped
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.schedules import FlowMatching, TrigFlow, align
@@ -75,8 +76,15 @@ class Affine(nn.Module):
 class Plain(Gaussian):
     """A body whose features are the noised state."""
 
+    feature_shape = (1,)
+
     def features(self, x: Tensor, t: Tensor | float, cond: object = None) -> Tensor:
         return x
+
+
+def told(body: Denoiser, rules: Adversary, head: nn.Module | None = None) -> Discriminator:
+    """A discriminator, with a head of somebody's own."""
+    return Discriminator(rules if head is None else replace(rules, head=lambda _: head), body)
 
 
 @pytest.mark.parametrize("game", [NonSaturating(), Relativistic()], ids=lambda g: type(g).__name__)
@@ -86,12 +94,13 @@ def test_trained_on_noised_samples_the_logit_is_the_log_ratio_of_the_noised_laws
     schedule = FlowMatching()
     mp, mq, v, time = 0.6, -0.4, 0.5, 0.4
     world = Plain(schedule, torch.tensor([0.0], dtype=F64), torch.tensor([[v]], dtype=F64))
-    head, adversary = Affine(), Adversary(loss=game, law=Uniform(time, time))
+    head = Affine()
+    discriminator = told(world, Adversary(loss=game, law=Uniform(time, time)), head)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
     slopes, rng = [], Rng(0)
     for step in range(300):
         real, fake = (m + math.sqrt(v) * rng.normal(2048, 1, dtype=F64) for m in (mp, mq))
-        loss, _ = adversary.discriminator_loss(world, head, real, fake, None, rng)
+        loss, _ = discriminator.loss(world, real, fake, None, rng)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,54 +117,48 @@ def test_trained_on_noised_samples_the_logit_is_the_log_ratio_of_the_noised_laws
 def test_heads_see_as_many_layers_as_are_named() -> None:
     """One logit for each, from one pass; without names the bottleneck's one."""
     made = body()
-    adversary = Adversary(layers=("down.1", "middle.2", "up.1"))
-    heads = adversary.heads(made)
+    discriminator = told(made, Adversary(layers=("down.1", "middle.2", "up.1")))
     x, t, noise, cond = torch.randn(4, *SHAPE), torch.full((4,), 0.5, dtype=F64), torch.randn(4, *SHAPE), None
     calls: list[int] = []
     made.net.register_forward_hook(lambda *_: calls.append(1))
-    assert isinstance(heads, Heads) and adversary.logits(made, heads, x, t, noise, cond).shape == (4, 3)
+    assert discriminator.noised_logits(made, x, t, noise, cond).shape == (4, 3)
     assert calls == [1]
-    plain = Adversary()
-    head = plain.heads(made)
-    assert isinstance(head, FeatureHead) and plain.logits(made, head, x, t, noise, cond).shape == (4,)
+    plain = told(made, Adversary())
+    assert plain.layers == ("middle.2",) and plain.noised_logits(made, x, t, noise, cond).shape == (4, 1)
+    assert told(made, Adversary(blocks=2)).noised_logits(made, x, t, noise, cond).shape == (4, 2)
 
 
 @pytest.mark.parametrize("layers", [("middle.2",), ("up.1",), ("middle.2", "up.1")])
 def test_a_pass_for_the_bottleneck_alone_goes_no_further(layers: tuple[str, ...]) -> None:
     """The same logits, without the layers behind; a pass for other layers reaches those."""
     made = body()
-    whole, short = (Adversary(layers=layers, stops=stops and stops_at(made, layers)) for stops in (False, True))
-    heads = whole.heads(made)
-    given = (
-        torch.randn(4, *SHAPE),
-        torch.full((4,), 0.5, dtype=F64),
-        torch.randn(4, *SHAPE),
-        torch.tensor([0, 1, 2, -1]),
-    )
-    expected = whole.logits(made, heads, *given)
+    discriminator = told(made, Adversary(layers=layers))
+    x, noise = torch.randn(4, *SHAPE), torch.randn(4, *SHAPE)
+    t, cond = torch.full((4,), 0.5, dtype=F64), torch.tensor([0, 1, 2, -1])
+    expected = discriminator(tapped(made, layers, made.schedule.add_noise(x, noise, t), t, cond)[1], t)
     reached: list[int] = []
     made.net.up[0].register_forward_hook(lambda *_: reached.append(1))
-    assert torch.equal(short.logits(made, heads, *given), expected)
+    assert torch.equal(discriminator.noised_logits(made, x, t, noise, cond), expected)
     assert len(reached) == (layers != ("middle.2",))
 
 
 def test_the_students_gradient_passes_through_body_and_heads_which_stay() -> None:
-    made, adversary = body(), Adversary(Hinge(), layers=("middle.2",))
-    heads = adversary.heads(made)
+    made = body()
+    discriminator = told(made, Adversary(Hinge(), layers=("middle.2",)))
     x = torch.randn(4, *SHAPE, requires_grad=True)
-    with gradients(made, "input"), gradients(heads, "input"):
-        adversary.student_loss(made, heads, x, torch.zeros(4).long(), Rng(0)).backward()
+    with gradients(made, "input"), gradients(discriminator, "input"):
+        discriminator.student_loss(made, x, torch.zeros(4).long(), Rng(0)).backward()
     assert float(x.grad.abs().max()) > 0
-    assert all(p.grad is None for p in [*made.parameters(), *heads.parameters()])
+    assert all(p.grad is None for p in [*made.parameters(), *discriminator.parameters()])
 
 
 def test_pairs_are_compared_at_the_same_times() -> None:
     """Data that are the samples, with the same noise, would tie: the times are shared and the noise is fresh."""
     made, seen = body(), []
+    discriminator = told(made, Adversary(Relativistic()))
     made.features = lambda x, t, cond: seen.append((x, t)) or torch.zeros(len(x), 16, 2, 2)  # type: ignore[method-assign]
-    adversary = Adversary(Relativistic())
     x = torch.randn(3, *SHAPE)
-    loss = adversary.student_loss(made, FeatureHead((16, 2, 2)), x, None, Rng(0), real=x)
+    loss = discriminator.student_loss(made, x, None, Rng(0), real=x)
     (fake, t), (real, s) = seen
     assert torch.equal(t, s) and not torch.equal(fake, real)
     assert float(loss.detach()) == pytest.approx(math.log(2))
@@ -170,10 +173,10 @@ def test_penalties_are_squared_slopes() -> None:
     head = Affine()
     nn.init.constant_(head.layer.weight, 1.5)
     x, y = torch.zeros(20000, 1, dtype=F64), torch.ones(20000, 1, dtype=F64)
-    plain, _ = Adversary(law=Uniform(0, 0)).discriminator_loss(world, head, x, y, None, Rng(0))
+    plain, _ = told(world, Adversary(law=Uniform(0, 0)), head).loss(world, x, y, None, Rng(0))
     for r1, r2 in ((3.0, 0.0), (0.0, 2.0), (1.0, 1.0)):
         adversary = Adversary(law=Uniform(0, 0), r1=r1, r2=r2, r1_sigma=0.2)
-        loss, logs = adversary.discriminator_loss(world, head, x, y, None, Rng(0))
+        loss, logs = told(world, adversary, head).loss(world, x, y, None, Rng(0))
         expected = (r1 + r2) * (0.2 * 1.5) ** 2
         assert float(logs["gradient_penalty"]) == pytest.approx(expected, rel=0.05)  # 5 standard errors of 20,000
         assert float((loss - plain).detach()) == pytest.approx(float(logs["gradient_penalty"]), rel=1e-9)

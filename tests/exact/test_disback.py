@@ -236,11 +236,11 @@ def test_the_critic_starts_as_the_last_node_and_the_head_goes_on() -> None:
     nets = Backtracking(host).networks(begin)
     assert torch.equal(weights(nets.critic), weights(made["critic"]))
     assert not torch.equal(weights(nets.critic), weights(start.teacher))
-    assert torch.equal(weights(nets.head), weights(made["head"]))
+    assert torch.equal(weights(nets.discriminator), weights(made["discriminator"]))
     assert torch.equal(weights(nets.student), weights(start.teacher))
     nets.critic.net.leave.bias.data += 1  # what trains is no longer the node
     assert torch.equal(weights(made["critic"]), weights(Backtracking(host).networks(begin).critic))
-    wrong = dataclasses.replace(begin, made={**made, "head": nn.Linear(2, 2)})
+    wrong = dataclasses.replace(begin, made={**made, "discriminator": nn.Linear(2, 2)})
     with pytest.raises(RuntimeError, match="Missing key"):
         Backtracking(host).networks(wrong)
 

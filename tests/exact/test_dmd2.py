@@ -13,7 +13,7 @@ from fewstep.exact import Gaussian
 from fewstep.flow_maps import Jump
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Networks, Progress
-from fewstep.methods.parts.adversary import Adversary, NonSaturating, accuracy
+from fewstep.methods.parts.adversary import NonSaturating, accuracy
 from fewstep.methods.parts.distribution_matching import critic_loss, two_optimizers
 from fewstep.methods.parts.score_matching import matching_vector, surrogate
 from fewstep.methods.parts.times import Own
@@ -25,7 +25,6 @@ from fewstep.sampling.rollout import Call, Plan, rollout
 from fewstep.schedules import EDM, FlowMatching, TrigFlow, VPLinear, align
 
 F64 = torch.float64
-LOGITS = Adversary().logits
 
 
 def test_surrogate_gradient_is_the_vector() -> None:
@@ -110,18 +109,18 @@ def test_each_update_reaches_its_own_networks_only(kind: str) -> None:
     first = next(updates)
     assert first.group == "student"
     first.loss.backward()
-    for name in ("critic", "head", "teacher"):
+    for name in ("critic", "discriminator", "teacher"):
         assert all(p.grad is None for p in nets.get_submodule(name).parameters()), name
-    assert not any(p.requires_grad for p in [*nets.critic.parameters(), *nets.head.parameters()])
+    assert not any(p.requires_grad for p in [*nets.critic.parameters(), *nets.discriminator.parameters()])
     assert any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in nets.student.parameters())
     nets.zero_grad(set_to_none=True)
     second = next(updates)
     assert second.group == "critic" and all(
-        p.requires_grad for p in [*nets.critic.parameters(), *nets.head.parameters()]
+        p.requires_grad for p in [*nets.critic.parameters(), *nets.discriminator.parameters()]
     )
     second.loss.backward()
     assert all(p.grad is None for p in [*nets.student.parameters(), *nets.teacher.parameters()])
-    for name in ("critic", "head"):
+    for name in ("critic", "discriminator"):
         assert any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in nets.get_submodule(name).parameters())
 
 
@@ -130,18 +129,18 @@ def test_gan_gradient_passes_through_the_frozen_critic() -> None:
     nets = DMD2().networks(Start(teacher_network()))
     x = torch.randn(4, 1, 8, 8, requires_grad=True)
     t = torch.full((4,), 0.8, dtype=F64)
-    with gradients(nets.critic, "input"), gradients(nets.head, "input"):
-        told = LOGITS(nets.critic, nets.head, x, t, torch.randn(4, 1, 8, 8), torch.zeros(4).long())
+    with gradients(nets.critic, "input"), gradients(nets.discriminator, "input"):
+        told = nets.discriminator.noised_logits(nets.critic, x, t, torch.randn(4, 1, 8, 8), torch.zeros(4).long())
         NonSaturating().generator(told).backward()
     assert float(x.grad.abs().max()) > 0
-    assert all(p.grad is None for p in [*nets.critic.parameters(), *nets.head.parameters()])
+    assert all(p.grad is None for p in [*nets.critic.parameters(), *nets.discriminator.parameters()])
 
 
 def test_without_gan_and_ratio_one_the_student_gradient_is_dmds() -> None:
     """With gan_weight 0 and one critic step, the update is the surrogate of the DMD vector at the same draws."""
     method = DMD2(gan_weight=0.0, critic_steps=1)
     nets = method.networks(Start(teacher_network()))
-    assert "head" not in dict(nets.named_children())
+    assert "discriminator" not in dict(nets.named_children())
     (update, *_) = method.updates(nets, batch_of(seed=3), Progress())
     update.loss.backward()
     got = [p.grad.clone() for p in nets.student.parameters() if p.grad is not None]
@@ -172,7 +171,7 @@ def test_the_students_loss_at_the_same_draws_with_a_gan() -> None:
     again = batch_of(seed=5)
     plain, _ = DMD2(gan_weight=0.0).student_loss(nets, again, again.x)
     tau = nets.teacher.schedule.own_time(again.rng.uniform(6, low=0.0, high=1.0))
-    fake = LOGITS(nets.critic, nets.head, again.x, tau, again.rng.normal_like(again.x), again.cond)
+    fake = nets.discriminator.noised_logits(nets.critic, again.x, tau, again.rng.normal_like(again.x), again.cond)
     expected = torch.log1p(torch.exp(-fake)).mean()
     torch.testing.assert_close(logs["gan"], expected.detach())
     torch.testing.assert_close(loss.detach(), plain.detach() + 0.5 * expected.detach())
@@ -198,8 +197,9 @@ def test_the_critics_loss_at_the_same_draws() -> None:
     denoising = critic_loss(nets.critic, x, again.cond, again.rng)
     tau = nets.critic.schedule.own_time(again.rng.uniform(6, low=0.0, high=1.0))
     noises = [again.rng.normal_like(x) for _ in range(2)]
+    game = nets.discriminator
     real, fake = (
-        LOGITS(nets.critic, nets.head, y, tau, n, again.cond) for y, n in zip((again.x, x), noises, strict=True)
+        game.noised_logits(nets.critic, y, tau, n, again.cond) for y, n in zip((again.x, x), noises, strict=True)
     )
     expected = denoising + 0.25 * (torch.log1p(torch.exp(-real)) + torch.log1p(torch.exp(fake))).mean()
     torch.testing.assert_close(loss, expected)

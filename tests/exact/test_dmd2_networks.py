@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.denoisers import Denoiser, NetworkDenoiser, OnSchedule
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.method import Batch, Method, Networks, Progress, Update
-from fewstep.methods.parts.adversary import Adversary
+from fewstep.methods.parts.adversary import Adversary, Discriminator
 from fewstep.methods.parts.heads import FeatureHead
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.denoising import Denoising
@@ -78,15 +78,16 @@ def test_a_view_tells_the_discriminator_what_its_network_does() -> None:
     made = teacher()
     view = made.on(EDM())
     assert isinstance(view, OnSchedule) and view.feature_shape == made.feature_shape
-    head = FeatureHead(view.feature_shape)
     x, noise, cond = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE), torch.tensor([0, 2])
     level = torch.tensor([0.3, 4.0], dtype=torch.float64)
     here, there = (d.schedule.time_at(-level.log()) for d in (made, view))
     assert not torch.allclose(here, there)
-    told = Adversary().logits
+    game = Discriminator(Adversary(), view)
+    assert Discriminator(Adversary(), made).layers == game.layers
     torch.testing.assert_close(
-        told(view, head, x, there, noise, cond), told(made, head, x, here, noise, cond), rtol=1e-4, atol=1e-5
-    )
+        game.noised_logits(view, x, there, noise, cond), game.noised_logits(made, x, here, noise, cond),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", [EDM(), FlowMatching(t_min=1e-3)], ids=lambda s: type(s).__name__)

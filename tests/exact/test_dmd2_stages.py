@@ -18,6 +18,7 @@ from fewstep.methods.matching import dmd2
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.matching.dmd2_stages import DMD2Stages, PairPretraining
 from fewstep.methods.method import Batch, Networks, Progress, alone
+from fewstep.methods.parts.adversary import Adversary, Discriminator
 from fewstep.methods.parts.distribution_matching import renoising_plan, two_optimizers
 from fewstep.methods.start import Start
 from fewstep.networks import MLP
@@ -185,12 +186,15 @@ def test_a_discriminator_on_the_teacher_leaves_the_critic_alone() -> None:
         loss.backward()
         slopes[name] = {group: [p.grad for p in nets.get_submodule(group).parameters()] for group in ("critic",)}
         if name != "without":
-            slopes[name]["head"] = [p.grad for p in nets.head.parameters()]
+            slopes[name]["discriminator"] = [p.grad for p in nets.discriminator.parameters()]
         assert ("gradient_penalty" in logs) == (name == "r1")
     for name in ("game", "r1"):
         for one, other in zip(slopes[name]["critic"], slopes["without"]["critic"], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
-    assert any(not torch.equal(a, b) for a, b in zip(slopes["game"]["head"], slopes["r1"]["head"], strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(slopes["game"]["discriminator"], slopes["r1"]["discriminator"], strict=True)
+    )
     on_the_critic = DMD2(gan_weight=0.1, r1=10.0)
     nets = on_the_critic.networks(Start(teacher())).double()
     assert "gradient_penalty" in on_the_critic.critic_loss(nets, batch_of(seed=4), batch_of(seed=5).x)[1]
@@ -212,13 +216,6 @@ class Score(nn.Module):
         return -x - self.mean if self.pure else (-self.mean * t.sin())[:, None].expand_as(x)
 
 
-class Line(nn.Linear):
-    layers, stops = ("seen",), False
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return super().forward(features[0])
-
-
 def final_mean(gan_weight: float) -> float:
     """Of a student that begins at 0 under a teacher that says 1 of data whose mean is 2."""
     schedule, n = TrigFlow(sigma_data=1.0), 8
@@ -226,13 +223,13 @@ def final_mean(gan_weight: float) -> float:
         NetworkDenoiser(net, schedule, TrigPrediction(sigma_data=1.0), (n,))
         for net in (Score(0.0, pure=True), Score(0.0), Score(1.0))
     )
-    head = Line(n, 1).double()
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    game = Discriminator(Adversary(layers=("seen",), head=lambda shape: nn.Linear(*shape, 1)), wrong).double()
+    for p in game.parameters():
+        nn.init.zeros_(p)
     method = DMD2(gan_weight=gan_weight, discriminator="teacher", discriminator_weight=1.0)
-    modules = {"student": Jump(student), "critic": critic, "teacher": wrong, "head": head}
-    nets = Networks(modules, two_optimizers(1.0, 1.0, 1.0, 0, ("critic", "head")))
-    rates = {"student": 0.1, "critic": 0.05, "head": 0.5}
+    modules = {"student": Jump(student), "critic": critic, "teacher": wrong, "discriminator": game}
+    nets = Networks(modules, two_optimizers(1.0, 1.0, 1.0, 0, ("critic", "discriminator")))
+    rates = {"student": 0.1, "critic": 0.05, "discriminator": 0.5}
     course = []
     for step in range(200):
         rng = Rng(0, step)

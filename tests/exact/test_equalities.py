@@ -647,7 +647,7 @@ def matched(method: DMD2 | FDistill, group: str, equal_logits: bool = False) -> 
     moved(nets, "student")
     moved(nets, "critic")
     if equal_logits:
-        for p in nets.head.parameters():
+        for p in nets.discriminator.parameters():
             p.data.zero_()
     updates = alone(method.updates(nets, batch(), Progress()))
     loss = next(update.loss for update in updates if group in update.groups)

@@ -18,13 +18,13 @@ from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.exact import Gaussian, Mixture1D
 from fewstep.methods.matching.f_distill import DIVERGENCES, FDistill, Name, ratio_of, relative_ratio
-from fewstep.methods.method import Batch, Networks, Progress, Question, Update, alone
-from fewstep.methods.parts.distribution_matching import two_optimizers
+from fewstep.methods.method import Batch, Progress, Question, Update, alone
+from fewstep.methods.parts.adversary import Adversary, Discriminator
 from fewstep.methods.parts.score_matching import TwoScores, by_noise, surrogate, weighted_difference
 from fewstep.methods.parts.times import Own, Segments
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
-from fewstep.networks.taps import bottleneck, tapped
+from fewstep.networks.taps import bottleneck
 from fewstep.predictions import TrigPrediction
 from fewstep.randomness import Rng
 from fewstep.schedules import EDM, FlowMatching, Schedule, TrigFlow, VPLinear
@@ -176,7 +176,7 @@ def test_one_pass_of_each_network_gives_scores_and_logits(body: Any, guidance: f
     once more for the adversarial term, at times of its own."""
     method = FDistill(discriminator=body, guidance=guidance, gan_weight=0.5)
     nets = method.networks(Start(network()))
-    assert nets.head.layers == (bottleneck(nets.teacher),) == ("blocks.1",)
+    assert nets.discriminator.layers == (bottleneck(nets.teacher),) == ("blocks.1",)
     calls = {"teacher": 0, "critic": 0}
 
     def count(name: str) -> None:
@@ -199,7 +199,7 @@ def test_each_update_reaches_its_own_networks_only(body: Any, kind: str) -> None
     updates = alone(method.updates(nets, batch_of(), Progress()))
     update = next(updates)
     update.loss.backward()
-    for name in ("critic", "head", "teacher"):
+    for name in ("critic", "discriminator", "teacher"):
         assert all(p.grad is None for p in nets.get_submodule(name).parameters()), name
     assert any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in nets.student.parameters())
     assert nets.levels.mean.tolist() == [1.0] * 10
@@ -209,9 +209,9 @@ def test_each_update_reaches_its_own_networks_only(body: Any, kind: str) -> None
     nets.zero_grad(set_to_none=True)
     next(updates).loss.backward()
     assert all(p.grad is None for p in [*nets.student.parameters(), *nets.teacher.parameters()])
-    for name in ("critic", "head"):
+    for name in ("critic", "discriminator"):
         assert any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in nets.get_submodule(name).parameters())
-    assert len(nets.head.heads) == 2 and method.adversary(nets).layers == nets.head.layers
+    assert len(nets.discriminator.heads.heads) == 2
 
 
 class Squares(nn.Module):
@@ -225,29 +225,20 @@ class Squares(nn.Module):
         return self.squares(torch.cat([x, x.square()], 1))[:, :1]
 
 
-class Regression(nn.Linear):
-    layers, stops = ("squares",), False
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return super().forward(features[0])
-
-
 def test_the_discriminator_finds_the_log_ratio_of_noised_laws() -> None:
     """Trained as the method trains it, a discriminator that can be a quadratic is ``log p_t - log q_t`` of two noised
     Gaussians, data over samples; what it says weighs samples by ``p_t / q_t`` for the KL divergence, and by the
     inverse, which is Neyman's, were its sign the other."""
     schedule = FlowMatching(t_min=0.4999, t_max=0.5)  # one noise level
     body = NetworkDenoiser(Squares(), schedule, TrigPrediction(sigma_data=0.7), (1,))
-    head, n = Regression(2, 1).double(), 16_000
-    modules = {"student": nn.Linear(1, 1), "critic": nn.Linear(1, 1), "teacher": body, "head": head}
-    nets = Networks(modules, two_optimizers(0, 0, 1.0, 0, ("critic", "head")))
+    n = 16_000
+    game = Discriminator(Adversary(layers=("squares",), head=lambda shape: nn.Linear(*shape, 1)), body).double()
     data, fake = Rng(1).normal(n, 1, dtype=F64) + 0.8, 1.5 * Rng(2).normal(n, 1, dtype=F64) - 0.3
-    game = FDistill(divergence="kl").adversary(nets)
-    optimiser = torch.optim.LBFGS(head.parameters(), max_iter=40, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(game.parameters(), max_iter=40, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss, _ = game.discriminator_loss(body, head, data, fake, None, Rng(3))
+        loss, _ = game.loss(body, data, fake, None, Rng(3))
         loss.backward()
         return loss
 
@@ -256,7 +247,7 @@ def test_the_discriminator_finds_the_log_ratio_of_noised_laws() -> None:
     t = torch.full((40,), 0.5, dtype=F64)
     laws = [Gaussian(schedule, torch.tensor([m], dtype=F64), v) for m, v in ((0.8, 1.0), (-0.3, 2.25))]
     ratio = laws[0].log_density(x, t) - laws[1].log_density(x, t)
-    logit = head(tapped(body, head.layers, x, t)[1])
+    logit = game.logits(body, x, t, None)
     assert float((logit[:, 0] - ratio).abs().max()) < 0.06 < 0.2 * float(ratio.abs().max())
     weights = {
         (name, sign): answered(FDistill(divergence=name).weights(sign * logit, t, schedule, torch.ones(1, dtype=F64)))[

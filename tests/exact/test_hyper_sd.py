@@ -34,7 +34,8 @@ from fewstep.training.settings import Rank, Settings
 PUBLISHED = {
     "segments": (8, 4, 2, 1), "lr": 1e-6, "steps": (1, 2, 4, 8), "target_time": False, "distance": "l2",
     **dict.fromkeys(
-        ("distance_weights", "adversarial_weights", "skip", "mu", "guidance_min", "guidance_max", "discriminator_lr",
+        ("distance_weights", "adversarial_weights", "skip", "mu", "guidance_min", "guidance_max", "discriminator_rank",
+         "discriminator_lr",
          "feedback", "margins", "feedback_lr", "feedback_weight", "regression_weight", "pairs", "ode_steps",
          "consistency_weight", "critic_lr", "tscd_share", "feedback_share", "one_step_share", "eta"), ...),
     "optimizer": dict.fromkeys(

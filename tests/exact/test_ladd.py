@@ -14,7 +14,7 @@ from fewstep.denoisers import NetworkDenoiser
 from fewstep.exact import Gaussian
 from fewstep.methods.matching.ladd import LADD
 from fewstep.methods.method import Batch, Progress
-from fewstep.methods.parts.adversary import AdversarialLoss, Adversary, Hinge, NonSaturating
+from fewstep.methods.parts.adversary import AdversarialLoss, Adversary, Discriminator, Hinge, NonSaturating
 from fewstep.methods.parts.heads import PatchHead, Told, ToldHeads
 from fewstep.methods.parts.times import Uniform
 from fewstep.methods.start import Start
@@ -83,12 +83,12 @@ def test_the_optimum_is_the_log_ratio_at_the_noised_input(game: AdversarialLoss)
     alpha, variance = 1 - s, (1 - s) ** 2 * v + s**2
     slope, middle = alpha * (mp - mq) / variance, alpha * (mp + mq) / 2
     body = Line(FlowMatching(), torch.zeros(1, dtype=F64), v)
-    rules, rng = Adversary(game, Uniform(s, s)), Rng(0)
+    rng = Rng(0)
     real, fake = (m + math.sqrt(v) * rng.normal(n, 1, dtype=F64) for m in (mp, mq))
 
     def loss(head: nn.Module) -> Tensor:
-        found: Tensor = rules.discriminator_loss(body, head, real, fake, None, Rng(1))[0]
-        return found
+        told = Discriminator(Adversary(game, Uniform(s, s), head=lambda _: head), body)
+        return told.loss(body, real, fake, None, Rng(1))[0]
 
     if isinstance(game, Hinge):
         variation = math.erf(alpha * (mp - mq) / 2 / math.sqrt(2 * variance))

@@ -28,7 +28,7 @@ from fewstep.methods.consistency.mlcm import (
     trajectory_states,
 )
 from fewstep.methods.method import Batch, Method, Networks, Progress, alone
-from fewstep.methods.parts.adversary import Adversary
+from fewstep.methods.parts.adversary import Discriminator
 from fewstep.methods.parts.distances import Plain, l2
 from fewstep.methods.parts.distribution_matching import critic_loss
 from fewstep.methods.parts.teacher_steps import ddim_steps, times_between
@@ -235,7 +235,8 @@ def test_a_reward_moves_the_samples_as_far_as_its_margin() -> None:
 
 def test_matching_is_a_game_of_one_call_against_several() -> None:
     """From one noise; the student moves in every fifth iteration, the critic before; the student's update reaches the
-    student only, the critic's critic and head only; no more calls than the rollout's and the two with a gradient."""
+    student only, the critic's critic and discriminator; no more calls than the rollout's and the two with a
+    gradient."""
     method = SelfMatching(student_steps=4, gan_weight=1.0, discriminator_weight=1.0)
     nets = method.networks(Start(network().float()))
     nets.student.denoiser = CountCalls(nets.student.denoiser)
@@ -246,14 +247,18 @@ def test_matching_is_a_game_of_one_call_against_several() -> None:
     first = next(updates)
     assert first.groups == ("student",) and nets.student.denoiser.calls in (5, 6)
     first.loss.backward()
-    assert all(p.grad is None for name in ("critic", "head", "teacher") for p in nets.get_submodule(name).parameters())
+    assert all(
+        p.grad is None for name in ("critic", "discriminator", "teacher") for p in nets.get_submodule(name).parameters()
+    )
     assert any(float(p.grad.abs().max()) > 0 for p in nets.student.parameters() if p.grad is not None)
     nets.zero_grad(set_to_none=True)
     second = next(updates)
     second.loss.backward()
     assert second.groups == ("critic",)
     assert all(p.grad is None for name in ("student", "teacher") for p in nets.get_submodule(name).parameters())
-    assert all(any(p.grad is not None for p in nets.get_submodule(name).parameters()) for name in ("critic", "head"))
+    assert all(
+        any(p.grad is not None for p in nets.get_submodule(name).parameters()) for name in ("critic", "discriminator")
+    )
 
 
 def test_the_real_ones_are_samples_of_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,17 +266,17 @@ def test_the_real_ones_are_samples_of_several_calls(monkeypatch: pytest.MonkeyPa
     noise as generated; the critic learns the predictions of a random call."""
     shown: list[tuple[Tensor, Tensor]] = []
     learned: list[Tensor] = []
-    kept = Adversary.discriminator_loss
+    kept = Discriminator.loss
 
-    def seen(self: Any, body: Any, heads: Any, real: Tensor, fake: Tensor, *rest: Any) -> Any:
+    def seen(self: Any, body: Any, real: Tensor, fake: Tensor, *rest: Any) -> Any:
         shown.append((real, fake))
-        return kept(self, body, heads, real, fake, *rest)
+        return kept(self, body, real, fake, *rest)
 
     def critic(model: Any, x: Tensor, *rest: Any) -> Tensor:
         learned.append(x)
         return critic_loss(model, x, *rest)
 
-    monkeypatch.setattr(Adversary, "discriminator_loss", seen)
+    monkeypatch.setattr(Discriminator, "loss", seen)
     monkeypatch.setattr("fewstep.methods.consistency.mlcm.critic_loss", critic)
     method = SelfMatching(student_steps=3)
     nets = method.networks(Start(network().float()))

@@ -41,6 +41,7 @@ F64 = torch.float64
 PUBLISHED = {
     "lr": 8e-6, "distance": "l2", "skip": 24, "mu": ..., "guidance_min": ..., "guidance_max": ..., "sigma_data": 0.5,
     "time_scale": 10.0, "steps": (1, 2, 4), "noise": ..., "substeps": 3, "gan_weight": 0.4, "layers": ...,
+    "discriminator_rank": 64,
     "critic_lr": 2e-5,
     "optimizer": dict.fromkeys(("kind", "betas", "eps", "weight_decay", "clip", "warmup", "decay"), ...),
 }  # fmt: skip
@@ -270,21 +271,25 @@ def test_each_update_reaches_its_own_networks_only() -> None:
     first = next(updates)
     assert first.groups == ("student",) and first.then is not None
     first.loss.backward()
-    assert all(p.grad is None for name in ("head", "body", "target") for p in nets.get_submodule(name).parameters())
+    assert all(
+        p.grad is None for name in ("discriminator", "body", "target") for p in nets.get_submodule(name).parameters()
+    )
     with_game = [p.grad.clone() for p in nets.student.parameters() if p.grad is not None]
     nets.zero_grad(set_to_none=True)
     second = next(updates)
-    assert second.groups == ("discriminator",) and nets.group_parameters("discriminator") == [*nets.head.parameters()]
+    assert second.groups == ("discriminator",) and nets.group_parameters("discriminator") == [
+        *nets.discriminator.parameters()
+    ]
     second.loss.backward()
     assert all(p.grad is None for name in ("student", "body") for p in nets.get_submodule(name).parameters())
-    assert any(float(p.grad.abs().max()) > 0 for p in nets.head.parameters())
+    assert any(float(p.grad.abs().max()) > 0 for p in nets.discriminator.parameters())
     longer = StochasticConsistencyDistillation(gan_weight=1.0, substeps=7)
     nets = longer.networks(Start(network().float()))
     judged = [update.loss for update in longer.updates(nets, single(), Progress())][1]
     assert torch.equal(judged, second.loss)  # the teacher's walk has draws of its own
     bare = StochasticConsistencyDistillation(gan_weight=0.0)
     nets = bare.networks(Start(network().float()))
-    assert not {"head", "body"} & set(dict(nets.named_children()))
+    assert not {"discriminator", "body"} & set(dict(nets.named_children()))
     (update,) = bare.updates(nets, single(), Progress())
     update.loss.backward()
     alone = [p.grad for p in nets.student.parameters() if p.grad is not None]
@@ -299,6 +304,6 @@ def test_the_discriminator_sees_the_layers_that_are_named_of_the_guide() -> None
     nets = StochasticConsistencyDistillation(layers=("blocks.0", "leave")).networks(
         Start(network(), given={"guide": guide})
     )
-    assert nets.body.net is guide.net and len(nets.head.heads) == 2
+    assert nets.body.net is guide.net and len(nets.discriminator.heads.heads) == 2
     with pytest.raises(ValueError, match=r"the guide makes samples \[1\], the teacher \[3\]"):
         StochasticConsistencyDistillation().networks(Start(network(), given={"guide": line_network(0)}))

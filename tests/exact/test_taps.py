@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fewstep.data.dataset import Dataset
 from fewstep.denoisers import Clipped, Denoiser, NetworkDenoiser, OnSchedule
 from fewstep.guidance import Autoguided, Guided
+from fewstep.methods.consistency.ctm import ConsistencyTrajectory
+from fewstep.methods.consistency.mlcm import SelfMatching
+from fewstep.methods.consistency.pcm import PhasedConsistencyDistillation
+from fewstep.methods.consistency.sana_sprint import SanaSprint
+from fewstep.methods.consistency.scott import StochasticConsistencyDistillation
+from fewstep.methods.consistency.tscd import SegmentedConsistency
+from fewstep.methods.flow_maps.align_your_flow import AlignYourFlow
 from fewstep.methods.matching.dmd2 import DMD2
 from fewstep.methods.matching.f_distill import FDistill
+from fewstep.methods.matching.ladd import LADD
+from fewstep.methods.method import Batch, Progress, alone
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
-from fewstep.networks.taps import feature_shapes, spread_layers, stops_at, tappable_layers, tapped
+from fewstep.networks.inputs import with_inputs
+from fewstep.networks.taps import bottleneck, feature_shapes, spread_layers, stops_at, tappable_layers, tapped
 from fewstep.predictions import TrigPrediction
+from fewstep.randomness import Rng
 from fewstep.schedules import EDM, TrigFlow
 
 SHAPE = (1, 8, 8)
@@ -76,7 +90,7 @@ def test_layers_are_spread_over_the_depth() -> None:
             super().__init__()
             self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(20))
 
-        def forward(self, x: torch.Tensor, t: torch.Tensor, cond: object = None) -> torch.Tensor:
+        def forward(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
             for block in self.blocks:
                 x = block(x)
             return x
@@ -101,7 +115,7 @@ class Twice(nn.Module):
         super().__init__()
         self.block, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: object = None) -> torch.Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
         return self.block(self.block(x))
 
 
@@ -115,30 +129,74 @@ def test_what_cannot_be_tapped_is_said() -> None:
     }.items():
         with pytest.raises(ValueError, match=said):
             tapped(twice, (layer,), x, t)
-    with pytest.raises(ValueError, match="has no list of layers"):
+    with pytest.raises(ValueError, match="no layer of this Twice gives features"):
         tappable_layers(twice)
     with pytest.raises(ValueError, match="made of 2"):
         tapped(Autoguided(teacher(), teacher(), 2.0), ("middle.2",), X, T, COND)
 
 
-def test_a_network_without_features_is_told_so_in_one_line() -> None:
-    """A network of somebody's own that only predicts: discriminators on its bottleneck are refused, those on its layers
-    are not."""
+class Blocks(nn.Module):
+    """A network of somebody's own, a list of layers, that only predicts."""
 
-    class Own(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
 
-        def forward(self, x: torch.Tensor, t: torch.Tensor, cond: object = None) -> torch.Tensor:
-            for block in self.blocks:
-                x = block(x)
-            return x
+    def forward(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
 
-    own = NetworkDenoiser(Own(), TrigFlow(), TrigPrediction(), (2,))
-    for recipe in (DMD2(), FDistill()):
-        with pytest.raises(ValueError, match="a Own says no features") as found:
-            recipe.networks(Start(own))
-        assert "\n" not in str(found.value)
-    heads = FDistill(heads=2).networks(Start(own)).head
-    assert heads.layers == spread_layers(own, 2) and not heads.stops
+
+class Hourglass(nn.Module):
+    """Another one, without lists; its places are fewest in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.enter = nn.Linear(1, 4), nn.Conv2d(1, 4, 3, padding=1)
+        self.shrink, self.grow = nn.Conv2d(4, 8, 2, 2), nn.ConvTranspose2d(8, 4, 2, 2)
+        self.leave = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
+        hidden = self.enter(x) + self.time(t[:, None].float())[:, :, None, None]
+        return self.leave(self.grow(self.shrink(hidden).relu()))
+
+
+def test_the_bottleneck_of_a_network_without_features_is_a_layer_of_the_fewest_places() -> None:
+    blocks = NetworkDenoiser(Blocks(), TrigFlow(), TrigPrediction(), (2,))
+    hourglass = NetworkDenoiser(Hourglass(), TrigFlow(), TrigPrediction(), SHAPE)
+    assert tappable_layers(hourglass) == {
+        "enter": (4, 8, 8), "shrink": (8, 4, 4), "grow": (4, 8, 8), "leave": (1, 8, 8)
+    }  # fmt: skip
+    assert (bottleneck(blocks), bottleneck(hourglass)) == ("blocks.1", "shrink")
+    assert not stops_at(blocks, ("blocks.1",)) and not stops_at(hourglass, ("shrink",))
+    with pytest.raises(ValueError, match="a Blocks says no features: an energy distance needs"):
+        blocks.features(torch.zeros(1, 2), 0.5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DMD2(), DMD2(discriminator="teacher"), FDistill(), FDistill(heads=2), LADD(pairs=0),
+        SanaSprint(), StochasticConsistencyDistillation(), SelfMatching(),
+        SegmentedConsistency(adversarial_weight=1.0), PhasedConsistencyDistillation(gan_share=1.0),
+        ConsistencyTrajectory(gan_share=1.0), AlignYourFlow(gan_share=1.0),
+    ],
+    ids=lambda m: m.name,
+)  # fmt: skip
+def test_every_discriminator_works_on_a_network_without_features(method: Any) -> None:
+    """Its gradient reaches its heads, and the student's comes through it."""
+    torch.manual_seed(0)
+    teacher, student = (NetworkDenoiser(Hourglass(), TrigFlow(), TrigPrediction(), SHAPE, 3) for _ in range(2))
+    further = {"scott": ("w",), "sana-sprint": ("w",), "ctm": ("s",), "ayf": ("s", "w")}.get(method.name, ())
+    student.net = with_inputs(student.net, further, site="time")
+    nets = method.networks(Start(teacher, Dataset("points", X, COND.clamp_min(0)), given={"student": student}))
+    reached = set()
+    for step in range(6):
+        batch = Batch(X, COND.clamp_min(0), Rng(0, step))
+        for update in alone(method.updates(nets, batch, Progress(step, fraction=0.5))):
+            update.loss.backward()
+            reached |= {
+                n.split(".")[0] for n, p in nets.named_parameters() if p.grad is not None and bool(p.grad.any())
+            }
+    assert {"student", "discriminator"} <= reached

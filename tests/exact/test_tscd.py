@@ -26,7 +26,8 @@ from fewstep.schedules import EDM, FlowMatching, Schedule, VPLinear
 #: given.
 PUBLISHED = {
     "segments": ..., "lr": 1e-6, "skip": ..., "mu": ..., "guidance_min": ..., "guidance_max": ..., "distance": "l2",
-    "distance_weight": ..., "adversarial_weight": ..., "discriminator_lr": ..., "steps": (1, 2, 4, 8), "eta": ...,
+    "distance_weight": ..., "adversarial_weight": ..., "discriminator_rank": ...,
+    "discriminator_lr": ..., "steps": (1, 2, 4, 8), "eta": ...,
     "target_time": False,
     "optimizer": dict.fromkeys(
         ("kind", "betas", "eps", "weight_decay", "clip", "warmup", "decay"), ...
@@ -174,7 +175,7 @@ def test_both_sides_of_the_adversary_read_the_same_two_landings() -> None:
     first = next(updates)
     assert first.group == "student"
     first.loss.backward()
-    assert all(p.grad is None for p in nets.head.parameters())
+    assert all(p.grad is None for p in nets.discriminator.parameters())
     assert sum(float(p.grad.abs().sum()) for p in nets.group_parameters("student")) > 0
     second = next(updates)
     assert second.group == "discriminator" and not second.loss.isnan()
@@ -189,9 +190,9 @@ def test_both_sides_of_the_adversary_read_the_same_two_landings() -> None:
     assert all(abs(float(noise.square().mean()) - 1) < 0.3 for noise in noises)
     assert next(updates, None) is None
     plain = SegmentedConsistency(segments=2)
-    assert "head" not in dict(plain.networks(Start(network())).named_children())
+    assert "discriminator" not in dict(plain.networks(Start(network())).named_children())
     assert [u.group for u in plain.updates(plain.networks(Start(network())), batch(), Progress())] == ["student"]
-    assert isinstance(nets.head, FeatureHead)
+    assert isinstance(nets.discriminator.heads.heads[0], FeatureHead)
 
 
 def test_the_target_follows_after_the_update_only() -> None:

@@ -83,14 +83,16 @@ def tappable_layers(denoiser: Denoiser, cond: Cond = None) -> dict[str, tuple[in
     """The layers that a network is a sequence of, in the order in which they run, and the shape of one sample's
     features.
 
-    They are the members of its outermost lists of modules that give features of the highest rank (what embeds a time
-    or a condition has a lower one), found by one call on a sample of zeros, under ``cond`` of one row where the network
-    needs more than its "no condition" holds (a picture).  ValueError for a network without such lists.
+    They are the members of its outermost lists of modules, or without lists its own members, that give features of the
+    highest rank (what embeds a time or a condition has a lower one), found by one call on a sample of zeros, under
+    ``cond`` of one row where the network needs more than its "no condition" holds (a picture).  ValueError where
+    nothing gives any.
     """
     part = only_network(denoiser)
     lists = [name for name, module in part.net.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     names = [f"{name}.{child}" for name in outermost for child, _ in part.net.get_submodule(name).named_children()]
+    names = names or [name for name, _ in part.net.named_children()]
     order: list[str] = []
     with tapping(part.net, names) as seen, ExitStack() as stack:
         for name in names:
@@ -101,16 +103,21 @@ def tappable_layers(denoiser: Denoiser, cond: Cond = None) -> dict[str, tuple[in
     rank = max(map(len, shapes.values()), default=0)
     found = {name: shape for name, shape in shapes.items() if len(shape) == rank}
     if not found:
-        raise ValueError(f"a {type(part.net).__name__} has no list of layers: name the ones to tap")
+        raise ValueError(f"no layer of this {type(part.net).__name__} gives features: name the ones to tap")
     return found
 
 
 @torch.no_grad()
 def bottleneck(denoiser: Denoiser, cond: Cond = None) -> str:
     """The layer that gives what :meth:`Denoiser.features <fewstep.denoisers.Denoiser.features>` gives, found by one
-    call; ``cond`` as for :func:`tappable_layers`.  ValueError where they are no layer's own, or there are none."""
+    call; of a network that says no features the middle one of the :func:`tappable_layers` of the fewest places.
+    ``cond`` as for those.  ValueError where the features are no layer's own."""
     part = only_network(denoiser)
-    part.feature_shape  # noqa: B018 - refuses a network that has no features
+    if not says_features(part):
+        shapes = tappable_layers(denoiser, cond)
+        places = {name: math.prod(shape[1:] if len(shape) > 2 else shape[:-1]) for name, shape in shapes.items()}
+        fewest = [name for name, count in places.items() if count == min(places.values())]
+        return fewest[len(fewest) // 2]
     with tapping(part.net, [name for name, _ in part.net.named_modules() if name]) as seen:
         x, t, _ = trial_input(part)
         told = part.null if cond is None else to(cond, x.device)
@@ -121,13 +128,18 @@ def bottleneck(denoiser: Denoiser, cond: Cond = None) -> str:
     return own[-1]
 
 
+def says_features(part: NetworkDenoiser) -> bool:
+    """Whether a network has a pass that ends at its features."""
+    return getattr(part.net, "feature_shape", None) is not None
+
+
 def stops_at(denoiser: Denoiser, layers: Sequence[str], cond: Cond = None) -> bool:
     """Whether ``layers`` are the bottleneck alone, so that a pass for their features need not go further."""
-    if len(layers) != 1 or denoiser.network is None:
+    if len(layers) != 1 or denoiser.network is None or not says_features(denoiser.network):
         return False
     try:
         return bottleneck(denoiser, cond) == layers[0]
-    except (ValueError, TypeError):  # those of no layer, or with further inputs, or none at all
+    except (ValueError, TypeError):  # those of no layer, or with further inputs
         return False
 
 

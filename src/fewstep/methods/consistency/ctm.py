@@ -58,7 +58,7 @@ class _ConsistencyTrajectory(Method):
         "student/consistency": "small from the start, because g starts as the teacher's denoiser, and stays small",
         "student/denoising": "stays near the teacher's own denoising loss; a rise says that g(x, t, t) drifts from it",
     }
-    unstable: ClassVar[dict[str, Alarm]] = {"head/discriminator_accuracy": WON_GAME}
+    unstable: ClassVar[dict[str, Alarm]] = {"discriminator/discriminator_accuracy": WON_GAME}
 
     roles: ClassVar[tuple[str, ...]] = ("student",)
 
@@ -89,7 +89,7 @@ class _ConsistencyTrajectory(Method):
                 "target": copy.deepcopy(model),
                 "distance": self.distance.network(start.teacher.shape),
                 **self.asked(start, schedule),
-                **self.phase.modules(start.teacher.on(schedule)),
+                **self.phase.modules(start.teacher.on(schedule), start.condition()),
             },
             {"student": Optimizer(("student",), self.lr, kind="radam", decay="linear"), **self.phase.optimizers()},
             ema=("student",),
@@ -147,7 +147,7 @@ class _ConsistencyTrajectory(Method):
             others["denoising"] = Balanced(denoising, self.denoising_weight)
         with ExitStack() as stack:
             if phase.joins(progress):
-                stack.enter_context(nets.held("head"))
+                stack.enter_context(nets.held("discriminator"))
                 gan = phase.student_loss(nets, estimate, batch.cond, rng)
                 others["gan"] = Balanced(gan, 1.0, phase.least, phase.most)
             logs = {name: other.loss.detach() for name, other in others.items()}

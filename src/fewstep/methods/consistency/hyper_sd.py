@@ -55,7 +55,7 @@ from fewstep.methods.parts.score_matching import sample_std
 from fewstep.methods.parts.stores import pairs_of
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.start import Start
-from fewstep.ranges import Count, NonNegative, Share
+from fewstep.ranges import Count, Least, NonNegative, Share
 from fewstep.sampling.rollout import Student, rollout
 from fewstep.sampling.student_generator import StudentGenerator
 
@@ -202,6 +202,9 @@ class HyperSD(Recipe):
     guidance_min: Annotated[float, "least scale of the teacher's classifier-free guidance, 1 for none"] = 1.0
     guidance_max: Annotated[float, "greatest scale, drawn up to for every sample"] = 1.0
     distance: Annotated[Distance, "how two landings are compared"] = L2
+    discriminator_rank: Annotated[
+        int, Least(0), "rank of the weights that the discriminator trains in its decoder; 0 for a head alone"
+    ] = 0
     discriminator_lr: Annotated[NonNegative, "learning rate of the discriminator"] = 1e-3
     feedback: Annotated[Feedback, "what rates samples; given: the module brought as a reward"] = NO_FEEDBACK
     margins: Annotated[tuple[float, ...], "a reward above its margin has no gradient: one for each, or for all"] = (
@@ -254,5 +257,6 @@ class HyperSD(Recipe):
     def consistency(self, segments: int, distance_weight: float, adversarial_weight: float) -> SegmentedConsistency:
         return SegmentedConsistency(
             segments, self.lr, self.skip, self.mu, self.guidance_min, self.guidance_max, self.distance,
-            distance_weight, adversarial_weight, self.discriminator_lr, self.steps, self.eta, self.target_time,
+            distance_weight, adversarial_weight, discriminator_rank=self.discriminator_rank,
+            discriminator_lr=self.discriminator_lr, steps=self.steps, eta=self.eta, target_time=self.target_time,
         )  # fmt: skip

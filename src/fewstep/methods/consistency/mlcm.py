@@ -47,7 +47,7 @@ from fewstep.methods.method import (
     System,
     Update,
 )
-from fewstep.methods.parts.adversary import Adversary
+from fewstep.methods.parts.adversary import Adversary, Discriminator
 from fewstep.methods.parts.distances import L2, Distance
 from fewstep.methods.parts.distribution_matching import (
     LOST_MODES,
@@ -66,9 +66,6 @@ from fewstep.sampling.rollout import Call, Plan, Student, rollout
 from fewstep.sampling.student_generator import StudentGenerator
 from fewstep.sampling.student_samplers import ending_clean
 from fewstep.schedules import Schedule
-
-#: TLCM's game: softplus losses on the features of the critic.
-ADVERSARY = Adversary()
 
 
 @torch.no_grad()
@@ -262,10 +259,10 @@ class SelfMatching(_Multistep):
         modules = {
             "student": self.jump(start, teacher),
             "critic": start.network("critic", on=native.schedule),
-            "head": ADVERSARY.heads(native),
+            "discriminator": Discriminator(Adversary(), native, start.condition()),
             "teacher": guided(native, self.guidance),
         }
-        critic = Optimizer(("critic", "head"), self.critic_lr, kind="adamw", clip=1.0)
+        critic = Optimizer(("critic", "discriminator"), self.critic_lr, kind="adamw", clip=1.0)
         return Networks(modules, {**self.group(), "critic": critic}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
@@ -280,10 +277,10 @@ class SelfMatching(_Multistep):
             x = one if call is calls[0] else nets.student.to_data(call.x, call.t, cond)
             with nets.held("critic"):
                 loss, logs = matching_loss(x, nets.teacher, nets.critic, cond, rng)
-                game = ADVERSARY.student_loss(nets.critic, nets.head, one, cond, rng)
+                game = nets.discriminator.student_loss(nets.critic, one, cond, rng)
                 yield Update("student", loss + self.gan_weight * game, {**logs, "gan": game.detach()})
         denoising = critic_loss(nets.critic, call.out, cond, rng)
-        told, more = ADVERSARY.discriminator_loss(nets.critic, nets.head, real, calls[0].out, cond, rng)
+        told, more = nets.discriminator.loss(nets.critic, real, calls[0].out, cond, rng)
         loss = denoising + self.discriminator_weight * told
         yield Update("critic", loss, {"denoising": denoising.detach(), **more})
 

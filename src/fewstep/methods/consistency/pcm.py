@@ -29,7 +29,7 @@ from fewstep.methods.alarm import Alarm
 from fewstep.methods.consistency.lcm import SkippingDistillation
 from fewstep.methods.method import Batch, Networks, Paper, Progress, Question, System, Update
 from fewstep.methods.parts.adversarial_phase import AdversarialPhase
-from fewstep.methods.parts.adversary import Adversary, Hinge, accuracy
+from fewstep.methods.parts.adversary import Adversary, Hinge
 from fewstep.methods.parts.distribution_matching import WON_GAME
 from fewstep.methods.parts.score_matching import drop_condition
 from fewstep.methods.parts.times import Segments
@@ -104,8 +104,10 @@ class PhasedConsistencyDistillation(SkippingDistillation):
         nets = super().networks(start)
         if not self.gan_share:
             return nets
-        modules = dict(nets.named_children()) | self.phase.modules(start.teacher.on(nets.student.schedule))
-        return Networks(modules, {**nets.groups, **self.phase.optimizers()}, nets.ema, nets.moved)
+        game = self.phase.modules(start.teacher.on(nets.student.schedule), start.condition())
+        return Networks(
+            dict(nets.named_children()) | game, {**nets.groups, **self.phase.optimizers()}, nets.ema, nets.moved
+        )
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
         cond = drop_condition(batch.cond, nets.student.null, self.label_dropout, batch.rng)
@@ -113,19 +115,16 @@ class PhasedConsistencyDistillation(SkippingDistillation):
         if not self.phase.joins(progress):
             yield from super().updates(nets, batch, progress)
             return
-        phase, adversary = self.phase, self.phase.adversary
-        judging = phase.discriminates(progress)
+        judging, game = self.phase.discriminates(progress), nets.discriminator
         with gradients(nets.student, "none" if judging else "all"):
             made, aim, t = self.both_ends(nets, batch)
         states, time = self.noised_within(nets, aim, made, t, batch.rng)
-        with nets.held("student" if judging else "head"):
-            told = adversary.logits_at(nets.body, nets.head, states, time, repeat(cond, 2))
-            real, fake = told.chunk(2)
+        with nets.held("student" if judging else "discriminator"):
+            real, fake = game.logits(nets.body, states, time, repeat(cond, 2)).chunk(2)
             if judging:
-                logs = {"discriminator_accuracy": accuracy(real.detach(), fake.detach())}
-                yield Update("head", adversary.loss.discriminator(real, fake), logs)
+                yield Update("discriminator", *game.judge(real, fake))
                 return
-            loss, gan = nets.distance(made, aim).mean(), adversary.loss.generator(fake)
+            loss, gan = nets.distance(made, aim).mean(), game.rules.loss.generator(fake)
             logs = {"consistency": loss.detach(), "gan": gan.detach()}
             yield Update("student", loss + self.gan_weight * gan, logs, self.moves(nets))
 

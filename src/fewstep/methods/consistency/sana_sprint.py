@@ -55,7 +55,6 @@ from fewstep.methods.parts.teacher_steps import guidance_input, guided_by_choice
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.retime import Retime, check_time_input
-from fewstep.networks.taps import spread_layers
 from fewstep.ranges import Count, NonNegative, Positive, Share
 from fewstep.sampling.inputs import evaluating
 from fewstep.sampling.rollout import Plan, Student, plans_along
@@ -168,8 +167,8 @@ class SanaSprint(Method):
         groups = {"student": first}
         if self.adversary_weight:
             rules = Adversary(
-                Hinge(), LogNormal(self.heads_mean, self.heads_std),
-                self.layers or spread_layers(teacher, self.blocks, start.condition()), PatchHead, apart=True,
+                Hinge(), LogNormal(self.heads_mean, self.heads_std), self.layers or (), self.blocks, PatchHead,
+                apart=True,
             )  # fmt: skip
             modules["discriminator"] = Discriminator(rules, teacher, start.condition())
             groups["discriminator"] = Optimizer(

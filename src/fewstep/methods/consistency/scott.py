@@ -35,8 +35,9 @@ from fewstep.methods.parts.adversary import Adversary, Hinge
 from fewstep.methods.parts.distribution_matching import LOST_MODES, WON_GAME
 from fewstep.methods.parts.score_matching import sample_std
 from fewstep.methods.parts.teacher_steps import DDIMNoise, StepNoise, stochastic_steps, times_between
+from fewstep.methods.parts.trained_decoder import body_and_heads
 from fewstep.methods.start import Start, denoiser_in
-from fewstep.ranges import Count, NonNegative
+from fewstep.ranges import Count, Least, NonNegative
 from fewstep.schedules import Schedule
 
 #: Weak enough to keep the variety of one call, and among what the paper compares.
@@ -48,7 +49,9 @@ class StochasticConsistencyDistillation(LatentConsistencyDistillation):
     """LCM with a stochastic teacher and an adversary; without noise, in one sub-step and without the game it is LCM.
 
     The discriminator looks at the features of the teacher, or of another denoiser of the same samples in the role
-    "guide": at its bottleneck, or at the ``layers`` that are named.  ``gan_weight = 0`` leaves it out altogether.
+    "guide": at its bottleneck, or at the ``layers`` that are named, or at the end of a copy that trains weights of
+    ``discriminator_rank`` in its decoder.  ``gan_weight = 0`` leaves it out altogether.  ValueError for layers and a
+    rank.
     """
 
     name: ClassVar[str] = "scott"
@@ -56,8 +59,8 @@ class StochasticConsistencyDistillation(LatentConsistencyDistillation):
         "SCott: Accelerating Diffusion Models with Stochastic Consistency Distillation", "2403.01505", "reconstructed",
         ("no code of the authors is public, and the accounts of the paper differ; what is here is from its abstract, "
          "from two summaries and from ER-SDE's own code",
-         "the discriminator trains heads on frozen features; the paper's trains low-rank weights on the decoder of the "
-         "teacher's U-Net too",
+         "the discriminator sees frozen features, unless `discriminator_rank` asks for the paper's low-rank weights in "
+         "the decoder of the teacher's U-Net",
          "the discriminator looks at noised samples, at all levels (at the latents themselves there)",
          "one update of the discriminator for each of the student's (the paper's ratio is not known)",
          "`lr` and `critic_lr` suit networks of a million parameters and runs of minutes (8e-6 and 2e-5 there)",
@@ -92,11 +95,18 @@ class StochasticConsistencyDistillation(LatentConsistencyDistillation):
     layers: Annotated[
         tuple[str, ...] | None, "layers whose features the discriminator sees; none for the bottleneck"
     ] = None
+    discriminator_rank: Annotated[
+        int, Least(0), "rank of the weights that the discriminator trains in its decoder; 0 for a head alone"
+    ] = 0
     critic_lr: Annotated[NonNegative, "learning rate of the discriminator"] = 1e-3
 
-    @property
-    def adversary(self) -> Adversary:
-        return Adversary(Hinge(), layers=self.layers or ())
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers and self.discriminator_rank:
+            raise ValueError(
+                f"scott: discriminator_rank={self.discriminator_rank} trains what the discriminator sees at the end of "
+                f"the network, and layers={self.layers} name others: ask for one of the two"
+            )
 
     def check(self, teacher: Denoiser) -> None:
         super().check(teacher)
@@ -115,8 +125,9 @@ class StochasticConsistencyDistillation(LatentConsistencyDistillation):
         body = denoiser_in(start.model("guide"), "guide").native()
         if body.shape != start.teacher.shape:
             raise ValueError(f"the guide makes samples {list(body.shape)}, the teacher {list(start.teacher.shape)}")
-        game = {"body": body, "head": self.adversary.heads(body)}
-        group = Optimizer(("head",), self.critic_lr, kind="adamw", clip=1.0)
+        rules = Adversary(Hinge(), layers=self.layers or ())
+        game, trained = body_and_heads(rules, body, self.discriminator_rank, start)
+        group = Optimizer(trained, self.critic_lr, kind="adamw", clip=1.0)
         return Networks(
             {**dict(nets.named_children()), **game}, {**nets.groups, "discriminator": group}, nets.ema, nets.moved
         )
@@ -134,10 +145,8 @@ class StochasticConsistencyDistillation(LatentConsistencyDistillation):
             yield Update("student", loss, logs, self.moves(nets))
             return
         with nets.held("discriminator"):
-            told = self.adversary.student_loss(nets.body, nets.head, made, batch.cond, batch.rng)
+            told = nets.discriminator.student_loss(nets.body, made, batch.cond, batch.rng)
             logs["gan"] = told.detach()
             yield Update("student", loss + self.gan_weight * told, logs, self.moves(nets))
-        judged, more = self.adversary.discriminator_loss(
-            nets.body, nets.head, batch.x, made.detach(), batch.cond, batch.rng
-        )
+        judged, more = nets.discriminator.loss(nets.body, batch.x, made.detach(), batch.cond, batch.rng)
         yield Update("discriminator", judged, more)

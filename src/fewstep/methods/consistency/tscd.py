@@ -45,9 +45,10 @@ from fewstep.methods.parts.distances import L2, Distance
 from fewstep.methods.parts.distribution_matching import WON_GAME
 from fewstep.methods.parts.teacher_steps import check_tells_data, ddim_step, guided
 from fewstep.methods.parts.times import Segments
+from fewstep.methods.parts.trained_decoder import body_and_heads
 from fewstep.methods.start import TARGET, Start
 from fewstep.randomness import Rng
-from fewstep.ranges import Count, NonNegative, Share
+from fewstep.ranges import Count, Least, NonNegative, Share
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule, align
 
@@ -61,8 +62,9 @@ PAPER = Paper(
      "solver skips, the guidance and the margins, none of which it gives",
      "the trajectory of every stage is the teacher's own, as in the paper's formula (its figure has that of the stage "
      "before)",
-     "the discriminator is a head on the frozen teacher's bottleneck (a trained U-Net there); noising both landings on "
-     "is our reading of the paper's noise perturbation",
+     "the discriminator is a head on the frozen teacher's bottleneck, or one at the end of a copy that trains low-rank "
+     "weights in its decoder (a trained U-Net there); that both landings are noised on is our reading of the paper's "
+     "noise perturbation",
      "the guidance scale is drawn for every sample and not told to the student; 1 unless asked",
      "feedback trains the student's weights, with no adapter of its own and no dial between it and the rest",
      "one feedback, by any reward: no instance segmentation network on noised pictures, no bundled model of aesthetics",
@@ -71,8 +73,6 @@ PAPER = Paper(
      "no network of its own for one call at t = 800",
      "sampling uses a power-function average of the weights"),
 )  # fmt: skip
-#: Non-saturating, on the bottleneck.
-ADVERSARY = Adversary()
 
 
 @lru_cache(maxsize=64)
@@ -137,6 +137,9 @@ class SegmentedConsistency(Method):
     distance: Annotated[Distance, "how two landings are compared"] = L2
     distance_weight: Annotated[NonNegative, "weight of the distance"] = 1.0
     adversarial_weight: Annotated[NonNegative, "weight of the adversarial term; 0 leaves it out altogether"] = 0.0
+    discriminator_rank: Annotated[
+        int, Least(0), "rank of the weights that the discriminator trains in its decoder; 0 for a head alone"
+    ] = 0
     discriminator_lr: Annotated[NonNegative, "learning rate of the discriminator"] = 1e-3
     steps: Annotated[tuple[Count, ...], "network calls that the student of one segment is made for"] = (1, 2, 4, 8)
     eta: Annotated[tuple[Share, ...], "share of noise between calls, TCD's: one for all of steps, or one for each"] = (
@@ -160,8 +163,9 @@ class SegmentedConsistency(Method):
         modules: dict[str, nn.Module] = {"student": student, "teacher": teacher, **self.parts(student, teacher.shape)}
         groups = {"student": Optimizer(("student",), self.lr, "adamw", clip=1.0, decay="linear")}
         if self.adversarial_weight:
-            modules["head"] = ADVERSARY.heads(teacher)
-            groups["discriminator"] = Optimizer(("head",), self.discriminator_lr, "adamw", clip=1.0)
+            game, trained = body_and_heads(Adversary(), teacher, self.discriminator_rank, start)
+            modules |= game
+            groups["discriminator"] = Optimizer(trained, self.discriminator_lr, "adamw", clip=1.0)
         return Networks(modules, groups, ema=("student",), moved=("target",))
 
     def flow_map(self, start: Start) -> Jump:
@@ -215,15 +219,15 @@ class SegmentedConsistency(Method):
         if not self.adversarial_weight:
             yield Update("student", loss, logs, lambda: self.follow(nets))
             return
-        schedule, rng, cond = nets.student.schedule, batch.rng, batch.cond
+        schedule, rng, cond, game = nets.student.schedule, batch.rng, batch.cond, nets.discriminator
         seen = draw_ends(schedule, end, t, rng)
         a, sd = schedule.transition(end, seen)
         fake, real = (align(a, x) * x + align(sd, x) * rng.normal_like(x) for x in (landed, aim))
         with nets.held("discriminator"):
-            told = ADVERSARY.loss.generator(ADVERSARY.logits_at(nets.teacher, nets.head, fake, seen, cond))
+            told = game.rules.loss.generator(game.logits(nets.body, fake, seen, cond))
             logs["adversarial"] = told.detach()
             yield Update("student", loss + self.adversarial_weight * told, logs, lambda: self.follow(nets))
-        told, logs = ADVERSARY.tell_apart(nets.teacher, nets.head, real, fake.detach(), seen, cond)
+        told, logs = game.tell_apart(nets.body, real, fake.detach(), seen, cond)
         yield Update("discriminator", told, logs)
 
     def follow(self, nets: Networks) -> None:

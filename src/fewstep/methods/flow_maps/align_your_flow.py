@@ -74,7 +74,7 @@ class _AlignYourFlow(Method):
         "student/tangent_norm": Grows(
             "give the tangent a longer warm-up (tangent_warmup), lower lr, or retime the network"
         ),
-        "head/discriminator_accuracy": WON_GAME,
+        "discriminator/discriminator_accuracy": WON_GAME,
     }
     roles: ClassVar[tuple[str, ...]] = ("student", "guide")
 
@@ -118,7 +118,7 @@ class _AlignYourFlow(Method):
         if "guide" in {**start.made, **start.given}:
             modules["guide"] = denoiser_in(start.model("guide"), "guide").on(schedule)
         optimizer = Optimizer(("student",), self.lr, betas=(0.9, 0.99), warmup=20, decay="cosine")
-        modules |= self.phase.modules(start.teacher.on(schedule))
+        modules |= self.phase.modules(start.teacher.on(schedule), start.condition())
         nets = Networks(modules, {"student": optimizer, **self.phase.optimizers()}, ema=("student",))
         self.teacher(nets, self.guidance_high)  # ValueError for a guide or a teacher that cannot guide
         return nets
@@ -172,7 +172,7 @@ class _AlignYourFlow(Method):
         f = student.mean_velocity(torch.cat([x, z]), *times, repeat(batch.cond, 2), **told)
         loss = regression(f[: batch.n], own, c=self.c).mean()
         fake = student.schedule.move(z, f[batch.n :], one, zero)
-        with nets.held("head"):
+        with nets.held("discriminator"):
             gan = phase.student_loss(nets, fake, batch.cond, rng, batch.x)
             logs["gan"], adversarial = gan.detach(), Balanced(gan, 1.0, phase.least, phase.most)
             loss, (logs["gan_weight"],) = yield from balance_losses(loss, adversarial, at=f)

@@ -207,9 +207,10 @@ class AdversarialAcceleration(Acceleration):
     name: ClassVar[str] = "caf-adversarial"
     healthy: ClassVar[dict[str, str]] = {
         "acceleration/huber": "rises a little: samples may leave their pairs for what real data look like",
-        "head/discriminator_accuracy": "between 0.5 and 0.8; near 1 it has won and teaches nothing: lower gan_lr",
+        "discriminator/discriminator_accuracy": "between 0.5 and 0.8; near 1 it has won and teaches nothing: lower "
+        "gan_lr",
     }
-    unstable: ClassVar[dict[str, Alarm]] = {"head/discriminator_accuracy": WON_GAME}
+    unstable: ClassVar[dict[str, Alarm]] = {"discriminator/discriminator_accuracy": WON_GAME}
 
     gan_lr: Annotated[NonNegative, "learning rate of the discriminator"] = 1e-3
 
@@ -222,7 +223,7 @@ class AdversarialAcceleration(Acceleration):
 
     def networks(self, start: Start) -> Networks:
         trained = start.network("acceleration", on=STRAIGHT)
-        body = self.phase.modules(start.teacher.native())
+        body = self.phase.modules(start.teacher.native(), start.condition())
         nets = self.owned(
             "acceleration", start, velocity=start.model("velocity").on(STRAIGHT), acceleration=trained, **body
         )
@@ -247,7 +248,7 @@ class AdversarialAcceleration(Acceleration):
         said = acceleration(moved[:n], v)
         end = states[:n] - align(1 - tau, v) * v + align((1 - tau**2) / 2, v) * said
         near = huber(said, acceleration(noise - batch.x, v)).mean() + nets.distance(end, batch.x).mean()
-        with nets.held("head"):
+        with nets.held("discriminator"):
             gan = self.phase.student_loss(nets, noise - moved[n:], batch.cond, rng)
             joined = Balanced(gan, 1.0, self.phase.least, self.phase.most)
             loss, (weight,) = yield from balance_losses(near, joined, at=moved)

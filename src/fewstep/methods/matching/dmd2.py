@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fewstep.denoisers import Denoiser
 from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Method, Networks, Paper, Progress, Question, System, Update
-from fewstep.methods.parts.adversary import Adversary
+from fewstep.methods.parts.adversary import Adversary, Discriminator
 from fewstep.methods.parts.distribution_matching import (
     LOST_MODES,
     RUNAWAY_CRITIC,
@@ -41,7 +41,7 @@ from fewstep.methods.parts.distribution_matching import (
 )
 from fewstep.methods.parts.energy import feature_energy
 from fewstep.methods.parts.score_matching import weighted_difference
-from fewstep.methods.parts.shared_pass import Body, scores_and_logits, tapped_heads, tapping_adversary
+from fewstep.methods.parts.shared_pass import Body, scores_and_logits
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative, Positive, Share
@@ -120,9 +120,9 @@ class DMD2(Method):
         modules = three_networks(start)
         critic: tuple[str, ...] = ("critic",)
         if self.gan_weight:
-            body = start.teacher.native()
-            modules["head"] = tapped_heads(body) if self.discriminator == "teacher" else Adversary().heads(body)
-            critic = ("critic", "head")
+            rules = Adversary(r1=self.r1)
+            modules["discriminator"] = Discriminator(rules, start.teacher.native(), start.condition())
+            critic = ("critic", "discriminator")
         groups = two_optimizers(self.lr, self.critic_lr, self.clip, self.warmup, critic)
         return Networks(modules, groups, ema=("student",))
 
@@ -152,28 +152,24 @@ class DMD2(Method):
         if self.gan_weight and self.discriminator == "teacher":
             found, told = scores_and_logits(nets, "teacher", x, batch.cond, rng, self.guidance)
             loss, logs = vector_loss(x, weighted_difference(found))
-            fake = self.adversary(nets).loss.generator(told)
+            fake = nets.discriminator.rules.loss.generator(told)
         else:
             loss, logs = matching_loss(x, guided(nets.teacher, self.guidance), nets.critic, batch.cond, rng)
             if not self.gan_weight:
                 return loss, logs
-            fake = self.adversary(nets).student_loss(nets.critic, nets.head, x, batch.cond, rng)
+            fake = nets.discriminator.student_loss(nets.critic, x, batch.cond, rng)
         return loss + self.gan_weight * fake, {**logs, "gan": fake.detach()}
 
     def critic_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic learns the score of the student's samples, and with the head to tell them from data; on the
-        teacher the head learns alone."""
+        """The critic learns the score of the student's samples, and the discriminator beside it to tell them from
+        data; on the teacher that learns alone."""
         denoising = critic_loss(nets.critic, x, batch.cond, batch.rng)
         logs = {"denoising": denoising.detach()}
         if not self.gan_weight:
             return denoising, logs
         body: Denoiser = getattr(nets, self.discriminator)
-        told, more = self.adversary(nets).discriminator_loss(body, nets.head, batch.x, x, batch.cond, batch.rng)
+        told, more = nets.discriminator.loss(body, batch.x, x, batch.cond, batch.rng)
         return denoising + self.discriminator_weight * told, {**logs, **more}
-
-    def adversary(self, nets: Networks) -> Adversary:
-        """The game, at all noise levels: on the critic's bottleneck, or where the heads are on the teacher."""
-        return tapping_adversary(nets.head, self.r1) if self.discriminator == "teacher" else Adversary(r1=self.r1)
 
     def student(self, nets: Networks) -> Student:
         return Student(nets.student, {self.steps: self.plan(nets)})

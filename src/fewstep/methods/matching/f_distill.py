@@ -28,7 +28,7 @@ from torch.nn.functional import one_hot
 from fewstep.denoisers import Denoiser
 from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Mean, Method, Networks, Paper, Progress, Question, System, Update
-from fewstep.methods.parts.adversary import Adversary
+from fewstep.methods.parts.adversary import Adversary, Discriminator
 from fewstep.methods.parts.distribution_matching import (
     LOST_MODES,
     RUNAWAY_CRITIC,
@@ -41,7 +41,7 @@ from fewstep.methods.parts.distribution_matching import (
     vector_loss,
 )
 from fewstep.methods.parts.score_matching import by_distance, weighted_difference
-from fewstep.methods.parts.shared_pass import Body, scores_and_logits, tapped_heads, tapping_adversary
+from fewstep.methods.parts.shared_pass import Body, scores_and_logits
 from fewstep.methods.parts.times import Segments
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative, Positive, Share
@@ -180,9 +180,10 @@ class FDistill(Method):
             raise ValueError(f"{bounds}: the ratio of equal laws, 1, must lie between")
 
     def networks(self, start: Start) -> Networks:
-        head = tapped_heads(start.teacher.native(), self.heads)
-        modules = {**three_networks(start), "head": head, "levels": RatioLevels(self.parts)}
-        groups = two_optimizers(self.lr, self.critic_lr, self.clip, self.warmup, ("critic", "head"))
+        rules = Adversary(blocks=self.heads, r1=self.r1)
+        game = {"discriminator": Discriminator(rules, start.teacher.native(), start.condition())}
+        modules = {**three_networks(start), **game, "levels": RatioLevels(self.parts)}
+        groups = two_optimizers(self.lr, self.critic_lr, self.clip, self.warmup, ("critic", "discriminator"))
         return Networks(modules, groups, ema=("student",), moved=("levels",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
@@ -200,16 +201,15 @@ class FDistill(Method):
     def student_update(self, nets: Networks, batch: Batch, x: Tensor) -> Generator[Question, Tensor, Update]:
         """Weighted distribution matching of the samples ``x`` plus the adversarial term; the gradient reaches the
         student through ``x`` only."""
-        adversary = self.adversary(nets)
         found, told = scores_and_logits(nets, self.discriminator, x, batch.cond, batch.rng, self.guidance)
         weight, relative, seen = yield from self.weights(told, found.t, found.schedule, nets.levels.mean)
         loss, logs = vector_loss(x, weighted_difference(found, lambda scores: by_distance(scores) * weight))
         logs["divergence"] = DIVERGENCES[self.divergence].f(relative).mean()
         logs |= {"weight_min": weight.amin(), "weight_max": weight.amax()}
         if self.gan_weight:
-            fake = adversary.loss.generator(told)
+            fake = nets.discriminator.rules.loss.generator(told)
             if self.discriminator == "critic":
-                fake = adversary.student_loss(nets.critic, nets.head, x, batch.cond, batch.rng)
+                fake = nets.discriminator.student_loss(nets.critic, x, batch.cond, batch.rng)
             loss, logs["gan"] = loss + self.gan_weight * fake, fake.detach()
         return Update("student", loss, logs, then=lambda: nets.levels.mean.copy_(seen))
 
@@ -224,15 +224,11 @@ class FDistill(Method):
         return h / (yield Mean(h.mean())), relative, seen
 
     def critic_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic learns the score of the student's samples, and the heads to tell them from data."""
+        """The critic learns the score of the student's samples, and the discriminator to tell them from data."""
         denoising = critic_loss(nets.critic, x, batch.cond, batch.rng)
         body: Denoiser = getattr(nets, self.discriminator)
-        told, logs = self.adversary(nets).discriminator_loss(body, nets.head, batch.x, x, batch.cond, batch.rng)
+        told, logs = nets.discriminator.loss(body, batch.x, x, batch.cond, batch.rng)
         return denoising + self.discriminator_weight * told, {"denoising": denoising.detach(), **logs}
-
-    def adversary(self, nets: Networks) -> Adversary:
-        """The game, at all noise levels, on the layers of the heads."""
-        return tapping_adversary(nets.head, self.r1)
 
     def student(self, nets: Networks) -> Student:
         return Student(nets.student, {self.steps: self.plan(nets)})

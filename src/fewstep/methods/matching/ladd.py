@@ -36,7 +36,6 @@ from fewstep.methods.parts.score_matching import sample_std
 from fewstep.methods.parts.stores import teacher_pairs
 from fewstep.methods.parts.times import LogNormal
 from fewstep.methods.start import Start
-from fewstep.networks.taps import spread_layers, stops_at
 from fewstep.ranges import Count, Least, NonNegative, Positive, Share
 from fewstep.sampling.rollout import Plan, Student
 from fewstep.schedules import Schedule
@@ -119,10 +118,9 @@ class LADD(Method):
 
     def networks(self, start: Start) -> Networks:
         teacher, cond = start.teacher.native(), start.condition()
-        layers = self.layers or spread_layers(teacher, self.blocks, cond)
         rules = Adversary(
-            Hinge(), LogNormal(self.noise_mean, self.noise_std), layers, PatchHead, grids=True,
-            projection=self.projection, stops=stops_at(teacher, layers, cond), r1=self.r1,
+            Hinge(), LogNormal(self.noise_mean, self.noise_std), self.layers or (), self.blocks, PatchHead, grids=True,
+            projection=self.projection, r1=self.r1,
         )  # fmt: skip
         student = Optimizer(
             ("student",), self.lr, betas=(0.0, 0.99), clip=self.clip, warmup=self.warmup, decay="linear"

@@ -1,7 +1,7 @@
 """The last part of a run, in which a discriminator joins another loss: the adversarial term of CTM, PCM, Align Your
 Flow and Constant Acceleration Flow.
 
-From there on one iteration is the student's and the next the discriminator's, heads on features of the frozen teacher.
+From there on one iteration is the student's and the next that of the discriminator, on features of the frozen teacher.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.conditions import Cond
 from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Networks, Optimizer, Progress, Update
-from fewstep.methods.parts.adversary import Adversary
+from fewstep.methods.parts.adversary import Adversary, Discriminator
 from fewstep.randomness import Rng
 
 
@@ -22,8 +22,8 @@ from fewstep.randomness import Rng
 class AdversarialPhase:
     """The last ``share`` of the budget, 0 for none, with a discriminator of learning rate ``lr``.
 
-    The networks have its body as "body" and its heads as "head"; the weight of the student's adversarial loss is that
-    which balances gradients, between ``least`` and ``most``.
+    The networks have its body as "body"; the weight of the student's adversarial loss is that which balances gradients,
+    between ``least`` and ``most``.
     """
 
     share: float
@@ -32,12 +32,12 @@ class AdversarialPhase:
     least: float = 0.01
     most: float = 10.0
 
-    def modules(self, body: Denoiser) -> dict[str, nn.Module]:
-        """What the phase adds to a method's networks."""
-        return {"body": body, "head": self.adversary.heads(body)} if self.share else {}
+    def modules(self, body: Denoiser, cond: Cond = None) -> dict[str, nn.Module]:
+        """What the phase adds to a method's networks; ``cond`` as for the discriminator."""
+        return {"body": body, "discriminator": Discriminator(self.adversary, body, cond)} if self.share else {}
 
     def optimizers(self) -> Mapping[str, Optimizer]:
-        return {"head": Optimizer(("head",), self.lr, betas=(0.5, 0.9))} if self.share else {}
+        return {"discriminator": Optimizer(("discriminator",), self.lr, betas=(0.5, 0.9))} if self.share else {}
 
     def joins(self, progress: Progress) -> bool:
         """Whether the student's loss has an adversarial term now."""
@@ -52,9 +52,11 @@ class AdversarialPhase:
     ) -> Update:
         """The discriminator's iteration, for data and samples without a graph, under the same conditions unless data
         have their own."""
-        loss, logs = self.adversary.discriminator_loss(nets.body, nets.head, real, fake, cond, rng, real_cond=real_cond)
-        return Update("head", loss, {"loss": loss.detach(), **logs})
+        loss, logs = nets.discriminator.loss(nets.body, real, fake, cond, rng, real_cond=real_cond)
+        return Update("discriminator", loss, {"loss": loss.detach(), **logs})
 
     def student_loss(self, nets: Networks, fake: Tensor, cond: Cond, rng: Rng, real: Tensor | None = None) -> Tensor:
-        """The adversarial term of the student's samples; yield its update while ``nets.held("head")``."""
-        return self.adversary.student_loss(nets.body, nets.head, fake, cond, rng, real)
+        """The adversarial term of the student's samples; yield its update while
+        ``nets.held("discriminator")``."""
+        loss: Tensor = nets.discriminator.student_loss(nets.body, fake, cond, rng, real)
+        return loss

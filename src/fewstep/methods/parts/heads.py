@@ -127,18 +127,10 @@ HeadKind = Callable[[tuple[int, ...]], nn.Module]
 
 
 class Heads(nn.Module):
-    """A head for the features of each of several layers, whose names may be kept here, and whether a pass for them
-    ``stops`` at the bottleneck: logits ``[B, K]``, those of all layers and places."""
+    """A head for the features of each of several layers: logits ``[B, K]``, those of all layers and places."""
 
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, ...]],
-        head: HeadKind = FeatureHead,
-        layers: tuple[str, ...] = (),
-        stops: bool = False,
-    ) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], head: HeadKind = FeatureHead) -> None:
         super().__init__()
-        self.layers, self.stops = layers, stops
         self.heads = nn.ModuleList(head(shape) for shape in shapes)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
