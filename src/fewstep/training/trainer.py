@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter as clock
 from typing import Any, Literal
 
 import torch
@@ -327,12 +327,12 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
             outputs.append(TensorBoard(folder / "tensorboard", run.steps))
     bar, alarms = Bar(run.method.name, show), Alarms(run.method.unstable, show)
     said = ""
-    start, before, last_save = time.perf_counter(), run.seconds, time.perf_counter()
+    start, before, last_save = clock(), run.seconds, clock()
     with stop_on_signals() as caught:
         try:
             while (fraction := run.progress().fraction) < 1:
                 run.step(data)
-                now = time.perf_counter()
+                now = clock()
                 # the main process's clock counts; a signal to any process stops all
                 mine = (before + now - start, now - last_save > settings.save_seconds) if parallel.main else (0.0, 0.0)
                 run.seconds, due, signals = parallel.total(*mine, len(caught))
@@ -351,7 +351,7 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
                     run.snapshot(folder / "snapshots")
                 if saving and saved is not None:
                     run.save(saved, data)
-                    last_save = time.perf_counter()
+                    last_save = clock()
                 if signals:
                     where = f"saved in {folder}; the same command resumes" if saved else "nothing was saved"
                     raise Interrupted(f"stopped after {run.steps} steps, {where}", *caught[:1])
