@@ -2,11 +2,12 @@
 
     python benchmarks/speed_passes.py [--methods scm ctm mean-flow] [--batch 32] [--rounds 12]
 
-Every call of a network in an iteration is recorded: of which network, with how many samples, without a graph, with
-one, or under a forward-mode derivative.  Then the same calls are made bare, in plain PyTorch with fused Adam: random
-inputs of the same shapes, the sum of squares as the loss, no draws, checks, averages or records.  What is printed is
-the median ratio of neighbours, and the median difference in milliseconds on a network so small that its passes cost
-next to nothing.  Processor time, one thread.
+Every call of a network in an iteration is recorded: of which network (the heads of a discriminator are one), the whole
+pass or the one that ends at its features, with how many samples, without a graph, with one for its weights, its input
+or both, or under a forward-mode derivative.  Then the same calls are made bare, in plain PyTorch with fused Adam:
+random inputs of the same shapes, the sum of squares as the loss, no draws, checks, averages or records.  What is
+printed is the median ratio of neighbours, of all kinds of iterations as often as they come, and the median difference
+in milliseconds on a network so small that its passes cost next to nothing.  Processor time, one thread.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,55 +29,70 @@ from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Method, Networks
+from fewstep.methods.parts.adversary import Discriminator
 from fewstep.methods.start import Start
 from fewstep.training.budget import Budget
 from fewstep.training.parallel import Parallel
 from fewstep.training.trainer import Run, Settings
 
-FAMILIES = ("consistency", "flow_maps")
+FAMILIES = ("consistency", "flow_maps", "matching")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a network: shapes and types of what it was given, by name, and which of it had a tangent."""
+    """One call of a network or of its pass to the features: shapes and types of what it was given, by name; which of
+    it had a tangent; and what the graph is for."""
 
     network: str
-    given: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    entry: str
+    given: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
     tangents: tuple[str, ...]
-    graph: bool
-    through_input: bool
+    for_weights: bool
+    for_inputs: bool
 
 
 def parts_of(nets: Networks) -> dict[str, nn.Module]:
-    """The raw networks by the name of their denoiser."""
-    return {name: part.net for name, part in nets.named_modules() if type(part) is NetworkDenoiser}
+    """The raw networks by the name of their denoiser, and discriminators."""
+    denoisers = {name: part.net for name, part in nets.named_modules() if type(part) is NetworkDenoiser}
+    return denoisers | {name: part for name, part in nets.named_modules() if isinstance(part, Discriminator)}
 
 
 def recorded(nets: Networks, calls: list[Call]) -> None:
     """Have every call of a raw network written down."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def write(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named = {**dict(zip(("x", "t", "cond"), args, strict=False)), **kwargs}
-            tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-            moving = tuple(k for k, v in tensors.items() if forward_ad.unpack_dual(v).tangent is not None)
-            own = any(p.requires_grad for p in module.parameters())
-            graph = torch.is_grad_enabled() and (own or tensors["x"].requires_grad)
-            shapes = {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()}
-            calls.append(Call(name, shapes, moving, graph, graph and tensors["x"].requires_grad))
-
-        return write
+    def write(name: str, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # a discriminator is given a list of features, another network tensors
+        places = {f"{k}": value for k, value in enumerate(args[0])} if isinstance(args[0], list) else None
+        named = places or {**dict(zip(("x", "t", "cond"), args, strict=False)), **kwargs}
+        tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+        moving = tuple(k for k, v in tensors.items() if forward_ad.unpack_dual(v).tangent is not None)
+        graph = torch.is_grad_enabled()
+        own = graph and any(p.requires_grad for p in module.parameters())
+        through = graph and any(value.requires_grad for value in tensors.values())
+        shapes = tuple((k, tuple(v.shape), v.dtype) for k, v in tensors.items())
+        calls.append(Call(name, entry, shapes, moving, own, through))
 
     for name, module in parts_of(nets).items():
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: write(name, "forward", module, args, kwargs), with_kwargs=True
+        )
+        if (features := getattr(module, "features", None)) is not None:
+
+            def told(*args: Any, name=name, module=module, features=features, **kwargs: Any) -> Tensor:
+                write(name, "features", module, args, kwargs)
+                found: Tensor = features(*args, **kwargs)
+                return found
+
+            module.features = told
 
 
 def inputs_for(call: Call) -> dict[str, Tensor]:
     """Random inputs of the recorded shapes."""
     made = {}
-    for key, (shape, kind) in call.given.items():
+    for key, shape, kind in call.given:
         made[key] = torch.rand(shape, dtype=kind) if kind.is_floating_point else torch.zeros(shape, dtype=kind)
-    made["x"].requires_grad_(call.through_input)
+        if call.for_inputs and kind.is_floating_point and key not in ("t", "s", "w"):
+            made[key].requires_grad_()
     return made
 
 
@@ -86,23 +101,32 @@ def replay(nets: Networks, optimisers: list[torch.optim.Optimizer], calls: list[
     modules = parts_of(nets)
     outputs: list[Tensor] = []
     for call, inputs in zip(calls, given, strict=True):
-        net = modules[call.network]
+        net: Any = modules[call.network]
+        entry = net if call.entry == "forward" else net.features
         if call.tangents:
             names = call.tangents
             still = {key: value for key, value in inputs.items() if key not in names}
             point = tuple(inputs[name] for name in names)
 
-            def field(*moved: Tensor, net=net, names=names, still=still) -> Tensor:
-                out: Tensor = net(**still, **dict(zip(names, moved, strict=True)))
+            def field(*moved: Tensor, entry=entry, names=names, still=still) -> Tensor:
+                out: Tensor = entry(**still, **dict(zip(names, moved, strict=True)))
                 return out
 
             with torch.no_grad():
                 torch.func.jvp(field, point, tuple(map(torch.ones_like, point)))
-        elif call.graph:
-            outputs.append(net(**inputs))
-        else:
-            with torch.no_grad():
-                net(**inputs)
+            continue
+        graph = call.for_weights or call.for_inputs
+        if graph:
+            for p in net.parameters():
+                p.requires_grad_(call.for_weights)
+        with torch.set_grad_enabled(graph):
+            if isinstance(net, Discriminator):
+                features = list(inputs.values())
+                out = net(features, torch.zeros(len(features[0]), dtype=torch.float64))
+            else:
+                out = entry(**inputs)
+        if graph:
+            outputs.append(out)
     loss = torch.stack([out.square().mean() for out in outputs]).sum()
     for optimiser in optimisers:
         optimiser.zero_grad()
@@ -127,8 +151,9 @@ def begin(big: bool) -> Start:
 
 
 class Compared(NamedTuple):
-    """Median milliseconds of an iteration, ours and bare; medians of their ratio and difference, neighbour by
-    neighbour; its passes in words; what the next stage of a recipe starts from."""
+    """Milliseconds of an iteration, ours and bare, and their ratio neighbour by neighbour, medians of each kind of
+    iteration averaged over the kinds; the median difference; the passes of the last one in words; what the next stage
+    of a recipe starts from."""
 
     ours: float
     bare: float
@@ -147,7 +172,7 @@ def compare(method: Method, start: Start, batch: int, rounds: int) -> Compared:
     calls: list[Call] = []
     recorded(nets, calls)
     run = Run(method, nets, Settings(Budget(10**6), batch=batch, precision="fp32"), Parallel())
-    times: tuple[list[float], list[float]] = ([], [])
+    times: dict[tuple[Call, ...], list[tuple[float, float]]] = {}
     for k in range(rounds + 2):
         calls.clear()
         begun = time.process_time()
@@ -159,15 +184,18 @@ def compare(method: Method, start: Start, batch: int, rounds: int) -> Compared:
         replay(bare, optimisers, passes, given)
         plain = time.process_time() - begun
         if k >= 2:
-            times[0].append(1e3 * ours)
-            times[1].append(1e3 * plain)
-    kinds = [sum(bool(c.tangents) for c in passes), sum(c.graph and not c.tangents for c in passes)]
-    words = f"{len(passes) - sum(kinds)} plain, {kinds[0]} tangent, {kinds[1]} with a graph"
-    pairs = list(zip(*times, strict=True))
-    ratio = statistics.median(ours / plain for ours, plain in pairs)
-    difference = statistics.median(ours - plain for ours, plain in pairs)
+            times.setdefault(tuple(passes), []).append((1e3 * ours, 1e3 * plain))
+    tangents, graphs = sum(bool(c.tangents) for c in passes), sum(c.for_weights or c.for_inputs for c in passes)
+    words = f"{len(passes) - tangents - graphs} plain, {tangents} tangent, {graphs} with a graph"
+    total, of_bare, of_ours = 0.0, 0.0, 0.0
+    for pairs in times.values():
+        typical = len(pairs) * statistics.median(plain for _, plain in pairs)
+        of_bare += typical
+        of_ours += len(pairs) * statistics.median(ours for ours, _ in pairs)
+        total += typical * statistics.median(ours / plain for ours, plain in pairs)
+    difference = statistics.median(ours - plain for pairs in times.values() for ours, plain in pairs)
     following = dataclasses.replace(start, made={**start.made, **method.hands_on(nets)})
-    return Compared(*map(statistics.median, times), ratio, difference, words, following)
+    return Compared(of_ours / rounds, of_bare / rounds, total / of_bare, difference, words, following)
 
 
 def main() -> None:
