@@ -78,7 +78,9 @@ class FromNoise(Method):
         teacher = seen_from_noise(start.teacher, self.schedule)
         extras = {}
         if self.guidance_range:
-            check_all_guidable(teacher, self.guidance_range, "guidance_range")  # says so where there is nothing to guide away from
+            check_all_guidable(
+                teacher, self.guidance_range, "guidance_range"
+            )  # says so where there is nothing to guide away from
             low, high = self.guidance_range
             extras["w"] = Input(self.guidance, low, high, unguided=1.0)
         else:

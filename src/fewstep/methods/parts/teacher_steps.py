@@ -47,7 +47,9 @@ def check_guidable(teacher: Denoiser, *scales: float, field: str = "guidance") -
     if teacher.null is None and any(scale != 1 for scale in scales):
         written = ", ".join(f"{scale:g}" for scale in scales)
         value = written if len(scales) == 1 else f"({written})"
-        raise ValueError(f"{field}={value}: this teacher is unconditional, or knows no empty condition; its only scale is 1")
+        raise ValueError(
+            f"{field}={value}: this teacher is unconditional, or knows no empty condition; its only scale is 1"
+        )
 
 
 def check_all_guidable(teacher: Denoiser, scales: Sequence[float], field: str = "guidances") -> None:
