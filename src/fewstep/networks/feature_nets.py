@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import singledispatch
 
 from torch import Tensor, nn
 
@@ -47,3 +48,16 @@ class TappedLayers(FeatureNet):
         with tapping(self.net, self.layers) as seen:
             self.net(self.prepare(pictures))
         return [found.mT if found.ndim == 3 else found for found in once_each(seen)]
+
+
+@singledispatch
+def as_feature_net(net: nn.Module, layers: Sequence[str] = ()) -> FeatureNet:
+    """Any network at ``layers``, and one with maps of its own as it is where none are named; ValueError as
+    :class:`TappedLayers`."""
+    return TappedLayers(net, layers)
+
+
+@as_feature_net.register
+def with_maps(net: FeatureNet, layers: Sequence[str] = ()) -> FeatureNet:
+    """Of a network with maps."""
+    return TappedLayers(net, layers) if layers else net

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fewstep.denoisers import Denoiser
-from fewstep.methods.parts.perceptual import ClassifierDistance, LPIPSDistance, PictureDistance, between_pictures
+from fewstep.methods.parts.perceptual import ClassifierDistance, LPIPSDistance, between_samples
 from fewstep.networks.classifier import BUNDLED
 from fewstep.values import Written, check, suggestion
 
@@ -93,8 +93,7 @@ class Distance(Written):
     def network(self, teacher: Denoiser) -> nn.Module:
         """``d(a, b)`` of samples such as the teacher's, as a module; ValueError when they are none, and decode to none,
         that it can compare."""
-        made = module_of(self.by)
-        return between_pictures(made, teacher, str(self)) if isinstance(made, PictureDistance) else made
+        return between_samples(module_of(self.by), teacher, str(self))
 
 
 #: What methods compare by unless they are told otherwise.

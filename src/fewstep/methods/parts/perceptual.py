@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, singledispatch
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.denoisers import Denoiser
 from fewstep.networks.classifier import bundled_classifier
-from fewstep.networks.feature_nets import FeatureNet, TappedLayers
+from fewstep.networks.feature_nets import FeatureNet, as_feature_net
 from fewstep.networks.latents import decode
 from fewstep.networks.lpips import read_lpips
 from fewstep.sampling.inputs import weights_of
@@ -40,9 +40,17 @@ class PictureDistance(nn.Module, ABC):
         return ""
 
 
+@singledispatch
+def between_samples(distance: nn.Module, teacher: Denoiser, name: str) -> nn.Module:
+    """A distance as one between a teacher's samples: itself, but one of pictures compares those that samples are or
+    decode to.  ValueError, with its ``name``, when it does not compare such pictures, or their decoder is out of
+    reach."""
+    return distance
+
+
+@between_samples.register
 def between_pictures(distance: PictureDistance, teacher: Denoiser, name: str) -> nn.Module:
-    """The distance between the pictures that a teacher's samples are or decode to; ValueError, with ``name``, when it
-    does not compare such pictures, or their decoder is out of reach."""
+    """Of a distance between pictures."""
     samples = torch.zeros(1, *teacher.shape).to(weights_of(teacher, torch.zeros(())))
     try:
         with torch.no_grad():
@@ -88,7 +96,7 @@ class FeatureDistance(PictureDistance):
 
     def __init__(self, net: nn.Module, layers: Sequence[str] = ()) -> None:
         super().__init__()
-        self.net = net if isinstance(net, FeatureNet) and not layers else TappedLayers(net, layers)
+        self.net = as_feature_net(net, layers)
 
     def needs(self, shape: tuple[int, ...]) -> str:
         try:
