@@ -314,8 +314,9 @@ def test_what_cannot_work_is_refused(fields: dict[str, Any], said: str) -> None:
 
 
 def test_guidance_needs_a_teacher_that_knows_no_condition() -> None:
-    for method in (BOOT(guidance=3.0), BOOT(guidance_range=(1.0, 3.0))):
-        with pytest.raises(ValueError, match="guidance=3: this teacher is unconditional"):
+    said = {"guidance=3": BOOT(guidance=3.0), r"guidance_range=\(1, 3\)": BOOT(guidance_range=(1.0, 3.0))}
+    for field, method in said.items():
+        with pytest.raises(ValueError, match=f"{field}: this teacher is unconditional"):
             method.networks(Start(network(TrigFlow(), TrigPrediction())))
 
 

@@ -13,15 +13,21 @@ from torch.nn import functional
 from fewstep import api
 from fewstep.cli.methods import build
 from fewstep.data import load as load_data
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.files import save_tensors
 from fewstep.methods.consistency.cm import ConsistencyDistillation
 from fewstep.methods.flow_maps.rectified_flow import InstaFlow, ReflowDistillation
 from fewstep.methods.matching.dmd import DMD
-from fewstep.methods.parts.distances import CHOICES, Distance, LPIPSDistance, l1, named, of_unit_length
+from fewstep.methods.parts.distances import CHOICES, Distance, l1
+from fewstep.methods.parts.perceptual import FeatureDistance, LPIPSDistance, PictureDistance, of_unit_length
 from fewstep.methods.start import Start
+from fewstep.networks import MLP
 from fewstep.networks.classifier import bundled_classifier
+from fewstep.networks.feature_nets import FeatureNet, TappedLayers
 from fewstep.networks.lpips import SCALE, SHIFT, SLICES, read_lpips
+from fewstep.predictions import TrigPrediction
 from fewstep.runs.record import hyper_parameters
+from fewstep.schedules import TrigFlow
 
 F64 = torch.float64
 DIGIT = (1, 8, 8)
@@ -30,6 +36,15 @@ WIDTHS = (2, 3, 4, 3, 5)
 
 def pictures(n: int = 3, shape: tuple[int, ...] = DIGIT, seed: int = 0) -> Tensor:
     return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def teacher(shape: tuple[int, ...], net: type[MLP] = MLP) -> NetworkDenoiser:
+    """A small network of samples of this shape."""
+    return NetworkDenoiser(net(shape, 4, 1), TrigFlow(), TrigPrediction(), shape)
+
+
+def named(name: str, shape: tuple[int, ...]) -> nn.Module:
+    return Distance(name).network(teacher(shape))
 
 
 def lpips_tensors(naming: str = "lpips", seed: int = 0) -> dict[str, Tensor]:
@@ -121,7 +136,7 @@ def test_lpips_from_a_file_is_the_formula(naming: str, suffix: str, tmp_path: Pa
     else:
         save_tensors(path, tensors)
     a, b = (pictures(2, (3, 224, 224), seed).double() for seed in (0, 1))
-    d = named(f"lpips:{path}", (3, 224, 224)).double()
+    d = LPIPSDistance(path).double()
     torch.testing.assert_close(d(a, b), lpips_by_hand(lpips_tensors(), a, b), rtol=1e-6, atol=0)
     assert float(d(a, a).abs().max()) == 0 < float(d(a, b).min())
 
@@ -138,8 +153,10 @@ def test_lpips_of_small_and_grey_pictures(tmp_path: Path) -> None:
     d = named(f"lpips:{tmp_path / 'w.safetensors'}", DIGIT)
     a, b = pictures(), pictures(seed=1)
     large = [functional.interpolate(x.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear") for x in (a, b)]
-    assert torch.equal(d(a, b), named(f"lpips:{tmp_path / 'w.safetensors'}", (3, 224, 224))(*large))
+    assert torch.equal(d(a, b), d(*large))
     assert not any(p.requires_grad for p in d.parameters()) and LPIPSDistance.SIDE == 224
+    with pytest.raises(ValueError, match=r"compares pictures of 1 or 3 channels, the teacher makes \[4, 8, 8\]$"):
+        named(f"lpips:{tmp_path / 'w.safetensors'}", (4, 8, 8))
 
 
 @pytest.mark.parametrize("change", ["absent", "head", "narrow", "not tensors", "cut", "code"])
@@ -174,8 +191,10 @@ def test_a_wrong_file_is_named(change: str, tmp_path: Path) -> None:
         (lambda: DMD(distance="features:digit"), "did you mean 'features:digits'"),
         (lambda: DMD(distance="lpips:"), "'lpips:' is not one of"),
         (lambda: DMD(distance=3), "distance: '3' is not a word"),
-        (lambda: named("features:digits", (2,)), r"compares samples \[1, 8, 8\], the teacher makes \[2\]"),
-        (lambda: named("lpips:x", (4, 32, 32)), r"1 or 3 channels, .* \[4, 32, 32\]; latents would have to be decoded"),
+        (
+            lambda: named("features:digits", (2,)),
+            r"'features:digits' compares pictures \[1, 8, 8\], the teacher makes \[2\]$",
+        ),
         (lambda: named("lpips:absent.safetensors", DIGIT), "absent.safetensors: no such weights file"),
     ],
 )
@@ -241,3 +260,152 @@ def test_perception_is_in_float32_whatever_trains() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(d(a, b), plain)
     assert d(a.bfloat16(), b.bfloat16()).dtype == torch.bfloat16
+
+
+class Halves(MLP):
+    """A network whose latents are pictures of twice the side, of a decoder with a weight of its own."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def decode(self, samples: Tensor) -> Tensor:
+        large = functional.interpolate(self.scale.detach() * samples, scale_factor=2, mode="bilinear")
+        return (large @ torch.eye(8)).sin()
+
+
+LATENT = (1, 4, 4)
+
+
+def test_latents_are_decoded_before_they_are_compared() -> None:
+    """Value and gradient are those of the decoded pictures, in parts as in the whole; the decoder has no gradient and
+    is no part of the distance; plain distances and functions are given the latents."""
+    model, a, b = teacher(LATENT, Halves), pictures(4, LATENT).requires_grad_(), pictures(4, LATENT, seed=1)
+    d, alone = Distance("features:digits").network(model), named("features:digits", DIGIT)
+    assert torch.equal(d(a, b), alone(model.net.decode(a), model.net.decode(b)))
+    (found,) = torch.autograd.grad(d(a, b).sum(), a)
+    (expected,) = torch.autograd.grad(alone(model.net.decode(a), model.net.decode(b)).sum(), a)
+    assert torch.equal(found, expected) and bool((found.flatten(1).abs().sum(1) > 0).all())
+    d(a, b).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    for part in (slice(0, 1), slice(1, 4)):
+        torch.testing.assert_close(d(a[part], b[part]), d(a, b)[part])
+    assert {id(p) for p in d.parameters()}.isdisjoint(map(id, model.parameters()))
+    shapes = {name: value.shape for name, value in d.state_dict().items()}
+    assert shapes == {f"distance.{name}": value.shape for name, value in alone.state_dict().items()}
+
+    seen: list[Tensor] = []
+
+    def gap(a: Tensor, b: Tensor) -> Tensor:
+        seen.append(a)
+        return l1(a, b)
+
+    assert torch.equal(Distance(gap).network(model)(a, b), Distance("l1").network(model)(a, b)) and seen[0] is a
+    assert torch.equal(Distance(Halved()).network(model)(a, b), l1(a, b) / 2)
+
+
+def test_decoding_is_in_float32_whatever_trains() -> None:
+    """Of half-precision latents, and under autocast."""
+    model, a, b = teacher(LATENT, Halves), pictures(4, LATENT).bfloat16(), pictures(4, LATENT, seed=1).bfloat16()
+    d = Distance("features:digits").network(model)
+    found, plain = d(a, b), d(a.float(), b.float())
+    assert found.dtype == torch.bfloat16 and torch.equal(found, plain.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(d(a.float(), b.float()), plain)
+
+
+def test_pictures_that_do_not_fit_are_told_with_their_latents() -> None:
+    said = r"'features:fashion' compares pictures \[1, 28, 28\], the teacher makes \[1, 8, 8\] of latents \[1, 4, 4\]$"
+    with pytest.raises(ValueError, match=said):
+        Distance("features:fashion").network(teacher(LATENT, Halves))
+
+    class Lost(MLP):
+        def decode(self, samples: Tensor) -> Tensor:
+            raise ValueError("the autoencoder is not where it was")
+
+    with pytest.raises(ValueError, match="'features:digits' compares pictures: the autoencoder is not where it was"):
+        Distance("features:digits").network(teacher(LATENT, Lost))
+    assert Distance("l2").network(teacher(LATENT, Lost))(pictures(2, LATENT), pictures(2, LATENT)).tolist() == [0, 0]
+
+
+class Levels(nn.Module):
+    """Somebody's own network of grids, tokens and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 5, 3, stride=2)
+        self.tokens, self.last, self.unused = nn.Linear(5, 4), nn.Linear(4, 6), nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.tokens(self.second(self.first(x).relu()).flatten(2).mT).mean(1))
+
+
+def test_layers_of_any_network_make_a_distance() -> None:
+    """Each layer's units of length 1 at every place, grid or token or the whole; pictures and decoded latents."""
+    torch.manual_seed(0)
+    net, layers = Levels(), ["first", "tokens", "last"]
+    mine, a, b = FeatureDistance(net, layers), pictures(), pictures(seed=1)
+
+    def by_hand(x: Tensor) -> list[Tensor]:
+        grid = net.first(x)
+        tokens = net.tokens(net.second(grid.relu()).flatten(2).mT)
+        channels_last = [grid.permute(0, 2, 3, 1), tokens, net(x)[:, None]]
+        return [(part / part.norm(dim=-1, keepdim=True)).flatten(1, -2) for part in channels_last]
+
+    expected = sum((one - other).square().sum(-1).mean(1) for one, other in zip(by_hand(a), by_hand(b), strict=True))
+    torch.testing.assert_close(mine(a, b), expected)
+    made = Distance(mine).network(teacher(DIGIT))
+    torch.testing.assert_close(made(a, b), expected)
+    assert mine.training and not made.training and mine.net is not made.net  # a copy of it
+    latent = teacher(LATENT, Halves)
+    z, y = pictures(shape=LATENT), pictures(shape=LATENT, seed=1)
+    torch.testing.assert_close(Distance(mine).network(latent)(z, y), mine(latent.net.decode(z), latent.net.decode(y)))
+    # what a network takes may be prepared
+    flipped = FeatureDistance(TappedLayers(net, layers, prepare=lambda x: x.flip(-1)))
+    torch.testing.assert_close(flipped(a, b), mine(a.flip(-1), b.flip(-1)))
+
+
+def test_a_network_with_maps_counts_its_channels() -> None:
+    class Weighted(FeatureNet):
+        def maps(self, pictures: Tensor) -> list[Tensor]:
+            return [torch.cat([pictures, torch.ones_like(pictures)], 1)]
+
+        def weights(self) -> list[Tensor]:
+            return [torch.tensor([0.0, 3.0])]
+
+    a, b = pictures(), pictures(seed=1)
+    lengths = [(1 + x.square()).rsqrt() for x in (a, b)]
+    expected = 3 * (lengths[0] - lengths[1]).square().flatten(1).mean(1)
+    torch.testing.assert_close(Distance(FeatureDistance(Weighted())).network(teacher(DIGIT))(a, b), expected)
+
+
+def test_a_distance_of_ones_own_may_ask_for_pictures() -> None:
+    class Large(PictureDistance):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            assert a.shape[1:] == b.shape[1:] == DIGIT
+            return l1(a, b)
+
+    model, a, b = teacher(LATENT, Halves), pictures(3, LATENT), pictures(3, LATENT, seed=1)
+    assert torch.equal(Distance(Large()).network(model)(a, b), l1(model.net.decode(a), model.net.decode(b)))
+    assert str(Distance(Large())) == "Large"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: FeatureDistance(Levels()), "a Levels has no maps of its own: name the layers to compare at, or make"),
+        (lambda: FeatureDistance(Levels(), ["third"]), "'third' is no layer of this Levels; it has first, second, tok"),
+        (
+            lambda: Distance(FeatureDistance(Levels(), ["unused"])).network(teacher(DIGIT)),
+            "^layer 'unused' gave features 0",
+        ),
+        (
+            lambda: Distance(FeatureDistance(Levels(), ["last"])).network(teacher((3, 8, 8))),
+            r"^distance: 'FeatureDistance' compares pictures that its network takes \(.*\), the teacher makes \[3, 8, ",
+        ),
+    ],
+)
+def test_networks_that_cannot_compare_say_why(make, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        make()
+    assert "\n" not in str(caught.value)

@@ -245,8 +245,10 @@ def test_a_trained_student_comes_near_the_exact_map_in_one_call() -> None:
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"guidance=3: this teacher is unconditional"):
+    with pytest.raises(ValueError, match=r"guidances=3: this teacher is unconditional"):
         MDTDist(guidances=(3.0,)).networks(Start(network(None)))
+    with pytest.raises(ValueError, match=r"distillation_guidances=\(1, 3\): this teacher is unconditional"):
+        MDTDist(distillation_guidances=(1.0, 3.0)).networks(Start(network(None)))
     with pytest.raises(ValueError, match=r"guidances=\(\) must name at least one"):
         MDTDist(guidances=())
     with pytest.raises(ValueError, match="gap=1 must be below 1"):

@@ -311,7 +311,9 @@ def test_the_student_starts_as_its_teacher() -> None:
 
 def test_guidance_that_cannot_be_is_refused() -> None:
     for method in (MeanFlowDistillation(guidance=2.0), MeanFlowTraining(guidance=2.0), MeanFlowTraining(kappa=0.5)):
-        with pytest.raises(ValueError, match="this teacher is unconditional, or knows no empty condition; set 1"):
+        with pytest.raises(
+            ValueError, match="this teacher is unconditional, or knows no empty condition; its only scale is 1"
+        ):
             method.networks(Start(network(classes=None)))
     with pytest.raises(ValueError, match="kappa=1 must be below 1"):
         MeanFlowTraining(kappa=1.0)

@@ -319,5 +319,6 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         SanaSprint(guidances=())
     with pytest.raises(ValueError, match="retime=1 leaves nothing"):
         SanaSprint(retime=1.0)
-    with pytest.raises(ValueError, match=r"guidance=1.5: this teacher is unconditional"):
+    with pytest.raises(ValueError, match=r"guidances=\(1, 1\.5, 2\): this teacher is uncondit.*; its only scale is 1"):
         SanaSprint().networks(Start(teacher(classes=None)))
+    SanaSprint(guidances=(1.0,), adversary_weight=0.0).networks(Start(teacher(classes=None)))

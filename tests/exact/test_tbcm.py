@@ -244,7 +244,7 @@ def test_one_guidance_is_no_input_and_several_are() -> None:
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"guidance=1.5: this teacher is unconditional"):
+    with pytest.raises(ValueError, match=r"guidances=\(1, 1\.5, 2\): this teacher is unconditional"):
         TBCM().networks(Start(teacher(None)))
     with pytest.raises(ValueError, match=r"guidances=\(\) must name at least one"):
         TBCM(guidances=())

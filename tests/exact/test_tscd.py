@@ -212,7 +212,10 @@ def test_the_target_follows_after_the_update_only() -> None:
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     bare, tiny = Start(network(classes=None)), Start(network(DiscreteVP.linear(30)))
     refused = [
-        (lambda: SegmentedConsistency(guidance_max=2.0).networks(bare), "guidance=2: this teacher is unconditional"),
+        (
+            lambda: SegmentedConsistency(guidance_max=2.0).networks(bare),
+            "guidance_max=2: this teacher is unconditional",
+        ),
         (lambda: SegmentedConsistency(segments=30).networks(tiny), "skip=20|30 segments: DiscreteVP has no times"),
         (lambda: SegmentedConsistency(skip=30).networks(tiny), "skip=30 must be at most 29"),
         (

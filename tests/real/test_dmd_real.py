@@ -9,7 +9,7 @@ from fewstep.data import load as load_data
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.flow_maps import Jump
 from fewstep.methods.matching.dmd import DMD
-from fewstep.methods.parts.distances import named
+from fewstep.methods.parts.distances import Distance
 from fewstep.methods.parts.stores import Pairs, made_now
 from fewstep.metrics import Evaluator, load_features
 from fewstep.runs.course import run_recipe
@@ -38,7 +38,7 @@ def test_a_student_of_seconds() -> None:
 
     pairs = made_now(Pairs(teacher, 200, 8, LABELS[:200]), 99)
     noise = pairs.columns["noise"]
-    d = named("features:digits", teacher.shape)
+    d = Distance("features:digits").network(teacher)
     with torch.no_grad():
         before = float(d(Student(Jump(teacher), student.plans)(noise, pairs.cond), pairs.x).mean())
         after = float(d(student(noise, pairs.cond), pairs.x).mean())

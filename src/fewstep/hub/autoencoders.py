@@ -87,12 +87,12 @@ def encode(pipe: Any, images: Tensor, rng: Rng | None = None) -> Tensor:
     return (latents - mean) * scale
 
 
-def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Pictures in [-1, 1] (not clipped) from the network's latents."""
+def decode(pipe: Any, latents: Tensor, autoencoder: Any = None) -> Tensor:
+    """Pictures in [-1, 1] (not clipped) from the network's latents, by the pipeline's autoencoder or a copy of it."""
     name = autoencoder_name(pipe)
     if name is None:
         return latents
-    autoencoder = pipe.components[name]
+    autoencoder = pipe.components[name] if autoencoder is None else autoencoder
     latents = latents.to(autoencoder.device, autoencoder.dtype)
     mean, scale = _units(pipe, latents)
     how = {"force_not_quantize": True} if name == "movq" else {}

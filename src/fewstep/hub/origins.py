@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,16 +16,28 @@ from fewstep.networks.inputs import TakesInputs
 class Origin:
     """The diffusers pipeline that a network was read from, and the name of the network in it.
 
-    Copies of a network share it (a student must not copy its teacher's text encoders), which is all this class adds
-    to the pair.
+    Copies of a network share it: a student must not copy its teacher's text encoders.
     """
 
     def __init__(self, pipe: Any, component: str) -> None:
         self.pipe = pipe
         self.component = component
+        self._decoder: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         return self
+
+    def decoder(self, device: torch.device) -> Any:
+        """An autoencoder for latents on a device, in float32 or more: the pipeline's own, or a frozen copy, made once,
+        where that one has half precision, or lies in main memory and the latents do not."""
+        own = self.pipe.components[autoencoder_name(self.pipe)]
+        kind = torch.promote_types(own.dtype, torch.float32)
+        place = device if own.device.type == "cpu" else own.device
+        if (own.device, own.dtype) == (place, kind):
+            return own
+        if self._decoder is None or self._decoder.device != place:
+            self._decoder = copy.deepcopy(own).to(place, kind).requires_grad_(False)
+        return self._decoder
 
 
 class FromPipeline(TakesInputs):
@@ -41,7 +54,6 @@ class FromPipeline(TakesInputs):
             return samples
         if self.origin is None:
             raise ValueError("the samples are latents, and the pipeline with their autoencoder is not where it was")
-        pipe = self.origin.pipe
-        decoder = pipe.components[autoencoder_name(pipe)]
+        decoder = self.origin.decoder(samples.device)
         with gradients(decoder, "input"), torch.autocast(samples.device.type, enabled=False):
-            return decode(pipe, samples).to(samples.device)
+            return decode(self.origin.pipe, samples, decoder).to(samples.device)

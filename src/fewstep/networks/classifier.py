@@ -8,10 +8,12 @@ from importlib import resources
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
+from fewstep.networks.feature_nets import FeatureNet
+
 BUNDLED = ("digits", "fashion")
 
 
-class Classifier(nn.Module):
+class Classifier(FeatureNet):
     """Three times convolution, batch norm, ReLU, max-pooling; a layer of ``features`` ReLU units; ``classes`` logits.
 
     Takes pictures ``[B, C, H, W]`` in [-1, 1] with H and W at least 8.
@@ -39,9 +41,9 @@ class Classifier(nn.Module):
         self.penultimate = nn.Linear(channels[-1] * (height // 8) * (width // 8), features)
         self.head = nn.Linear(features, classes)
 
-    def layers(self, x: Tensor) -> list[Tensor]:
+    def maps(self, pictures: Tensor) -> list[Tensor]:
         """The activations ``[B, c, h, w]`` after each of the three ReLUs."""
-        found = []
+        x, found = pictures, []
         for block in self.convolutions.children():
             convolution, norm, relu, pool = block.children()
             found.append(relu(norm(convolution(x))))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.files import load_tensors
+from fewstep.networks.feature_nets import FeatureNet
 
 #: The numbers that VGG16's convolutions have among its modules, by slice; LPIPS reads what each slice ends with, after
 #: its ReLU, and max-pooling lies between slices.
@@ -24,7 +25,7 @@ SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
-class LPIPSNetwork(nn.Module):
+class LPIPSNetwork(FeatureNet):
     """Colour pictures ``[B, 3, H, W]`` in [-1, 1], H and W at least 16, to the activations of five layers; ``heads`` is
     the weight of every channel in each.
 
@@ -58,9 +59,12 @@ class LPIPSNetwork(nn.Module):
             self.heads.append(nn.Parameter(head.float().flatten()))
         self.requires_grad_(False).eval()
 
-    def layers(self, x: Tensor) -> list[Tensor]:
+    def weights(self) -> list[Tensor]:
+        return list(self.heads)
+
+    def maps(self, pictures: Tensor) -> list[Tensor]:
         """The activations ``[B, c, h, w]``."""
-        x, found = (x - self.shift) / self.scale, []
+        x, found = (pictures - self.shift) / self.scale, []
         for part in self.slices:
             x = part(x)
             found.append(x)

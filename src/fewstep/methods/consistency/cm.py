@@ -100,7 +100,7 @@ class _ConsistencyModel(Method):
             {
                 "student": model,
                 "target": copy.deepcopy(model),
-                "distance": self.distance.network(start.teacher.shape),
+                "distance": self.distance.network(start.teacher),
                 **self.asked(start, model.schedule),
             },
             {"student": Optimizer(("student",), self.lr, kind="radam", decay="linear")},

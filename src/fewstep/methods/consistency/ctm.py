@@ -87,7 +87,7 @@ class _ConsistencyTrajectory(Method):
             {
                 "student": model,
                 "target": copy.deepcopy(model),
-                "distance": self.distance.network(start.teacher.shape),
+                "distance": self.distance.network(start.teacher),
                 **self.asked(start, schedule),
                 **self.phase.modules(start.teacher.on(schedule), start.condition()),
             },

@@ -145,10 +145,10 @@ class OneStepMatching(Method):
             "student": self.consistency.flow_map(start),
             "critic": start.network("critic", on=teacher.schedule),
             "teacher": teacher,
-            "distance": L2.network(teacher.shape),
+            "distance": L2.network(teacher),
         }
         if self.consistency_weight:
-            modules |= self.consistency.parts(modules["student"], teacher.shape)
+            modules |= self.consistency.parts(modules["student"], teacher)
         if self.feedback:
             modules[ROLE] = self.feedback.reward(start)
         groups = two_optimizers(self.lr, self.critic_lr, clip=10.0, warmup=20)

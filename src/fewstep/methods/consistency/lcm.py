@@ -105,7 +105,7 @@ class SkippingDistillation(Method):
             {
                 "student": model,
                 "teacher": teacher if self.tells else guided(teacher, self.guidance_min),
-                "distance": self.distance.network(teacher.shape),
+                "distance": self.distance.network(teacher),
                 **({"target": copy.deepcopy(model)} if self.mu else {}),
             },
             {"student": Optimizer(("student",), self.lr, kind="adamw", clip=1.0, decay="linear")},

@@ -143,7 +143,7 @@ class _Consistent(_Multistep):
     }
 
     def made(self, start: Start, teacher: Denoiser) -> Networks:
-        distance = self.distance.network(teacher.shape)
+        distance = self.distance.network(teacher)
         modules = {"student": self.jump(start, teacher), "teacher": teacher, "distance": distance}
         return Networks(modules, self.group(), ema=("student",))
 

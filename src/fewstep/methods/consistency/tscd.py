@@ -160,7 +160,7 @@ class SegmentedConsistency(Method):
         teacher = start.teacher.native()
         self.check(teacher)
         student = self.flow_map(start)
-        modules: dict[str, nn.Module] = {"student": student, "teacher": teacher, **self.parts(student, teacher.shape)}
+        modules: dict[str, nn.Module] = {"student": student, "teacher": teacher, **self.parts(student, teacher)}
         groups = {"student": Optimizer(("student",), self.lr, "adamw", clip=1.0, decay="linear")}
         if self.adversarial_weight:
             game, trained = body_and_heads(Adversary(), teacher, self.discriminator_rank, start)
@@ -174,15 +174,15 @@ class SegmentedConsistency(Method):
         denoiser = start.network("student", extras=extras, on=start.teacher.native().schedule)
         return Jump(denoiser, two_times=self.target_time)
 
-    def parts(self, student: nn.Module, shape: tuple[int, ...]) -> dict[str, nn.Module]:
+    def parts(self, student: nn.Module, teacher: Denoiser) -> dict[str, nn.Module]:
         """What the loss needs beside student and teacher."""
-        return {"target": copy.deepcopy(student), "distance": self.distance.network(shape)}
+        return {"target": copy.deepcopy(student), "distance": self.distance.network(teacher)}
 
     def check(self, teacher: Denoiser) -> None:
         """ValueError for a teacher that cannot be led, or whose index has no such steps or segments."""
         check_tells_data(teacher)
-        guided(teacher, self.guidance_min)
-        guided(teacher, self.guidance_max)
+        for field in ("guidance_min", "guidance_max"):
+            guided(teacher, getattr(self, field), field)
         if self.skip > (last := grids.last_index(teacher.schedule)):
             raise ValueError(f"skip={self.skip} must be at most {last}, the steps of the teacher's own index")
         for count in (self.segments, *self.steps):

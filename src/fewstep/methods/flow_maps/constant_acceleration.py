@@ -107,7 +107,7 @@ class _OnPairs(Method):
     def owned(self, trained: str, start: Start, **modules: nn.Module) -> Networks:
         """The networks of a stage that trains one of them."""
         optimizer = Optimizer((trained,), self.lr, kind="adamw", weight_decay=1e-5, warmup=20, decay="cosine")
-        distance = self.distance.network(start.teacher.shape)
+        distance = self.distance.network(start.teacher)
         return Networks({**modules, "distance": distance}, {trained: optimizer}, ema=(trained,))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:

@@ -30,7 +30,7 @@ from fewstep.flow_maps import FlowMap, Jump
 from fewstep.methods.alarm import Alarm, Grows
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.parts.identities import Direction, Engine, eulerian, normalize, regression, sizes
-from fewstep.methods.parts.teacher_steps import guided, guided_by_choice
+from fewstep.methods.parts.teacher_steps import check_all_guidable, guided_by_choice
 from fewstep.methods.start import Start
 from fewstep.methods.teachers.retime import check_time_input
 from fewstep.randomness import Rng, repeated_draws
@@ -183,8 +183,8 @@ class MDTDist(Method):
 
     def networks(self, start: Start) -> Networks:
         schedule = FlowMatching()
-        for scale in (*self.guidances, *self.distillation_guidances):
-            guided(start.teacher, scale)  # raises for a teacher that cannot be guided
+        for field in ("guidances", "distillation_guidances"):
+            check_all_guidable(start.teacher, getattr(self, field), field)
         student = Jump(start.network("student", on=schedule))
         if not self.gap:
             check_time_input(student.denoiser)

@@ -131,7 +131,7 @@ class ReflowDistillation(Method):
     def networks(self, start: Start) -> Networks:
         student = Jump(start.network("student", on=STRAIGHT))
         optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="cosine", warmup=20)
-        distance = self.distance.network(start.teacher.shape)
+        distance = self.distance.network(start.teacher)
         return Networks({"student": student, "distance": distance}, {"student": optimizer}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:

@@ -177,7 +177,7 @@ class FlowGuidedDistillation(Method):
         student = Jump(start.network("student", on=STRAIGHT))
         optimizer = Optimizer(("student",), self.lr, clip=1.0, decay="cosine", warmup=20, nonfinite="zero")
         frozen = start.model("student").on(STRAIGHT)
-        modules = {"student": student, "flow": frozen, "distance": self.distance.network(start.teacher.shape)}
+        modules = {"student": student, "flow": frozen, "distance": self.distance.network(start.teacher)}
         return Networks(modules, {"student": optimizer}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:

@@ -100,7 +100,7 @@ class DMD(Method):
         return {"data": start.data, "pairs": pairs}
 
     def networks(self, start: Start) -> Networks:
-        modules = {**three_networks(start), "distance": self.distance.network(start.teacher.shape)}
+        modules = {**three_networks(start), "distance": self.distance.network(start.teacher)}
         return Networks(modules, two_optimizers(self.lr, self.critic_lr, self.clip, self.warmup), ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:

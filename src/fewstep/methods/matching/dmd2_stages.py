@@ -48,7 +48,7 @@ class PairPretraining(Method):
     def networks(self, start: Start) -> Networks:
         student = Jump(start.network("student", on=start.teacher.native().schedule))
         optimizer = Optimizer(("student",), self.lr, "adamw", weight_decay=0.01, clip=self.clip, warmup=self.warmup)
-        modules = {"student": student, "distance": self.distance.network(start.teacher.shape)}
+        modules = {"student": student, "distance": self.distance.network(start.teacher)}
         return Networks(modules, {"student": optimizer}, ema=("student",))
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:

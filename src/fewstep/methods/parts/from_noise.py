@@ -19,7 +19,7 @@ from fewstep.extras import Input
 from fewstep.flow_maps import Jump
 from fewstep.guidance import Guided
 from fewstep.methods.method import Batch, Method, Networks, Optimizer
-from fewstep.methods.parts.teacher_steps import guided
+from fewstep.methods.parts.teacher_steps import check_all_guidable, guided
 from fewstep.methods.start import Start
 from fewstep.ranges import NonNegative
 from fewstep.sampling.rollout import Plan, Student
@@ -78,7 +78,9 @@ class FromNoise(Method):
         teacher = seen_from_noise(start.teacher, self.schedule)
         extras = {}
         if self.guidance_range:
-            guided(teacher, max(self.guidance_range))  # says so where there is nothing to guide away from
+            check_all_guidable(
+                teacher, self.guidance_range, "guidance_range"
+            )  # says so where there is nothing to guide away from
             low, high = self.guidance_range
             extras["w"] = Input(self.guidance, low, high, unguided=1.0)
         else:

@@ -24,12 +24,12 @@ from fewstep.values import Written, check, read, real, suggestion
 MOST = 1e6
 
 
-def guided(teacher: Denoiser, scale: float) -> Denoiser:
-    """The teacher under classifier-free guidance, itself at scale 1; ValueError when it knows no "no condition" to be
-    led away from."""
+def guided(teacher: Denoiser, scale: float, field: str = "guidance") -> Denoiser:
+    """The teacher under classifier-free guidance, itself at scale 1; ValueError, naming the method's ``field``, when it
+    knows no "no condition" to be led away from."""
     if scale == 1:
         return teacher
-    check_guidable(teacher, scale)
+    check_guidable(teacher, scale, field=field)
     return Guided(teacher, scale)
 
 
@@ -41,19 +41,30 @@ def steered(teacher: Denoiser, scale: float, plain: Tensor, x: Tensor, t: Tensor
     return Guided(teacher, scale).steered(plain, x, t, cond)
 
 
-def check_guidable(teacher: Denoiser, scale: float) -> None:
-    """ValueError for a teacher that knows no "no condition" to be led away from."""
-    if teacher.null is None:
-        raise ValueError(f"guidance={scale:g}: this teacher is unconditional, or knows no empty condition; set 1")
+def check_guidable(teacher: Denoiser, *scales: float, field: str = "guidance") -> None:
+    """ValueError, naming the method's ``field`` of these scales, where one is not 1 and the teacher knows no "no
+    condition" to be led away from."""
+    if teacher.null is None and any(scale != 1 for scale in scales):
+        written = ", ".join(f"{scale:g}" for scale in scales)
+        value = written if len(scales) == 1 else f"({written})"
+        raise ValueError(
+            f"{field}={value}: this teacher is unconditional, or knows no empty condition; its only scale is 1"
+        )
+
+
+def check_all_guidable(teacher: Denoiser, scales: Sequence[float], field: str = "guidances") -> None:
+    """Errors as :func:`guided`, for a field of several scales."""
+    check_guidable(teacher, *scales, field=field)
+    for scale in scales:
+        guided(teacher, scale, field)
 
 
 def guided_by_choice(teacher: Denoiser, scales: Sequence[float], n: int, rng: Rng) -> tuple[Denoiser, Tensor]:
     """The teacher under one of the ``scales`` a sample, all equally probable, and which they are, ``[n]`` in float32;
     errors as :func:`guided`.  A single scale is not drawn."""
+    check_all_guidable(teacher, scales)
     if len(scales) == 1:
         return guided(teacher, scales[0]), torch.full((n,), float(scales[0]), device=rng.device)
-    for scale in scales:
-        guided(teacher, scale)
     drawn = rng.choice(n, [1.0] * len(scales))
     w = torch.tensor(scales, dtype=torch.float32, device=rng.device)[drawn]
     return Guided(teacher, w), w
@@ -62,8 +73,7 @@ def guided_by_choice(teacher: Denoiser, scales: Sequence[float], n: int, rng: Rn
 def guidance_input(teacher: Denoiser, scales: Sequence[float]) -> dict[str, Input]:
     """The guidance scale as an input ``w`` of a student, where there are several: the middle one unless asked.  Errors
     as :func:`guided`."""
-    for scale in scales:
-        guided(teacher, scale)
+    check_all_guidable(teacher, scales)
     scales = sorted(scales)
     middle = scales[len(scales) // 2]
     return {"w": Input(middle, scales[0], scales[-1], unguided=1.0)} if scales[0] < scales[-1] else {}
