@@ -137,7 +137,7 @@ def test_a_tie_costs_the_heads_1_and_the_student_nothing() -> None:
     """Logits of 0 everywhere: the hinge loss is 1, and the student's is sCM's alone."""
     method = SanaSprint()
     nets = method.networks(Start(teacher()))
-    nets.discriminator.forward = lambda features: torch.zeros(len(features[0]), 2, dtype=F64) * features[0].sum()
+    nets.discriminator.forward = lambda features, *_: torch.zeros(len(features[0]), 2, dtype=F64) * features[0].sum()
     first, second = alone(method.updates(nets, batch(), Progress(fraction=0.5)))
     assert float(second.loss) == 1.0 and float(first.logs["adversary"]) == 0.0
 
@@ -244,7 +244,9 @@ def test_mismatched_pairs_count_as_generated() -> None:
         method, seen = SanaSprint(mismatched=mismatched), []
         nets = method.networks(Start(teacher()))
         real = nets.discriminator.forward
-        nets.discriminator.forward = lambda found, real=real, seen=seen: seen.append(len(found[0])) or real(found)
+        nets.discriminator.forward = lambda found, *told, real=real, seen=seen: (
+            seen.append(len(found[0])) or real(found, *told)
+        )
         for _ in alone(method.updates(nets, batch(), Progress(fraction=0.5))):
             pass
         assert seen == [6, n]
