@@ -77,10 +77,9 @@ class Unet(nn.Module):
 class TheirHeads(nn.Module):
     """FastGen's discriminator in the place of our heads."""
 
-    def __init__(self, heads: nn.Module, layers: tuple[str, ...]) -> None:
+    def __init__(self, heads: nn.Module) -> None:
         super().__init__()
-        self.heads, self.layers = copy.deepcopy(heads), layers
-        self.stops = True  # the layer is the bottleneck
+        self.heads = copy.deepcopy(heads)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         logits: Tensor = self.heads(features)
@@ -129,11 +128,7 @@ class Ours:
         layers = (f"net.enc.{side}x{side}_block3",)
         method = our_method(setup.method, layers)
         nets = method.networks(Start(model, self.data))
-        heads = TheirHeads(setup.heads, layers)
-        if setup.method == "ladd":
-            nets.discriminator.heads = heads
-        else:
-            nets.head = heads
+        nets.discriminator.heads = TheirHeads(setup.heads)
         self.run = Timed(method, nets, Settings(Budget(10**6), batch=setup.batch, precision="fp32"), Parallel())
 
     def step(self) -> list[tuple[str, float]]:
