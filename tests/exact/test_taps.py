@@ -148,6 +148,16 @@ class Blocks(nn.Module):
         return x
 
 
+class Squared(Blocks):
+    """One that says features which none of its layers gives."""
+
+    feature_shape = (2,)
+
+    def features(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
+        found: Tensor = self.blocks[0](x).square()
+        return found
+
+
 class Hourglass(nn.Module):
     """Another one, without lists; its places are fewest in the middle."""
 
@@ -170,6 +180,11 @@ def test_the_bottleneck_of_a_network_without_features_is_a_layer_of_the_fewest_p
     }  # fmt: skip
     assert (bottleneck(blocks), bottleneck(hourglass)) == ("blocks.1", "shrink")
     assert not stops_at(blocks, ("blocks.1",)) and not stops_at(hourglass, ("shrink",))
+    view = Squared()
+    with pytest.raises(ValueError, match="no layer's own, and cannot be had beside"):
+        FDistill().networks(Start(NetworkDenoiser(view, TrigFlow(), TrigPrediction(), (2,))))
+    game = DMD2().networks(Start(NetworkDenoiser(view, TrigFlow(), TrigPrediction(), (2,)))).discriminator
+    assert game.layers == () and game.stops
     with pytest.raises(ValueError, match="a Blocks says no features: an energy distance needs"):
         blocks.features(torch.zeros(1, 2), 0.5)
 

@@ -41,7 +41,7 @@ from fewstep.methods.parts.distribution_matching import (
 )
 from fewstep.methods.parts.energy import feature_energy
 from fewstep.methods.parts.score_matching import weighted_difference
-from fewstep.methods.parts.shared_pass import Body, scores_and_logits
+from fewstep.methods.parts.shared_pass import Body, scores_and_logits, tapped_discriminator
 from fewstep.methods.parts.teacher_steps import guided
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative, Positive, Share
@@ -120,8 +120,8 @@ class DMD2(Method):
         modules = three_networks(start)
         critic: tuple[str, ...] = ("critic",)
         if self.gan_weight:
-            rules = Adversary(r1=self.r1)
-            modules["discriminator"] = Discriminator(rules, start.teacher.native(), start.condition())
+            made = tapped_discriminator if self.discriminator == "teacher" else Discriminator
+            modules["discriminator"] = made(Adversary(r1=self.r1), start.teacher.native(), start.condition())
             critic = ("critic", "discriminator")
         groups = two_optimizers(self.lr, self.critic_lr, self.clip, self.warmup, critic)
         return Networks(modules, groups, ema=("student",))

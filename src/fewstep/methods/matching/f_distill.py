@@ -28,7 +28,7 @@ from torch.nn.functional import one_hot
 from fewstep.denoisers import Denoiser
 from fewstep.methods.alarm import Alarm
 from fewstep.methods.method import Batch, Mean, Method, Networks, Paper, Progress, Question, System, Update
-from fewstep.methods.parts.adversary import Adversary, Discriminator
+from fewstep.methods.parts.adversary import Adversary
 from fewstep.methods.parts.distribution_matching import (
     LOST_MODES,
     RUNAWAY_CRITIC,
@@ -41,7 +41,7 @@ from fewstep.methods.parts.distribution_matching import (
     vector_loss,
 )
 from fewstep.methods.parts.score_matching import by_distance, weighted_difference
-from fewstep.methods.parts.shared_pass import Body, scores_and_logits
+from fewstep.methods.parts.shared_pass import Body, scores_and_logits, tapped_discriminator
 from fewstep.methods.parts.times import Segments
 from fewstep.methods.start import Start
 from fewstep.ranges import Count, Least, NonNegative, Positive, Share
@@ -181,7 +181,7 @@ class FDistill(Method):
 
     def networks(self, start: Start) -> Networks:
         rules = Adversary(blocks=self.heads, r1=self.r1)
-        game = {"discriminator": Discriminator(rules, start.teacher.native(), start.condition())}
+        game = {"discriminator": tapped_discriminator(rules, start.teacher.native(), start.condition())}
         modules = {**three_networks(start), **game, "levels": RatioLevels(self.parts)}
         groups = two_optimizers(self.lr, self.critic_lr, self.clip, self.warmup, ("critic", "discriminator"))
         return Networks(modules, groups, ema=("student",), moved=("levels",))

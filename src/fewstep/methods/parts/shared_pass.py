@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fewstep.conditions import Cond
+from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Networks
+from fewstep.methods.parts.adversary import Adversary, Discriminator
 from fewstep.methods.parts.distribution_matching import IN_THE_MIDDLE
 from fewstep.methods.parts.score_matching import TwoScores
 from fewstep.methods.parts.teacher_steps import guided, steered
@@ -23,6 +25,14 @@ from fewstep.randomness import Rng
 
 #: Whose features a discriminator sees.
 Body = Literal["critic", "teacher"]
+
+
+def tapped_discriminator(rules: Adversary, body: Denoiser, cond: Cond = None) -> Discriminator:
+    """A discriminator whose features are had beside the prediction; ValueError where they are no layer's own."""
+    made = Discriminator(rules, body, cond)
+    if not made.layers:
+        raise ValueError("the features of this network are no layer's own, and cannot be had beside its prediction")
+    return made
 
 
 def scores_and_logits(
@@ -38,11 +48,9 @@ def scores_and_logits(
     ``law``, and the logits ``[B, K]`` there of ``nets.discriminator`` on the features of ``body``.
 
     Guidance steers the teacher's prediction, not the features.  The predictions have no gradient.  Logits on the
-    teacher have one, to ``x``: hold the discriminator.  ValueError where it sees no layer's own features.
+    teacher have one, to ``x``: hold the discriminator.
     """
     schedule, layers = nets.teacher.schedule, nets.discriminator.layers
-    if not layers:
-        raise ValueError(f"the features of this {body} are no layer's own, and cannot be had beside its prediction")
     t = law.draw(schedule, len(x), rng)
     x_t = schedule.add_noise(x, rng.normal_like(x), t)
     held = x_t.detach()
