@@ -47,6 +47,8 @@ class DiffInstruct(OneStep):
     init_sigma: Annotated[Positive, "noise level sigma / alpha at which the student is called"] = 1.0
     noise_mean: Annotated[float, "mean of log(sigma / alpha) at the times that the student's loss looks at"] = -1.2
     noise_std: Annotated[NonNegative, "standard deviation of log(sigma / alpha) at those times"] = 1.2
+    # twice as much ends in samples far from the data after some thousand steps in batches of 64
+    lr: Annotated[NonNegative, "learning rate"] = 5e-5
 
     def student_loss(self, nets: Networks, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
         schedule, rng = nets.teacher.schedule, batch.rng
