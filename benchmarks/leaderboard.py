@@ -143,7 +143,8 @@ def draw(rows: list[Result], path: Path) -> None:
     figure, (calls, seconds) = pyplot.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
     last = longest(rows)
     best = sorted((m for m in last if m != "teacher"), key=lambda m: mean(row.frechet for row in last[m][0]))
-    colors = dict(zip(best, pyplot.colormaps["tab20"].colors, strict=False))
+    palette = [color for color in pyplot.colormaps["tab20"].colors if len(set(color)) > 1]  # no greys
+    colors = dict(zip(best, palette, strict=False))
     for model in [*reversed(best), "teacher"]:
         style = {"color": "black", "lw": 2} if model == "teacher" else {"color": colors.get(model, "0.8"), "lw": 1}
         x = [group[0].calls for group in last[model]]
@@ -165,8 +166,9 @@ def draw(rows: list[Result], path: Path) -> None:
         axes.set_yticks([1, 2, 5, 10], ["1", "2", "5", "10"])
     calls.set(ylabel="Fréchet distance")
     calls.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-    spent = sorted({round(place) for points in by_time.values() for place, _ in points if place})
-    seconds.set_xticks(spent[:: max(1, len(spent) // 4)], [f"{place}" for place in spent[:: max(1, len(spent) // 4)]])
+    spent = [place for points in by_time.values() for place, _ in points]
+    marks = [k for k in (5 * 2**power for power in range(16)) if 0.9 * min(spent) <= k <= 1.1 * max(spent)]
+    seconds.set_xticks(marks, [f"{mark}" for mark in marks])
     seconds.xaxis.set_minor_formatter(NullFormatter())
     calls.plot([], [], "o-", ms=3, lw=1, color="0.8", label="the others")
     seconds.legend(frameon=False)
