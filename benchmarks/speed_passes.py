@@ -211,7 +211,7 @@ def main() -> None:
         large, small, shown = begin(True), begin(False), set()
         for stage in recipe_class(name)().stages():
             method = stage.method
-            if method.name in shown:
+            if method.name in shown or stage.needs:  # a reward, which is somebody's own
                 continue
             shown.add(method.name)
             big = compare(method, large, chosen.batch, chosen.rounds)
