@@ -52,9 +52,13 @@ class Call:
 
 
 def parts_of(nets: Networks) -> dict[str, nn.Module]:
-    """The raw networks by the name of their denoiser, and discriminators."""
-    denoisers = {name: part.net for name, part in nets.named_modules() if type(part) is NetworkDenoiser}
-    return denoisers | {name: part for name, part in nets.named_modules() if isinstance(part, Discriminator)}
+    """The raw networks by the name of their denoiser, each once, and discriminators."""
+    found: dict[str, nn.Module] = {}
+    for name, part in nets.named_modules():
+        net = part.net if type(part) is NetworkDenoiser else part if isinstance(part, Discriminator) else None
+        if net is not None and all(net is not other for other in found.values()):
+            found[name] = net
+    return found
 
 
 def recorded(nets: Networks, calls: list[Call]) -> None:
@@ -147,7 +151,8 @@ def begin(big: bool) -> Start:
         if not p.any():
             torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(0))
     x = torch.randn(256, *model.shape, generator=torch.Generator().manual_seed(0))
-    return Start(model, Dataset("random", x, torch.arange(256) % 10, columns={"noise": x.flip(0)}))
+    data = Dataset("random", x, torch.arange(256) % 10, columns={"noise": x.flip(0)})
+    return Start(model, data, keep=lambda store, seed: data)  # in place of pairs
 
 
 class Compared(NamedTuple):
@@ -165,7 +170,7 @@ class Compared(NamedTuple):
 
 def compare(method: Method, start: Start, batch: int, rounds: int) -> Compared:
     """A method's iterations in turns with its passes alone."""
-    data = start.data
+    data = method.sources(start)
     nets = method.networks(start)
     bare = copy.deepcopy(nets)
     optimisers = [torch.optim.Adam(bare.group_parameters(group), 1e-4, fused=True) for group in bare.groups]
