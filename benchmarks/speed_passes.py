@@ -139,8 +139,8 @@ def replay(nets: Networks, optimisers: list[torch.optim.Optimizer], calls: list[
         optimiser.step()
     with torch.no_grad():
         for name in nets.moved:
-            mine = list(getattr(nets, name).parameters())
-            torch._foreach_lerp_(mine, [p.detach().clone() for p in mine], 0.5)
+            if mine := list(getattr(nets, name).parameters()):
+                torch._foreach_lerp_(mine, [p.detach().clone() for p in mine], 0.5)
 
 
 def begin(big: bool) -> Start:
