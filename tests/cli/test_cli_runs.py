@@ -417,7 +417,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(cli: Cli) -> None:
     count = sum(p.numel() for p in api.load("digits").parameters())
     assert f"student Jump {count:,} adamw, lr 0.0007 linear, clip 9 yes" in text
     assert f"teacher NetworkDenoiser {count:,} frozen" in text
-    assert "critic NetworkDenoiser" in text and "head FeatureHead" in text
+    assert "critic NetworkDenoiser" in text and "discriminator Discriminator" in text
     # gradients: student and critic and head; Adam's two moments; one average of the student
     head = 26241  # measured: the digits network has 160 features
     assert f"gradients {4 * (2 * count + head) / 2**20:.1f}" in text
