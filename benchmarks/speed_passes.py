@@ -66,7 +66,8 @@ def recorded(nets: Networks, calls: list[Call]) -> None:
 
     def write(name: str, entry: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # a discriminator is given a list of features, another network tensors
-        places = {f"{k}": value for k, value in enumerate(args[0])} if isinstance(args[0], list) else None
+        listed = args[0] if args and isinstance(args[0], list) else []
+        places = {f"{k}": value for k, value in enumerate(listed)}
         named = places or {**dict(zip(("x", "t", "cond"), args, strict=False)), **kwargs}
         tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
         moving = tuple(k for k, v in tensors.items() if forward_ad.unpack_dual(v).tangent is not None)
