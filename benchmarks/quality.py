@@ -1,4 +1,4 @@
-"""How good few-step students become in a given time, beside their teacher, over several seeds.
+"""How good few-step students become in a given processor time, beside their teacher, over several seeds.
 
     python benchmarks/quality.py --data digits --budget 60s --out results.json
     python benchmarks/quality.py --defaults --methods scm ctm "mean-flow --guidance 2" --budget 40s --out family.json

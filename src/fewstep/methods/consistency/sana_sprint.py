@@ -134,7 +134,7 @@ class SanaSprint(Method):
     heads_mean: Annotated[float, "mean of log(sigma / alpha) at the times that heads look at"] = -0.6
     heads_std: Annotated[NonNegative, "standard deviation of log(sigma / alpha) at those times"] = 1.0
     mismatched: Annotated[bool, "whether data under another sample's condition count as generated"] = True
-    blocks: Annotated[Count, "blocks of the teacher that have a head, spread over its depth"] = 4
+    blocks: Annotated[Count, "blocks of the teacher that have a head, spread over its depth; 1 for the bottleneck"] = 4
     layers: Annotated[tuple[str, ...] | None, "names of the layers that have a head, in place of blocks"] = None
     clip: Annotated[Positive, "bound on the gradient norm"] = 0.1
     retime: Annotated[Share, "share of the budget in which the network first learns to be told the angle"] = 0.0

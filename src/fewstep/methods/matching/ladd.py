@@ -88,7 +88,7 @@ class LADD(Method):
     first_share: Annotated[Share, "share of the budget that is the first phase"] = 0.05
     noise_mean: Annotated[float, "mean of log(sigma / alpha) at the times that heads look at"] = 1.0
     noise_std: Annotated[NonNegative, "standard deviation of log(sigma / alpha) at those times"] = 1.0
-    blocks: Annotated[Count, "blocks of the teacher that have a head, spread over its depth"] = 24
+    blocks: Annotated[Count, "blocks of the teacher that have a head, spread over its depth; 1 for the bottleneck"] = 24
     layers: Annotated[tuple[str, ...] | None, "names of the layers that have a head, in place of blocks"] = None
     projection: Annotated[
         int, Least(0), "channels that heads project on time and condition, 0 to tell them nothing"
