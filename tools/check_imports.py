@@ -15,11 +15,13 @@ from pathlib import Path
 IDEAS = {
     "files", "digests", "schemas", "conditions", "schedules", "discrete_vp", "grids", "predictions", "denoisers",
     "guidance", "extras", "flow_maps", "constant_acceleration", "routing", "generators", "tangents", "randomness",
-    "ranges", "values", "exact", "rewards",
+    "ranges", "values", "exact", "rewards", "classifiers", "divergences", "language_models",
 }  # fmt: skip
 BELOW_METHODS = IDEAS | {"sampling", "networks", "data", "discrete"}
 TOP = {"cli", "api", "demo", "doctor", "catalogue", "__init__"}
-BELOW_TRAINING = BELOW_METHODS | {"methods", "models", "hub"}
+#: Where methods live whose models are no generative ones.
+OTHER_TASKS = {"condense", "students", "language"}
+BELOW_TRAINING = BELOW_METHODS | OTHER_TASKS | {"methods", "models", "hub"}
 
 #: part -> what it may import.  The top may import everything.
 ALLOWED: dict[str, set[str]] = {
@@ -31,11 +33,13 @@ ALLOWED: dict[str, set[str]] = {
     "discrete": IDEAS | {"sampling", "networks", "data"},
     "metrics": IDEAS | {"sampling", "networks", "data", "discrete"},
     "methods": BELOW_METHODS | {"models"},
-    "models": IDEAS | {"sampling", "networks", "discrete"},
+    **dict.fromkeys(("condense", "students", "language"), BELOW_METHODS | {"models", "methods"} | OTHER_TASKS),
+    "evaluation": BELOW_TRAINING | {"training", "metrics"},
+    "models": IDEAS | {"sampling", "networks", "discrete", "data"},
     "hub": IDEAS | {"sampling", "networks", "discrete", "models"},
     "training": BELOW_TRAINING,
     "runs": BELOW_TRAINING | {"training"},
-    "report": BELOW_TRAINING | {"metrics"},
+    "report": BELOW_TRAINING | {"metrics", "evaluation"},
 }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fewstep.data import Captioned, Samples, Streamed, load_samples
+from fewstep.data import Captioned, Samples, Streamed
 from fewstep.data.dataset import Unlabelled
 from fewstep.data.items import Items
 from fewstep.denoisers import Denoiser
@@ -21,7 +21,7 @@ from fewstep.hub.models import pictures as pictures
 from fewstep.methods.method import Recipe
 from fewstep.methods.start import teacher_in
 from fewstep.networks.lora import LowRank as LowRank
-from fewstep.runs.conditions import NO_DATA, embed_of, without_data
+from fewstep.runs.conditions import NO_DATA, embed_of, samples_of, without_data
 from fewstep.runs.course import run_recipe
 from fewstep.runs.record import Record, data_source, model_source, record_of
 from fewstep.sampling.rollout import Student
@@ -36,7 +36,7 @@ def _data(data: str | Path | Samples | Items | None, teacher: Denoiser) -> Sampl
     if data is None or data == NO_DATA:
         return without_data(teacher)
     if isinstance(data, str | Path):
-        return load_samples(data, captions=embed_of(teacher) is not None)
+        return samples_of(data, captions=embed_of(teacher) is not None)
     if isinstance(data, Samples):
         return data
     if isinstance(data, list | tuple) and all(isinstance(prompt, str) for prompt in data):

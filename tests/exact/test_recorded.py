@@ -23,10 +23,23 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_every_method import CLASSES, LENGTH, SETTINGS, SHAPE, SINGLE, TOKEN_METHODS, TOKENS, gap, numbers, recipe
+from test_every_method import (
+    BY_TASK,
+    CLASSES,
+    LENGTH,
+    SETTINGS,
+    SHAPE,
+    SINGLE,
+    TOKEN_METHODS,
+    TOKENS,
+    gap,
+    numbers,
+    recipe,
+)
 from torch import Tensor
 
 import fewstep
+from fewstep.classifiers import NetworkClassifier
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.discrete.chains import Masked
@@ -34,6 +47,7 @@ from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.files import load_tensors, save_tensors
 from fewstep.methods import RECIPES
 from fewstep.networks import MLP, UNet
+from fewstep.networks.classifiers import MLPClassifier
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
@@ -86,13 +100,17 @@ def double_by_default(name: str) -> Iterator[None]:
 
 def teacher(name: str) -> Any:
     """A small network with weights that are drawn in float64: in float32 the draws depend on the processor."""
-    if name in TOKEN_METHODS:
-        net: Any = Transformer(LENGTH, TOKENS, TOKENS + 1, width=8, blocks=1, heads=2)
+    if name in BY_TASK["classification"]:
+        net: Any = MLPClassifier(SHAPE, CLASSES, width=8)
+    elif name in TOKEN_METHODS:
+        net = Transformer(LENGTH, TOKENS, TOKENS + 1, width=8, blocks=1, heads=2)
     else:
         net = UNet(SHAPE, (8, 8), 1, 8, CLASSES) if name == "lowdiff" else MLP(SHAPE, 8, 1, CLASSES)
     rng = Rng(0, "weights")
     for p in net.double().parameters():
         p.data = 0.3 * rng.normal_like(p.data)
+    if name in BY_TASK["classification"]:
+        return NetworkClassifier(net, SHAPE, CLASSES).eval()
     if name in TOKEN_METHODS:
         return NetworkDiscreteDenoiser(net, Masked(TOKENS), LENGTH).eval()
     # what is told the angle already is not retimed
@@ -105,7 +123,9 @@ def data(name: str) -> Dataset:
     rng = Rng(0, "data")
     if name in TOKEN_METHODS:
         return Dataset("words", rng.integers(24 * LENGTH, 0, TOKENS).reshape(24, LENGTH))
-    return Dataset("points", rng.normal(24, *SHAPE, dtype=torch.float64), torch.arange(24) % CLASSES)
+    x = rng.normal(24, *SHAPE, dtype=torch.float64)
+    soft = {"logits": rng.normal(24, CLASSES, dtype=torch.float64)} if name == "soft-supervised" else {}
+    return Dataset("points", x, torch.arange(24) % CLASSES, columns=soft)
 
 
 def trained(case: str, settings: Settings = FOUR_STEPS) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,6 @@ from fewstep.methods import RECIPES, recipe_class
 
 if TYPE_CHECKING:
     from fewstep.methods.method import Recipe
-
-
-def summaries() -> dict[str, str]:
-    """Name -> the first sentence of the method's docstring, read from its source (importing them all takes seconds)."""
-    return {name: summary(place) for name, place in RECIPES.items()}
 
 
 def summary(place: str) -> str:
@@ -34,10 +30,10 @@ def summary(place: str) -> str:
     return ""
 
 
-def listing() -> str:
-    """All methods with their summaries, for a help text."""
-    width = max(map(len, RECIPES))
-    return "\n".join(f"  {name:<{width}}  {text}" for name, text in summaries().items())
+def listing(names: Collection[str] = RECIPES) -> str:
+    """The methods of these names with their summaries, for a help text."""
+    width = max(map(len, names))
+    return "\n".join(f"  {name:<{width}}  {summary(RECIPES[name])}" for name in names)
 
 
 def parameters(method: str) -> list[Parameter]:

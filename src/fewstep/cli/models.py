@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep import api
 from fewstep.cli.errors import UserError, suggestion
-from fewstep.data import Dataset, Samples, load_samples
+from fewstep.data import Dataset, Samples
 from fewstep.data import load as load_data
 from fewstep.data.bundled import BUNDLED
 from fewstep.denoisers import Denoiser
@@ -17,7 +17,7 @@ from fewstep.hub import native
 from fewstep.hub.models import adapter_of
 from fewstep.methods.start import teacher_in
 from fewstep.models import Model, model_of
-from fewstep.runs.conditions import NO_DATA, embed_of, without_data
+from fewstep.runs.conditions import NO_DATA, embed_of, samples_of, without_data
 from fewstep.runs.record import model_source, weights_sha256
 
 
@@ -104,7 +104,7 @@ def named_data(name: str | None, model: Named) -> tuple[str, Samples]:
 def training_samples(source: str, captions: bool = False) -> Samples:
     """The training part of a data set, with its captions where they are asked for, in memory where it fits."""
     try:
-        return load_samples(source, captions=captions)
+        return samples_of(source, captions=captions)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}{suggestion(source, BUNDLED)}") from None
 

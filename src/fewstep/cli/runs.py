@@ -142,6 +142,8 @@ def tell(result: Result, out: Path) -> None:
     losses = {k: v for k, v in (result.records[-1] if result.records else {}).items() if k.endswith("/loss")}
     last = "".join(f", {name} {value:.4g}" for name, value in losses.items())
     print(f"{result.steps} steps, {result.images} samples, {result.seconds:.1f} s{last}")
-    print(f"the model is in {out / 'model'}; look at it:  fewstep sample {out}")
-    if model_of(result.model).tokens is None:
+    kind = model_of(result.model)
+    look = "report" if kind.task != "generation" else "sample"
+    print(f"the {kind.noun} is in {out / 'model'}; look at it:  fewstep {look} {out}")
+    if kind.tokens is None:
         print(f"measure it:  fewstep evaluate {out}")

@@ -66,6 +66,8 @@ RECIPES: dict[str, str] = {
     "pd-halving": "fewstep.methods.flow_maps.progressive:ProgressiveDistillation",
     "guided-distillation": "fewstep.methods.flow_maps.guided_distillation:GuidedDistillation",
     "shortcut": "fewstep.methods.flow_maps.shortcut:Shortcut",
+    "supervised": "fewstep.condense.supervised:Supervised",
+    "soft-supervised": "fewstep.condense.supervised:SoftSupervised",
 }
 
 
@@ -77,4 +79,7 @@ def recipe_class(name: str) -> type[Recipe]:
     return getattr(import_module(module), attribute)
 
 
-__all__ = ["RECIPES", "recipe_class"]
+#: Methods that make a small data set of a large one.
+CONDENSERS: tuple[str, ...] = ()
+
+__all__ = ["CONDENSERS", "RECIPES", "recipe_class"]

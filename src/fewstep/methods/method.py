@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from fewstep.conditions import Cond
 from fewstep.data.dataset import Samples
-from fewstep.denoisers import Denoiser, gradients
+from fewstep.denoisers import gradients
 from fewstep.methods.alarm import Alarm
 from fewstep.methods.optimizer import Optimizer
 from fewstep.methods.paper import Paper as Paper
 from fewstep.methods.paper import System as System
 from fewstep.methods.start import Start
+from fewstep.models.model import Task
 from fewstep.networks.lora import frozen_names
 from fewstep.randomness import Rng
-from fewstep.sampling.rollout import Student
 from fewstep.values import check_fields
 
 
@@ -230,12 +230,19 @@ class Recipe(ABC):
     paper: ClassVar[Paper]
     #: The row of the catalogue, for the class that stands for its paper.
     system: ClassVar[System | None] = None
+    #: What kind of model it starts from (:data:`fewstep.models.model.Task`).
+    task: ClassVar[Task] = "generation"
     #: What a user may bring besides the teacher, by the part it plays: "student" (where the student's weights start),
     #: "guide", "reward".
     roles: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def check_task(self, task: Task, called: str) -> None:
+        """ValueError for a model of another kind than it starts from."""
+        if task != self.task:
+            raise ValueError(f"{self.name} starts from a model for {self.task}, this is {called}")
 
     def check_given(self, given: Mapping[str, object]) -> None:
         """ValueError for a model in a role that the recipe has no use for."""
@@ -278,8 +285,9 @@ class Method(Recipe):
         """
 
     @abstractmethod
-    def student(self, nets: Networks) -> Student | Denoiser:
-        """What training made, from the trained networks (or their EMA, put in place by the trainer)."""
+    def student(self, nets: Networks) -> nn.Module:
+        """What training made, a model of any kind, from the trained networks (or their EMA, put in place by the
+        trainer)."""
 
     def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
         """What the stages after this one start from, by role, from the same networks as :meth:`student`.  A stage that

@@ -26,8 +26,10 @@ from fewstep.data.dataset import Dataset, Samples
 from fewstep.denoisers import Denoiser, networks_in
 from fewstep.methods.parts.stores import Store, made_now
 from fewstep.models import model_of
+from fewstep.models.networks import build_network, describe_network
 from fewstep.networks.inputs import with_inputs
 from fewstep.networks.lora import LowRank, add_factors, factors_in, frozen
+from fewstep.randomness import derive_seed, repeated_draws
 from fewstep.schedules import Schedule
 
 #: The role of networks that a run uses and does not make.
@@ -48,7 +50,7 @@ class Start:
     made without data, for which one zero stands.
     """
 
-    teacher: Denoiser
+    teacher: Any
     data: Samples = field(default_factory=lambda: Dataset("none", torch.zeros(1, 1)))
     seed: int = 0
     made: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -72,7 +74,7 @@ class Start:
         on: Schedule | None = None,
         low_rank: LowRank | None = None,
     ) -> Any:
-        """A trainable copy of the denoiser in a role, seen on the schedule ``on``.  Its network takes the further
+        """A trainable copy of the model in a role, a denoiser seen on the schedule ``on``.  Its network takes further
         inputs ``extras`` and a second sample of ``beside`` channels; new ones start at zero: the copy starts as the
         model.
 
@@ -84,12 +86,7 @@ class Start:
         cannot take the inputs.
         """
         found = denoiser_in(self.model(role), role, extras)
-        if tuple(found.shape) != tuple(self.teacher.shape):
-            raise ValueError(
-                f"the {role} makes samples {list(found.shape)}, the teacher {list(self.teacher.shape)}: they must agree"
-            )
-        if found.classes != self.teacher.classes:
-            raise ValueError(f"the {role} knows {found.classes} classes, the teacher {self.teacher.classes}")
+        model_of(found).check_beside(self.teacher, role)
         asked = low_rank or (None if role == CRITIC else self.low_rank)
         new = asked is not None and not factors_in(found)
         network = frozen(found) if new else copy.deepcopy(found)
@@ -102,6 +99,13 @@ class Start:
                 raise ValueError(f"the {role}: {error}") from None
         network.requires_grad_(True)
         return network if on is None else network.on(on)
+
+    def fresh(self, net: nn.Module, k: int = 0) -> Any:
+        """A trainable network like ``net``, the ``k``-th one, with first weights from the seed of this stage; TypeError
+        for one that is no reference network."""
+        with repeated_draws(torch.device("cpu")):
+            torch.manual_seed(derive_seed(self.seed, "fresh", k))
+            return build_network(describe_network(net))
 
     def store(self, what: Store) -> Dataset:
         """What a stage trains on, made once for all stages that ask for the same."""

@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from fewstep.models.denoisers import AnyDenoiser, NetworkModel, RoutedDenoiserModel, SelfConditionedModel, ViewedModel
+from fewstep.models.classifiers import ClassifierModel, CondensedModel
+from fewstep.models.denoisers import (
+    DENOISER,
+    AnyDenoiser,
+    NetworkModel,
+    RoutedDenoiserModel,
+    SelfConditionedModel,
+    ViewedModel,
+)
 from fewstep.models.discrete import AnyDiscreteDenoiser, LearnedSamplerModel, NetworkDiscreteModel
 from fewstep.models.model import Config, Model
 from fewstep.models.networks import build_network, describe_network
@@ -47,12 +55,16 @@ KINDS: tuple[type[Model], ...] = (
     CascadedModel,
     SeparateCascadeModel,
     DPMOTModel,
+    ClassifierModel,
+    CondensedModel,
 )
 _BY_CLASS = {cls.wraps: cls for cls in KINDS}
 #: The kinds that can be saved, by their name in config.json.
 SAVED = {cls.kind: cls for cls in KINDS if cls.kind}
 #: What a description of a model may hold.
 MODEL = Choice("kind", {name: cls.holds for name, cls in SAVED.items()})
+#: What a description of a model may hold that training is to begin with: denoisers, and what is no generative model.
+FRESH = Choice("kind", {**DENOISER.kinds, ClassifierModel.kind: ClassifierModel.holds})
 #: Where a description stands that no file holds.
 IN_MEMORY = Place("description")
 

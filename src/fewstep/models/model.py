@@ -1,13 +1,15 @@
-"""What is loaded, sampled, saved and compared: one set of questions for everything that makes samples."""
+"""What is loaded, trained, sampled, saved and compared: one set of questions for every model there is."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from fewstep.conditions import leaves
+from fewstep.data.dataset import Samples, Unlabelled
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.extras import Input
 from fewstep.randomness import Rng
@@ -15,21 +17,24 @@ from fewstep.sampling.rollout import Student
 
 #: Plain data, as config.json holds it.
 Config = dict[str, Any]
+#: What a model is for: making samples, telling their classes, continuing text, or being a data set itself.
+Task = Literal["generation", "classification", "language", "data"]
 
 
 class Model(ABC):
-    """A module that makes samples, as commands, reports and files see it.
+    """A module, most often one that makes samples, as commands, reports and files see it.
 
     A kind of model is a subclass: it knows the modules of the class ``wraps`` and stands in the table of
     :mod:`fewstep.models.kinds`.  ``kind`` is its name in config.json, and ``holds`` the schema of what else stands
-    there ("" and nothing for what cannot be saved).  ``called`` is what messages call it.  ``options`` are the
-    arguments of :meth:`sample` that this kind takes beside conditions, steps and seed.
+    there ("" and nothing for what cannot be saved).  ``called`` is what messages call it, ``task`` what it is for.
+    ``options`` are the arguments of :meth:`sample` that this kind takes beside conditions, steps and seed.
     """
 
     kind: ClassVar[str] = ""
     wraps: ClassVar[type[nn.Module]]
     holds: ClassVar[dict[str, Any]] = {}
     called: ClassVar[str]
+    task: ClassVar[Task] = "generation"
     options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, module: Any) -> None:
@@ -103,6 +108,40 @@ class Model(ABC):
     def calls(self, steps: int | None = None, **options: Any) -> int:
         """The network calls that a sample takes in so many steps (None: as :meth:`sample` does by default)."""
 
+    def accepts(self, data: Samples) -> Samples:
+        """The data as it is trained on them: without labels when it knows no conditions.
+
+        ValueError when the samples are of another shape, or their conditions not of the model's kind.
+        """
+        model = self.module
+        if tuple(data.shape) != tuple(model.shape):
+            raise ValueError(f"data '{data.name}' has samples {list(data.shape)}, the model makes {list(model.shape)}")
+        if model.classes:
+            if data.classes is None:
+                raise ValueError(
+                    f"data '{data.name}' has no labels, the model knows {model.classes} classes: give every sample one "
+                    "(-1 trains its unconditional branch)"
+                )
+            if data.classes > model.classes:
+                raise ValueError(f"data '{data.name}' has {data.classes} classes, the model knows {model.classes}")
+            return data
+        if data.classes is None:
+            return data
+        if model.null is not None:
+            takes = ", ".join(leaves(model.null))
+            raise ValueError(f"data '{data.name}' has class labels, the model takes {takes}")
+        return Unlabelled(data)
+
+    def check_beside(self, teacher: Any, role: str) -> None:
+        """ValueError naming the role for a model that does not go with the teacher."""
+        model = self.module
+        if tuple(model.shape) != tuple(teacher.shape):
+            raise ValueError(
+                f"the {role} makes samples {list(model.shape)}, the teacher {list(teacher.shape)}: they must agree"
+            )
+        if model.classes != teacher.classes:
+            raise ValueError(f"the {role} knows {model.classes} classes, the teacher {teacher.classes}")
+
     def denoiser(self) -> Denoiser:
         """The denoiser that a solver can follow with the same samples in sight; ValueError saying why there is none."""
         raise ValueError(f"{self.called}, which samples in its own way")
@@ -131,3 +170,31 @@ class Model(ABC):
         """The module that :meth:`describe` described; the two functions build the models and networks inside.
         ValueError for values that contradict each other."""
         raise TypeError(f"{cls.called} cannot be built from a description")
+
+
+class Silent(Model):
+    """A model that makes no samples: being asked for them is a ValueError."""
+
+    def sample(
+        self,
+        n: int,
+        cond: Cond = None,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        raise ValueError(f"{self.called}, which makes no samples")
+
+    def sample_from(self, noise: Tensor, cond: Cond, *, steps: int | None, rng: Rng, **options: Any) -> Tensor:
+        raise ValueError(f"{self.called}, which makes no samples")
+
+    def calls(self, steps: int | None = None, **options: Any) -> int:
+        raise ValueError(f"{self.called}, which makes no samples")
+
+    def denoiser(self) -> Denoiser:
+        raise ValueError(f"{self.called}, which makes no samples")
+
+    def teacher(self) -> Any:
+        return self.module

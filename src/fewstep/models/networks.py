@@ -11,6 +11,7 @@ from fewstep import schedules
 from fewstep.discrete_vp import DiscreteVP
 from fewstep.extras import NAME
 from fewstep.networks import NETWORKS
+from fewstep.networks.classifiers import CLASSIFIERS
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import ALL_PREDICTIONS, Prediction
 from fewstep.schedules import Schedule
@@ -47,6 +48,7 @@ def _arguments(known: dict[str, type[nn.Module]]) -> dict[str, dict[str, Any]]:
 
 
 TOKEN_NETWORK = Choice("name", _arguments(TOKEN_NETWORKS))
+CLASSIFIER_NETWORK = Choice("name", _arguments(CLASSIFIERS))
 NETWORK = Choice(
     "name",
     _arguments(NETWORKS)
@@ -67,7 +69,7 @@ NETWORK = Choice(
 
 def describe_network(net: Any) -> dict[str, Any]:
     """One of the reference networks as plain data; TypeError for another."""
-    known = {**NETWORKS, **TOKEN_NETWORKS}
+    known = {**NETWORKS, **TOKEN_NETWORKS, **CLASSIFIERS}
     name = {cls: name for name, cls in known.items()}.get(type(net))
     if name is None:
         raise TypeError(
@@ -81,7 +83,7 @@ def build_network(config: dict[str, Any]) -> nn.Module:
     """A reference network from its description, with fresh weights."""
     arguments = dict(config)
     name = arguments.pop("name")
-    known: dict[str, type[nn.Module]] = {**NETWORKS, **TOKEN_NETWORKS}
+    known: dict[str, type[nn.Module]] = {**NETWORKS, **TOKEN_NETWORKS, **CLASSIFIERS}
     return known[name](**arguments)
 
 

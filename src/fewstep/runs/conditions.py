@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,9 @@ from fewstep.conditions import leaves
 from fewstep.data.captions import Captioned
 from fewstep.data.dataset import First, Prior, Samples
 from fewstep.data.encoded import Embed, Latents, Tell
-from fewstep.denoisers import Denoiser
+from fewstep.data.sources import load_samples
 from fewstep.hub.autoencoders import autoencoder_name, encode, picture_channels, pixels_per_latent
-from fewstep.hub.models import adapter_of
+from fewstep.hub.models import adapter_of, load
 from fewstep.models import model_of
 from fewstep.training.feed import fitted
 from fewstep.training.progress import Bar
@@ -23,14 +24,16 @@ from fewstep.training.progress import Bar
 NO_DATA = "none"
 
 
-def without_data(teacher: Denoiser) -> Prior:
+def without_data(teacher: Any) -> Prior:
     """What a run without data draws: the classes of the teacher in turn, or nothing.
 
     ValueError for a teacher of other conditions, which must be given, and for one of tokens.
     """
     found = model_of(teacher)
-    if found.tokens is not None:
+    if found.tokens is not None or found.task == "language":
         raise ValueError(f"data '{NO_DATA}': {found.called} learns from text, give some")
+    if found.task != "generation":
+        raise ValueError(f"data '{NO_DATA}': {found.called} learns from labelled samples, give some")
     if teacher.classes:
         return Prior(tuple(teacher.shape), torch.arange(teacher.classes), NO_DATA)
     if teacher.null is not None:
@@ -47,7 +50,7 @@ def embed_of(model: nn.Module) -> Embed | None:
     return net.embed if net is not None and net.reads_prompts else None
 
 
-def pictures_of(teacher: Denoiser) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]] | None:
+def pictures_of(teacher: Any) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]] | None:
     """How the autoencoder that a teacher came with makes latents of pictures in [-1, 1], and the shape of one picture;
     None where there is none."""
     net = adapter_of(teacher)
@@ -60,7 +63,7 @@ def pictures_of(teacher: Denoiser) -> tuple[Callable[[Tensor], Tensor], tuple[in
     return lambda x: encode(pipe, x.to(weights)).to(torch.get_default_dtype()), shape
 
 
-def check_readable(teacher: Denoiser, data: Samples) -> None:
+def check_readable(teacher: Any, data: Samples) -> None:
     """ValueError for data that the teacher cannot be trained on, before any of them is read."""
     samples = data.uncaptioned
     if data.captions is not None and embed_of(teacher) is None:
@@ -76,14 +79,14 @@ def check_readable(teacher: Denoiser, data: Samples) -> None:
     fitted(samples, teacher)
 
 
-def needs_latents(teacher: Denoiser, samples: Samples) -> bool:
+def needs_latents(teacher: Any, samples: Samples) -> bool:
     """Whether samples are the pictures of which the teacher knows the latents."""
     latents = pictures_of(teacher)
     return latents is not None and tuple(samples.shape) == latents[1] != tuple(teacher.shape)
 
 
 def as_read_by(
-    teacher: Denoiser, data: Samples, folder: Path | None = None, show: bool = False, most: int | None = None
+    teacher: Any, data: Samples, folder: Path | None = None, show: bool = False, most: int | None = None
 ) -> Samples:
     """The data with what the teacher's pipeline makes of them, once: latents of pictures, conditions of captions.
 
@@ -113,3 +116,14 @@ def shown(title: str, show: bool) -> Tell:
             bar.close()
 
     return tell
+
+
+def samples_of(source: str | Path, captions: bool = False) -> Samples:
+    """The training part of a data set by name or path, with its captions where they are asked for; of a run that made a
+    small data set, that set."""
+    if (Path(source) / "config.json").is_file() or (Path(source) / "model" / "config.json").is_file():
+        found = model_of(load(source))
+        if found.task == "data":
+            made: Samples = found.module.dataset(Path(source).name)
+            return made
+    return load_samples(source, captions=captions)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fewstep.data import Samples
-from fewstep.denoisers import Denoiser, NetworkDenoiser
+from fewstep.denoisers import NetworkDenoiser
 from fewstep.files import write_atomically
 from fewstep.hub import native
 from fewstep.methods.method import Recipe
@@ -32,7 +32,7 @@ from fewstep.training.trainer import Result
 
 def run_recipe(
     recipe: Recipe,
-    teacher: Denoiser,
+    teacher: nn.Module,
     data: Samples,
     settings: Settings,
     folder: Path | None = None,
@@ -50,6 +50,8 @@ def run_recipe(
     folder that holds another run or is held by one.
     """
     teacher, given = teacher_in(teacher), given or {}
+    kind = model_of(teacher)
+    recipe.check_task(kind.task, kind.called)
     recipe.check_given(given)
     check_readable(teacher, data)
     device = torch.device(settings.device)
@@ -78,7 +80,7 @@ def run_recipe(
         settings = dataclasses.replace(settings, precision=record.settings["precision"])
         begin = start(folder / "stores", show)
         result = run_stages(recipe, begin, settings, folder, seeds=record.stage_seeds, show=show)
-        if record.command == "train":
+        if record.command == "train" and model_of(result.model).task == "generation":
             keep_half_level(result.model)
         native.save(result.model, folder / "model", card(record, recipe, result))
         join_logs(folder)

@@ -23,9 +23,9 @@ import fewstep
 from fewstep import values
 from fewstep.data import Samples
 from fewstep.digests import model_sha256
-from fewstep.hub import native
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
+from fewstep.models.kinds import FRESH
 from fewstep.schemas import Choice, Maybe, Place, check, read_json
 from fewstep.training.budget import Budget
 from fewstep.training.settings import FREE, Settings
@@ -39,7 +39,7 @@ _SHARED = {
     "format": Literal[1, 2], "method": str, "hyper_parameters": dict, "start": dict, "settings": dict, "versions": dict,
     "data": {"source": str, "sha256": str, ...: Any}, "stage_seeds": Maybe(Seeds),
 }  # fmt: skip
-RECIPE = Choice("command", {"train": _SHARED, "distill": _SHARED})
+RECIPE = Choice("command", {"train": _SHARED, "condense": _SHARED, "distill": _SHARED})
 _SOURCE = {"name": str | None, "sha256": Maybe(str), "digest": Maybe(str)}
 #: What a distillation starts from, by format.
 _STARTS: dict[int, Any] = {1: {"model": str, "sha256": str}, 2: {"teacher": _SOURCE, ...: _SOURCE}}
@@ -54,12 +54,12 @@ class Record:
     """A run as plain data.
 
     ``start`` are the models that ``distill`` starts from, ``{role: {"name": .., "sha256": .., "digest": ..}}`` as
-    :func:`model_source` makes them, and the description of a fresh model for ``train``; ``data`` is ``{"source": name,
-    "samples": N, "shape": [..], "sha256": ..}``.  ``stage_seeds`` says how the seeds of stages after the first follow
-    from the run's (:func:`fewstep.runs.stages.stage_seed`).
+    :func:`model_source` makes them, and the description of a fresh model for the other commands; ``data`` is
+    ``{"source": name, "samples": N, "shape": [..], "sha256": ..}``.  ``stage_seeds`` says how the seeds of stages after
+    the first follow from the run's (:func:`fewstep.runs.stages.stage_seed`).
     """
 
-    command: Literal["train", "distill"]
+    command: Literal["train", "condense", "distill"]
     method: str
     hyper_parameters: dict[str, Any]
     start: dict[str, Any]
@@ -139,8 +139,8 @@ def read(path: Path) -> Record:
         raise FileNotFoundError(f"{path}: no such recipe file")
     written = read_json(path, RECIPE)
     version = written.pop("format")
-    if written["command"] == "train":
-        check(written["start"], native.DENOISER, Place(path, "start"))
+    if written["command"] != "distill":
+        check(written["start"], FRESH, Place(path, "start"))
     else:
         start = check(written["start"], _STARTS[version], Place(path, "start"))
         if version == 1:
@@ -167,7 +167,7 @@ def difference(old: Record, new: Record, free: tuple[str, ...] = FREE) -> Differ
 def parts(record: Record, free: tuple[str, ...]) -> dict[str, Part]:
     """What must agree for one run to be the continuation of another."""
     found = {"command": Part(record.command, record.command), "method": Part(record.method, record.method)}
-    if record.command == "train":
+    if record.command != "distill":
         found |= {f"the network's {k}": Part(plain(v), as_words(plain(v))) for k, v in flat(record.start).items()}
     else:
         found |= {f"the {role}": named(source) for role, source in record.start.items()}

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
+from torch import nn
 
-from fewstep.conditions import leaves
-from fewstep.data.dataset import Draw, Rows, Samples, Unlabelled, epoch_indices
-from fewstep.denoisers import Denoiser
+from fewstep.data.dataset import Draw, Rows, Samples
+from fewstep.models import model_of
 from fewstep.randomness import derive_seed
+from fewstep.training.orders import Epochs, Order
 
 #: The source that everything but further columns comes from.
 MAIN = "data"
@@ -21,11 +21,20 @@ class Feed:
     """The rows of this process's micro-batches, from one source or several by name.
 
     Micro-batch ``part`` of ``parts`` reads its share of the global ``batch`` of every source.  Each source has an order
-    of its own; that of the main one depends on the ``seed`` only.
+    of its own; that of the main one depends on the ``seed`` only, and may be another ``order`` than epochs.
     """
 
-    def __init__(self, sources: Mapping[str, Samples], batch: int, seed: int, mine: range, parts: int) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Samples],
+        batch: int,
+        seed: int,
+        mine: range,
+        parts: int,
+        order: Order | None = None,
+    ) -> None:
         self.sources, self.batch, self.seed, self.mine, self.parts = dict(sources), batch, seed, mine, parts
+        self.order = order or Epochs()
         self.step: int | None = None
         self.ahead: dict[str, Iterator[Rows]] = {}
 
@@ -44,11 +53,10 @@ class Feed:
     def draws(self, name: str, step: int) -> Iterator[Draw]:
         """What this process reads from iteration ``step`` on, one micro-batch after the other."""
         seed = self.seed if name == MAIN else derive_seed(self.seed, "source", name)
-        n = len(self.sources[name])
+        order = self.order if name == MAIN else Epochs()
         while True:
-            first = step * self.batch
-            whole = epoch_indices(n, first, self.batch, seed).chunk(self.parts)
-            epochs = (torch.arange(first, first + self.batch) // n).chunk(self.parts)
+            reading = order.read(self.sources[name], step * self.batch, self.batch, seed)
+            whole, epochs = reading.indices.chunk(self.parts), reading.epochs.chunk(self.parts)
             yield from (Draw(whole[part], epochs[part], seed) for part in self.mine)
             step += 1
 
@@ -57,25 +65,6 @@ class Feed:
         self.ahead, self.step = {}, None
 
 
-def fitted(data: Samples, model: Denoiser) -> Samples:
-    """The data as a model is trained on them: without labels when it knows no conditions.
-
-    ValueError when the samples are of another shape, or their conditions not of the model's kind.
-    """
-    if tuple(data.shape) != tuple(model.shape):
-        raise ValueError(f"data '{data.name}' has samples {list(data.shape)}, the model makes {list(model.shape)}")
-    if model.classes:
-        if data.classes is None:
-            raise ValueError(
-                f"data '{data.name}' has no labels, the model knows {model.classes} classes: give every sample one "
-                "(-1 trains its unconditional branch)"
-            )
-        if data.classes > model.classes:
-            raise ValueError(f"data '{data.name}' has {data.classes} classes, the model knows {model.classes}")
-        return data
-    if data.classes is None:
-        return data
-    if model.null is not None:
-        takes = ", ".join(leaves(model.null))
-        raise ValueError(f"data '{data.name}' has class labels, the model takes {takes}")
-    return Unlabelled(data)
+def fitted(data: Samples, model: nn.Module) -> Samples:
+    """The data as a model is trained on them; ValueError when they are of another kind or shape."""
+    return model_of(model).accepts(data)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fewstep.ranges import Count, Most, NonNegative, Positive
 from fewstep.training.budget import Budget
+from fewstep.training.orders import Epochs, Order
 from fewstep.training.profiles import Power, Profile
 from fewstep.values import Written, check_fields, read
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 TWO_MINUTES = Budget(120, "seconds")
 TENTH = (Power(0.1),)
+EPOCHS = Epochs()
 
 #: A larger batch is a slip of the hand: already its noise would take all memory.
 MOST_SAMPLES = 1_000_000
@@ -71,6 +73,7 @@ class Settings:
     ] = 64
     accumulate: Annotated[Count, "micro-batches that a batch is split into, to save memory"] = 1
     seed: Annotated[int, "seed of every random draw"] = 0
+    order: Annotated[Order, "how data are read: random:0.1 is a tenth of them a round, a new one each (RS2)"] = EPOCHS
     precision: Annotated[Precision, "arithmetic; auto measures which is faster here"] = "auto"
     averages: Annotated[tuple[Profile, ...], "relative widths of the weight averages; the first is the model"] = TENTH
     device: Annotated[str, "where to train: cpu, cuda, cuda:1, mps"] = "cpu"

@@ -28,12 +28,10 @@ from torch import Tensor, nn
 
 from fewstep.conditions import to
 from fewstep.data.dataset import Rows, Samples
-from fewstep.denoisers import Denoiser
 from fewstep.methods.method import Batch, Method, Networks, Progress, Question, Update, advance
 from fewstep.methods.start import Start
 from fewstep.networks.lora import factors_in
 from fewstep.randomness import Rng, derive_seed, repeated_draws, seed_own_draws
-from fewstep.sampling.rollout import Student
 from fewstep.training import checkpoint, nonfinite, snapshots
 from fewstep.training.alarms import Alarms
 from fewstep.training.checkpoint import Checkpoint
@@ -56,11 +54,11 @@ class Interrupted(RuntimeError):
 
 @dataclass
 class Result:
-    """What a run made: the student (or teacher), with the first average's weights when the method has one, and its
-    cost.  ``records`` are the lines of ``log.jsonl``, those before a resume included; ``made`` are the models for the
-    stages after it, by role."""
+    """What a run made: a ``model`` of any kind, with the first average's weights when the method has one, and its cost.
+    ``records`` are the lines of ``log.jsonl``, those before a resume included; ``made`` are the models for the stages
+    after it, by role."""
 
-    model: Student | Denoiser
+    model: Any
     steps: int
     images: int
     seconds: float
@@ -110,7 +108,7 @@ class Run(Groups):
         mine = range(first, first + settings.accumulate)
         sources = named(data)
         if self.feed is None or not self.feed.reads(sources):
-            self.feed = Feed(sources, settings.batch, settings.seed, mine, parts)
+            self.feed = Feed(sources, settings.batch, settings.seed, mine, parts, settings.order)
         # dropout is the one draw that a network makes itself, from PyTorch's own generator
         seed_own_draws(derive_seed(settings.seed, "dropout", self.steps, self.parallel.rank), self.device)
         for part, rows in zip(mine, self.feed.read(self.steps), strict=True):
@@ -181,6 +179,7 @@ class Run(Groups):
             "method": repr(self.method),
             "data": ", ".join(f"{source.name} ({len(source)} samples)" for source in data.values()),
             "batch": self.settings.batch, "seed": self.settings.seed, "averages": repr(self.settings.averages),
+            "order": str(self.settings.order),
         }  # fmt: skip
 
     def save(self, saved: Checkpoint, data: Mapping[str, Samples]) -> None:
@@ -198,7 +197,7 @@ class Run(Groups):
         """Take up a checkpoint; ValueError when it is damaged or belongs to another run."""
         counters = saved.counters()
         for name, value in self.identity(data).items():
-            if counters["run"][name] != value:
+            if counters["run"].get(name, value) != value:
                 raise ValueError(
                     f"{saved.path}: this folder holds a run with {name} {counters['run'][name]}, not {value}; repeat "
                     "its command to resume it, or choose another folder"
@@ -241,7 +240,7 @@ class Run(Groups):
             snapshots.write(folder, self.steps, updates, held)
 
     @torch.no_grad()
-    def finish(self, plain: Networks) -> tuple[Student | Denoiser, Mapping[str, nn.Module]]:
+    def finish(self, plain: Networks) -> tuple[nn.Module, Mapping[str, nn.Module]]:
         """The method's product and what it hands on, with averaged weights where it has them, in evaluation mode.
 
         ``plain`` are the networks to put it in: the run's own, or uncut ones when it is sharded.

@@ -33,7 +33,6 @@ from fewstep.methods.method import Batch, Method, Networks, Paper, Progress, Que
 from fewstep.methods.parts.host import Host, check_critic
 from fewstep.methods.start import Start
 from fewstep.ranges import Least, Share, Within
-from fewstep.sampling.rollout import Student
 
 
 class RecordedPath(Denoiser):
@@ -196,7 +195,7 @@ class Backtracking(Method):
             return 0
         return nodes - 1 - int((nodes - 1) * fraction / self.backtracking + 1e-9)
 
-    def student(self, nets: Networks) -> Student | Denoiser:
+    def student(self, nets: Networks) -> nn.Module:
         return self.host.method.student(nets)
 
     def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:

@@ -141,7 +141,7 @@ class OnePart(Method):
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
         yield from self.host.method.updates(nets, batch, progress)
 
-    def student(self, nets: Networks) -> Student | Denoiser:
+    def student(self, nets: Networks) -> nn.Module:
         own: Any = self.host.method.student(nets)
         others = dict(nets.named_children()).get("experts")
         if others is None:
