@@ -62,11 +62,11 @@ FOUR_STEPS = dataclasses.replace(SETTINGS, budget=Budget(4))
 #: MKL_CBWR=COMPATIBLE) up to 2e-14 was seen; another seed is 1e-5 away at least, and 0.2 in what is logged.
 TOLERANCE = 1e-12
 #: Where it is more, ten times what was seen: Adam makes steps of the rounding of gradients that are 0 in exact
-#: arithmetic (biases before a group norm or inside attention), sCM's time weights are float32, and LSD logs the small
-#: difference of two losses.
+#: arithmetic (biases before a group norm or inside attention), sCM's time weights are float32, LSD logs the small
+#: difference of two losses, and TBCM the norm of a gradient that is 0 but for rounding at the first step.
 ROUGH = {
     "discrete-denoising": 1e-10, "score-entropy": 2e-6, "lowdiff": 2e-6, "lsd": 1e-4, "lsd-plus": 1e-4,
-    "lsd-student": 1e-4, "scm": 1e-6, "scm-training": 1e-6,
+    "lsd-student": 1e-4, "scm": 1e-6, "scm-training": 1e-6, "tbcm": 1e-6,
 }  # fmt: skip
 
 #: Every method, and what its defaults do not reach: the hyper-parameters that are changed.
