@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": IDEAS | {"sampling", "networks", "data", "discrete"},
     "methods": BELOW_METHODS | {"models"},
     **dict.fromkeys(("condense", "students", "language"), BELOW_METHODS | {"models", "methods"} | OTHER_TASKS),
-    "evaluation": BELOW_TRAINING | {"training", "metrics"},
+    "evaluation": BELOW_TRAINING | {"training", "metrics", "runs"},
     "models": IDEAS | {"sampling", "networks", "discrete", "data"},
     "hub": IDEAS | {"sampling", "networks", "discrete", "models"},
     "training": BELOW_TRAINING,

@@ -17,9 +17,9 @@ import fewstep
 from fewstep.cli import Parser, distill
 from fewstep.cli.errors import UserError
 from fewstep.cli.flags import Parameter, as_words, check, from_json, given, metavar, of_constructor, of_dataclass, read
+from fewstep.cli.fresh import FROM_DATA
 from fewstep.cli.methods import build, parameters
 from fewstep.cli.settings import SETTINGS
-from fewstep.cli.train import FROM_DATA
 from fewstep.hub.native import SCHEDULES
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.networks import NETWORKS

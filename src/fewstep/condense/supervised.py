@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from torch import Tensor
 
 from fewstep.classifiers import NetworkClassifier
@@ -106,3 +107,35 @@ class SoftSupervised(Supervised):
         logits = nets.student(self.views(batch.x, batch.rng))
         loss = kl(soft, logits, self.temperature).mean()
         yield Update(STUDENT, loss, {"accuracy": accuracy_of(logits, soft.argmax(1))})
+
+
+@dataclass(frozen=True)
+class KnowledgeDistillation(SoftSupervised):
+    """A classifier that learns what a teacher says of every view of a sample (Hinton et al. 2015).
+
+    The loss is ``(1 - alpha) CE(labels) + alpha T^p KL(teacher || student)`` at temperature T; Hinton et al. multiply
+    by the square of it (p = 2), the benchmarks of condensed data leave it out (p = 0).
+    """
+
+    name: ClassVar[str] = "kd"
+    paper: ClassVar[Paper] = Paper(
+        "Distilling the Knowledge in a Neural Network", "1503.02531", "from paper text",
+        ("the factor of the squared temperature is left out by default, as in benchmarks of condensed data sets",),
+    )  # fmt: skip
+    healthy: ClassVar[dict[str, str]] = {"student/loss": "falls", "student/agreement": "rises towards 1"}
+
+    alpha: Annotated[Share, "weight of the teacher's word; that of the labels is 1 - alpha"] = 1.0
+    power: Annotated[NonNegative, "of the temperature, a factor on the KL: 2 in Hinton et al."] = 0.0
+
+    def networks(self, start: Start) -> Networks:
+        return Networks({STUDENT: start.network(), "teacher": start.model()}, {STUDENT: self.optimizer()})
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+        x = self.views(batch.x, batch.rng)
+        with torch.no_grad():
+            told = nets.teacher(x)
+        logits = nets.student(x)
+        loss = self.alpha * self.temperature**self.power * kl(told, logits, self.temperature).mean()
+        if self.alpha < 1:
+            loss = loss + (1 - self.alpha) * nll(logits, labels_in(batch))
+        yield Update(STUDENT, loss, {"agreement": accuracy_of(logits, told.argmax(1))})

@@ -68,6 +68,7 @@ RECIPES: dict[str, str] = {
     "shortcut": "fewstep.methods.flow_maps.shortcut:Shortcut",
     "supervised": "fewstep.condense.supervised:Supervised",
     "soft-supervised": "fewstep.condense.supervised:SoftSupervised",
+    "kd": "fewstep.condense.supervised:KnowledgeDistillation",
 }
 
 

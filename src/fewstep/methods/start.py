@@ -26,10 +26,9 @@ from fewstep.data.dataset import Dataset, Samples
 from fewstep.denoisers import Denoiser, networks_in
 from fewstep.methods.parts.stores import Store, made_now
 from fewstep.models import model_of
-from fewstep.models.networks import build_network, describe_network
+from fewstep.models.networks import describe_network, fresh_network
 from fewstep.networks.inputs import with_inputs
 from fewstep.networks.lora import LowRank, add_factors, factors_in, frozen
-from fewstep.randomness import derive_seed, repeated_draws
 from fewstep.schedules import Schedule
 
 #: The role of networks that a run uses and does not make.
@@ -103,9 +102,7 @@ class Start:
     def fresh(self, net: nn.Module, k: int = 0) -> Any:
         """A trainable network like ``net``, the ``k``-th one, with first weights from the seed of this stage; TypeError
         for one that is no reference network."""
-        with repeated_draws(torch.device("cpu")):
-            torch.manual_seed(derive_seed(self.seed, "fresh", k))
-            return build_network(describe_network(net))
+        return fresh_network(describe_network(net), self.seed, "fresh", k)
 
     def store(self, what: Store) -> Dataset:
         """What a stage trains on, made once for all stages that ask for the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import torch
 from torch import nn
 
 from fewstep import schedules
@@ -14,6 +15,7 @@ from fewstep.networks import NETWORKS
 from fewstep.networks.classifiers import CLASSIFIERS
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import ALL_PREDICTIONS, Prediction
+from fewstep.randomness import derive_seed, repeated_draws
 from fewstep.schedules import Schedule
 from fewstep.schemas import Choice, Map, Maybe, Range, Size, arguments_of, fields_of
 
@@ -85,6 +87,13 @@ def build_network(config: dict[str, Any]) -> nn.Module:
     name = arguments.pop("name")
     known: dict[str, type[nn.Module]] = {**NETWORKS, **TOKEN_NETWORKS, **CLASSIFIERS}
     return known[name](**arguments)
+
+
+def fresh_network(config: dict[str, Any], *seed: int | str) -> nn.Module:
+    """A reference network from its description, with weights drawn from a seed."""
+    with repeated_draws(torch.device("cpu")):
+        torch.manual_seed(derive_seed(*seed))
+        return build_network(config)
 
 
 def describe_prediction(prediction: Prediction) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What models that make no samples are worth, measured the same way for all."""
