@@ -43,6 +43,7 @@ COMMANDS = {
     "tune-steps": Command("tune_steps", "the best solver and time grid for a budget of network calls"),
     "statistics": Command("statistics", "what DPM-Solver-v3 needs to know of a teacher, made once from data"),
     "train": Command("train", "train a teacher on a data set"),
+    "condense": Command("condense", "make a small data set that stands for a large one; METHOD --help says how"),
     "distill": Command("distill", "train a few-step student from a teacher; METHOD --help lists its parameters"),
     "evaluate": Command("evaluate", "quality and cost against the number of steps, beside the teacher's"),
     "report": Command("report", "one HTML page for several runs: pictures, quality against steps, cost"),

@@ -5,7 +5,8 @@
   fewstep evaluate my-student --teacher digits --n 2000
 
 All models start from the same noise and labels and are measured in the same features.  The data default to those that
-the model was made from, the teacher to the one that the run's recipe names.
+the model was made from, the teacher to the one that the run's recipe names.  A classifier is measured by its accuracy,
+a condensed data set by what classifiers learn from it, beside random samples and all of them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fewstep.cli import worth
 from fewstep.cli.errors import UserError, choose
 from fewstep.cli.inputs import add_extra, extras_of, in_words
 from fewstep.cli.outputs import output_file
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="default cpu")
     parser.add_argument("--json", metavar="FILE", type=Path, help="keep all figures in this file")
+    worth.add_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Row:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    from fewstep.cli.models import named_model
+    from fewstep.cli.models import named_model, parts_of, teacher_of
     from fewstep.cli.terminal import console
     from fewstep.files import write_atomically
     from fewstep.report import machine
@@ -72,6 +75,9 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.json is not None:
         output_file("--json", chosen.json)
     found = named_model(chosen.model)
+    if found.kind.task != "generation":
+        worth.run(found, chosen)
+        return
     if found.kind.tokens is not None:
         raise UserError(
             f"'{chosen.model}' is {found.kind.called}: its samples are tokens, and evaluate measures pictures"
@@ -118,51 +124,6 @@ def table(rows: Sequence[Row], title: str) -> Table:
             f"{found.memorisation.ratio:.2f}", f"{1000 * row.seconds:.2f}",
         )  # fmt: skip
     return shown
-
-
-def teacher_of(found: Named, asked: str | None) -> Named | None:
-    """The model to show beside a student: the one asked for, else the one that made it, if it is still there."""
-    from fewstep.cli.models import named_model
-    from fewstep.hub import native
-
-    if asked is not None:
-        return None if asked == "none" else named_model(asked)
-    if not (found.folder / "config.json").is_file():
-        return None
-    start = native.card(found.folder).get("teacher")
-    if start is None:
-        return None
-    name, weights = recorded(start) if isinstance(start, dict) else (start, None)
-    if name is None:
-        return None
-    try:
-        teacher = named_model(str(name))
-    except FileNotFoundError as error:
-        print(f"without its teacher's figures: {error}")
-        return None
-    if weights not in (None, teacher.sha256):
-        print(f"without its teacher's figures: '{teacher.name}' has other weights than when it taught")
-        return None
-    return teacher
-
-
-def recorded(start: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The name and the SHA-256 of the files of a teacher on a card, also on one of an earlier version."""
-    return start.get("name", start.get("model")), start.get("sha256")
-
-
-def parts_of(source: str) -> tuple[Dataset, Dataset]:
-    """``(training, reference)``: the held-out part where there is one, else a part put aside."""
-    from fewstep.cli.models import training_data
-    from fewstep.data import load
-    from fewstep.report.comparison import parts
-
-    train = training_data(source)
-    try:
-        return train, load(source, "test")
-    except (FileNotFoundError, ValueError):
-        print(f"'{source}' has no held-out part: a fifth of it is the reference, which the model may have seen")
-        return parts(train)
 
 
 def jobs(

@@ -115,3 +115,43 @@ def training_data(source: str) -> Dataset:
         return load_data(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}{suggestion(source, BUNDLED)}") from None
+
+
+def teacher_of(found: Named, asked: str | None) -> Named | None:
+    """The model to show beside a student: the one asked for, else the one that made it, if it is still there."""
+    if asked is not None:
+        return None if asked == "none" else named_model(asked)
+    if not (found.folder / "config.json").is_file():
+        return None
+    start = native.card(found.folder).get("teacher")
+    if start is None:
+        return None
+    name, weights = recorded(start) if isinstance(start, dict) else (start, None)
+    if name is None:
+        return None
+    try:
+        teacher = named_model(str(name))
+    except FileNotFoundError as error:
+        print(f"without its teacher's figures: {error}")
+        return None
+    if weights not in (None, teacher.sha256):
+        print(f"without its teacher's figures: '{teacher.name}' has other weights than when it taught")
+        return None
+    return teacher
+
+
+def recorded(start: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The name and the SHA-256 of the files of a teacher on a card, also on one of an earlier version."""
+    return start.get("name", start.get("model")), start.get("sha256")
+
+
+def parts_of(source: str) -> tuple[Dataset, Dataset]:
+    """``(training, reference)``: the held-out part where there is one, else a part put aside."""
+    from fewstep.report.comparison import parts
+
+    train = training_data(source)
+    try:
+        return train, load_data(source, "test")
+    except (FileNotFoundError, ValueError):
+        print(f"'{source}' has no held-out part: a fifth of it is the reference, which the model may have seen")
+        return parts(train)

@@ -177,6 +177,12 @@ def card(folder: str | Path) -> dict[str, Any]:
     return found
 
 
+def kind(folder: str | Path) -> str:
+    """What kind of model a folder says that it holds, one of :data:`fewstep.models.kinds.SAVED`."""
+    path = Path(folder) / "config.json"
+    return str(check(_read_config(path)["model"].get("kind"), Literal[tuple(kinds.SAVED)], Place(path, "model.kind")))
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent}: no fewstep model here (config.json is missing)")

@@ -10,9 +10,11 @@ from pathlib import Path
 from fewstep.files import check_writable
 from fewstep.hub import native
 from fewstep.hub.models import load, locate
+from fewstep.models.kinds import SAVED
 from fewstep.report import page
 from fewstep.report.comparison import Show, compare_models
 from fewstep.report.runs import RunCourse, model_folder, read_run
+from fewstep.report.tasks.page import write_tasks
 
 
 def report_runs(
@@ -40,6 +42,11 @@ def report_runs(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     check_writable(Path(out))
     runs, left_out = finished(folders)
+    tasks = {task_of(run) for run in runs}
+    if tasks != {"generation"}:
+        if "generation" in tasks:
+            raise ValueError("one page shows models that make samples, or models that make none: give fewer folders")
+        return write_tasks(runs, Path(out), data=data, title=title, left_out=left_out, show=show)
     teacher = teacher or found_teacher(runs)
     data = data or common(runs, "data")[0]
     if data == "none":
@@ -69,6 +76,12 @@ def finished(folders: Iterable[str | Path]) -> tuple[list[RunCourse], list[str]]
         raise FileNotFoundError(left_out[0] if left_out else "no run folders were given: fewstep report runs/*")
     times = Counter(run.name for run in runs)
     return [run if times[run.name] == 1 else replace(run, name=run.folder) for run in runs], left_out
+
+
+def task_of(run: RunCourse) -> str:
+    """What the product of a run is for."""
+    kind = native.kind(model_folder(run.folder))
+    return SAVED[kind].task
 
 
 def found_teacher(runs: list[RunCourse]) -> str:

@@ -30,8 +30,8 @@ _SETTINGS = {"accumulate": 1, "averages": (0.1,), "device": "cpu"}
 class Note:
     """What was asked for: ``recipe`` is the method's name, ``arguments`` the hyper-parameters that differ from its
     defaults (all of them where the method is not in :data:`~fewstep.methods.RECIPES`), ``settings`` the trainer's,
-    ``given`` the names of models besides the teacher by role; ``command`` is "distill" or "train".  ``digests`` are the
-    SHA-256 of teacher and data, where they were noted."""
+    ``given`` the names of models besides the teacher by role; ``command`` is "distill", "train" or "condense".
+    ``digests`` are the SHA-256 of teacher and data, where they were noted."""
 
     command: str
     recipe: str
@@ -44,8 +44,8 @@ class Note:
 
     def shell(self, folder: str) -> str:
         """The command that repeats the run, in lines of at most about 90 characters."""
-        if self.command == "train":  # the flags of its network are in the recipe only
-            return f"fewstep train --recipe {shlex.quote(f'{folder}/{RECIPE_FILE}')}"
+        if self.command in ("train", "condense"):  # the flags of its network are in the recipe only
+            return f"fewstep {self.command} --recipe {shlex.quote(f'{folder}/{RECIPE_FILE}')}"
         if self.recipe not in RECIPES:
             return f"# {folder}: by the method '{self.recipe}', which is none of fewstep's: run its own program"
         others = {k: v for k, v in self.settings.items() if k in _SETTINGS and _plain(v) != _SETTINGS[k]}
@@ -68,8 +68,8 @@ class Note:
 
     def call(self, folder: str = "") -> str:
         """The same in Python, without a folder; of a run that trained from scratch, where its model lies."""
-        if self.command == "train":
-            return f"fs.load({folder!r})  # trained from scratch: fewstep train"
+        if self.command in ("train", "condense"):
+            return f"fs.load({folder!r})  # trained from scratch: fewstep {self.command}"
         if self.recipe not in RECIPES:
             return f"fs.load({folder!r})  # made by the method {self.recipe!r}, which is none of fewstep's"
         arguments = ", ".join(f"{name}={_plain(value)!r}" for name, value in self.arguments.items())
