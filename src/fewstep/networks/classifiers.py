@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.networks.blocks import TokenBlock
 from fewstep.networks.classifier import Classifier
 from fewstep.networks.feature_nets import FeatureNet
 from fewstep.ranges import Count
@@ -200,20 +201,13 @@ class ViT(ClassifyingNet):
         channels, height, side = shape
         if height % patch or side % patch:
             raise ValueError(f"ViT: patch={patch} must divide pictures of {height}x{side}")
-        if width % heads:
-            raise ValueError(f"ViT: width={width} must be a multiple of heads={heads}")
         self.shape = tuple(shape)
         self.config = {
             "shape": list(shape), "classes": classes, "patch": patch, "width": width, "depth": depth, "heads": heads,
         }  # fmt: skip
         self.embed = nn.Conv2d(channels, width, patch, patch)
         self.positions = nn.Parameter(0.02 * torch.randn(1, (height // patch) * (side // patch), width))
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(TokenBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
