@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.classifiers import NetworkClassifier
 from fewstep.constant_acceleration import ConstantAcceleration
+from fewstep.data.condensed import Condensed
 from fewstep.denoisers import NetworkDenoiser, OnSchedule
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
@@ -18,6 +20,7 @@ from fewstep.discrete.samplers import Plan as DiscretePlan
 from fewstep.exact import Gaussian
 from fewstep.exact.world import ExactFlowMap
 from fewstep.flow_maps import EDMConsistency, Jump, LatentConsistency
+from fewstep.models.classifiers import ClassifierModel, CondensedModel
 from fewstep.models.denoisers import (
     AnyDenoiser,
     NetworkModel,
@@ -38,6 +41,7 @@ from fewstep.models.students import (
     StudentModel,
 )
 from fewstep.networks import MLP, CascadeUNet
+from fewstep.networks.classifiers import MLPClassifier
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
@@ -135,6 +139,16 @@ def exact() -> Gaussian:
     return Gaussian(TrigFlow(), torch.zeros(SHAPE), 0.5)
 
 
+def classifier() -> NetworkClassifier:
+    torch.manual_seed(0)
+    return NetworkClassifier(moved(MLPClassifier(SHAPE, 10, width=16)), SHAPE, 10).eval()
+
+
+def condensed() -> Condensed:
+    x = Rng(0, "pictures").integers(20 * 64, 0, 256).reshape(20, *SHAPE).to(torch.uint8)
+    return Condensed(x, torch.arange(20) % 10, notes={"index": torch.arange(20)}).eval()
+
+
 MAKERS: dict[type[Model], Callable[[], Any]] = {
     StudentModel: student,
     JumpModel: lambda: Jump(network()),
@@ -154,4 +168,6 @@ MAKERS: dict[type[Model], Callable[[], Any]] = {
     CascadedModel: cascade,
     SeparateCascadeModel: separate_cascade,
     DPMOTModel: transported,
+    ClassifierModel: classifier,
+    CondensedModel: condensed,
 }

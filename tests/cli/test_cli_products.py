@@ -24,7 +24,7 @@ from fewstep.routing import Router
 
 Cli = Callable[..., Any]
 
-every_kind = pytest.mark.parametrize("kind", SAVED)
+every_kind = pytest.mark.parametrize("kind", [kind for kind, cls in SAVED.items() if cls.task == "generation"])
 
 
 def saved(kind: str, folder: str = "product") -> Any:
@@ -143,6 +143,42 @@ def test_export(kind: str, cli: Cli) -> None:
     done = ends(cli, works and not kind_of, "export", "product", "out")
     why = whys.get(kind_of, f"diffusers has no place for {model_of(module).called}")
     assert (works and not kind_of) or why in done.err
+
+
+@pytest.mark.parametrize("kind", [kind for kind, cls in SAVED.items() if cls.task in ("classification", "data")])
+def test_what_makes_no_samples(kind: str, cli: Cli) -> None:
+    """It is measured and has a page; what needs samples says in one line what it is instead."""
+    module = saved(kind)
+    called = SAVED[kind].called
+    for words in (
+        ("sample", "product"),
+        ("sample", "product", "--n", 2, "--solver", "ddim"),
+        ("sample", "digits", "--guide", "product", "--guidance", 2),
+        ("inspect", "product"),
+        ("tune-steps", "product", "--calls", 2),
+        ("statistics", "product"),
+        ("export", "product", "out"),
+        ("distill", "cm", "--teacher", "product", "--budget", "1steps"),
+        ("distill", "kd", "--teacher", "digits", "--budget", "1steps"),
+    ):
+        err = cli(*words, code=2).err
+        assert err.count("\n") == 1 and (called in err or "starts from a model for classification" in err), words
+    cli("export", "product", "copy", "--native")
+    copied = native.load("copy").state_dict()
+    assert all(torch.equal(value, copied[key]) for key, value in module.state_dict().items())
+    quick = ("--networks", "mlp-classifier", "--seeds", 1, "--train-steps", 2)
+    cli("evaluate", "product", *quick, "--json", "x.json")
+    names = [row.get("name", row.get("model")) for row in json.loads(Path("x.json").read_text())["rows"]]
+    assert names == (["product"] if kind == "classifier" else ["random", "product", "all"])
+    for flag, value, said in (
+        ("--networks", "cnn", "network 'cnn'"),
+        ("--seeds", 0, "--seeds 0"),
+        ("--train-steps", 0, "--train-steps 0"),
+        ("--data", "fashion", "'fashion'"),
+        ("--teacher", "digits", "'digits'"),
+    ):
+        if kind == "condensed" or flag == "--data":
+            assert said in cli("evaluate", "product", *quick, flag, value, code=2).err, flag
 
 
 # --- what the commands themselves make --------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from fewstep.randomness import Rng
 from fewstep.sampling import Student
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+GENERATING = [kind for kind in KINDS if kind.task == "generation"]
+every_generating_kind = pytest.mark.parametrize("kind", GENERATING, ids=lambda kind: kind.__name__)
 
 
 def test_every_kind_of_the_table_has_a_model_here() -> None:
@@ -52,6 +54,9 @@ def test_a_folder_gives_back_the_samples(kind: type[Model], tmp_path: Path) -> N
     native.save(made, tmp_path / "model", {"method": "made here"})
     again = native.load(tmp_path / "model")
     assert type(again) is type(made) and describe(again) == describe(made)
+    assert all(torch.equal(value, made.state_dict()[key]) for key, value in again.state_dict().items())
+    if kind.task != "generation":
+        return
     before, after = (model_of(m).sample(5, seed=3) for m in (made, again))
     assert torch.equal(before, after) and before.dtype == after.dtype
     assert not torch.equal(before, model_of(again).sample(5, seed=4))
@@ -70,7 +75,7 @@ def test_a_subclass_is_not_saved_as_what_it_inherits_from(kind: type[Model]) -> 
         native.describe(made)
 
 
-@every_kind
+@every_generating_kind
 def test_calls_are_what_sampling_takes(kind: type[Model]) -> None:
     """``calls`` is the number of times that a network is called for a sample, for every number of steps; shapes and
     classes are those of the samples."""
@@ -96,7 +101,7 @@ def innermost(made: nn.Module) -> list[nn.Module]:
     return nets or [made]
 
 
-@every_kind
+@every_generating_kind
 def test_samples_start_from_the_noise_that_is_given(kind: type[Model]) -> None:
     """The same noise and source give the same samples; models that start from normal noise follow the noise, models of
     tokens follow the source alone."""
@@ -112,7 +117,7 @@ def test_samples_start_from_the_noise_that_is_given(kind: type[Model]) -> None:
     assert torch.equal(first, drawn(-noise, 0)) == (model.tokens is not None)
 
 
-@every_kind
+@every_generating_kind
 def test_what_teaches_and_what_solvers_follow(kind: type[Model]) -> None:
     """A denoiser is its own; a kind without one says in one line what it is instead."""
     made = MAKERS[kind]()
@@ -125,6 +130,24 @@ def test_what_teaches_and_what_solvers_follow(kind: type[Model]) -> None:
         with pytest.raises(ValueError, match=f"^{model.called}") as told:
             ask()
         assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.task in ("classification", "data")], ids=lambda k: k.kind
+)
+def test_what_makes_no_samples_says_so(kind: type[Model]) -> None:
+    """Whatever it is asked for that only samplers have."""
+    model = model_of(MAKERS[kind]())
+    noise = Rng(1).normal(3, *model.shape)
+    for ask in (
+        lambda: model.sample(2),
+        lambda: model.sample_from(noise, None, steps=None, rng=Rng(0)),
+        model.calls,
+        model.denoiser,
+    ):
+        with pytest.raises(ValueError, match=f"^{model.called}, which makes no samples$"):
+            ask()
+    assert model.shape == SHAPE and model.classes == 10
 
 
 def test_teachers_are_the_denoisers_inside() -> None:

@@ -20,8 +20,8 @@ def digits() -> tuple[Dataset, Dataset]:
 
 @pytest.mark.parametrize("share", [0.05, 0.1])
 def test_new_subsets_teach_more_than_a_fixed_one(digits: tuple[Dataset, Dataset], share: float) -> None:
-    """Sixty rounds of a share of the digits, an MLP, three seeds: 0.88 and 0.92 fixed, 0.95 and 0.97 renewed (with or
-    without replacement and by strata within noise of each other)."""
+    """Sixty rounds of a share of the digits, an MLP, three seeds: 0.86 to 0.88 and 0.91 to 0.92 fixed, 0.97 and 0.975
+    renewed (with or without replacement and by strata within noise of each other)."""
     train, test = digits
     steps = round(ROUNDS * share * len(train) / BATCH)
     protocol = Protocol(networks={"mlp-classifier": {}}, seeds=(0, 1, 2), steps=steps, batch=BATCH)
