@@ -203,9 +203,10 @@ LISTED: tuple[Row, ...] = (
       "DITTO-2: Distilled Diffusion Inference-Time T-Optimization for Music Generation",
       "controls music by optimising the noise through a distilled sampler"),
     # few examples, small students, language
-    S("rs2", "RS2", 2023, "2305.18424", "condense", "labelled data", "-",
-      "Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning",
-      "a fresh random subset every epoch, the baseline to beat"),
+    works(S("rs2", "RS2", 2023, "2305.18424", "condense", "data", "-",
+            "Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning",
+            "a fresh random subset every round, in any training: the baseline to beat"),
+          "training.orders:WithoutReplacement", "verified", "rs2", "rs2", "rs2_real"),
     S("ast", "AST", 2023, "2310.10541", "condense", "labelled data", "-",
       "Efficient Dataset Distillation through Alignment with Smooth and High-Quality Expert Trajectories",
       "dataset distillation along smooth expert trajectories"),
