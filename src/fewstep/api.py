@@ -46,7 +46,7 @@ def _data(data: str | Path | Samples | Items | None, teacher: Denoiser) -> Sampl
 
 
 def distill(
-    teacher: Denoiser | str,
+    teacher: nn.Module | str,
     recipe: Recipe,
     data: str | Path | Samples | Items | None = None,
     budget: str | Budget = "2min",
@@ -55,12 +55,12 @@ def distill(
     batch: int = 64,
     seed: int = 0,
     show: bool = True,
-    student: Student | Denoiser | str | None = None,
+    student: nn.Module | str | None = None,
     guide: Denoiser | str | None = None,
     reward: nn.Module | str | None = None,
     lora: LowRank | int | None = None,
     **settings: Any,
-) -> Student | Denoiser:
+) -> Any:
     """Train ``recipe`` from ``teacher`` and give back what it made; the teacher stays as it is.
 
     Without ``data`` (or with "none") a method that needs none draws noise, and classes in turn; a teacher of prompts
@@ -93,7 +93,38 @@ def distill(
     return run_recipe(recipe, models["teacher"], source, chosen, place, given=given, record=record, show=show).model
 
 
-def save(model: Student | Denoiser, folder: str | Path, card: dict[str, Any] | None = None) -> Path:
+def condense(
+    recipe: Recipe,
+    data: str | Path | Samples,
+    budget: str | Budget = "1min",
+    *,
+    network: str | nn.Module = "convnet",
+    folder: str | Path | None = None,
+    batch: int = 64,
+    seed: int = 0,
+    show: bool = True,
+    **settings: Any,
+) -> Any:
+    """Make a small data set that stands for ``data``, a :class:`~fewstep.data.condensed.Condensed`.
+
+    ``network`` is the classifier that helps to choose or make it, with fresh weights: one of
+    :data:`~fewstep.networks.classifiers.CLASSIFIERS` by name, or a network of your own for the shape and classes of the
+    data.  Everything else is as in :func:`distill`.  ValueError for data without labels.
+    """
+    from fewstep.classifiers import NetworkClassifier
+    from fewstep.evaluation.classification import fresh_classifier
+
+    source = samples_of(data) if isinstance(data, str | Path) else data
+    classes = source.classes
+    if isinstance(network, str) or classes is None:
+        model = fresh_classifier(str(network), source, seed)
+    else:
+        model = NetworkClassifier(network, source.shape, classes)
+    made: Any = distill(model, recipe, source, budget, folder=folder, batch=batch, seed=seed, show=show, **settings)
+    return made
+
+
+def save(model: nn.Module, folder: str | Path, card: dict[str, Any] | None = None) -> Path:
     """Write a fewstep folder (config.json and model.safetensors) that :func:`load` reads."""
     return native.save(model, folder, card)
 

@@ -1,0 +1,134 @@
+"""How good a small data set is: accuracy against the images kept, their bytes and the seconds of choosing or making them.
+
+    python benchmarks/condensed.py --data digits --per-class 1 10 --out digits.json
+    python benchmarks/condensed.py --data cifar10-train.parquet --test cifar10-test.parquet --per-class 10 50 --out cifar.json
+
+Every method makes its set once a seed; classifiers of several makes are trained on each in the same steps, with hard
+labels and with a teacher's, beside as many random samples and all data.  Rows that the results file holds already are
+not made again, so that the same command finishes a benchmark that was stopped.  Beside FILE.json stands FILE.md, the
+table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep import api
+from fewstep.classifiers import NetworkClassifier
+from fewstep.data import Dataset
+from fewstep.data import load as load_data
+from fewstep.evaluation.classification import (
+    Candidate,
+    Protocol,
+    bytes_of,
+    from_condensed,
+    post_evaluate,
+    random_subset,
+    trained,
+)
+from fewstep.files import write_atomically
+from fewstep.methods.method import Recipe
+from fewstep.report import machine
+from fewstep.training import trainer
+from fewstep.training.orders import Order
+
+#: Method -> its recipe for so many images a class, and its budget; the batch is the usual one.
+RECIPES: dict[str, tuple[Callable[[int, int], Recipe], str, int]] = {}
+
+
+def condensed(name: str, data: Dataset, per_class: int, seed: int) -> Candidate:
+    """What a method makes of the data, with the seconds that it took."""
+    make, budget, batch = RECIPES[name]
+    start = trainer.clock()
+    made = api.condense(make(per_class, len(data)), data, budget, batch=batch, seed=seed, show=False)
+    return from_condensed(name, made, trainer.clock() - start)
+
+
+def candidates(name: str, data: Dataset, per_class: int, seed: int) -> Candidate:
+    """A row's data: "random", "all", "rs2", or what a method makes."""
+    kept = per_class * (data.classes or 1)
+    if name == "random":
+        return random_subset(data, kept, seed)
+    if name == "all":
+        return Candidate("all", data, bytes_of(data))
+    if name == "rs2":  # which needs all data, and as many a round
+        return Candidate("rs2", data, bytes_of(data), order=Order.parse(f"random:{kept / len(data)}"))
+    return condensed(name, data, per_class, seed)
+
+
+def teacher_of(data: Dataset, network: str, steps: int) -> NetworkClassifier:
+    """A classifier of all data, whom soft labels come from."""
+    return trained(Candidate("all", data, 0), network, "hard", Protocol(steps=steps), 100)[0]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown: mean and standard deviation over the sets and first weights."""
+    lines = [
+        "| images a class | data | kB | choosing s | labels | network | accuracy |",
+        "|---:|---|---:|---:|---|---|---:|",
+    ]
+    for row in rows:
+        found = row["accuracies"]
+        spread = f" ± {100 * statistics.stdev(found):.1f}" if len(found) > 1 else ""
+        lines.append(
+            f"| {row['per_class']} | {row['name']} | {row['bytes'] / 1000:,.1f} | {row['chosen']:.1f} | "
+            f"{row['labels']} | {row['network']} | {100 * statistics.fmean(found):.1f}{spread} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--test", help="held-out data (default: the part of the data that is held out)")
+    parser.add_argument("--methods", nargs="+", default=["random", *RECIPES, "rs2", "all"])
+    parser.add_argument("--per-class", type=int, nargs="+", default=[1, 10, 50])
+    parser.add_argument("--networks", nargs="+", default=["convnet", "mlp-classifier", "resnet"])
+    parser.add_argument("--labels", nargs="+", default=["hard"], choices=["hard", "soft", "stored"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--train-steps", type=int, default=300)
+    parser.add_argument("--teacher-steps", type=int, default=1000)
+    parser.add_argument("--out", type=Path, required=True)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    train = load_data(chosen.data)
+    test = load_data(chosen.test) if chosen.test else load_data(chosen.data, "test")
+    teacher = teacher_of(train, chosen.networks[0], chosen.teacher_steps) if "soft" in chosen.labels else None
+    rows: list[dict[str, Any]] = json.loads(chosen.out.read_text())["rows"] if chosen.out.is_file() else []
+    done = {(row["per_class"], row["name"]) for row in rows}
+    for per_class in chosen.per_class:
+        for name in chosen.methods:
+            if (per_class, name) in done:
+                continue
+            made: dict[tuple[str, str], dict[str, Any]] = {}
+            for seed in chosen.seeds:  # a set of its own for every seed
+                candidate = candidates(name, train, per_class, seed)
+                protocol = Protocol(
+                    {network: {} for network in chosen.networks}, (seed,), chosen.train_steps, teacher=teacher
+                )
+                for row in post_evaluate([candidate], test, protocol, chosen.labels):
+                    kept = made.setdefault((row.labels, row.network), {**asdict(row), "accuracies": []})
+                    kept["accuracies"].extend(row.accuracies)
+            rows += [{"per_class": per_class, **row} for row in made.values()]
+            told = {
+                "data": chosen.data,
+                "rows": rows,
+                "machine": machine.machine("cpu"),
+                "versions": machine.versions(),
+            }
+            write_atomically(chosen.out, (json.dumps(told, indent=1) + "\n").encode())
+            write_atomically(chosen.out.with_suffix(".md"), table(rows).encode())
+            print(f"{per_class} a class, {name}", flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
