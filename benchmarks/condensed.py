@@ -1,7 +1,7 @@
 """How good a small data set is: accuracy against the images kept, their bytes and the seconds of choosing or making them.
 
     python benchmarks/condensed.py --data digits --per-class 1 10 --out digits.json
-    python benchmarks/condensed.py --data cifar10-train.parquet --test cifar10-test.parquet --per-class 10 50 --out cifar.json
+    python benchmarks/condensed.py --data train.parquet --test test.parquet --per-class 10 50 --out cifar10.json
 
 Every method makes its set once a seed; classifiers of several makes are trained on each in the same steps, with hard
 labels and with a teacher's, beside as many random samples and all data.  Rows that the results file holds already are
