@@ -8,6 +8,7 @@ its vector also gives its logit (tied), which halves the weights of small networ
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from fewstep.language_models import Cache
 from fewstep.networks.attention import attend
 from fewstep.networks.parts import Dropout
+from fewstep.ranges import Count, Share
+from fewstep.values import check_arguments
 
 
 class Tied(nn.Module):
@@ -40,13 +43,18 @@ class CausalTransformer(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int, length: int, width: int = 64, blocks: int = 2, heads: int = 4, dropout: float = 0.0
+        self,
+        vocabulary: int,
+        length: int,
+        width: Annotated[Count, "features"] = 64,
+        blocks: Annotated[Count, "residual blocks"] = 2,
+        heads: Annotated[Count, "heads of attention"] = 4,
+        dropout: Annotated[Share, "share of the features of a block dropped in training"] = 0.0,
     ) -> None:
         super().__init__()
+        check_arguments(CausalTransformer, locals())
         if width % heads:
             raise ValueError(f"CausalTransformer: width={width} must be divisible by heads={heads}")
-        if blocks < 1:
-            raise ValueError(f"CausalTransformer: blocks={blocks} must be at least 1")
         self.config = {
             "vocabulary": vocabulary, "length": length, "width": width, "blocks": blocks, "heads": heads,
             "dropout": dropout,
@@ -120,10 +128,15 @@ class GRULanguageModel(nn.Module):
     own, so that its state after every token is at hand and the cache can be cut back.
     """
 
-    def __init__(self, vocabulary: int, length: int, width: int = 128, layers: int = 1) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        length: int,
+        width: Annotated[Count, "features of each layer"] = 128,
+        layers: Annotated[Count, "layers"] = 1,
+    ) -> None:
         super().__init__()
-        if layers < 1:
-            raise ValueError(f"GRULanguageModel: layers={layers} must be at least 1")
+        check_arguments(GRULanguageModel, locals())
         self.config = {"vocabulary": vocabulary, "length": length, "width": width, "layers": layers}
         self.token = Tied(vocabulary, width)
         self.layers = nn.ModuleList(nn.GRU(width, width, batch_first=True) for _ in range(layers))
@@ -140,3 +153,6 @@ class GRULanguageModel(nn.Module):
             hidden, _ = layer(hidden, past[0][:, -1][None].contiguous() if past else None)
             kept.append(torch.cat([*past, hidden], dim=-2))
         return self.token.logits(self.out(hidden)), Cache(cache.length + tokens.shape[1], tuple(kept))
+
+
+CAUSAL: dict[str, type[nn.Module]] = {"causal-transformer": CausalTransformer, "gru": GRULanguageModel}
