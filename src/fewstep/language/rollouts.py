@@ -13,8 +13,8 @@ from fewstep.randomness import Rng
 
 
 class Rollout(NamedTuple):
-    """``tokens`` ``[B, P + length]``: each prompt, what was written right behind it, and zeros; ``mask`` of the same
-    shape is True where the policy wrote, the end token included."""
+    """``tokens`` ``[B, P + length]``, or up to a limit: each prompt, what was written right behind it, and zeros;
+    ``mask`` of the same shape is True where the policy wrote, the end token included."""
 
     tokens: Tensor
     mask: Tensor
@@ -32,24 +32,26 @@ def rollout(
     top_p: float = 1.0,
     end: int | None = None,
     prompt_mask: Tensor | None = None,
+    limit: int | None = None,
 ) -> Rollout:
     """At most ``length`` tokens after each of the prompts ``[B, P]``, up to and with ``end`` where that is a token.
 
     Prompts of different lengths stand at the left, with a ``prompt_mask`` ``[B, P]`` that is True on their tokens:
     every sequence is read from its own first token on, and what a row gets depends on nothing in other rows.  The
-    policy is used as it is: its dropout, if it is on, too.  ValueError for an empty prompt, and where prompt and
-    ``length`` are more than the policy can read.
+    policy is used as it is: its dropout, if it is on, too.  With a ``limit`` prompt and text have at most so many
+    tokens together, so that a long prompt gets a shorter text.  ValueError for an empty prompt, and where that is more
+    than the policy can read.
     """
     decoding = Decoding(temperature, top_k, top_p)
     lengths = prompt_lengths(prompts, prompt_mask)
-    total = prompts.shape[1] + length
+    total = prompts.shape[1] + length if limit is None else max(prompts.shape[1], min(limit, prompts.shape[1] + length))
     if length < 1 or total > policy.length:
         raise ValueError(
             f"length={length} after prompts of {prompts.shape[1]} tokens: at least 1, and the model reads at most "
             f"{policy.length} tokens"
         )
     u = rng.uniform(len(prompts), length)
-    tokens = torch.nn.functional.pad(prompts, (0, length))
+    tokens = torch.nn.functional.pad(prompts, (0, total - prompts.shape[1]))
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     done = torch.zeros_like(lengths, dtype=torch.bool)
     first = int(lengths.min())
