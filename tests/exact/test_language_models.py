@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fewstep.exact import MarkovChain
+from fewstep.language.restricted import RestrictedVocabulary
 from fewstep.language_models import FunctionLanguageModel, LanguageModel, NetworkLanguageModel
 from fewstep.networks.causal import CausalTransformer, GRULanguageModel
 
@@ -12,6 +13,9 @@ MODELS = {
     "gru": lambda: NetworkLanguageModel(GRULanguageModel(5, 12, width=8, layers=2), 5, 12),
     "chain": lambda: MarkovChain(torch.rand(5, 5, 5).softmax(-1), 12),
     "function": lambda: FunctionLanguageModel(CausalTransformer(5, 12, width=16, blocks=1, heads=2), 5, 12),
+    "restricted": lambda: RestrictedVocabulary(
+        NetworkLanguageModel(GRULanguageModel(4, 12, width=8), 4, 12), torch.tensor([4, 0, 2]), 5
+    ),
 }
 
 
@@ -98,6 +102,18 @@ def test_what_does_not_fit_is_said_in_one_line(model: LanguageModel) -> None:
         state.cut(4)
     with pytest.raises(ValueError, match="12"):
         model.extend(tokens(1, 10), state)
+
+
+def test_a_restricted_vocabulary_reads_every_token_and_writes_some() -> None:
+    """Token 4 is the first of the inner model, 1 and 3 are one to it."""
+    inner = NetworkLanguageModel(GRULanguageModel(4, 12, width=8), 4, 12)
+    model = RestrictedVocabulary(inner, torch.tensor([4, 0, 2]), 5)
+    logits = model(torch.tensor([[4, 1, 3, 2]]))
+    assert torch.equal(logits[..., [4, 0, 2]], inner(torch.tensor([[0, 3, 3, 2]]))[..., :3])
+    assert bool((logits[..., [1, 3]] == -torch.inf).all())
+    for wrong in ([4, 0], [4, 0, 0], [4, 0, 5]):
+        with pytest.raises(ValueError, match="kept"):
+            RestrictedVocabulary(inner, torch.tensor(wrong), 5)
 
 
 def test_an_alphabet_names_the_tokens_and_must_have_all_of_them() -> None:
