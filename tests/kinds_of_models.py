@@ -17,9 +17,10 @@ from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete.exact import FactorizedLaw
 from fewstep.discrete.learned import LearnedSampler
 from fewstep.discrete.samplers import Plan as DiscretePlan
-from fewstep.exact import Gaussian
+from fewstep.exact import Gaussian, MarkovChain
 from fewstep.exact.world import ExactFlowMap
 from fewstep.flow_maps import EDMConsistency, Jump, LatentConsistency
+from fewstep.language_models import NetworkLanguageModel
 from fewstep.models.classifiers import ClassifierModel, CondensedModel
 from fewstep.models.denoisers import (
     AnyDenoiser,
@@ -29,6 +30,7 @@ from fewstep.models.denoisers import (
     ViewedModel,
 )
 from fewstep.models.discrete import AnyDiscreteDenoiser, LearnedSamplerModel, NetworkDiscreteModel
+from fewstep.models.language import AnyLanguageModel, NetworkLanguageKind
 from fewstep.models.model import Model
 from fewstep.models.staged import CascadedModel, DPMOTModel, SeparateCascadeModel
 from fewstep.models.students import (
@@ -41,6 +43,7 @@ from fewstep.models.students import (
     StudentModel,
 )
 from fewstep.networks import MLP, CascadeUNet
+from fewstep.networks.causal import GRULanguageModel
 from fewstep.networks.classifiers import MLPClassifier
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
@@ -135,6 +138,11 @@ def transported() -> TransportedModel:
     return TransportedModel.of(made, Expressway(transport(targets, rng)[0], made.schedule, time, labels))
 
 
+def language_model() -> NetworkLanguageModel:
+    torch.manual_seed(0)
+    return NetworkLanguageModel(moved(GRULanguageModel(TOKENS, LENGTH, width=8)), TOKENS, LENGTH, "abcde")
+
+
 def exact() -> Gaussian:
     return Gaussian(TrigFlow(), torch.zeros(SHAPE), 0.5)
 
@@ -170,4 +178,6 @@ MAKERS: dict[type[Model], Callable[[], Any]] = {
     DPMOTModel: transported,
     ClassifierModel: classifier,
     CondensedModel: condensed,
+    NetworkLanguageKind: language_model,
+    AnyLanguageModel: lambda: MarkovChain(torch.ones(3, 3) / 3, 8),
 }

@@ -239,6 +239,38 @@ def is_written(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Written)
 
 
+def read_fields(name: str, cls: type, text: str) -> dict[str, Any]:
+    """The values of ``field=value,field=value`` by the fields of a dataclass; ValueError for a word that is none of
+    them, naming those it could be, or a value that cannot be."""
+    kinds, found = declared(cls), {}
+    for part in re.split(r",(?=[\w-]+=)", text) if text else ():
+        word, _, value = part.partition("=")
+        field = word.strip().replace("-", "_")
+        if field not in kinds or not value:
+            what = f"has no '{word}'{suggestion(field, kinds)}" if field not in kinds else f"'{word}' has no value"
+            raise ValueError(f"{name} {what}")
+        try:
+            found[field] = read(kinds[field], value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {field}: {error}") from None
+    return found
+
+
+def written_fields(made: Any) -> str:
+    """What :func:`read_fields` reads as the fields of a dataclass that are not at their defaults."""
+    values = ((field.name, getattr(made, field.name), field.default) for field in dataclasses.fields(made))
+    return ",".join(f"{name}={as_read(value)}" for name, value, default in values if value != default)
+
+
+def as_read(value: Any) -> str:
+    """What :func:`read` reads as this value, with all its digits."""
+    if isinstance(value, tuple):
+        return ",".join(map(as_read, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
 def plain(value: Any) -> Any:
     """A value as a recipe file holds it."""
     if isinstance(value, Written):

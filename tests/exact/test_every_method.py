@@ -25,11 +25,13 @@ from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.files import load_tensors, save_tensors
 from fewstep.hub import native
+from fewstep.language_models import NetworkLanguageModel
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Recipe
 from fewstep.models import model_of
 from fewstep.models.kinds import describe
 from fewstep.networks import MLP, UNet
+from fewstep.networks.causal import CausalTransformer, GRULanguageModel
 from fewstep.networks.classifiers import MLPClassifier
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
@@ -47,6 +49,11 @@ SMALL = {
     "label_dropout": 0.5, "gan_share": 1.0, "rank": 2, "ratio_decay": 0.5, "host": "dmd2:gan_weight=0.1", "nodes": 2,
     "parts": 2, "dm": "dmd:pairs=16,ode_steps=2,guidance=1.5", "adversary": "dmd2:gan_weight=0.1",
     "discriminator_rank": 2,
+}  # fmt: skip
+#: What only one method needs.
+OWN: dict[str, dict[str, Any]] = {
+    "lsd": {"steps": 4}, "lsd-plus": {"steps": 4},
+    "distill-spec": {"fixed": 1.0, "target": 1.0, "texts": 16, "prompt": 2}, "distill-spec-garden": {"prompt": 2},
 }  # fmt: skip
 #: Methods by what kind of model they start from.
 BY_TASK = {
@@ -69,8 +76,8 @@ def recipe(name: str) -> Recipe:
         return dataclasses.replace(recipe("dmd2"), energy_weight=0.5)  # type: ignore[call-arg]
     cls = recipe_class(name)
     fields = {field.name for field in dataclasses.fields(cls)}
-    steps = {"steps": 4} if name in ("lsd", "lsd-plus") else {}
-    return cls(**{key: value for key, value in {**SMALL, **steps}.items() if key in fields})  # type: ignore[arg-type]
+    own = OWN.get(name, {})
+    return cls(**{key: value for key, value in {**SMALL, **own}.items() if key in fields})  # type: ignore[arg-type]
 
 
 def away_from_its_start(net: nn.Module) -> nn.Module:
@@ -88,6 +95,8 @@ def teacher(name: str) -> Any:
         if name in BY_TASK["classification"]:
             net = away_from_its_start(MLPClassifier(SHAPE, CLASSES, width=8))
             return NetworkClassifier(net, SHAPE, CLASSES).to(kind_of_number).eval()
+        if name in BY_TASK["language"]:
+            return language_model(CausalTransformer(TOKENS, LENGTH, width=8, blocks=1, heads=2))
         if name in TOKEN_METHODS:
             net = away_from_its_start(Transformer(LENGTH, TOKENS, TOKENS + 1, width=8, blocks=1, heads=2))
             return NetworkDiscreteDenoiser(net, Masked(TOKENS), LENGTH).eval()
@@ -100,7 +109,7 @@ def teacher(name: str) -> Any:
 
 def data(name: str) -> Dataset:
     gen = torch.Generator().manual_seed(1)
-    if name in TOKEN_METHODS:
+    if name in (*TOKEN_METHODS, *BY_TASK["language"]):
         return Dataset("words", torch.randint(0, TOKENS, (24, LENGTH), generator=gen))
     kind = torch.float32 if name in SINGLE else torch.float64
     x = torch.randn(24, *SHAPE, generator=gen, dtype=kind)
@@ -108,8 +117,20 @@ def data(name: str) -> Dataset:
     return Dataset("points", x, torch.arange(24) % CLASSES, columns=soft)
 
 
+def language_model(net: nn.Module) -> NetworkLanguageModel:
+    return NetworkLanguageModel(away_from_its_start(net), TOKENS, LENGTH).double().eval()
+
+
+def given(name: str) -> dict[str, nn.Module]:
+    """Small models for the roles that a method cannot do without."""
+    roles = {"distill-spec": ("student",), "distill-spec-garden": ("student", "target")}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        return {role: language_model(GRULanguageModel(TOKENS, LENGTH, width=4)) for role in roles.get(name, ())}
+
+
 def made(name: str, settings: Settings = SETTINGS, folder: Path | None = None) -> Any:
-    return run_recipe(recipe(name), teacher(name), data(name), settings, folder, show=False).model
+    return run_recipe(recipe(name), teacher(name), data(name), settings, folder, given=given(name), show=False).model
 
 
 def numbers(model: nn.Module) -> dict[str, Tensor]:

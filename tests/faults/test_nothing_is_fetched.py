@@ -111,6 +111,7 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     # plain data that was plain data a moment ago, or ships with the package
     ("runs/record.py", "json.loads"): (),
     ("hub/saved_adapters.py", "json.loads"): (),
+    ("hub/language.py", "json.loads"): (),
     ("hub/export_files.py", "json.loads"): (),
     ("hub/export_files.py", ".read_text"): (),
     ("hub/statistics.py", "json.loads"): (),
@@ -168,6 +169,10 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("hub/diffusers.py", "kind.from_pretrained"): ("use_safetensors=True", "local_files_only=True"),
     ("hub/diffusers.py", "diffusers.DiffusionPipeline.download"): (
         "use_safetensors=True", "local_files_only=local_only",
+    ),
+    # transformers' causal models, after hub/language.py has looked at the folder
+    ("hub/language.py", "transformers.AutoModelForCausalLM.from_pretrained"): (
+        "use_safetensors=True", "local_files_only=True", "trust_remote_code=False",
     ),
     ("hub/saved_adapters.py", "model_class.from_config"): (),
     ("hub/scheduler_config.py", ".from_config"): (),

@@ -12,13 +12,17 @@ _WHERE = {
     "Exported": "exporting",
     "LoadedPipeline": "diffusers",
     "SolverScheduler": "solver_scheduler",
+    "as_assistant": "language",
     "as_scheduler": "drop_in",
     "export": "exporting",
     "export_with_code": "exporting",
     "from_pipeline": "diffusers",
+    "load_language_model": "language",
     "load_model": "diffusers",
     "load_pipeline": "diffusers",
+    "save_language_model": "language",
     "wrap": "diffusers",
+    "wrap_language_model": "language",
 }
 
 __all__ = list(_WHERE)

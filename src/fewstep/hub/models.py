@@ -17,7 +17,8 @@ from fewstep.hub.places import locate as locate
 
 def load(name: str | Path, size: tuple[int, int] | None = None) -> Any:
     """A model: a bundled name ("digits", "fashion", "fashion-1step"), a fewstep folder (or a run folder, whose model
-    is taken), or a folder with a diffusers pipeline.  Nothing is downloaded.
+    is taken), or a folder with a diffusers pipeline, or with a causal language model of transformers.  Nothing is
+    downloaded.
 
     ``size`` is the height and width in pixels of the pictures that a pipeline is to make (default: its own size).
     Returns a denoiser, a student or another of :data:`fewstep.models.KINDS`; what a latent model samples becomes
@@ -27,7 +28,9 @@ def load(name: str | Path, size: tuple[int, int] | None = None) -> Any:
     if (folder / "config.json").is_file():
         if size is not None:
             raise ValueError(f"size={size[0]}x{size[1]}: '{name}' is not a pipeline, it has the size it was made with")
-        return native.load(folder)
+        from fewstep.hub.language import is_language_model, load_language_model
+
+        return load_language_model(folder) if is_language_model(folder) else native.load(folder)
     from fewstep.hub.diffusers import load_pipeline
 
     return load_pipeline(folder, size=size).denoiser

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fewstep.files import Header, headers, load_tensors, save_tensors, sha256, write_atomically
+from fewstep.hub import language
 from fewstep.hub.adapters import as_adapter
 from fewstep.hub.saved_adapters import described as described_adapter
 from fewstep.hub.saved_adapters import fresh, rebuilt
@@ -26,7 +27,7 @@ from fewstep.hub.weights import no_larger_than
 from fewstep.models import kinds
 from fewstep.models.denoisers import DENOISER
 from fewstep.models.model import Config
-from fewstep.models.networks import DIFFUSERS, SCHEDULES
+from fewstep.models.networks import DIFFUSERS, SCHEDULES, TRANSFORMERS
 from fewstep.models.networks import build_network as build_own
 from fewstep.models.networks import describe_network as describe_own
 from fewstep.networks.lora import is_frozen
@@ -44,9 +45,13 @@ def describe(model: nn.Module) -> Config:
 
 
 def describe_network(net: nn.Module) -> Config:
-    """A network as plain data: a reference network, or one of diffusers."""
-    adapter = as_adapter(net)
-    own = describe_own(net) if adapter is None else {"name": DIFFUSERS, **described_adapter(adapter)}
+    """A network as plain data: a reference network, or one of diffusers or transformers."""
+    if (adapter := as_adapter(net)) is not None:
+        own = {"name": DIFFUSERS, **described_adapter(adapter)}
+    elif (causal := language.as_transformers(net)) is not None:
+        own = {"name": TRANSFORMERS, **language.described(causal)}
+    else:
+        own = describe_own(net)
     return {**own, **low_rank(net)}
 
 
@@ -59,7 +64,7 @@ def build_in_pipeline(config: Config) -> nn.Module:
     """A network from its description, with fresh weights; one of diffusers inside its pipeline, and low-rank weights on
     their base, where those still are."""
     plain = without("low_rank", config)
-    net = rebuilt(without("name", plain)) if config["name"] == DIFFUSERS else build_own(plain)
+    net = rebuilt(without("name", plain)) if config["name"] == DIFFUSERS else build_apart(plain)
     return on_its_base(net, config) if "low_rank" in config else net
 
 
@@ -67,8 +72,13 @@ def build_without_memory(config: Config) -> nn.Module:
     """A network with shapes and no values."""
     plain = without("low_rank", config)
     with torch.device("meta"):
-        net: nn.Module = fresh(without("name", plain)) if config["name"] == DIFFUSERS else build_own(plain)
+        net = fresh(without("name", plain)) if config["name"] == DIFFUSERS else build_apart(plain)
         return with_factors(net, config["low_rank"]) if "low_rank" in config else net
+
+
+def build_apart(config: Config) -> nn.Module:
+    """A reference network or one of transformers, which come out of no pipeline."""
+    return language.fresh(config) if config["name"] == TRANSFORMERS else build_own(config)
 
 
 def without(name: str, config: Config) -> Config:

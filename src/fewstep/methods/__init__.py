@@ -69,6 +69,9 @@ RECIPES: dict[str, str] = {
     "supervised": "fewstep.condense.supervised:Supervised",
     "soft-supervised": "fewstep.condense.supervised:SoftSupervised",
     "kd": "fewstep.condense.supervised:KnowledgeDistillation",
+    "language-modelling": "fewstep.language.modelling:LanguageModelling",
+    "distill-spec": "fewstep.language.distill_spec:DistillSpec",
+    "distill-spec-garden": "fewstep.language.distill_spec:DistillSpecGarden",
 }
 
 

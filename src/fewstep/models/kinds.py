@@ -21,6 +21,7 @@ from fewstep.models.denoisers import (
     ViewedModel,
 )
 from fewstep.models.discrete import AnyDiscreteDenoiser, LearnedSamplerModel, NetworkDiscreteModel
+from fewstep.models.language import AnyLanguageModel, NetworkLanguageKind
 from fewstep.models.model import Config, Model
 from fewstep.models.networks import build_network, describe_network
 from fewstep.models.staged import CascadedModel, DPMOTModel, SeparateCascadeModel
@@ -57,6 +58,8 @@ KINDS: tuple[type[Model], ...] = (
     DPMOTModel,
     ClassifierModel,
     CondensedModel,
+    NetworkLanguageKind,
+    AnyLanguageModel,
 )
 _BY_CLASS = {cls.wraps: cls for cls in KINDS}
 #: The kinds that can be saved, by their name in config.json.
@@ -64,7 +67,7 @@ SAVED = {cls.kind: cls for cls in KINDS if cls.kind}
 #: What a description of a model may hold.
 MODEL = Choice("kind", {name: cls.holds for name, cls in SAVED.items()})
 #: What a description of a model may hold that training is to begin with: denoisers, and what is no generative model.
-FRESH = Choice("kind", {**DENOISER.kinds, ClassifierModel.kind: ClassifierModel.holds})
+FRESH = Choice("kind", {**DENOISER.kinds, **{cls.kind: cls.holds for cls in (ClassifierModel, NetworkLanguageKind)}})
 #: Where a description stands that no file holds.
 IN_MEMORY = Place("description")
 

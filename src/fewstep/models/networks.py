@@ -12,6 +12,7 @@ from fewstep import schedules
 from fewstep.discrete_vp import DiscreteVP
 from fewstep.extras import NAME
 from fewstep.networks import NETWORKS
+from fewstep.networks.causal import CAUSAL
 from fewstep.networks.classifiers import CLASSIFIERS
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import ALL_PREDICTIONS, Prediction
@@ -21,6 +22,8 @@ from fewstep.schemas import Choice, Map, Maybe, Range, Size, arguments_of, field
 
 #: The name of networks that are diffusers' own.
 DIFFUSERS = "diffusers"
+#: The name of those that are transformers'.
+TRANSFORMERS = "transformers"
 SCHEDULES: dict[str, type[Schedule]] = {
     cls.__name__: cls
     for cls in (
@@ -50,6 +53,9 @@ def _arguments(known: dict[str, type[nn.Module]]) -> dict[str, dict[str, Any]]:
 
 
 TOKEN_NETWORK = Choice("name", _arguments(TOKEN_NETWORKS))
+CAUSAL_NETWORK = Choice(
+    "name", _arguments(CAUSAL) | {TRANSFORMERS: {"class": str, "config": dict, "vocabulary": Size, "length": Size}}
+)
 CLASSIFIER_NETWORK = Choice("name", _arguments(CLASSIFIERS))
 NETWORK = Choice(
     "name",
@@ -71,7 +77,7 @@ NETWORK = Choice(
 
 def describe_network(net: Any) -> dict[str, Any]:
     """One of the reference networks as plain data; TypeError for another."""
-    known = {**NETWORKS, **TOKEN_NETWORKS, **CLASSIFIERS}
+    known = {**NETWORKS, **TOKEN_NETWORKS, **CLASSIFIERS, **CAUSAL}
     name = {cls: name for name, cls in known.items()}.get(type(net))
     if name is None:
         raise TypeError(
@@ -85,7 +91,7 @@ def build_network(config: dict[str, Any]) -> nn.Module:
     """A reference network from its description, with fresh weights."""
     arguments = dict(config)
     name = arguments.pop("name")
-    known: dict[str, type[nn.Module]] = {**NETWORKS, **TOKEN_NETWORKS, **CLASSIFIERS}
+    known: dict[str, type[nn.Module]] = {**NETWORKS, **TOKEN_NETWORKS, **CLASSIFIERS, **CAUSAL}
     return known[name](**arguments)
 
 

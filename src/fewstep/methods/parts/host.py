@@ -8,14 +8,12 @@ A host is written as its name and, behind a colon, those of its hyper-parameters
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Method, Networks
-from fewstep.values import Written, check_fields, declared, read, suggestion
+from fewstep.values import Written, check_fields, read_fields, suggestion, written_fields
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,7 @@ class Host(Written):
         name, _, rest = text.partition(":")
         if name not in RECIPES:
             raise ValueError(f"'{name}' is no method{suggestion(name, RECIPES)}")
-        kinds, fields = declared(recipe_class(name)), {}
-        for part in re.split(r",(?=[\w-]+=)", rest) if rest else ():
-            word, _, value = part.partition("=")
-            field = word.strip().replace("-", "_")
-            if field not in kinds or not value:
-                what = f"has no '{word}'{suggestion(field, kinds)}" if field not in kinds else f"'{word}' has no value"
-                raise ValueError(f"{name} {what}")
-            try:
-                fields[field] = read(kinds[field], value)
-            except ValueError as error:
-                raise ValueError(f"{name}: {field}: {error}") from None
+        fields = read_fields(name, recipe_class(name), rest)
         return cls.from_plain(recipe_class(name)(**fields))
 
     @classmethod
@@ -53,19 +41,8 @@ class Host(Written):
         return cls.parse(value) if isinstance(value, str) else cls(value)
 
     def __str__(self) -> str:
-        made = self.method
-        values = ((f.name, getattr(made, f.name), f.default) for f in dataclasses.fields(made))
-        words = [f"{name}={as_word(value)}" for name, value, default in values if value != default]
-        return f"{made.name}:{','.join(words)}" if words else made.name
-
-
-def as_word(value: Any) -> str:
-    """What :func:`fewstep.values.read` reads as this value, with all its digits."""
-    if isinstance(value, tuple):
-        return ",".join(map(as_word, value))
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
+        words = written_fields(self.method)
+        return f"{self.method.name}:{words}" if words else self.method.name
 
 
 def check_critic(host: Method, nets: Networks) -> None:

@@ -1,0 +1,1 @@
+"""Language models: roll-outs, speculative decoding, and the methods that train or distil them."""

@@ -1,0 +1,81 @@
+"""Language models, as commands, reports and files see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fewstep.data.dataset import Samples, Unlabelled
+from fewstep.language_models import LanguageModel, NetworkLanguageModel
+from fewstep.models.model import Config, Silent
+from fewstep.models.networks import CAUSAL_NETWORK
+from fewstep.schemas import Size
+
+
+class AnyLanguageModel(Silent):
+    """A language model of whatever make."""
+
+    wraps: ClassVar[type[nn.Module]] = LanguageModel
+    called = "a language model"
+    task = "language"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The longest sequence."""
+        made: LanguageModel = self.module
+        return (made.length,)
+
+    @property
+    def classes(self) -> int | None:
+        return None
+
+    @property
+    def tokens(self) -> int | None:
+        tokens: int = self.module.vocabulary
+        return tokens
+
+    def accepts(self, data: Samples) -> Samples:
+        made: LanguageModel = self.module
+        if len(data.shape) != 1 or not 2 <= data.shape[0] <= made.length:
+            raise ValueError(
+                f"data '{data.name}' has samples {list(data.shape)}, the language model reads sequences [L] of 2 to "
+                f"{made.length} tokens"
+            )
+        first = data.rows(slice(0, 1)).x
+        if first is None or first.is_floating_point():
+            raise ValueError(f"data '{data.name}' holds no tokens, which are whole numbers (int64)")
+        return data if data.classes is None else Unlabelled(data)
+
+    def check_beside(self, teacher: Any, role: str) -> None:
+        made: LanguageModel = self.module
+        if made.vocabulary != teacher.vocabulary:
+            raise ValueError(
+                f"the {role} has {made.vocabulary} tokens, the teacher {teacher.vocabulary}: they must be the same"
+            )
+
+
+class NetworkLanguageKind(AnyLanguageModel):
+    """A network seen as a language model."""
+
+    kind = "language-model"
+    wraps = NetworkLanguageModel
+    holds: ClassVar[dict[str, Any]] = {
+        "network": CAUSAL_NETWORK, "vocabulary": Size, "length": Size, "alphabet": str | None,
+    }  # fmt: skip
+
+    def describe(self, model: Callable[[Any], Config], network: Callable[[nn.Module], Config]) -> Config:
+        made: NetworkLanguageModel = self.module
+        return {
+            "kind": self.kind, "network": network(made.net), "vocabulary": made.vocabulary, "length": made.length,
+            "alphabet": made.alphabet,
+        }  # fmt: skip
+
+    @classmethod
+    def build(cls, config: Config, model: Callable[[Config], Any], network: Callable[[Config], nn.Module]) -> Any:
+        inside = config["network"]
+        for field in ("vocabulary", "length"):
+            if inside[field] != config[field]:
+                raise ValueError(f"the language model's {field} is {config[field]}, its network's {inside[field]}")
+        return NetworkLanguageModel(network(inside), config["vocabulary"], config["length"], config["alphabet"])
