@@ -1,4 +1,4 @@
-"""How good a small data set is: accuracy against the images kept, their bytes and the seconds of choosing or making them.
+"""How good a small data set is: accuracy against the images kept, their bytes and the seconds of making it.
 
     python benchmarks/condensed.py --data digits --per-class 1 10 --out digits.json
     python benchmarks/condensed.py --data train.parquet --test test.parquet --per-class 10 50 --out cifar10.json

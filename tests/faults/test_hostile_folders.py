@@ -571,7 +571,8 @@ def test_settings_of_tune_steps(text: str, said: str, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("field", "text", "said"),
     [
-        ("start", DEEP, "nested deeper"), ("command", '"sing"', 'command = "sing" must be one of train, distill'),
+        ("start", DEEP, "nested deeper"),
+        ("command", '"sing"', 'command = "sing" must be one of train, condense, distill'),
         ("data", "[]", "data = [] must be an object"), ("settings", "7", "settings = 7 must be an object"),
         ("start", '{"model": 7, "sha256": ""}', "start.model = 7 must be text"),
     ],

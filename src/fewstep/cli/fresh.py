@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SCHEDULES = ("TrigFlow", "FlowMatching", "EDM", "VPLinear", "VPCosine")
 #: What the data and the method decide about a network.
 FROM_DATA = ("shape", "classes", "extras", "beside")
+#: What a text decides.
+OF_TEXT = ("vocabulary", "length")
 #: A network of more tensors of weights is a slip of the hand, and would take hours to build.
 MOST_TENSORS = 2000
 #: What a method's paper trains where that is something else.
@@ -145,8 +147,41 @@ class FreshClassifier(Fresh):
         return NetworkClassifier(build(network, of_constructor(network, FROM_DATA), values, **shaped), **shaped)
 
 
+class FreshLanguageModel(Fresh):
+    """A network for the tokens of a text."""
+
+    usual: ClassVar[dict[str, str]] = {"network": "causal-transformer"}
+    title = "the language model, {network}"
+
+    def known(self, what: str) -> Iterable[str]:
+        from fewstep.networks.causal import CAUSAL
+
+        return CAUSAL
+
+    def parameters(self, picked: Mapping[str, str]) -> list[Parameter]:
+        from fewstep.networks.causal import CAUSAL
+
+        return of_constructor(CAUSAL[picked["network"]], OF_TEXT)
+
+    def described(self, chosen: argparse.Namespace, data: Samples, values: Mapping[str, Any]) -> Any:
+        from fewstep.data.text import LETTERS
+        from fewstep.language_models import NetworkLanguageModel
+        from fewstep.networks.causal import CAUSAL
+
+        first = data.rows(slice(0, 1)).x
+        if first is None or first.is_floating_point() or len(data.shape) != 1:
+            raise UserError(f"--data {data.name}: samples {list(data.shape)} are no text; give a plain text file")
+        vocabulary, (length,) = len(LETTERS), data.shape
+        network = CAUSAL[chosen.network]
+        shaped: dict[str, Any] = {"vocabulary": vocabulary, "length": length}
+        net = build(network, of_constructor(network, OF_TEXT), values, **shaped)
+        return NetworkLanguageModel(net, vocabulary, length, LETTERS.characters)
+
+
 #: The kind of fresh model by what it is for.
-FRESH: dict[str, Fresh] = {"generation": FreshDenoiser(), "classification": FreshClassifier()}
+FRESH: dict[str, Fresh] = {
+    "generation": FreshDenoiser(), "classification": FreshClassifier(), "language": FreshLanguageModel(),
+}  # fmt: skip
 
 
 def fresh_for(method: str) -> Fresh:

@@ -145,5 +145,5 @@ def tell(result: Result, out: Path) -> None:
     kind = model_of(result.model)
     look = "report" if kind.task != "generation" else "sample"
     print(f"the {kind.noun} is in {out / 'model'}; look at it:  fewstep {look} {out}")
-    if kind.tokens is None:
+    if kind.tokens is None or kind.task == "language":
         print(f"measure it:  fewstep evaluate {out}")

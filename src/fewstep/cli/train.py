@@ -1,7 +1,9 @@
-"""Train a model from scratch: a teacher (a diffusion or flow model), a few-step model that needs none, or a classifier.
+"""Train a model from scratch: a teacher (a diffusion or flow model), a few-step model that needs none, a classifier
+or a language model.
 
   fewstep train NAME --data DATA [--network unet --channels 40,80] [--budget 4000steps] [--out FOLDER]
   fewstep train NAME --network mlp --help          the flags of another network, schedule or prediction
+  fewstep train NAME --method language-modelling --data shakespeare
   fewstep train NAME --method supervised --data fashion --order random:0.1      a classifier, by random tenths
   fewstep train --recipe runs/x/recipe.json        a recorded run again
 
@@ -22,7 +24,7 @@ from fewstep.cli.settings import add_run_arguments, refuse_beside_recipe, settin
 
 METHODS = (
     "denoising", "flow-matching", "cm-training", "ict", "ctm-training", "scm-training", "mean-flow-training",
-    "shortcut", "analog-bits", "lowdiff", "supervised", "soft-supervised",
+    "shortcut", "analog-bits", "lowdiff", "supervised", "soft-supervised", "language-modelling",
 )  # fmt: skip
 #: The method where none is named.
 USUAL = "denoising"

@@ -121,7 +121,22 @@ def condensed(found: Named, chosen: argparse.Namespace) -> Table:
         return condensed_table(found.stem, found.model, train, test, protocol, seconds=seconds, show=tell)
 
 
+def language(found: Named, chosen: argparse.Namespace) -> Table:
+    """A language model on held-out text; beside the target that taught it, how much sooner that writes with it."""
+    from fewstep.cli.models import teacher_of
+    from fewstep.evaluation.language import language_table, speculative_table
+
+    teacher = teacher_of(found, chosen.teacher)
+    _, test = parts_for(found, chosen)
+    if teacher is None:
+        return language_table({found.stem: found.model}, test)
+    if teacher.kind.tokens != found.kind.tokens or teacher.kind.task != "language":
+        raise UserError(f"--teacher '{teacher.name}' is no language model of the same {found.kind.tokens} tokens")
+    show(language_table({teacher.stem: teacher.model, found.stem: found.model}, test))
+    return speculative_table(teacher.model, {found.stem: found.model}, test)
+
+
 #: What is measured, by task.
 MEASURES: dict[str, Callable[[Named, argparse.Namespace], Table]] = {
-    "classification": classifier, "data": condensed,
+    "classification": classifier, "data": condensed, "language": language,
 }  # fmt: skip

@@ -125,7 +125,7 @@ class KnowledgeDistillation(SoftSupervised):
     healthy: ClassVar[dict[str, str]] = {"student/loss": "falls", "student/agreement": "rises towards 1"}
 
     alpha: Annotated[Share, "weight of the teacher's word; that of the labels is 1 - alpha"] = 1.0
-    power: Annotated[NonNegative, "of the temperature, a factor on the KL: 2 in Hinton et al."] = 0.0
+    power: Annotated[NonNegative, "power of the temperature that multiplies the KL, 2 in the paper"] = 0.0
 
     def networks(self, start: Start) -> Networks:
         return Networks({STUDENT: start.network(), "teacher": start.model()}, {STUDENT: self.optimizer()})

@@ -10,6 +10,7 @@ from typing import Any
 from fewstep.data import Samples
 from fewstep.data.sources import load, load_samples
 from fewstep.evaluation.classification import Protocol, Show
+from fewstep.evaluation.language import language_table
 from fewstep.evaluation.tables import Table, classifier_table, condensed_table
 from fewstep.files import write_atomically
 from fewstep.hub import native
@@ -83,9 +84,7 @@ def section(run: RunCourse, data: str, show: Show) -> str:
         f"<p>{source(run.stages[-1].method)}. {sum(s.steps for s in run.stages):,} steps, {duration(seconds)}.</p>",
         *(figure.html() for figure in figures_of(run, model, load_samples(name))),
     ]
-    table = measured(run, model, name, show)
-    if table is not None:
-        told.append(html_table(table))
+    told.append(html_table(measured(run, model, name, show)))
     drawn: list[str] = []
     for k, stage in enumerate(run.stages):
         drawn += courses(stage, plots.student_colour(0), f"{k + 1} {stage.method}: " if len(run.stages) > 1 else "")
@@ -96,12 +95,12 @@ def section(run: RunCourse, data: str, show: Show) -> str:
     return "\n".join(told)
 
 
-def measured(run: RunCourse, model: Any, name: str, show: Show) -> Table | None:
-    """What the product is worth on held-out data; None where nothing is measured here."""
+def measured(run: RunCourse, model: Any, name: str, show: Show) -> Table:
+    """What the product is worth on held-out data."""
     kind = model_of(model)
-    if kind.task not in ("data", "classification"):
-        return None
     train, test = parts_of(name)
+    if kind.task == "language":
+        return language_table({run.name: model}, test)
     if kind.task == "classification":
         return classifier_table({run.name: model}, test)
     return condensed_table(run.name, model, train, test, TRIED, seconds=run.seconds, show=show)
