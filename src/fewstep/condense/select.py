@@ -162,8 +162,8 @@ def pivotal(chances: Tensor, rng: Rng) -> Tensor:
 
 
 def spread(sizes: Tensor, total: int, rng: Rng) -> Tensor:
-    """``total`` shared out in whole numbers ``[K]`` among groups of ``sizes`` ``[K]`` members, each of whom has the same
-    chance: a group gets its share rounded down, or up with the probability of what was cut off.
+    """``total`` shared out in whole numbers ``[K]`` among groups of ``sizes`` ``[K]`` members, all with the same chance:
+    a group gets its share rounded down, or up with the probability of what was cut off.
 
     ValueError for more than the groups have.
     """
