@@ -114,6 +114,14 @@ def test_totals_and_chunks_are_the_sums_of_the_matrix() -> None:
         assert torch.allclose(matrix(kernel.of(some)), matrix(kernel)[some][:, some], atol=1e-14)
 
 
+def test_the_kernel_of_products_is_that_of_the_products_themselves() -> None:
+    u, v = features(6), features(7)[:, :3]
+    products = (u[:, :, None] * v[:, None]).flatten(1)
+    for kernel, same in ((cosine(u, v), cosine(products)), (Kernel(u, v), inner_product(products))):
+        assert torch.allclose(matrix(kernel), matrix(same), atol=1e-13)
+        assert torch.allclose(kernel.totals(), same.totals(), atol=1e-12)
+
+
 def test_similarities_lie_in_0_to_1_and_zero_vectors_are_half_like_everything() -> None:
     """Also vectors whose squares are below the smallest number."""
     x = features()

@@ -12,10 +12,9 @@ from fewstep.condense.select import (
     best_per_class,
     budgets,
     class_sizes,
-    largest_remainder,
     marginals,
     pivotal,
-    spread,
+    random_counts,
     stratified,
     uniform,
 )
@@ -24,27 +23,13 @@ from fewstep.randomness import Rng
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 0, 2, 0, 1])
 
 
-def test_counts_are_the_shares_rounded_and_add_up() -> None:
-    """Within 1 of the share for any weights; of equal remainders the first."""
-    for seed in range(30):
-        gen = torch.Generator().manual_seed(seed)
-        weights = torch.rand(7, generator=gen, dtype=torch.float64)
-        total = int(torch.randint(0, 50, (1,), generator=gen))
-        counts = largest_remainder(weights, total)
-        assert int(counts.sum()) == total and counts.dtype == torch.int64
-        assert bool(((counts - total * weights / weights.sum()).abs() < 1).all())
-    assert largest_remainder(torch.ones(4), 10).tolist() == [3, 3, 2, 2]
-    assert largest_remainder(torch.tensor([1.0, 3.0, 0.0]), 4).tolist() == [1, 3, 0]
-    # 100 * 0.07 / 0.35 is 20 but for rounding
-    assert largest_remainder(torch.tensor([0.07, 0.28]), 100).tolist() == [20, 80]
-
-
 def test_budgets_follow_the_classes() -> None:
     assert class_sizes(LABELS).tolist() == [5, 3, 2]
     assert budgets(LABELS, 10).tolist() == [5, 3, 2]
     assert budgets(LABELS, 5).tolist() == [3, 1, 1]  # shares 2.5, 1.5, 1: the first of two equal remainders
     for total in range(11):
-        assert bool((budgets(LABELS, total) <= class_sizes(LABELS)).all())
+        found = budgets(LABELS, total)
+        assert int(found.sum()) == total and bool((found <= class_sizes(LABELS)).all())
 
 
 def test_the_best_of_every_class_have_exact_counts_under_ties() -> None:
@@ -125,25 +110,23 @@ def test_pivotal_sampling_of_many_small_chances_has_its_size() -> None:
     assert len(pivotal(torch.zeros(5), rng)) == 0 and len(pivotal(torch.ones(5), rng)) == 5
 
 
-def test_spread_gives_every_member_the_same_chance() -> None:
+def test_random_counts_give_every_member_the_same_chance() -> None:
     """3,000 draws: each count is the share rounded up or down, the mean is the share."""
     sizes, rng = torch.tensor([13, 13, 4, 0, 7]), Rng(3)
     share = 9 * sizes / 37
     total = torch.zeros(5)
     for _ in range(3000):
-        counts = spread(sizes, 9, rng)
+        counts = random_counts(sizes, 9, rng)
         assert int(counts.sum()) == 9 and bool(((counts - share).abs() < 1).all())
         total += counts
     part = share - share.floor()
     assert bool(((total / 3000 - share).abs() <= 4 * (part * (1 - part) / 3000).sqrt()).all())
-    assert torch.equal(spread(sizes, 37, rng), sizes)
+    assert torch.equal(random_counts(sizes, 37, rng), sizes)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: largest_remainder(torch.zeros(3), 2), "not all 0"),
-        (lambda: largest_remainder(torch.ones(3), -1), "total=-1 must be at least 0"),
         (lambda: budgets(LABELS, 11), r"total=11 must lie in \[0, 10\]"),
         (lambda: class_sizes(torch.tensor([0, -1])), "label -1"),
         (lambda: best_per_class(torch.zeros(10), LABELS, 3), r"per_class=3 of class 2 must lie in \[0, 2\]"),
@@ -154,7 +137,7 @@ def test_spread_gives_every_member_the_same_chance() -> None:
         (lambda: marginals(torch.tensor([1.0, -1.0]), 1), "none negative"),
         (lambda: pivotal(torch.tensor([0.5, 0.7]), Rng(0)), "sum to 1.2"),
         (lambda: pivotal(torch.tensor([1.5, 0.5]), Rng(0)), r"in \[0, 1\]"),
-        (lambda: spread(torch.tensor([2, 3]), 6, Rng(0)), r"total=6 must lie in \[0, 5\]"),
+        (lambda: random_counts(torch.tensor([2, 3]), 6, Rng(0)), r"total=6 must lie in \[0, 5\]"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(call: object, message: str) -> None:

@@ -23,47 +23,63 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.condense.select import class_sizes, largest_remainder
+from fewstep.condense.select import class_sizes
+from fewstep.data.rounds import spread
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Similarities ``k(a, b) = offset + slope <v_a, v_b>`` of items with vectors ``v`` ``[n, d]``, float64."""
+    """Similarities ``k(a, b) = offset + slope <u_a, u_b> <v_a, v_b>`` of items with two vectors each, ``u`` ``[n, c]``
+    and ``v`` ``[n, d]``, float64: the inner product of all products ``u (x) v`` of the two, which are never made."""
 
-    vectors: Tensor
+    u: Tensor
+    v: Tensor
     offset: float = 0.0
     slope: float = 1.0
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        return len(self.u)
 
     def between(self, a: Tensor, b: Tensor) -> Tensor:
         """``k`` of every item in ``a`` with every one in ``b``: ``[len(a), len(b)]``."""
-        return self.offset + self.slope * self.vectors[a] @ self.vectors[b].T
+        return self.offset + self.slope * (self.u[a] @ self.u[b].T) * (self.v[a] @ self.v[b].T)
 
     def totals(self) -> Tensor:
-        """``sum_i k(i, e)`` for every ``e`` ``[n]``: a product with the sum of all vectors."""
-        return len(self) * self.offset + self.slope * self.vectors @ self.vectors.sum(0)
+        """``sum_i k(i, e)`` for every ``e`` ``[n]``: the product with the sum of all."""
+        return len(self) * self.offset + self.slope * ((self.u @ (self.u.T @ self.v)) * self.v).sum(1)
 
     def of(self, items: Tensor) -> Kernel:
         """The similarities among some of the items."""
-        return Kernel(self.vectors[items], self.offset, self.slope)
+        return Kernel(self.u[items], self.v[items], self.offset, self.slope)
 
 
-def cosine(features: Tensor) -> Kernel:
-    """``(1 + cos) / 2`` of features ``[n, ...]``, in [0, 1].
+def cosine(features: Tensor, beside: Tensor | None = None) -> Kernel:
+    """``(1 + cos) / 2`` of features ``[n, ...]``, or of their products with those ``beside`` ``[n, ...]``; in [0, 1].
 
     A zero vector has no direction: its cosine with everything, itself included, is 0, its similarity 1/2.  ValueError
     for features that are not finite.
     """
-    v = finite(features)
-    v = v / v.abs().amax(1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)  # so that no square underflows
-    return Kernel(torch.nn.functional.normalize(v, dim=1), 0.5, 0.5)
+    return Kernel(directions(features), ones(features) if beside is None else directions(beside), 0.5, 0.5)
 
 
 def inner_product(features: Tensor) -> Kernel:
     """``<a, b>`` of features ``[n, ...]``; ValueError for features that are not finite."""
-    return Kernel(finite(features))
+    return Kernel(finite(features), ones(features))
+
+
+def ones(features: Tensor) -> Tensor:
+    """A 1 for each item ``[n, 1]``."""
+    return torch.ones(len(features), 1, dtype=torch.float64)
+
+
+def directions(features: Tensor) -> Tensor:
+    """Features as vectors of length 1 ``[n, d]``, or 0."""
+    v = finite(features)
+    if not v.shape[1]:
+        raise ValueError(f"features of shape {list(features.shape)} are no vectors [n, d]")
+    largest = v.abs().amax(1, keepdim=True)
+    v = v / torch.where(largest > 0, largest, 1.0)  # first, so that no square underflows
+    return torch.nn.functional.normalize(v, dim=1)
 
 
 def finite(features: Tensor) -> Tensor:
@@ -198,7 +214,7 @@ def bins(kernel: Kernel, count: int, labels: Tensor | None = None, function: Set
     found = torch.empty(len(kernel), dtype=torch.int64)
     for name in range(len(class_sizes(labels))):
         members = (labels == name).nonzero()[:, 0]
-        sizes = largest_remainder(torch.ones(count), len(members)).tolist()
+        sizes = spread([1] * count, len(members))
         for number, chosen in enumerate(peel(kernel.of(members), sizes, function)):
             found[members[chosen]] = number
     return found

@@ -9,32 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewstep.data.rounds import spread
 from fewstep.randomness import Rng
-
-
-def largest_remainder(weights: Tensor, total: int) -> Tensor:
-    """``total`` shared out in whole numbers ``[K]`` in proportion to ``weights`` ``[K]``.
-
-    Everyone gets the whole part of their share; what is left goes one each to the largest remainders, the first of
-    equal ones.  So each count is within 1 of the share, and the sum is ``total``.  ValueError for weights that are
-    negative, not finite or all 0, and for a negative total.
-    """
-    w = weights.double()
-    if w.ndim != 1 or not bool((w >= 0).all()) or not bool(w.isfinite().all()) or not bool(w.any()):
-        raise ValueError(f"weights={w.tolist()} must be a list of numbers, none negative and not all 0")
-    if total < 0:
-        raise ValueError(f"total={total} must be at least 0")
-    share = total * w / w.sum()
-    counts = whole_part(share)
-    left = total - int(counts.sum())
-    counts[torch.argsort(share - counts, descending=True, stable=True)[:left]] += 1
-    return counts
-
-
-def whole_part(share: Tensor) -> Tensor:
-    """The whole part of float64 shares, int64; one that rounding has put just under a whole number is that number."""
-    near = share.round()
-    return torch.where((share - near).abs() <= 1e-9 * near.abs().clamp_min(1), near, share.floor()).long()
 
 
 def class_sizes(labels: Tensor) -> Tensor:
@@ -47,11 +23,11 @@ def class_sizes(labels: Tensor) -> Tensor:
 
 
 def budgets(labels: Tensor, total: int) -> Tensor:
-    """``total`` samples shared out among the classes ``[K]`` in proportion to their sizes; no class is asked for more
-    than it has.  ValueError for more samples than there are."""
+    """``total`` samples shared out among the classes ``[K]`` in proportion to their sizes, by largest remainders, of
+    equal ones the first; no class is asked for more than it has.  ValueError for more samples than there are."""
     if not 0 <= total <= len(labels):
         raise ValueError(f"total={total} must lie in [0, {len(labels)}], the number of samples")
-    return largest_remainder(class_sizes(labels), total)
+    return torch.tensor(spread(class_sizes(labels).tolist(), total))
 
 
 def best_per_class(scores: Tensor, labels: Tensor, per_class: int | Tensor) -> Tensor:
@@ -161,9 +137,9 @@ def pivotal(chances: Tensor, rng: Rng) -> Tensor:
     return taken.nonzero()[:, 0]
 
 
-def spread(sizes: Tensor, total: int, rng: Rng) -> Tensor:
-    """``total`` shared out in whole numbers ``[K]`` among groups of ``sizes`` ``[K]`` members, all with the same chance:
-    a group gets its share rounded down, or up with the probability of what was cut off.
+def random_counts(sizes: Tensor, total: int, rng: Rng) -> Tensor:
+    """``total`` shared out in whole numbers ``[K]`` among groups of ``sizes`` ``[K]``, with the same chance for every
+    member: a group gets its share rounded down, or up with the probability of what was cut off.
 
     ValueError for more than the groups have.
     """
@@ -174,3 +150,9 @@ def spread(sizes: Tensor, total: int, rng: Rng) -> Tensor:
     counts = whole_part(share)
     counts[pivotal((share - counts).clamp(0, 1), rng)] += 1
     return counts
+
+
+def whole_part(share: Tensor) -> Tensor:
+    """The whole part of float64 shares, int64; one that rounding has put just under a whole number is that number."""
+    near = share.round()
+    return torch.where((share - near).abs() <= 1e-9 * near.abs().clamp_min(1), near, share.floor()).long()

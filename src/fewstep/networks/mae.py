@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.attention import attend
 from fewstep.randomness import Rng
 
 
@@ -35,11 +34,11 @@ class MaskedAutoencoder(nn.Module):
         size, small = channels * patch * patch, width // 2
         self.enter = nn.Linear(size, width)
         self.place = nn.Parameter(0.02 * torch.randn(self.length, width))
-        self.encoder = nn.Sequential(*(Block(width, heads) for _ in range(depth)), nn.LayerNorm(width))
+        self.encoder = nn.Sequential(*(block(width, heads) for _ in range(depth)), nn.LayerNorm(width))
         self.between = nn.Linear(width, small)
         self.unseen = nn.Parameter(0.02 * torch.randn(small))
         self.decoder_place = nn.Parameter(0.02 * torch.randn(self.length, small))
-        self.decoder = nn.Sequential(Block(small, heads), nn.LayerNorm(small))
+        self.decoder = nn.Sequential(block(small, heads), nn.LayerNorm(small))
         self.leave = nn.Linear(small, size)
 
     def patches(self, pictures: Tensor) -> Tensor:
@@ -71,28 +70,19 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def filled(self, pictures: Tensor, dropped: Tensor) -> Tensor:
-        """The pictures with their dropped patches as predicted, in [-1, 1]; all other pixels are exactly as they were."""
+        """The pictures with their dropped patches as predicted, in [-1, 1]; every other pixel is exactly as it was."""
         told = self.patches(pictures)
         if bool(dropped.any()):
-            told = torch.where(dropped[..., None], self(pictures, dropped).clamp(-1, 1), told)
+            predicted = self(pictures.to(self.place.dtype), dropped).clamp(-1, 1).to(told)
+            told = torch.where(dropped[..., None], predicted, told)
         return self.pictures(told)
 
 
-class Block(nn.Module):
+def block(width: int, heads: int) -> nn.Module:
     """Attention, then two linear layers, each of the normalised tokens and added to them."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm, self.second_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv(self.norm(x)).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        x = x + self.mix(attend(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.layers(self.second_norm(x))
+    return nn.TransformerEncoderLayer(
+        width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
 
 
 def taken(tokens: Tensor, places: Tensor) -> Tensor:
@@ -101,10 +91,7 @@ def taken(tokens: Tensor, places: Tensor) -> Tensor:
 
 
 def number_dropped(length: int, share: float) -> int:
-    """How many of ``length`` patches are dropped: all but the whole part of those that stay, ``L - int(L (1 - share))``.
-
-    ValueError where none would stay.
-    """
+    """How many of ``length`` patches are dropped: all but ``int(length (1 - share))``.  ValueError where none would stay."""
     dropped = length - int(length * (1 - share))
     if dropped >= length:
         raise ValueError(f"a share of {share:g} of {length} patches leaves none to see")
@@ -113,16 +100,12 @@ def number_dropped(length: int, share: float) -> int:
 
 def random_drops(n: int, length: int, count: int, rng: Rng) -> Tensor:
     """``count`` of ``length`` patches of each of ``n`` pictures, at random: bool ``[n, length]``."""
-    return least(rng.uniform(n, length), count)
+    drawn = rng.uniform(n, length).argsort(1)[:, :count]
+    return torch.zeros(n, length, dtype=torch.bool, device=drawn.device).scatter(1, drawn, True)
 
 
 def least_important(importance: Tensor, count: int, rng: Rng) -> Tensor:
-    """The ``count`` patches of least importance ``[n, L]`` of each picture, of equal ones at random: bool ``[n, L]``."""
+    """Where the ``count`` least numbers of every row of ``[n, L]`` are, of equal ones at random: bool ``[n, L]``."""
     order = rng.uniform(*importance.shape).argsort(1)
-    ranks = importance.gather(1, order).argsort(1, stable=True)
-    return torch.zeros_like(importance, dtype=torch.bool).scatter(1, order.gather(1, ranks[:, :count]), True)
-
-
-def least(numbers: Tensor, count: int) -> Tensor:
-    """Where the ``count`` smallest numbers of every row of ``[n, L]`` are."""
-    return torch.zeros_like(numbers, dtype=torch.bool).scatter(1, numbers.argsort(1)[:, :count], True)
+    ranked = order.gather(1, importance.gather(1, order).argsort(dim=1, stable=True))
+    return torch.zeros_like(importance, dtype=torch.bool).scatter(1, ranked[:, :count], True)
