@@ -87,17 +87,13 @@ def test_gains_fall_as_the_set_grows(function: type[Gains]) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_selection_is_the_same_three_ways(seed: int) -> None:
-    """By incremental gains, lazily, and from the definition of the set function; for both functions.
-
-    Facility location is tried on inner products: where ``k(e, e)`` is 1 for all, two items that are each other's
-    nearest gain exactly the same, and rounding decides.
-    """
-    for function, value, kernel in (
-        (GraphCut, cut, cosine(features(seed))), (FacilityLocation, cover, inner_product(features(seed).abs()))
-    ):  # fmt: skip
-        expected = naive(matrix(kernel), 12, value)
-        assert greedy(kernel, 12, function).tolist() == expected
-        assert lazy_greedy(kernel, 12, function).tolist() == expected
+    """By incremental gains, lazily, and from the definition of the set function; for both functions, down to the last
+    item, where gains are equal."""
+    kernel = cosine(features(seed))
+    for function, value in ((GraphCut, cut), (FacilityLocation, cover)):
+        expected = naive(matrix(kernel), 24, value)
+        assert greedy(kernel, 24, function).tolist() == expected
+        assert lazy_greedy(kernel, 24, function).tolist() == expected
 
 
 def test_of_equal_items_the_first_is_picked_both_ways() -> None:

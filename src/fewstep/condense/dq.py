@@ -107,8 +107,8 @@ class DatasetQuantization(Method):
     paper: ClassVar[Paper] = Paper(
         "Dataset Quantization", "2308.10524", "verified",
         ("the classifier whose gradients are the features is trained on the data themselves for `feature_epochs`; the "
-         "official code takes one trained on ImageNet and enlarges the pictures for it; with `--feature-epochs 0` the one "
-         "that is given is taken as it is",
+         "official code takes one trained on ImageNet and enlarges the pictures for it; 0 takes the one that is given "
+         "as it is",
          "`loss` is the cross-entropy of the logits; the official code computes, as DeepCore does, that of their "
          "softmax taken as logits (`--loss softmax`)",
          "bins of a class differ in size by one at most; the official code rounds, and the last bin takes the slack",
@@ -120,8 +120,8 @@ class DatasetQuantization(Method):
          "only the kept pictures are reconstructed, and `stored` counts what their patches take"),
     )  # fmt: skip
     system: ClassVar[System] = System(
-        "Dataset Quantization", 2023, "data", "classifier", "",
-        "keeps a share of every bin of a data set, and the telling patches of each picture",
+        "Dataset Quantization", 2023, "condense", "labelled data", "-",
+        "bins of diverse samples, sampled evenly, with patches dropped", real="dq_real",
     )  # fmt: skip
     task = "classification"
     healthy: ClassVar[dict[str, str]] = {

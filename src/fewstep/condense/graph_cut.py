@@ -16,6 +16,7 @@ with the most typical items and end with the most diverse.
 from __future__ import annotations
 
 import heapq
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -152,11 +153,12 @@ def greedy(kernel: Kernel, count: int, function: SetFunction = GraphCut) -> Tens
     ValueError for more items than there are.
     """
     check_count(kernel, count)
-    gains, left = function(kernel), torch.ones(len(kernel), dtype=torch.bool)
+    gains, left, near = function(kernel), torch.ones(len(kernel), dtype=torch.bool), tie(kernel)
     picked: list[int] = []
     for _ in range(count):
         open_items = left.nonzero()[:, 0]
-        best = int(open_items[gains.of(open_items).argmax()])
+        found = gains.of(open_items)
+        best = int(open_items[(found >= found.max() - near).nonzero()[0, 0]])
         gains.add(best)
         left[best] = False
         picked.append(best)
@@ -167,19 +169,31 @@ def lazy_greedy(kernel: Kernel, count: int, function: SetFunction = GraphCut) ->
     """What :func:`greedy` picks, for a submodular function (Minoux 1978): a gain of before is a bound on that of now,
     so only items whose bound is the largest are looked at again.  Pays where a gain is dear (facility location)."""
     check_count(kernel, count)
-    gains = function(kernel)
+    gains, near = function(kernel), tie(kernel)
     bounds = [(-gain, item) for item, gain in enumerate(gains.of(torch.arange(len(kernel))).tolist())]
     heapq.heapify(bounds)
     picked: list[int] = []
     while len(picked) < count:
-        _, item = heapq.heappop(bounds)
-        now = (-float(gains.of(torch.tensor([item]))[0]), item)
-        if bounds and now > bounds[0]:
-            heapq.heappush(bounds, now)
-            continue
-        gains.add(item)
-        picked.append(item)
+        seen: list[tuple[float, int]] = []
+        best = -math.inf
+        while bounds and -bounds[0][0] >= best - near:
+            _, item = heapq.heappop(bounds)
+            gain = float(gains.of(torch.tensor([item]))[0])
+            seen.append((gain, item))
+            best = max(best, gain)
+        chosen = min(item for gain, item in seen if gain >= best - near)
+        for gain, item in seen:
+            if item != chosen:
+                heapq.heappush(bounds, (-gain, item))
+        gains.add(chosen)
+        picked.append(chosen)
     return torch.tensor(picked, dtype=torch.int64)
+
+
+def tie(kernel: Kernel) -> float:
+    """Gains that differ by less count as equal.  Of two items that are left, each gains the same by GraphCut; of two
+    that are each other's nearest, by facility location: rounding must not choose."""
+    return 1e-12 * float(kernel.totals().abs().amax()) if len(kernel) else 0.0
 
 
 def check_count(kernel: Kernel, count: int) -> None:

@@ -91,7 +91,7 @@ def taken(tokens: Tensor, places: Tensor) -> Tensor:
 
 
 def number_dropped(length: int, share: float) -> int:
-    """How many of ``length`` patches are dropped: all but ``int(length (1 - share))``.  ValueError where none would stay."""
+    """How many of ``length`` patches are dropped, all but ``int(length (1 - share))``; ValueError where that is all."""
     dropped = length - int(length * (1 - share))
     if dropped >= length:
         raise ValueError(f"a share of {share:g} of {length} patches leaves none to see")
