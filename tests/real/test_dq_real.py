@@ -1,7 +1,8 @@
-"""Dataset Quantization on digits: bins grow more diverse, and samples of all of them are worth more than one greedy set.
+"""Dataset Quantization on digits: bins grow more diverse, and samples of all of them beat one greedy selection.
 
-On digits it is no better than random samples, and no test says so: logistic regression on 10, 20 and 40 % learned 0.912,
-0.946 and 0.966 from it, 0.913, 0.937 and 0.962 from random samples, and 0.890, 0.912 and 0.932 from one greedy selection.
+On digits it is no better than random samples, and no test says so: logistic regression on 10, 20 and 40 % learned
+0.912, 0.946 and 0.966 from it, 0.913, 0.937 and 0.962 from random samples, and 0.890, 0.912 and 0.932 from one greedy
+selection.
 """
 
 from __future__ import annotations
