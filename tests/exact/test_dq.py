@@ -26,12 +26,12 @@ from fewstep.randomness import Rng
 # quantize_bin.py (0.125 in the README), quantize_pixel.py (mask_ratio) and mae_models.py (patch, width, depth of ViT-L)
 PUBLISHED = {
     "keep": 0.125, "bins": 10, "mask_ratio": 0.2, "loss": "softmax", "feature_epochs": 0.0, "feature_lr": 0.1,
-    "patch": 16, "width": 1024, "depth": 24, "lr": ...,
+    "patch_size": 16, "autoencoder_width": 1024, "autoencoder_depth": 24, "autoencoder_lr": ...,
     "optimizer": dict.fromkeys(("kind", "betas", "eps", "weight_decay", "clip", "warmup", "decay"), ...),
 }  # fmt: skip
 
 SHAPE, CLASSES, N = (1, 8, 8), 3, 90
-SMALL: dict[str, Any] = {"patch": 2, "width": 16, "depth": 1, "bins": 4}
+SMALL: dict[str, Any] = {"patch_size": 2, "autoencoder_width": 16, "autoencoder_depth": 1, "bins": 4}
 LABELS = torch.arange(N) % CLASSES
 
 
@@ -215,7 +215,7 @@ def test_texts_are_binned_by_their_runs_of_characters() -> None:
         ({}, lambda: Start(teacher(), data(None)), "have no labels"),
         ({}, lambda: Start(teacher(), data(LABELS - 1)), "label -1"),
         ({}, lambda: Start(teacher(MLPClassifier(SHAPE, CLASSES)), data()), "no map of places.*or mask_ratio=0"),
-        ({"patch": 3}, lambda: Start(teacher(), data()), "patch=3 must divide"),
+        ({"patch_size": 3}, lambda: Start(teacher(), data()), "patch=3 must divide"),
         ({"mask_ratio": 0.99}, lambda: Start(teacher(), data()), "leaves none to see"),
     ],
 )

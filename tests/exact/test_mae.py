@@ -62,6 +62,16 @@ def test_the_loss_is_that_of_the_dropped_patches() -> None:
     assert float(made.loss(x, dropped)) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
 
 
+def test_it_trains_in_bf16() -> None:
+    """Under autocast its tokens are bfloat16 and what stands for an unseen patch is not."""
+    made, x = net().train(), pictures(4, 1, 8, 8)
+    dropped = random_drops(4, 16, 3, Rng(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        made.loss(x, dropped).backward()
+    assert made.unseen.grad is not None and bool(made.unseen.grad.isfinite().all())
+    assert float(made.loss(x, dropped)) == pytest.approx(float(net().loss(x, dropped)))
+
+
 def test_the_number_of_dropped_patches() -> None:
     """``L - int(L (1 - share))``: 10 of 49 at 0.2."""
     assert [number_dropped(49, share) for share in (0, 0.2, 0.5, 0.9)] == [0, 10, 25, 45]

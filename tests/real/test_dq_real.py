@@ -81,7 +81,7 @@ def test_a_run_keeps_what_it_says_and_an_unseen_network_learns_from_it(digits: t
     from them (measured: 0.92)."""
     data, test = digits
     start = Start(fresh_classifier("convnet", data, arguments={"width": 16}), data)
-    method = DatasetQuantization(keep=0.2, patch=2, width=16, depth=1)
+    method = DatasetQuantization(keep=0.2, patch_size=2, autoencoder_width=16, autoencoder_depth=1)
     made = train(method, start, Settings(Budget(25), batch=64, precision="fp32"), show=False).model
     kept, dropped = made.notes["kept"], made.notes["dropped"]
     pixels = dropped.view(-1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)

@@ -140,10 +140,10 @@ class DatasetQuantization(Method):
         NonNegative, "passes over the data that the classifier trains for; without patches to fill in all of the budget"
     ] = 1.0
     feature_lr: Annotated[Positive, "learning rate of the classifier"] = 0.1
-    patch: Annotated[Count, "side of a patch, which must divide that of the pictures"] = 4
-    width: Annotated[Count, "features of the autoencoder"] = 64
-    depth: Annotated[Count, "blocks of its encoder"] = 3
-    lr: Annotated[Positive, "learning rate of the autoencoder"] = 3e-3
+    patch_size: Annotated[Count, "side of a patch, which must divide that of the pictures"] = 4
+    autoencoder_width: Annotated[Count, "features of the autoencoder"] = 64
+    autoencoder_depth: Annotated[Count, "blocks of its encoder"] = 3
+    autoencoder_lr: Annotated[Positive, "learning rate of the autoencoder"] = 3e-3
 
     def networks(self, start: Start) -> Networks:
         whole, classifier = Whole(start), start.network()
@@ -156,12 +156,20 @@ class DatasetQuantization(Method):
             )
         }
         if self.mask_ratio > 0:
-            autoencoder = MaskedAutoencoder(tuple_of_three(start.data), self.patch, self.width, self.depth)
+            autoencoder = MaskedAutoencoder(
+                tuple_of_three(start.data), self.patch_size, self.autoencoder_width, self.autoencoder_depth
+            )
             number_dropped(autoencoder.length, self.mask_ratio)
             importance(classifier, torch.zeros(1, *start.data.shape), autoencoder.grid)
             modules[AUTOENCODER] = autoencoder
             groups[AUTOENCODER] = Optimizer(
-                (AUTOENCODER,), self.lr, kind="adamw", betas=(0.9, 0.95), weight_decay=0.05, warmup=20, decay="cosine"
+                (AUTOENCODER,),
+                self.autoencoder_lr,
+                kind="adamw",
+                betas=(0.9, 0.95),
+                weight_decay=0.05,
+                warmup=20,
+                decay="cosine",
             )
         return Networks(modules, groups)
 

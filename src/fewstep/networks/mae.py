@@ -59,7 +59,7 @@ class MaskedAutoencoder(nn.Module):
         seen = (~dropped).nonzero()[:, 1].view(len(pictures), -1)  # [B, L seen]
         tokens = self.enter(taken(self.patches(pictures), seen)) + self.place[seen]
         known = self.between(self.encoder(tokens))
-        everywhere = self.unseen.expand(len(pictures), self.length, -1)
+        everywhere = self.unseen.to(known).expand(len(pictures), self.length, -1)
         hidden = everywhere.scatter(1, seen[..., None].expand_as(known), known)
         return self.leave(self.decoder(hidden + self.decoder_place))
 
