@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import struct
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from fewstep.methods.start import Start
 from fewstep.networks.classifiers import ConvNet, MLPClassifier
 from fewstep.networks.mae import number_dropped
 from fewstep.randomness import Rng
+from fewstep.report.tasks.dq import figures, spread_of
 
 # magic-research/Dataset_Quantization: quantize_sample.py (bins, the training of a classifier for selection),
 # quantize_bin.py (0.125 in the README), quantize_pixel.py (mask_ratio) and mae_models.py (patch, width, depth of ViT-L)
@@ -242,3 +245,30 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, usual: Condensed)
     small = made(keep=0.4)
     assert torch.equal(small.notes["bin"], usual.notes["bin"]) and torch.equal(small.notes["kept"], usual.notes["kept"])
     assert number_dropped(16, 0.2) == 4 and isinstance(networks(DatasetQuantization(**SMALL)).whole, Whole)
+
+
+def test_the_report_shows_bins_their_numbers_and_what_is_stored(usual: Condensed) -> None:
+    """Rows of bins by columns of classes, a row of the table a bin, three rows of ten pictures; without patches two of
+    the figures, and of points the table alone."""
+    found = figures(None, usual, data())  # type: ignore[arg-type]
+    assert [size(figure.content) for figure in (found[0], found[2])] == [(4, 3), (3, 10)]
+    rows = re.findall("<tr><td>(.*?)</td></tr>", str(found[1].content))
+    cells = [row.split("</td><td>") for row in rows]
+    assert [row[0] for row in cells] == ["1", "2", "3", "4"]
+    assert sum(int(row[1]) for row in cells) == N and sum(int(row[2]) for row in cells) == len(usual.x)
+    assert len(figures(None, made(mask_ratio=0.0), data())) == 2  # type: ignore[arg-type]
+
+
+def size(content: bytes | str) -> tuple[int, int]:
+    """Rows and columns of a sheet of square pictures with narrow gaps."""
+    assert isinstance(content, bytes)
+    width, height = struct.unpack(">II", content[16:24])
+    side = 56 if width < 600 else 112
+    return round(height / side / 1.06), round(width / side / 1.06)
+
+
+def test_spread_is_that_of_one_bin_within_classes() -> None:
+    x = torch.tensor([[0.0], [2.0], [10.0], [30.0], [40.0]])
+    labels, bin_of = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 0, 0])
+    away, between = spread_of(x, labels, bin_of, 0)
+    assert away == pytest.approx((((4 + 2) / 2) + 5) / 2) and between == pytest.approx((2 + 10) / 2)
