@@ -32,7 +32,7 @@ from fewstep.models import model_of
 from fewstep.models.kinds import describe
 from fewstep.networks import MLP, UNet
 from fewstep.networks.causal import CausalTransformer, GRULanguageModel
-from fewstep.networks.classifiers import MLPClassifier
+from fewstep.networks.classifiers import ConvNet, MLPClassifier
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.runs.course import run_recipe
@@ -48,7 +48,7 @@ SMALL = {
     "pairs": 16, "ode_steps": 2, "start": 2, "guidance": 1.5, "teacher_steps": 8, "s0": 2, "s1": 4, "gan_weight": 0.1,
     "label_dropout": 0.5, "gan_share": 1.0, "rank": 2, "ratio_decay": 0.5, "host": "dmd2:gan_weight=0.1", "nodes": 2,
     "parts": 2, "dm": "dmd:pairs=16,ode_steps=2,guidance=1.5", "adversary": "dmd2:gan_weight=0.1",
-    "discriminator_rank": 2,
+    "discriminator_rank": 2, "patch_size": 2, "mask_ratio": 0.3, "feature_epochs": 0.5,
 }  # fmt: skip
 #: What only one method needs.
 OWN: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ TOKEN_METHODS = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 #: Methods that make networks or pairs of their own, which are float32; the others are tried in float64.
 SINGLE = (
     *TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "dmd2-stages", "f-distill", "reflow", "instaflow", "caf",
-    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd",
+    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "dq",
 )  # fmt: skip
 #: Every method, and DMD2 with a loss over the pairs of the whole batch.
 CASES = (*RECIPES, "dmd2-energy")
@@ -93,7 +93,8 @@ def teacher(name: str) -> Any:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         if name in BY_TASK["classification"]:
-            net = away_from_its_start(MLPClassifier(SHAPE, CLASSES, width=8))
+            sees = ConvNet(SHAPE, CLASSES, width=4, depth=1) if name == "dq" else MLPClassifier(SHAPE, CLASSES, width=8)
+            net = away_from_its_start(sees)
             return NetworkClassifier(net, SHAPE, CLASSES).to(kind_of_number).eval()
         if name in BY_TASK["language"]:
             return language_model(CausalTransformer(TOKENS, LENGTH, width=8, blocks=1, heads=2))

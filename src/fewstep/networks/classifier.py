@@ -54,6 +54,10 @@ class Classifier(FeatureNet):
         """The penultimate activations ``[B, features]``, 0 or more."""
         return self.penultimate(self.convolutions(x).flatten(1)).relu()
 
+    def pooled(self, last: Tensor) -> Tensor:
+        """The penultimate activations ``[B, features]`` of the last map."""
+        return self.penultimate(nn.functional.max_pool2d(last, 2).flatten(1)).relu()
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]``."""
         return self.head(self.features(x))

@@ -38,8 +38,12 @@ class ClassifyingNet(FeatureNet):
     config: dict[str, Any]
 
     @abstractmethod
+    def pooled(self, last: Tensor) -> Tensor:
+        """What the head reads ``[B, d]``, of the last map."""
+
     def features(self, x: Tensor) -> Tensor:
         """What the head reads, ``[B, d]``."""
+        return self.pooled(self.maps(x)[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]``."""
@@ -75,8 +79,8 @@ class MLPClassifier(ClassifyingNet):
             found.append(x)
         return found
 
-    def features(self, x: Tensor) -> Tensor:
-        return self.maps(x)[-1]
+    def pooled(self, last: Tensor) -> Tensor:
+        return last
 
 
 class ConvNet(ClassifyingNet):
@@ -111,8 +115,8 @@ class ConvNet(ClassifyingNet):
             x = self.pool(found[-1])
         return found
 
-    def features(self, x: Tensor) -> Tensor:
-        return self.pool(self.maps(x)[-1]).flatten(1)
+    def pooled(self, last: Tensor) -> Tensor:
+        return self.pool(last).flatten(1)
 
 
 def fits(shape: tuple[int, ...]) -> int:
@@ -180,8 +184,8 @@ class ResNet(ClassifyingNet):
             found.append(x)
         return found
 
-    def features(self, x: Tensor) -> Tensor:
-        return self.maps(x)[-1].mean((-2, -1))
+    def pooled(self, last: Tensor) -> Tensor:
+        return last.mean((-2, -1))
 
 
 class ViT(ClassifyingNet):
@@ -219,8 +223,8 @@ class ViT(ClassifyingNet):
             found.append(x.mT.reshape(grid.shape))
         return found
 
-    def features(self, x: Tensor) -> Tensor:
-        return self.norm(self.maps(x)[-1].flatten(2).mT).mean(1)
+    def pooled(self, last: Tensor) -> Tensor:
+        return self.norm(last.flatten(2).mT).mean(1)
 
 
 CLASSIFIERS: dict[str, type[nn.Module]] = {
