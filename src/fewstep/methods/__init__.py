@@ -72,6 +72,7 @@ RECIPES: dict[str, str] = {
     "language-modelling": "fewstep.language.modelling:LanguageModelling",
     "distill-spec": "fewstep.language.distill_spec:DistillSpec",
     "distill-spec-garden": "fewstep.language.distill_spec:DistillSpecGarden",
+    "pca": "fewstep.condense.pca:PCA",
 }
 
 
@@ -84,6 +85,6 @@ def recipe_class(name: str) -> type[Recipe]:
 
 
 #: Methods that make a small data set of a large one.
-CONDENSERS: tuple[str, ...] = ()
+CONDENSERS: tuple[str, ...] = ("pca",)
 
 __all__ = ["CONDENSERS", "RECIPES", "recipe_class"]
