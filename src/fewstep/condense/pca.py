@@ -2,8 +2,8 @@
 
 *Prune*: every example is scored by EL2N, ``s = mean over nets of ||softmax(z(x)) - y||_2`` early in training, and of
 every class the ``k^2 per_class`` examples with the lowest scores are kept, ranked among all of the class.  *Combine*:
-``k^2`` whole pictures of one class are shrunk and tiled into one canvas of the original size.  *Augment*: training looks
-at a random crop of one cell of a canvas at a time, so that a canvas costs a step what a picture does.
+``k^2`` whole pictures of one class are shrunk and tiled into one canvas of the original size.  *Augment*: training
+looks at a random crop of one cell of a canvas at a time, so that a canvas costs a step what a picture does.
 
 With few pictures a class easy ones are best, with many the hard ones: ``keep`` says which.  One picture a canvas
 (``k=1``), chosen at random, is the random subset that every other set of the same size must beat.

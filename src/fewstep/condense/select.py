@@ -39,7 +39,5 @@ def select(scores: Tensor, labels: Tensor, per_class: int, keep: str, rng: Rng, 
         raise ValueError(f"keep='{keep}' is not one of {', '.join(KEEP)}")
     if bool(scores.isnan().any()):
         raise ValueError(f"the score of example {int(scores.isnan().nonzero()[0])} is no number: nothing can be ranked")
-    chosen = [
-        index[KEEP[keep](scores[index], rng)[:per_class]] for index in members(labels, classes, per_class)
-    ]
+    chosen = [index[KEEP[keep](scores[index], rng)[:per_class]] for index in members(labels, classes, per_class)]
     return torch.stack(chosen)
