@@ -35,8 +35,8 @@ def figures(course: RunCourse, model: Any, data: Samples) -> Sequence[Figure]:
         ),
         Figure(
             "Chosen",
-            f"Pictures that are on the canvases, a row for each class. Their EL2N is {interval(kept)}, that of all data "
-            f"{interval(scores)}; 0 is told with certainty, 1.41 taken for another with certainty.",
+            f"Pictures that are on the canvases, a row for each class. Their EL2N is {interval(kept)}, that of all "
+            f"data {interval(scores)}; 0 is told with certainty, 1.41 taken for another with certainty.",
             sheet(read(data, chosen), chosen.shape[1]),
         ),
     ]
