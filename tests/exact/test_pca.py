@@ -123,7 +123,7 @@ def test_one_random_picture_a_canvas_is_the_random_subset_of_the_comparison() ->
         mine = candidate.data.rows(order)
         assert mine.x is not None and rows.x is not None and isinstance(mine.cond, Tensor)
         assert torch.equal(mine.x, rows.x) and torch.equal(mine.cond, rows.cond)  # type: ignore[arg-type]
-        assert candidate.bytes == subset.bytes
+        assert candidate.bytes == subset.bytes and candidate.views == subset.views
 
 
 def test_training_ends_early_whatever_the_budget() -> None:

@@ -6,7 +6,7 @@ every class the ``k^2 per_class`` examples with the lowest scores are kept, rank
 looks at a random crop of one cell of a canvas at a time, so that a canvas costs a step what a picture does.
 
 With few pictures a class easy ones are best, with many the hard ones: ``keep`` says which.  One picture a canvas
-(``k=1``), chosen at random, is the random subset that every other set of the same size must beat.
+(``k=1``) is looked at as the trainer likes; chosen at random, it is the random subset that others must beat.
 """
 
 from __future__ import annotations
@@ -133,6 +133,6 @@ class PCA(Method):
             canvases,
             torch.arange(pool.classes).repeat_interleave(self.per_class),
             pool.data.class_names,
-            views=Views("cells", self.k),
+            views=Views("cells", self.k) if self.k > 1 else Views(),
             notes={"index": index, "scores": scores.float()},
         )
