@@ -30,11 +30,11 @@ def test_one_picture_a_canvas_is_the_picture() -> None:
 
 
 def test_cells_lie_row_by_row_and_pixels_are_means() -> None:
-    first = torch.tensor([[0, 2, 8, 8], [4, 6, 8, 8], [1, 1, 0, 0], [1, 2, 0, 1]], dtype=torch.uint8)
+    first = torch.tensor([[0, 2, 8, 8], [4, 6, 8, 8], [2, 1, 0, 0], [2, 2, 0, 1]], dtype=torch.uint8)
     flat = [torch.full((4, 4), value, dtype=torch.uint8) for value in (10, 20, 30)]
     canvas = combine(torch.stack([first, *flat])[:, None])
-    # 3; 8; 1.25 and 0.25, rounded
-    assert canvas[0].tolist() == [[3, 8, 10, 10], [1, 0, 10, 10], [20, 20, 30, 30], [20, 20, 30, 30]]
+    # 3; 8; 1.75 and 0.25, rounded
+    assert canvas[0].tolist() == [[3, 8, 10, 10], [2, 0, 10, 10], [20, 20, 30, 30], [20, 20, 30, 30]]
 
 
 def test_ten_thousand_views_never_leave_their_cell_and_hit_all_alike() -> None:
