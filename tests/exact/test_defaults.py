@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from fewstep import grids
+from fewstep.classifiers import NetworkClassifier
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.discrete.chains import Masked
@@ -33,6 +34,7 @@ from fewstep.methods.parts.distances import Distance, pseudo_huber
 from fewstep.methods.parts.times import LogNormal, Own, TimeLaw, Uniform
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.networks.classifiers import MLPClassifier
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
@@ -221,6 +223,10 @@ SHAPE, LENGTH, CLASSES = (1, 4, 4), 6, 3
 def start_of(name: str) -> Start:
     """A small teacher of the kind that the method works on, and its data."""
     torch.manual_seed(0)
+    if recipe_class(name).task == "classification":
+        x = torch.randint(0, 256, (120, 1, 16, 16), dtype=torch.uint8)
+        net = MLPClassifier((1, 16, 16), CLASSES, width=8)
+        return Start(NetworkClassifier(net, (1, 16, 16), CLASSES), Dataset("pictures", x, torch.arange(120) % CLASSES))
     if name in ("discrete-denoising", "score-entropy", "lsd", "lsd-plus"):
         net = Transformer(LENGTH, 5, 6, width=8, blocks=1, heads=2)
         return Start(NetworkDiscreteDenoiser(net, Masked(5), LENGTH), Dataset("words", torch.ones(8, LENGTH).long()))

@@ -73,6 +73,7 @@ RECIPES: dict[str, str] = {
     "distill-spec": "fewstep.language.distill_spec:DistillSpec",
     "distill-spec-garden": "fewstep.language.distill_spec:DistillSpecGarden",
     "dq": "fewstep.condense.dq:DatasetQuantization",
+    "pca": "fewstep.condense.pca:PCA",
 }
 
 
@@ -86,5 +87,6 @@ def recipe_class(name: str) -> type[Recipe]:
 
 #: Methods that make a small data set of a large one.
 CONDENSERS: tuple[str, ...] = ("dq",)
+CONDENSERS: tuple[str, ...] = ("pca",)
 
 __all__ = ["CONDENSERS", "RECIPES", "recipe_class"]

@@ -226,6 +226,8 @@ class Run(Groups):
     def snapshot(self, folder: Path) -> None:
         """Store the power-function averages under the names that the method's product gives its parameters."""
         self.check_gradients()
+        if not self.averages:
+            return  # what a method makes can cost a pass over the data
         product = {id(p): name for name, p in self.method.student(self.nets).named_parameters()}
         held: dict[float, dict[str, Tensor]] = {}
         updates = 0

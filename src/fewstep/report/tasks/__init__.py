@@ -16,6 +16,9 @@ from fewstep.report.tasks.figure import Figure
 
 #: Recipe -> the module with its pictures.
 FIGURES: dict[str, str] = {"dq": "fewstep.report.tasks.dq"}
+FIGURES: dict[str, str] = {
+    "pca": "fewstep.report.tasks.pca",
+}
 
 Draw = Callable[[RunCourse, Any, Samples], Sequence[Figure]]
 

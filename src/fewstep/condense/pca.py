@@ -1,0 +1,138 @@
+"""PCA: prune, combine, augment (Xiao et al. 2025, arXiv 2502.06434), a small training set with hard labels only.
+
+*Prune*: every example is scored by EL2N, ``s = mean over nets of ||softmax(z(x)) - y||_2`` early in training, and of
+every class the ``k^2 per_class`` examples with the lowest scores are kept, ranked among all of the class.  *Combine*:
+``k^2`` whole pictures of one class are shrunk and tiled into one canvas of the original size.  *Augment*: training
+looks at a random crop of one cell of a canvas at a time, so that a canvas costs a step what a picture does.
+
+With few pictures a class easy ones are best, with many the hard ones: ``keep`` says which.  One picture a canvas
+(``k=1``) is looked at as the trainer likes; chosen at random, it is the random subset that others must beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.classifiers import NetworkClassifier
+from fewstep.condense.canvases import check_cells, combine
+from fewstep.condense.scores import Scores
+from fewstep.condense.select import members, select
+from fewstep.condense.supervised import accuracy_of, labels_in, nll
+from fewstep.data.condensed import Condensed, to_pictures
+from fewstep.data.dataset import Samples, labels_of
+from fewstep.data.views import Views
+from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
+from fewstep.methods.start import Start
+from fewstep.randomness import Rng
+from fewstep.ranges import Count, NonNegative
+
+
+class Pool(nn.Module):
+    """The data to choose from, beside the networks that score them; it has no weights."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__()
+        self.start = start
+
+    @property
+    def data(self) -> Samples:
+        return self.start.data
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return self.data.classes or 0
+
+    def labels(self) -> Tensor:
+        """All labels ``[N]``; ValueError for data without."""
+        found = labels_of(self.data.conditions(slice(None)))
+        if found is None:
+            raise ValueError(f"data '{self.data.name}' has no labels: classes could not be kept apart")
+        return found
+
+    def scores(self, classifiers: tuple[nn.Module, ...]) -> Tensor:
+        """The EL2N scores ``[N]``, kept with the run."""
+        return self.start.store(Scores(classifiers, self.data, "el2n")).x[:, 0]
+
+    def rng(self) -> Rng:
+        """What a random choice is drawn from."""
+        return Rng(self.start.seed, "random subset")
+
+
+@dataclass(frozen=True)
+class PCA(Method):
+    """Easy pictures, several on a canvas, seen one at a time."""
+
+    name: ClassVar[str] = "pca"
+    paper: ClassVar[Paper] = Paper(
+        "Rethinking Large-scale Dataset Compression: Shifting Focus From Labels to Images", "2502.06434",
+        "reconstructed",
+        ("the authors' code holds their benchmark and not this method, which is built from notes on the paper's second "
+         "version",
+         "how many cells a canvas has is not published where we could read it: `k` is that of RDED, the method it is "
+         "compared with",
+         "how long and how many networks train before they score is not published where we could read it: `epochs` and "
+         "`nets` are those with which the order of easy and hard was measured on digits",
+         "the networks train together, each batch in all of them, from weights of their own",
+         "crops show at least half of a cell's area; the paper's share is not known"),
+    )  # fmt: skip
+    system: ClassVar[System] = System(
+        "PCA", 2025, "condense", "labelled data", "-",
+        "keeps easy pictures, several on a canvas, and trains on one at a time with hard labels", real="pca_real",
+    )  # fmt: skip
+    task = "classification"
+    healthy: ClassVar[dict[str, str]] = {
+        "scorers/loss": "falls, and is not near 0 when the epochs are over: what is easy shows early",
+        "scorers/accuracy": "rises far above chance; below that all examples look alike and the choice is a random one",
+    }
+
+    per_class: Annotated[Count, "canvases of each class"] = 10
+    k: Annotated[Count, "cells along a side of a canvas; 1 keeps pictures as they are"] = 2
+    keep: Annotated[Literal["easy", "hard", "random"], "which pictures of a class are kept"] = "easy"
+    epochs: Annotated[Count, "passes over the data before the networks score them; a budget beyond is not used"] = 4
+    nets: Annotated[Count, "networks whose scores are averaged"] = 3
+    lr: Annotated[NonNegative, "learning rate of the networks that score"] = 0.1
+
+    def networks(self, start: Start) -> Networks:
+        pool = Pool(start)
+        check_cells(self.k, start.data.shape)
+        members(pool.labels(), pool.classes, self.per_class * self.k**2)
+        like: Any = start.teacher
+        kind = next(like.parameters()).dtype
+        scorers = nn.ModuleList(
+            NetworkClassifier(start.fresh(like.net, i).to(kind), like.shape, like.classes) for i in range(self.nets)
+        )
+        group = Optimizer(("scorers",), self.lr, kind="sgd", momentum=0.9, nesterov=True)
+        return Networks({"scorers": scorers, "pool": pool}, {"scorers": group})
+
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
+        if progress.samples >= self.epochs * len(nets.pool.data):
+            return
+        labels = labels_in(batch)
+        logits = [net(batch.x) for net in nets.scorers]
+        right = torch.stack([accuracy_of(z, labels) for z in logits]).mean()
+        # a sum: no network's gradient depends on how many there are
+        yield Update("scorers", torch.stack([nll(z, labels) for z in logits]).sum(), {"accuracy": right})
+
+    def student(self, nets: Networks) -> Condensed:
+        """The canvases.  Notes: ``index`` ``[M, k * k]``, where in the data the cells come from, and ``scores``
+        ``[N]`` of all of the data."""
+        pool: Pool = nets.pool
+        scores = pool.scores(tuple(nets.scorers))
+        chosen = select(scores, pool.labels(), self.per_class * self.k**2, self.keep, pool.rng(), pool.classes)
+        index = chosen.reshape(-1, self.k**2)
+        cells = pool.data.rows(index.flatten()).x
+        assert cells is not None, "scored data have pictures"
+        canvases = combine(to_pictures(cells).unflatten(0, index.shape))
+        return Condensed(
+            canvases,
+            torch.arange(pool.classes).repeat_interleave(self.per_class),
+            pool.data.class_names,
+            views=Views("cells", self.k) if self.k > 1 else Views(),
+            notes={"index": index, "scores": scores.float()},
+        )
