@@ -118,8 +118,12 @@ def test_the_largest_gains_alone_are_worth_nothing_at_worst() -> None:
 
 
 def test_of_equal_prefixes_the_smallest_is_taken() -> None:
-    """``(k - 1) / H_k`` is 0, 1/2, 1/2 for gains 1, 1, 1/2: two points do as well as three."""
-    assert one_query(torch.tensor([1.0, 0.5, 1.0]), 1).marginals.tolist() == [0.5, 0, 0.5]
+    """``(k - 1) / H_k`` is 0, 1/2, 1/2 for gains 1, 1, 1/2: two points do as well as three; and of equal points the
+    first."""
+    gains = torch.tensor([1.0, 0.5, 1.0])
+    assert one_query(gains, 1).marginals.tolist() == [0.5, 0, 0.5]
+    assert batch(gains, 1, 1).marginals.tolist() == pytest.approx([0.5, 0, 0.5], abs=1e-9)
+    assert one_query(torch.full((1000,), 0.5), 0).marginals[0] == 1
 
 
 def test_a_teacher_that_is_always_wrong_is_asked_about_everything() -> None:
@@ -154,6 +158,12 @@ def test_rounding_draws_exactly_b_points_with_these_marginals() -> None:
         counts[drawn] += 1
     assert bool(((counts / n - q).abs() <= 4.5 * (q * (1 - q) / n).sqrt()).all())
     assert counts[6] == n and counts[7] == 0
+
+
+def test_rounding_can_draw_any_two_points_together() -> None:
+    """In a fixed order neighbours would exclude each other."""
+    drawn = {tuple(dependent_rounding(torch.full((4,), 0.5), Rng(seed)).tolist()) for seed in range(100)}
+    assert drawn == set(combinations(range(4), 2))
 
 
 def test_rounding_leaves_certain_points_alone_and_says_what_it_cannot_do() -> None:
