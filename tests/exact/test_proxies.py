@@ -10,7 +10,8 @@ import torch
 from scipy.stats import kendalltau, rankdata
 from torch import Tensor, nn
 
-from fewstep.networks.classifiers import ResNet
+from fewstep.classifiers import NetworkClassifier
+from fewstep.networks.classifiers import Norm, ResNet
 from fewstep.randomness import Rng
 from fewstep.students.proxies import (
     ALONE,
@@ -32,8 +33,8 @@ from fewstep.students.proxies import (
 SHAPE, CLASSES = (1, 8, 8), 10
 
 
-def resnet(*depths: int, width: int = 4) -> ResNet:
-    return ResNet(SHAPE, CLASSES, width, depths)
+def resnet(*depths: int, width: int = 4, norm: Norm = "batch") -> NetworkClassifier:
+    return NetworkClassifier(ResNet(SHAPE, CLASSES, width, depths, norm), SHAPE, CLASSES)
 
 
 def batch(seed: int, n: int = 16) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ def batch(seed: int, n: int = 16) -> tuple[Tensor, Tensor]:
     return torch.randn(n, *SHAPE, generator=gen), torch.arange(n) % CLASSES
 
 
-def random(net: nn.Module, seed: int = 0) -> nn.Module:
+def random(net: NetworkClassifier, seed: int = 0) -> NetworkClassifier:
     return random_weights(net, Rng(seed))
 
 
@@ -66,7 +67,7 @@ def test_scores_know_no_order_of_samples_and_classes() -> None:
     classes = Rng(1).shuffled(CLASSES)
     with torch.no_grad():
         for net in nets:
-            net.head.weight.copy_(net.head.weight[classes])  # type: ignore[union-attr, operator, index]
+            net.head.weight.copy_(net.head.weight[classes])
     turned = [view(net, x.double(), classes.argsort()[labels]) for net in nets]
     assert float(BESIDE["semantic"](*turned)) == pytest.approx(float(BESIDE["semantic"](*plain)), rel=1e-10)
     mistaken = [view(nets[0], x.double(), classes.argsort()[labels]), plain[1]]
@@ -93,7 +94,7 @@ def test_weights_are_drawn_anew_and_norms_do_nothing() -> None:
     assert abs(float(drawn.mean())) < 4 / n**0.5 and abs(float(drawn.var()) - 1) < 4 * (2 / n) ** 0.5
     norms = [m for m in made.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(bool((m.weight == 1).all()) and bool((m.bias == 0).all()) for m in norms)
-    assert bool((made.head.bias == 0).all())  # type: ignore[union-attr, operator]
+    assert bool((made.head.bias == 0).all())
     x = batch(0)[0]
     assert torch.equal(random(net)(x), random(resnet(2, 2, 2, width=16))(x))
     assert not torch.equal(random(net, 1)(x), random(net)(x))

@@ -17,7 +17,7 @@ the order of ``g`` is a fractional knapsack with costs ``1 / g_i``, and the payo
 break points.)  ``K = 0`` is margin sampling, all on the largest gain; a large ``K`` spreads over everything.
 
 A batch of ``b`` points drawn without replacement has *marginals* ``q`` in [0, 1] that sum to ``b``, and the same
-payoff.  :func:`dependent_rounding` draws exactly ``b`` points with these marginals (Baykal et al. 2023, arXiv
+payoff.  :func:`dependent_rounding` draws exactly ``b`` points with these marginals (Baykal et al. 2022, arXiv
 2210.01213; the solution was derived again and is held to linear programs).
 """
 

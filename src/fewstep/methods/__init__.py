@@ -69,6 +69,8 @@ RECIPES: dict[str, str] = {
     "supervised": "fewstep.condense.supervised:Supervised",
     "soft-supervised": "fewstep.condense.supervised:SoftSupervised",
     "kd": "fewstep.condense.supervised:KnowledgeDistillation",
+    "rad": "fewstep.condense.rad:RAD",
+    "diswot": "fewstep.students.diswot:DisWOT",
 }
 
 

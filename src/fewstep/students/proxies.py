@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from fewstep.classifiers import NetworkClassifier
+from fewstep.networks.feature_nets import as_feature_net
 from fewstep.networks.norms import batch_norm
 from fewstep.randomness import Rng
 from fewstep.students.relations import RELATIONS, activation_weights, semantic
@@ -39,13 +41,14 @@ class View(NamedTuple):
     weights: Tensor
 
 
+Net = TypeVar("Net", bound=nn.Module)
 #: A score of a student beside a teacher, and one of a network by itself on a batch.
 Beside = Callable[[View, View], Tensor]
 Alone = Callable[[nn.Module, Tensor], float]
 
 
 @torch.no_grad()
-def random_weights(net: nn.Module, rng: Rng) -> nn.Module:
+def random_weights(net: Net, rng: Rng) -> Net:
     """A copy with weights of convolutions and linear layers from N(0, 1), biases 0, and norms that do nothing."""
     made = copy.deepcopy(net)
     for part in made.modules():
@@ -61,14 +64,16 @@ def random_weights(net: nn.Module, rng: Rng) -> nn.Module:
 
 
 @torch.no_grad()
-def view(net: Any, x: Tensor, labels: Tensor) -> View:
-    """What a network with ``maps``, ``features`` and a linear ``head`` sees in a batch, by the batch's own statistics.
+def view(model: NetworkClassifier, x: Tensor, labels: Tensor) -> View:
+    """What a classifier sees in a batch, by the batch's own statistics.
 
-    ValueError where its activations are no finite numbers, as in deep networks without norms.
+    ValueError for a network that has no maps, and where its activations are no finite numbers, as in deep networks
+    without norms.
     """
-    with batch_norm(net, "batch"):
-        last, features = net.maps(x)[-1], net.features(x)
-    seen = View(last, activation_weights(net.head(features), features, labels))
+    with batch_norm(model, "batch"):
+        last = as_feature_net(model.net).maps(x)[-1]
+        features, logits = model.read(x)
+    seen = View(last, activation_weights(logits, features, labels))
     if not all(bool(part.isfinite().all()) for part in seen):
         raise ValueError("with weights from N(0, 1) the activations overflow: this network needs norms between layers")
     return seen
@@ -156,7 +161,7 @@ class Scorer:
     """
 
     def __init__(
-        self, teacher: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], names: Sequence[str], rng: Rng
+        self, teacher: NetworkClassifier, batches: Sequence[tuple[Tensor, Tensor]], names: Sequence[str], rng: Rng
     ) -> None:
         if not batches:
             raise ValueError("scores need a batch for every draw, and at least one")
@@ -169,10 +174,10 @@ class Scorer:
             for d, (x, labels) in enumerate(self.batches):
                 self.teacher.append(view(random_weights(teacher, rng.stream(f"teacher {d}")), x, labels))
 
-    def __call__(self, student: nn.Module) -> Tensor:
+    def __call__(self, student: NetworkClassifier) -> Tensor:
         return torch.tensor([list(self.draw(student, d)) for d in range(len(self.batches))], dtype=torch.float64)
 
-    def draw(self, student: nn.Module, d: int) -> Iterator[float]:
+    def draw(self, student: NetworkClassifier, d: int) -> Iterator[float]:
         """The scores of one draw."""
         x, labels = self.batches[d]
         net = random_weights(student, self.rng.stream(f"student {d}"))
