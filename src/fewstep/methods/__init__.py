@@ -74,6 +74,8 @@ RECIPES: dict[str, str] = {
     "distill-spec-garden": "fewstep.language.distill_spec:DistillSpecGarden",
     "dq": "fewstep.condense.dq:DatasetQuantization",
     "pca": "fewstep.condense.pca:PCA",
+    "rad": "fewstep.condense.rad:RAD",
+    "diswot": "fewstep.students.diswot:DisWOT",
 }
 
 
