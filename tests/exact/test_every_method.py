@@ -46,7 +46,7 @@ SMALL = {
     "pairs": 16, "ode_steps": 2, "start": 2, "guidance": 1.5, "teacher_steps": 8, "s0": 2, "s1": 4, "gan_weight": 0.1,
     "label_dropout": 0.5, "gan_share": 1.0, "rank": 2, "ratio_decay": 0.5, "host": "dmd2:gan_weight=0.1", "nodes": 2,
     "parts": 2, "dm": "dmd:pairs=16,ode_steps=2,guidance=1.5", "adversary": "dmd2:gan_weight=0.1",
-    "discriminator_rank": 2,
+    "discriminator_rank": 2, "experts": 2, "epochs": 3, "max_start_epoch": 2, "stretches": 2,
 }  # fmt: skip
 #: Methods by what kind of model they start from.
 BY_TASK = {

@@ -69,6 +69,7 @@ RECIPES: dict[str, str] = {
     "supervised": "fewstep.condense.supervised:Supervised",
     "soft-supervised": "fewstep.condense.supervised:SoftSupervised",
     "kd": "fewstep.condense.supervised:KnowledgeDistillation",
+    "ast": "fewstep.condense.ast:AST",
 }
 
 
@@ -81,6 +82,6 @@ def recipe_class(name: str) -> type[Recipe]:
 
 
 #: Methods that make a small data set of a large one.
-CONDENSERS: tuple[str, ...] = ()
+CONDENSERS: tuple[str, ...] = ("ast",)
 
 __all__ = ["CONDENSERS", "RECIPES", "recipe_class"]
