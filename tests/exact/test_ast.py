@@ -231,12 +231,13 @@ def test_what_it_hands_over() -> None:
         nets.images.x += 1
     made = MTT.student(nets)
     assert made.labels.tolist() == [0, 0, 1, 1, 2, 2] and made.class_names == ("a", "b", "c")
-    assert torch.equal(made.notes["start"] + 1, made.x)
-    assert float(made.notes["eta"]) == MTT.eta
+    assert torch.equal(made.x, nets.images.x.float())
+    assert torch.allclose(made.notes["start"] + 1, made.x)
+    assert float(made.notes["eta"]) == pytest.approx(MTT.eta)
     real = start.data.rows(slice(None)).x
     assert real is not None
     for image, label in zip(made.notes["start"], made.labels, strict=True):  # real ones, of their class
-        (found,) = (real == image).flatten(1).all(1).nonzero()[:, 0].tolist()
+        (found,) = (real.float() == image).flatten(1).all(1).nonzero()[:, 0].tolist()
         assert found % CLASSES == int(label)
 
 

@@ -278,11 +278,7 @@ class AST(Method):
         )  # fmt: skip
 
     def student(self, nets: Networks) -> Condensed:
-        notes = {"eta": nets.eta.value.detach().clone(), "start": nets.images.start}
-        return Condensed(
-            nets.images.x.detach().clone(),
-            nets.images.labels,
-            nets.images.class_names,
-            classes=nets.images.classes,
-            notes=notes,
-        )
+        images = nets.images
+        notes = {"eta": nets.eta.value.float(), "start": images.start.float()}
+        x = images.x.detach().to(torch.float32, copy=True)
+        return Condensed(x, images.labels, images.class_names, classes=images.classes, notes=notes)
