@@ -55,6 +55,7 @@ SMALL = {
 OWN: dict[str, dict[str, Any]] = {
     "lsd": {"steps": 4}, "lsd-plus": {"steps": 4},
     "distill-spec": {"fixed": 1.0, "target": 1.0, "texts": 16, "prompt": 2}, "distill-spec-garden": {"prompt": 2},
+    "discriminator_rank": 2, "experts": 2, "epochs": 3, "max_start_epoch": 2, "stretches": 2,
 }  # fmt: skip
 #: Methods by what kind of model they start from.
 BY_TASK = {

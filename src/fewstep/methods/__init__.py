@@ -76,6 +76,7 @@ RECIPES: dict[str, str] = {
     "pca": "fewstep.condense.pca:PCA",
     "rad": "fewstep.condense.rad:RAD",
     "diswot": "fewstep.students.diswot:DisWOT",
+    "ast": "fewstep.condense.ast:AST",
 }
 
 
@@ -90,5 +91,6 @@ def recipe_class(name: str) -> type[Recipe]:
 #: Methods that make a small data set of a large one.
 CONDENSERS: tuple[str, ...] = ("dq",)
 CONDENSERS: tuple[str, ...] = ("pca",)
+CONDENSERS: tuple[str, ...] = ("ast",)
 
 __all__ = ["CONDENSERS", "RECIPES", "recipe_class"]
