@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fewstep.condense.committee import HELD_OUT, Pool, Priors, draw_committees, percent_right, voting_weights
 from fewstep.condense.soft_labels import CUTMIX, Mix, RandomView, Replay, SoftLabels, label_views
-from fewstep.condense.squeeze import CROPS, PAPER, Member, Squeeze, apart
+from fewstep.condense.squeeze import CROPS, PAPER, Member, Squeeze, apart, labelled, labels_of_all, pictures_of
 from fewstep.condense.statistics import batch_statistics
 from fewstep.condense.supervised import STUDENT, SoftSupervised
 from fewstep.data.condensed import Condensed, to_pictures
@@ -94,8 +94,9 @@ class Pictures(nn.Module):
     committees: Tensor
     begun: Tensor
 
-    def __init__(self, x: Tensor, committees: Tensor, begun: Tensor) -> None:
+    def __init__(self, x: Tensor, committees: Tensor, begun: Tensor, class_names: tuple[str, ...] = ()) -> None:
         super().__init__()
+        self.class_names = class_names
         self.x = nn.ParameterList(nn.Parameter(part.clone()) for part in x)
         self.register_buffer("committees", committees)
         self.register_buffer("begun", begun)
@@ -179,7 +180,7 @@ class Recover(Method):
             return Pool(members, self.priors.given)
         if self.priors.source == "distilled":
             return Pool(members, [start.model(f"score-{m}").percent for m in range(len(members))])
-        x, labels, _ = apart(start.data, self.held_out)[1].rows(slice(None))
+        x, labels = labelled(apart(start.data, self.held_out)[1])
         return Pool(members, [percent_right(member, x, labels) for member in members])
 
     def committees(self, pool: Pool, rng: Rng) -> Tensor:
@@ -188,9 +189,9 @@ class Recover(Method):
 
     def networks(self, start: Start) -> Networks:
         pool, data, rng = self.pool(start), self.sources(start)["data"], Rng(start.seed, "recover")
-        begun = some_of_each(data.conditions(slice(None)), start.teacher.classes, self.ipc, rng)
-        x = data.rows(begun.flatten()).x.float().unflatten(0, begun.shape)
-        pictures = Pictures(x, self.committees(pool, rng), begun)
+        begun = some_of_each(labels_of_all(data), start.teacher.classes, self.ipc, rng)
+        x = pictures_of(data, begun.flatten()).unflatten(0, begun.shape)
+        pictures = Pictures(x, self.committees(pool, rng), begun, data.class_names)
         optimizer = Optimizer(("pictures",), self.lr, betas=(0.5, 0.9), decay="cosine")
         return Networks({"pictures": pictures, "pool": pool}, {"pictures": optimizer})
 
@@ -219,7 +220,8 @@ class Recover(Method):
             "priors": torch.tensor(pool.priors, dtype=torch.float64), **soft.tensors(),
         }  # fmt: skip
         size = Condensed(x, labels).bytes() + soft.bytes
-        return Condensed(x, labels, views=Views("crop", self.relabelling.view.scale), notes=notes, stored=size)
+        views = Views("crop", self.relabelling.view.scale)
+        return Condensed(x, labels, pictures.class_names, views=views, notes=notes, stored=size)
 
     def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
         return {}
@@ -286,10 +288,12 @@ class Judge(SoftSupervised):
         return {"data": Replay(alone.x, alone.labels, soft)}
 
     def networks(self, start: Start) -> Networks:
-        x, labels, _ = apart(start.data, self.held_out)[1].rows(slice(None))
         student = start.network()
         student.net = start.fresh(student.net, self.member)
-        return Networks({STUDENT: student, "exam": Exam(x, labels)}, {STUDENT: self.optimizer()})
+        return Networks(
+            {STUDENT: student, "exam": Exam(*labelled(apart(start.data, self.held_out)[1]))},
+            {STUDENT: self.optimizer()},
+        )
 
     def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
         return {f"score-{self.member}": Score(nets.exam.percent(nets.student))}

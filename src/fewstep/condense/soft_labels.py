@@ -197,7 +197,7 @@ class Replay(Samples):
     """The labelled views of pictures as a data set, one sample a view, in the order in which they were labelled.
 
     Conditions are the hard ``labels`` ``[M]`` of the pictures, the column "logits" holds the soft ones.  They are read
-    in sequence, so that batches of training are those that were labelled.  ValueError for soft labels of other pictures.
+    in sequence, so that batches of training are those that were labelled.  ValueError for labels of other pictures.
     """
 
     in_sequence = True

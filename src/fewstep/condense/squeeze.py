@@ -7,18 +7,19 @@ make the same pass.  Running statistics move once a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.committee import Pool
 from fewstep.condense.statistics import batch_statistics
 from fewstep.condense.supervised import accuracy_of, labels_in, nll
-from fewstep.data.dataset import Chosen, Samples
+from fewstep.data.dataset import Chosen, Samples, labels_of
 from fewstep.data.views import Views
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Question, Rows, Update
 from fewstep.methods.start import Start
@@ -66,6 +67,27 @@ def apart(data: Samples, held_out: float) -> tuple[Samples, Samples]:
     return Chosen(data, order[n:], data.name), Chosen(data, order[: max(1, n)], f"{data.name}, held out")
 
 
+def labels_of_all(data: Samples) -> Tensor:
+    """The labels ``[N]`` of a data set; ValueError where there are none."""
+    labels = labels_of(data.conditions(slice(0, len(data))))
+    if labels is None:
+        raise ValueError(f"data '{data.name}' has no labels, by which pictures could be told apart")
+    return labels
+
+
+def pictures_of(data: Samples, indices: Tensor) -> Tensor:
+    """Some pictures ``[n, C, H, W]``; ValueError for data of another kind."""
+    x = data.rows(indices).x
+    if x is None or x.ndim != 4:
+        raise ValueError(f"data '{data.name}' has no pictures [C, H, W], which could be cropped and mixed")
+    return x
+
+
+def labelled(data: Samples) -> tuple[Tensor, Tensor]:
+    """All pictures ``[N, C, H, W]`` and their labels ``[N]``; ValueError for data of another kind."""
+    return pictures_of(data, torch.arange(len(data))), labels_of_all(data)
+
+
 @dataclass(frozen=True)
 class Squeeze(Method):
     """Trains fresh classifiers of the architectures ``pool`` on the same batches, and hands them on as a "pool"."""
@@ -100,7 +122,7 @@ class Squeeze(Method):
             )
         return Networks(modules, groups)
 
-    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update | Question]:
+    def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Generator[Update | Question, Tensor, None]:
         x = yield Rows(self.views(batch.x, batch.rng))
         labels = yield Rows(labels_in(batch))
         for k in range(len(self.pool)):
