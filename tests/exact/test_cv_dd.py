@@ -76,9 +76,18 @@ def fresh() -> NetworkClassifier:
         return NetworkClassifier(MLPClassifier(SHAPE, CLASSES, width=16), SHAPE, CLASSES)
 
 
+def some_pool() -> Pool:
+    return Pool([classifier("convnet"), classifier("resnet"), classifier("classifier")], [64.0, 51.6, 60.0])
+
+
+def recovering() -> Start:
+    """What any of the stages can start from."""
+    return Start(fresh(), data(), made={"pool": some_pool()})
+
+
 @pytest.fixture(scope="module")
 def pool() -> Pool:
-    return Pool([classifier("convnet"), classifier("resnet"), classifier("classifier")], [64.0, 51.6, 60.0])
+    return some_pool()
 
 
 # --- votes -------------------------------------------------------------------------------------------------------
@@ -305,7 +314,7 @@ def test_a_committee_of_one_is_sre2l_bit_for_bit(pool: Pool) -> None:
     single = Pool(pool.members[:1], [33.0])
     method, nets = recovery(single, committee=1)
     (spec,) = nets.groups.values()
-    assert (spec.lr, spec.kind, spec.betas, spec.decay) == (0.25, "adam", (0.5, 0.9), "cosine")
+    assert (spec.lr, spec.kind, spec.betas, spec.decay) == (0.1, "adam", (0.5, 0.9), "cosine")
     begun = [x.detach().clone() for x in nets.pictures.x]
     for _ in steps(method, nets, 5, torch.optim.Adam(nets.pictures.parameters(), 0.25, betas=(0.5, 0.9))):
         pass

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_cv_dd import recovering
 
 from fewstep import grids
 from fewstep.data import Dataset
@@ -221,6 +222,8 @@ SHAPE, LENGTH, CLASSES = (1, 4, 4), 6, 3
 def start_of(name: str) -> Start:
     """A small teacher of the kind that the method works on, and its data."""
     torch.manual_seed(0)
+    if name == "cv-dd":
+        return recovering()
     if name in ("discrete-denoising", "score-entropy", "lsd", "lsd-plus"):
         net = Transformer(LENGTH, 5, 6, width=8, blocks=1, heads=2)
         return Start(NetworkDiscreteDenoiser(net, Masked(5), LENGTH), Dataset("words", torch.ones(8, LENGTH).long()))

@@ -48,7 +48,7 @@ SMALL = {
     "pairs": 16, "ode_steps": 2, "start": 2, "guidance": 1.5, "teacher_steps": 8, "s0": 2, "s1": 4, "gan_weight": 0.1,
     "label_dropout": 0.5, "gan_share": 1.0, "rank": 2, "ratio_decay": 0.5, "host": "dmd2:gan_weight=0.1", "nodes": 2,
     "parts": 2, "dm": "dmd:pairs=16,ode_steps=2,guidance=1.5", "adversary": "dmd2:gan_weight=0.1",
-    "discriminator_rank": 2,
+    "discriminator_rank": 2, "ipc": 2, "pool": ("convnet", "resnet"), "label_epochs": 8, "views": "none",
 }  # fmt: skip
 #: What only one method needs.
 OWN: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ TOKEN_METHODS = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 #: Methods that make networks or pairs of their own, which are float32; the others are tried in float64.
 SINGLE = (
     *TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "dmd2-stages", "f-distill", "reflow", "instaflow", "caf",
-    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd",
+    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "cv-dd",
 )  # fmt: skip
 #: Every method, and DMD2 with a loss over the pairs of the whole batch.
 CASES = (*RECIPES, "dmd2-energy")

@@ -167,7 +167,7 @@ class Recover(Method):
     first: float = 10.0
     scale: float = 0.08
     shift: float = 0.125
-    lr: float = 0.25
+    lr: float = 0.1
     relabelling: Relabelling = RELABELLING
 
     def sources(self, start: Start) -> Mapping[str, Samples]:
@@ -322,7 +322,7 @@ class CVDD(Recipe):
     first: Annotated[NonNegative, "weight of the first layer's statistics among the others'"] = 10.0
     scale: Annotated[Share, "least share of the area that a crop shows, in all stages but the first"] = 0.08
     shift: Annotated[Share, "greatest shift of a batch around the edges, as a share of the side"] = 0.125
-    lr: Annotated[Positive, "learning rate of the pictures, in [-1, 1]"] = 0.25
+    lr: Annotated[Positive, "learning rate of the pictures, whose pixels lie in [-1, 1]"] = 0.1
     views: Annotated[Views, "how the pool looks at pictures when it is trained"] = CROPS
     pool_lr: Annotated[Positive, "learning rate of the pool"] = 0.1
     held_out: Annotated[Share, "share of the data that measures priors, and that nothing is trained on"] = 0.1

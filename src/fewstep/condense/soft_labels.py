@@ -146,12 +146,17 @@ class SoftLabels:
         draws = {name: part for name, part in self.views._asdict().items() if part is not None}
         return {PREFIX + name: part for name, part in {"index": self.index, "logits": self.logits, **draws}.items()}
 
+    @staticmethod
+    def among(tensors: Mapping[str, Tensor]) -> bool:
+        """Whether there are soft labels of this kind among tensors by name."""
+        return {PREFIX + "index", PREFIX + "logits"} <= tensors.keys()
+
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> SoftLabels:
         """What :meth:`tensors` named, out of these and others; ValueError where there are none."""
-        mine = {name.removeprefix(PREFIX): part for name, part in tensors.items() if name.startswith(PREFIX)}
-        if not {"index", "logits"} <= mine.keys():
+        if not cls.among(tensors):
             raise ValueError(f"no soft labels among {', '.join(sorted(tensors)) or 'no tensors'}")
+        mine = {name.removeprefix(PREFIX): part for name, part in tensors.items() if name.startswith(PREFIX)}
         return cls(mine.pop("index"), mine.pop("logits"), View(**mine))
 
     def save(self, path: Path) -> None:

@@ -46,8 +46,8 @@ PAPER = Paper(
      "a distillation and an evaluation for each member, are `distilled`, and judged on held-out data too (on the test "
      "set there)",
      "pictures start as random ones of their class (stored patches of medium difficulty there)",
-     "pixels lie in [-1, 1]: `lr` is 0.25 of that scale (of pixels over their standard deviation there); they are "
-     "rounded to 8 bits before they are labelled, and not compressed",
+     "pixels lie in [-1, 1], where `lr` of 0.1 is what 0.25 is of pixels in units of a standard deviation of 0.2 of their "
+     "range, as CIFAR-10's is; they are rounded to 8 bits before they are labelled, and not compressed",
      "a shift is a share of the side (4 of 32 pixels, 32 of 224)",
      "random pairs, unless there are as many pictures a class as pairs, each of which is then used once, or one, which "
      "the best pair makes",
@@ -57,7 +57,7 @@ PAPER = Paper(
      "batch normalisation alone uses the statistics of batches; the official code puts all layers into training mode, "
      "dropout too, and lets running statistics drift"),
 )  # fmt: skip
-CROPS = Views("crop", 0.35)
+CROPS = Views("crop", 0.5)
 
 
 def apart(data: Samples, held_out: float) -> tuple[Samples, Samples]:
