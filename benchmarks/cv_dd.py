@@ -1,5 +1,5 @@
-"""CV-DD on the bundled digits: random real pictures, one network, a committee with equal votes and one with priors, each
-under hard labels, soft labels, and batch-specific soft labels.
+"""CV-DD on the bundled digits: random real pictures, one network, a committee with equal votes and one with priors,
+each under hard labels, soft labels, and batch-specific soft labels.
 
     python benchmarks/cv_dd.py --seed 0 --out runs/cv-dd
     python benchmarks/cv_dd.py --table runs/cv-dd

@@ -27,6 +27,7 @@ from fewstep.methods.start import Start
 from fewstep.networks.classifiers import ConvNet, MLPClassifier
 from fewstep.networks.norms import batch_norm, batch_norms
 from fewstep.randomness import Rng
+from fewstep.report.tasks.cv_dd import figures
 from fewstep.runs.course import run_recipe
 from fewstep.training.budget import Budget
 from fewstep.training.settings import Settings
@@ -399,9 +400,8 @@ def test_pictures_start_as_different_ones_of_their_class() -> None:
 
 def test_what_is_held_out_is_held_out_from_all() -> None:
     kept, held = apart(data(), 0.25)
+    assert not torch.isin(kept.index, held.index).any()
     assert (len(kept), len(held)) == (45, 15)
-    both = torch.cat([labelled(kept)[0], labelled(held)[0]]).flatten(1)
-    assert len(both.unique(dim=0)) == len(as_floats(data().x).flatten(1).unique(dim=0))
     assert len(apart(data(), 0.0)[0]) == 60
     start = Start(fresh(), data(), seed=3)
     assert torch.equal(labelled(Squeeze(held_out=0.25).sources(start)["data"])[0], labelled(kept)[0])
@@ -429,7 +429,8 @@ def test_it_makes_pictures_with_their_story(made: Any) -> None:
     weights = voting_weights(notes["priors"].tolist(), 5.0)
     assert torch.equal(notes["weights"], weights.expand(2, 2))
     kept, held = apart(data(), 0.2)
-    assert torch.equal(labelled(kept)[1][notes["begun"]], model.labels)
+    assert torch.equal(labelled(data())[1][notes["begun"]], model.labels)
+    assert torch.isin(notes["begun"], kept.index).all()
     pool = made.made["pool"]
     assert notes["priors"].tolist() == [percent_right(m, *labelled(held)) for m in pool.members]
     replay = Replay.of(model)
@@ -472,3 +473,21 @@ def test_data_of_another_kind_are_named() -> None:
         with pytest.raises(ValueError, match=message):
             labelled(wrong)
     assert torch.equal(to_pictures(as_floats(data().x)), data().x)  # what is stored is what is labelled
+
+
+def test_the_pictures_of_its_report(made: Any) -> None:
+    """Begun and recovered in rows of a class each; the votes as numbers; nothing but votes for what is no picture."""
+    sheet, votes = figures(None, made.model, data())  # type: ignore[arg-type]
+    assert sheet.html().count("data:image/png") == 1
+    assert isinstance(votes.content, str)
+    weight = float(made.model.notes["weights"][1, 0])
+    assert f"<td>1</td><td>member 0: {weight:.3f}, member 1: {1 - weight:.3f}" in votes.content
+    shown: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewstep.report.tasks.cv_dd.sheet", lambda x, *_: shown.append(x) or b"\x89PNG")
+        figures(None, made.model, data())  # type: ignore[arg-type]
+    real, model = as_floats(data().x), made.model
+    expected = [
+        real[model.notes["begun"][:3]], as_floats(model.x[:3]), real[model.notes["begun"][3:]], as_floats(model.x[3:]),
+    ]  # fmt: skip
+    assert torch.equal(shown[0], torch.cat(expected))

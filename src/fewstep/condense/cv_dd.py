@@ -188,10 +188,10 @@ class Recover(Method):
         return draw_committees(self.ipc, pool.priors, self.committee, rng)
 
     def networks(self, start: Start) -> Networks:
-        pool, data, rng = self.pool(start), self.sources(start)["data"], Rng(start.seed, "recover")
+        pool, data, rng = self.pool(start), apart(start.data, self.held_out)[0], Rng(start.seed, "recover")
         begun = some_of_each(labels_of_all(data), start.teacher.classes, self.ipc, rng)
         x = pictures_of(data, begun.flatten()).unflatten(0, begun.shape)
-        pictures = Pictures(x, self.committees(pool, rng), begun, data.class_names)
+        pictures = Pictures(x, self.committees(pool, rng), data.index[begun], data.class_names)
         optimizer = Optimizer(("pictures",), self.lr, betas=(0.5, 0.9), decay="cosine")
         return Networks({"pictures": pictures, "pool": pool}, {"pictures": optimizer})
 

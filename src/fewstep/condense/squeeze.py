@@ -46,7 +46,7 @@ PAPER = Paper(
      "a distillation and an evaluation for each member, are `distilled`, and judged on held-out data too (on the test "
      "set there)",
      "pictures start as random ones of their class (stored patches of medium difficulty there)",
-     "pixels lie in [-1, 1], where `lr` of 0.1 is what 0.25 is of pixels in units of a standard deviation of 0.2 of their "
+     "pixels lie in [-1, 1], where an `lr` of 0.1 is what 0.25 is in units of a standard deviation of a fifth of their "
      "range, as CIFAR-10's is; they are rounded to 8 bits before they are labelled, and not compressed",
      "a shift is a share of the side (4 of 32 pixels, 32 of 224)",
      "random pairs, unless there are as many pictures a class as pairs, each of which is then used once, or one, which "
@@ -60,7 +60,7 @@ PAPER = Paper(
 CROPS = Views("crop", 0.5)
 
 
-def apart(data: Samples, held_out: float) -> tuple[Samples, Samples]:
+def apart(data: Samples, held_out: float) -> tuple[Chosen, Chosen]:
     """The data without a random share, and that share (at least one sample): the same for every stage and seed.  Where
     the share is 0, all of the data and one of its samples."""
     order, n = Rng("held out").shuffled(len(data)), round(held_out * len(data))

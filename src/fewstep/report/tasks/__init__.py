@@ -15,7 +15,9 @@ from fewstep.report.runs import RunCourse
 from fewstep.report.tasks.figure import Figure
 
 #: Recipe -> the module with its pictures.
-FIGURES: dict[str, str] = {}
+FIGURES: dict[str, str] = {
+    "cv-dd": "fewstep.report.tasks.cv_dd",
+}
 
 Draw = Callable[[RunCourse, Any, Samples], Sequence[Figure]]
 
