@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_cv_dd import recovering
 
 from fewstep import grids
 from fewstep.classifiers import NetworkClassifier
@@ -227,6 +228,8 @@ def start_of(name: str) -> Start:
         x = torch.randint(0, 256, (120, 1, 16, 16), dtype=torch.uint8)
         net = MLPClassifier((1, 16, 16), CLASSES, width=8)
         return Start(NetworkClassifier(net, (1, 16, 16), CLASSES), Dataset("pictures", x, torch.arange(120) % CLASSES))
+    if name == "cv-dd":
+        return recovering()
     if name in ("discrete-denoising", "score-entropy", "lsd", "lsd-plus"):
         net = Transformer(LENGTH, 5, 6, width=8, blocks=1, heads=2)
         return Start(NetworkDiscreteDenoiser(net, Masked(5), LENGTH), Dataset("words", torch.ones(8, LENGTH).long()))

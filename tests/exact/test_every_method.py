@@ -50,6 +50,7 @@ SMALL = {
     "parts": 2, "dm": "dmd:pairs=16,ode_steps=2,guidance=1.5", "adversary": "dmd2:gan_weight=0.1",
     "discriminator_rank": 2, "patch_size": 2, "mask_ratio": 0.3, "feature_epochs": 0.5,
     "discriminator_rank": 2, "per_class": 2, "k": 1, "nets": 2,
+    "discriminator_rank": 2, "ipc": 2, "pool": ("convnet", "resnet"), "label_epochs": 8, "views": "none",
 }  # fmt: skip
 #: What only one method needs.
 OWN: dict[str, dict[str, Any]] = {
@@ -68,6 +69,7 @@ TOKEN_METHODS = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 SINGLE = (
     *TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "dmd2-stages", "f-distill", "reflow", "instaflow", "caf",
     "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "dq",
+    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "cv-dd",
 )  # fmt: skip
 #: Every method, and DMD2 with a loss over the pairs of the whole batch.
 CASES = (*RECIPES, "dmd2-energy")

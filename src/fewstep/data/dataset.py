@@ -39,12 +39,14 @@ class Samples(ABC):
 
     ``class_names`` name the classes where there are any; ``classes`` is their number, None without labels.
     ``captions`` are words for each sample that no encoder has read yet, None without; ``bare`` words have no samples.
+    Samples ``in_sequence`` are read as they come, whatever the order of the training: their batches were made together.
     """
 
     name: str
     class_names: tuple[str, ...]
     captions: Sequence[str] | None = None
     bare: bool = False
+    in_sequence: bool = False
 
     @property
     def uncaptioned(self) -> Samples:

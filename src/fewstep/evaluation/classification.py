@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.classifiers import NetworkClassifier
+from fewstep.condense.soft_labels import Replay, SoftLabels
 from fewstep.condense.supervised import KnowledgeDistillation, SoftSupervised, Supervised
 from fewstep.data.condensed import Condensed
 from fewstep.data.dataset import Chosen, Samples
@@ -44,7 +45,8 @@ BATCH = 500
 @dataclass(frozen=True)
 class Candidate:
     """Data to be trained on, by name: how training looks at them and in which order it reads them, the ``bytes`` that
-    they take and the ``seconds`` that it took to choose or make them."""
+    they take and the ``seconds`` that it took to choose or make them.  ``stored`` is what their own soft labels are
+    trained on, where those are of views and not of the samples."""
 
     name: str
     data: Samples
@@ -52,6 +54,16 @@ class Candidate:
     views: Views = NO_VIEWS
     order: Order = EVERYTHING
     seconds: float = 0.0
+    stored: Samples | None = None
+
+    @property
+    def brings_labels(self) -> bool:
+        """Whether soft labels stand beside the samples, or beside views of them."""
+        return self.stored is not None or "logits" in self.data.rows(torch.tensor([0])).columns
+
+    def with_own_labels(self) -> Candidate:
+        """What is trained on for the soft labels that it brings."""
+        return self if self.stored is None else replace(self, data=self.stored, views=NO_VIEWS)
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,8 @@ class Row:
 
 def from_condensed(name: str, made: Condensed, seconds: float = 0.0) -> Candidate:
     """A condensed set as a candidate."""
-    return Candidate(name, made.dataset(name), made.bytes(), made.views, seconds=seconds)
+    stored = Replay.of(made, name) if SoftLabels.among(made.notes) else None
+    return Candidate(name, made.dataset(name), made.bytes(), made.views, seconds=seconds, stored=stored)
 
 
 def bytes_of(data: Samples, images: int | None = None) -> int:
@@ -127,7 +140,8 @@ def post_evaluate(
 ) -> list[Row]:
     """A row for every kind of labels, network and candidate, in this order.
 
-    "stored" are the soft labels that a candidate brings (a column "logits"); it is left out for those that bring none.
+    "stored" are the soft labels that a candidate brings, of its samples or of views of them; it is left out for those
+    that bring none.
     ValueError for soft labels without a teacher.
     """
     if "soft" in labels and protocol.teacher is None:
@@ -137,7 +151,7 @@ def post_evaluate(
         for kind in labels
         for network in protocol.networks
         for candidate in candidates
-        if kind != "stored" or brings_labels(candidate)
+        if kind != "stored" or candidate.brings_labels
     ]
     rows: list[Row] = []
     for i, (kind, network, candidate) in enumerate(jobs):
@@ -152,15 +166,12 @@ def post_evaluate(
     return rows
 
 
-def brings_labels(candidate: Candidate) -> bool:
-    """Whether soft labels stand beside the samples."""
-    return "logits" in candidate.data.rows(torch.tensor([0])).columns
-
-
 def trained(
     candidate: Candidate, network: str, labels: Labels, protocol: Protocol, seed: int
 ) -> tuple[NetworkClassifier, float]:
     """A fresh classifier trained on a candidate, and the seconds that it took."""
+    if labels == "stored":
+        candidate = candidate.with_own_labels()
     fresh = fresh_classifier(network, candidate.data, seed, protocol.networks.get(network, {}))
     settings = Settings(
         Budget(protocol.steps), batch=protocol.batch, seed=seed, precision="fp32", order=candidate.order,

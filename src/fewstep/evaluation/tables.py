@@ -85,9 +85,10 @@ def condensed_table(
     show: Show = quiet,
 ) -> Table:
     """What classifiers learn from a condensed set, beside as many random samples and all of them."""
-    candidates = with_baselines(from_condensed(name, made, seconds), train)
+    candidate = from_condensed(name, made, seconds)
+    candidates = with_baselines(candidate, train)
     kinds: list[Labels] = ["hard"]
-    if "logits" in made.notes:
+    if candidate.brings_labels:
         kinds.append("stored")
     if protocol.teacher is not None:
         kinds.append("soft")

@@ -66,6 +66,7 @@ RECIPES: dict[str, str] = {
     "pd-halving": "fewstep.methods.flow_maps.progressive:ProgressiveDistillation",
     "guided-distillation": "fewstep.methods.flow_maps.guided_distillation:GuidedDistillation",
     "shortcut": "fewstep.methods.flow_maps.shortcut:Shortcut",
+    "cv-dd": "fewstep.condense.cv_dd:CVDD",
     "supervised": "fewstep.condense.supervised:Supervised",
     "soft-supervised": "fewstep.condense.supervised:SoftSupervised",
     "kd": "fewstep.condense.supervised:KnowledgeDistillation",
@@ -92,5 +93,6 @@ def recipe_class(name: str) -> type[Recipe]:
 CONDENSERS: tuple[str, ...] = ("dq",)
 CONDENSERS: tuple[str, ...] = ("pca",)
 CONDENSERS: tuple[str, ...] = ("ast",)
+CONDENSERS: tuple[str, ...] = ("cv-dd",)
 
 __all__ = ["CONDENSERS", "RECIPES", "recipe_class"]

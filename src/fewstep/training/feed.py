@@ -11,7 +11,7 @@ from torch import nn
 from fewstep.data.dataset import Draw, Rows, Samples
 from fewstep.models import model_of
 from fewstep.randomness import derive_seed
-from fewstep.training.orders import Epochs, Order
+from fewstep.training.orders import Epochs, InSequence, Order
 
 #: The source that everything but further columns comes from.
 MAIN = "data"
@@ -53,7 +53,8 @@ class Feed:
     def draws(self, name: str, step: int) -> Iterator[Draw]:
         """What this process reads from iteration ``step`` on, one micro-batch after the other."""
         seed = self.seed if name == MAIN else derive_seed(self.seed, "source", name)
-        order = self.order if name == MAIN else Epochs()
+        own = InSequence() if self.sources[name].in_sequence else None
+        order = own or (self.order if name == MAIN else Epochs())
         while True:
             reading = order.read(self.sources[name], step * self.batch, self.batch, seed)
             whole, epochs = reading.indices.chunk(self.parts), reading.epochs.chunk(self.parts)

@@ -83,6 +83,25 @@ class Epochs(Order):
 
 
 @dataclass(frozen=True)
+class InSequence(Order):
+    """The samples as they come, again and again: for those whose batches were made together."""
+
+    def __str__(self) -> str:
+        return "sequence"
+
+    def read(self, data: Samples, start: int, count: int, seed: int) -> Reading:
+        import torch
+
+        places = torch.arange(start, start + count)
+        return Reading(places % len(data), places // len(data))
+
+    def marginals(self, data: Samples) -> Tensor:
+        import torch
+
+        return torch.ones(len(data), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class Rounds(Order):
     """Subsets of a share ``ratio`` in (0, 1]; ValueError for data of which that is not one sample."""
 

@@ -18,6 +18,7 @@ from fewstep.report.tasks.figure import Figure
 FIGURES: dict[str, str] = {"dq": "fewstep.report.tasks.dq"}
 FIGURES: dict[str, str] = {
     "pca": "fewstep.report.tasks.pca",
+    "cv-dd": "fewstep.report.tasks.cv_dd",
 }
 
 Draw = Callable[[RunCourse, Any, Samples], Sequence[Figure]]
