@@ -48,15 +48,14 @@ SMALL = {
     "pairs": 16, "ode_steps": 2, "start": 2, "guidance": 1.5, "teacher_steps": 8, "s0": 2, "s1": 4, "gan_weight": 0.1,
     "label_dropout": 0.5, "gan_share": 1.0, "rank": 2, "ratio_decay": 0.5, "host": "dmd2:gan_weight=0.1", "nodes": 2,
     "parts": 2, "dm": "dmd:pairs=16,ode_steps=2,guidance=1.5", "adversary": "dmd2:gan_weight=0.1",
-    "discriminator_rank": 2, "patch_size": 2, "mask_ratio": 0.3, "feature_epochs": 0.5,
-    "discriminator_rank": 2, "per_class": 2, "k": 1, "nets": 2,
-    "discriminator_rank": 2, "ipc": 2, "pool": ("convnet", "resnet"), "label_epochs": 8, "views": "none",
+    "discriminator_rank": 2, "patch_size": 2, "mask_ratio": 0.3, "feature_epochs": 0.5, "per_class": 2, "k": 1,
+    "nets": 2, "ipc": 2, "pool": ("convnet", "resnet"), "label_epochs": 8, "views": "none",
+    "experts": 2, "epochs": 3, "max_start_epoch": 2, "stretches": 2,
 }  # fmt: skip
 #: What only one method needs.
 OWN: dict[str, dict[str, Any]] = {
     "lsd": {"steps": 4}, "lsd-plus": {"steps": 4},
     "distill-spec": {"fixed": 1.0, "target": 1.0, "texts": 16, "prompt": 2}, "distill-spec-garden": {"prompt": 2},
-    "discriminator_rank": 2, "experts": 2, "epochs": 3, "max_start_epoch": 2, "stretches": 2,
 }  # fmt: skip
 #: Methods by what kind of model they start from.
 BY_TASK = {
@@ -68,8 +67,7 @@ TOKEN_METHODS = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 #: Methods that make networks or pairs of their own, which are float32; the others are tried in float64.
 SINGLE = (
     *TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "dmd2-stages", "f-distill", "reflow", "instaflow", "caf",
-    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "dq",
-    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "cv-dd",
+    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "dq", "cv-dd",
 )  # fmt: skip
 #: Every method, and DMD2 with a loss over the pairs of the whole batch.
 CASES = (*RECIPES, "dmd2-energy")

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.condense.select import pivotal
 from fewstep.randomness import Rng
 
 #: Gains are at least this much of the largest: a point that is worth nothing would make ``H`` infinite.
@@ -103,29 +104,14 @@ def dependent_rounding(marginals: Tensor, rng: Rng) -> Tensor:
     """A set of points, each in it with the probability of its marginal: int64 indices, rising.
 
     Where the marginals ``[n]`` sum to a whole number ``b``, exactly ``b`` points are drawn.  The pivotal method: of two
-    points with a fraction, one is decided, and the other carries on what is left of both.  Points meet in random order.
-    ValueError for marginals outside of [0, 1] or whose sum is no whole number.
+    points with a fraction, one is decided, and the other carries on what is left of both
+    (:func:`~fewstep.condense.select.pivotal`).  Points meet in random order, so that any two of them may be drawn
+    together.  ValueError for marginals outside of [0, 1] or whose sum is no whole number.
     """
     q = torch.as_tensor(marginals, dtype=torch.float64)
-    total = float(q.sum())
-    if q.ndim != 1 or not bool(((q >= -SAME) & (q <= 1 + SAME)).all()) or abs(total - round(total)) > 1e-6:
-        raise ValueError(f"marginals [n] must lie in [0, 1] and sum to a whole number, these sum to {total:g}")
     order = rng.shuffled(len(q)).cpu()
-    dice = rng.uniform(len(q)).tolist()
-    chosen: list[int] = []
-    carrier, carried = -1, 0.0
-    for point, mine, u in zip(order.tolist(), q[order].tolist(), dice, strict=True):
-        both = carried + mine
-        if both < 1:  # one of the two is out, the other carries both
-            carrier = carrier if u * both < carried else point
-            carried = both
-        else:  # one of the two is in, the other carries the rest
-            decided, other = (carrier, point) if u * (2 - both) < 1 - mine else (point, carrier)
-            chosen.append(decided)
-            carrier, carried = other, both - 1
-    if carried > 0.5:  # 1 but for rounding
-        chosen.append(carrier)
-    return torch.tensor(sorted(chosen), dtype=torch.int64)
+    near = torch.where((q - q.round()).abs() <= SAME, q.round(), q)
+    return order[pivotal(near[order], rng)].sort().values
 
 
 def falling(gains: Tensor, wrong: float, cost: float) -> tuple[Tensor, Tensor]:

@@ -66,18 +66,18 @@ RECIPES: dict[str, str] = {
     "pd-halving": "fewstep.methods.flow_maps.progressive:ProgressiveDistillation",
     "guided-distillation": "fewstep.methods.flow_maps.guided_distillation:GuidedDistillation",
     "shortcut": "fewstep.methods.flow_maps.shortcut:Shortcut",
-    "cv-dd": "fewstep.condense.cv_dd:CVDD",
     "supervised": "fewstep.condense.supervised:Supervised",
     "soft-supervised": "fewstep.condense.supervised:SoftSupervised",
     "kd": "fewstep.condense.supervised:KnowledgeDistillation",
+    "pca": "fewstep.condense.pca:PCA",
+    "dq": "fewstep.condense.dq:DatasetQuantization",
+    "ast": "fewstep.condense.ast:AST",
+    "cv-dd": "fewstep.condense.cv_dd:CVDD",
+    "rad": "fewstep.condense.rad:RAD",
+    "diswot": "fewstep.students.diswot:DisWOT",
     "language-modelling": "fewstep.language.modelling:LanguageModelling",
     "distill-spec": "fewstep.language.distill_spec:DistillSpec",
     "distill-spec-garden": "fewstep.language.distill_spec:DistillSpecGarden",
-    "dq": "fewstep.condense.dq:DatasetQuantization",
-    "pca": "fewstep.condense.pca:PCA",
-    "rad": "fewstep.condense.rad:RAD",
-    "diswot": "fewstep.students.diswot:DisWOT",
-    "ast": "fewstep.condense.ast:AST",
 }
 
 
@@ -90,9 +90,6 @@ def recipe_class(name: str) -> type[Recipe]:
 
 
 #: Methods that make a small data set of a large one.
-CONDENSERS: tuple[str, ...] = ("dq",)
-CONDENSERS: tuple[str, ...] = ("pca",)
-CONDENSERS: tuple[str, ...] = ("ast",)
-CONDENSERS: tuple[str, ...] = ("cv-dd",)
+CONDENSERS: tuple[str, ...] = ("pca", "dq", "ast", "cv-dd")
 
 __all__ = ["CONDENSERS", "RECIPES", "recipe_class"]

@@ -15,9 +15,9 @@ from fewstep.report.runs import RunCourse
 from fewstep.report.tasks.figure import Figure
 
 #: Recipe -> the module with its pictures.
-FIGURES: dict[str, str] = {"dq": "fewstep.report.tasks.dq"}
 FIGURES: dict[str, str] = {
     "pca": "fewstep.report.tasks.pca",
+    "dq": "fewstep.report.tasks.dq",
     "cv-dd": "fewstep.report.tasks.cv_dd",
 }
 
