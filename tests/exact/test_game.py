@@ -172,7 +172,7 @@ def test_rounding_leaves_certain_points_alone_and_says_what_it_cannot_do() -> No
         dependent_rounding(torch.full((10,), 0.3), Rng(1)).tolist()
         == dependent_rounding(torch.full((10,), 0.3), Rng(1)).tolist()
     )
-    with pytest.raises(ValueError, match=r"sum to a whole number, these sum to 1\.5"):
+    with pytest.raises(ValueError, match=r"the chances sum to 1\.5"):
         dependent_rounding(torch.tensor([0.5, 1.0]), Rng(0))
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         dependent_rounding(torch.tensor([1.5, 0.5]), Rng(0))

@@ -184,11 +184,8 @@ def select(scores: Tensor, labels: Tensor, per_class: int, keep: str, rng: Rng, 
         raise ValueError(f"keep='{keep}' is not one of {', '.join(KEEP)}")
     if bool(scores.isnan().any()):
         raise ValueError(f"the score of example {int(scores.isnan().nonzero()[0])} is no number: nothing can be ranked")
-    members(labels, classes, per_class)
-    labelled = (labels >= 0).nonzero()[:, 0]
-    own = labels[labelled]
+    groups = members(labels, classes, per_class)
     if keep == "random":
-        chosen = stratified(own, per_class, rng)
-    else:
-        chosen = best_per_class(scores[labelled] if keep == "hard" else -scores[labelled], own, per_class)
-    return labelled[chosen].reshape(classes, per_class)
+        return torch.stack([index[rng.shuffled(len(index))[:per_class]] for index in groups])
+    order = torch.argsort(scores, descending=keep == "hard", stable=True)
+    return first_of_each(order, labels, torch.full((classes,), per_class)).reshape(classes, per_class)
