@@ -218,6 +218,7 @@ def test_texts_are_binned_by_their_runs_of_characters() -> None:
         ({}, lambda: Start(teacher(), data(None)), "have no labels"),
         ({}, lambda: Start(teacher(), data(LABELS - 1)), "label -1"),
         ({}, lambda: Start(teacher(MLPClassifier(SHAPE, CLASSES)), data()), "no map of places.*or mask_ratio=0"),
+        ({"keep": 0.005}, lambda: Start(teacher(), data()), "keep=0.005 of 90 examples keeps none"),
         ({"patch_size": 3}, lambda: Start(teacher(), data()), "patch=3 must divide"),
         ({"mask_ratio": 0.99}, lambda: Start(teacher(), data()), "leaves none to see"),
     ],

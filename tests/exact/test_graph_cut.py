@@ -14,6 +14,7 @@ from fewstep.condense.graph_cut import (
     Gains,
     GraphCut,
     Kernel,
+    Products,
     bins,
     cosine,
     greedy,
@@ -113,9 +114,18 @@ def test_totals_and_chunks_are_the_sums_of_the_matrix() -> None:
 def test_the_kernel_of_products_is_that_of_the_products_themselves() -> None:
     u, v = features(6), features(7)[:, :3]
     products = (u[:, :, None] * v[:, None]).flatten(1)
-    for kernel, same in ((cosine(u, v), cosine(products)), (Kernel(u, v), inner_product(products))):
+    for kernel, same in ((cosine(u, v), cosine(products)), (Products(u, v), inner_product(products))):
         assert torch.allclose(matrix(kernel), matrix(same), atol=1e-13)
         assert torch.allclose(kernel.totals(), same.totals(), atol=1e-12)
+
+
+def test_a_remembered_kernel_is_the_same() -> None:
+    kernel = cosine(features(8))
+    table, some = kernel.remembered(), torch.tensor([4, 0, 19])
+    assert table is not kernel and kernel.remembered(most=24 * 24 - 1) is kernel
+    assert torch.allclose(table.totals(), kernel.totals(), atol=1e-12) and len(table) == 24
+    assert torch.allclose(matrix(table.of(some)), matrix(kernel.of(some)), atol=1e-14)
+    assert torch.equal(greedy(table, 24), greedy(kernel, 24))
 
 
 def test_similarities_lie_in_0_to_1_and_zero_vectors_are_half_like_everything() -> None:

@@ -147,7 +147,8 @@ class DatasetQuantization(Method):
 
     def networks(self, start: Start) -> Networks:
         whole, classifier = Whole(start), start.network()
-        class_sizes(whole.labels())
+        if not int(budgets(whole.labels(), round(self.keep * len(start.data))).sum()):
+            raise ValueError(f"keep={self.keep:g} of {len(start.data)} examples keeps none")
         modules = {CLASSIFIER: classifier, WHOLE: whole}
         # the official code's for a classifier that it trains itself
         groups = {

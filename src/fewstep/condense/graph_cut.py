@@ -7,7 +7,8 @@ With similarities ``k`` the set function of GraphCut is, for the items ``V`` tha
                                             = sum_{i in V \\ S} k(i, e) - sum_{s in S} k(s, e)
 
 A gain is what an item stands for less what it repeats.  Picking ``s`` lowers that of ``e`` by ``2 k(s, e)``, so that
-greedy selection of ``m`` of ``n`` items with ``d`` features costs ``m n d`` operations and no ``n x n`` matrix.
+greedy selection of ``m`` of ``n`` items with ``d`` features costs ``m n d`` operations and needs no ``n x n`` matrix;
+where there is memory for one, ``m n``.
 
 Dataset Quantization (Zhou et al. 2023, arXiv 2308.10524) repeats the greedy selection on what is left: bins that begin
 with the most typical items and end with the most diverse.
@@ -27,11 +28,38 @@ from torch import Tensor
 from fewstep.condense.select import class_sizes
 from fewstep.data.rounds import spread
 
+#: The most numbers of a matrix of similarities that is kept: 256 MB, 5,792 items.
+MATRIX = 2**25
+
+
+class Kernel(ABC):
+    """Similarities of ``n`` items with each other, float64."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def between(self, a: Tensor, b: Tensor) -> Tensor:
+        """``k`` of every item in ``a`` with every one in ``b``: ``[len(a), len(b)]``."""
+
+    @abstractmethod
+    def totals(self) -> Tensor:
+        """``sum_i k(i, e)`` for every ``e`` ``[n]``."""
+
+    @abstractmethod
+    def of(self, items: Tensor) -> Kernel:
+        """The similarities among some of the items."""
+
+    def remembered(self, most: int = MATRIX) -> Kernel:
+        """The same, as a matrix where it has ``most`` numbers at most."""
+        everyone = torch.arange(len(self))
+        return Matrix(self.between(everyone, everyone)) if len(self) ** 2 <= most else self
+
 
 @dataclass(frozen=True)
-class Kernel:
-    """Similarities ``k(a, b) = offset + slope <u_a, u_b> <v_a, v_b>`` of items with two vectors each, ``u`` ``[n, c]``
-    and ``v`` ``[n, d]``, float64: the inner product of all products ``u (x) v`` of the two, which are never made."""
+class Products(Kernel):
+    """``k(a, b) = offset + slope <u_a, u_b> <v_a, v_b>`` of items with two vectors each, ``u`` ``[n, c]`` and ``v``
+    ``[n, d]``: the inner product of all products ``u (x) v`` of the two, which are never made."""
 
     u: Tensor
     v: Tensor
@@ -42,16 +70,33 @@ class Kernel:
         return len(self.u)
 
     def between(self, a: Tensor, b: Tensor) -> Tensor:
-        """``k`` of every item in ``a`` with every one in ``b``: ``[len(a), len(b)]``."""
         return self.offset + self.slope * (self.u[a] @ self.u[b].T) * (self.v[a] @ self.v[b].T)
 
     def totals(self) -> Tensor:
-        """``sum_i k(i, e)`` for every ``e`` ``[n]``: the product with the sum of all."""
+        """The product of each with the sum of all."""
         return len(self) * self.offset + self.slope * ((self.u @ (self.u.T @ self.v)) * self.v).sum(1)
 
-    def of(self, items: Tensor) -> Kernel:
-        """The similarities among some of the items."""
-        return Kernel(self.u[items], self.v[items], self.offset, self.slope)
+    def of(self, items: Tensor) -> Products:
+        return Products(self.u[items], self.v[items], self.offset, self.slope)
+
+
+@dataclass(frozen=True)
+class Matrix(Kernel):
+    """Similarities as they stand in a symmetric matrix ``k`` ``[n, n]``."""
+
+    k: Tensor
+
+    def __len__(self) -> int:
+        return len(self.k)
+
+    def between(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.k[a][:, b]
+
+    def totals(self) -> Tensor:
+        return self.k.sum(0)
+
+    def of(self, items: Tensor) -> Matrix:
+        return Matrix(self.between(items, items))
 
 
 def cosine(features: Tensor, beside: Tensor | None = None) -> Kernel:
@@ -60,12 +105,12 @@ def cosine(features: Tensor, beside: Tensor | None = None) -> Kernel:
     A zero vector has no direction: its cosine with everything, itself included, is 0, its similarity 1/2.  ValueError
     for features that are not finite.
     """
-    return Kernel(directions(features), ones(features) if beside is None else directions(beside), 0.5, 0.5)
+    return Products(directions(features), ones(features) if beside is None else directions(beside), 0.5, 0.5)
 
 
 def inner_product(features: Tensor) -> Kernel:
     """``<a, b>`` of features ``[n, ...]``; ValueError for features that are not finite."""
-    return Kernel(finite(features), ones(features))
+    return Products(finite(features), ones(features))
 
 
 def ones(features: Tensor) -> Tensor:
@@ -229,6 +274,6 @@ def bins(kernel: Kernel, count: int, labels: Tensor | None = None, function: Set
     for name in range(len(class_sizes(labels))):
         members = (labels == name).nonzero()[:, 0]
         sizes = spread([1] * count, len(members))
-        for number, chosen in enumerate(peel(kernel.of(members), sizes, function)):
+        for number, chosen in enumerate(peel(kernel.of(members).remembered(), sizes, function)):
             found[members[chosen]] = number
     return found
