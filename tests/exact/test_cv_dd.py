@@ -245,6 +245,21 @@ def test_taps_move_running_statistics_as_training_does() -> None:
             assert not torch.equal(mine, before[f"member-0.{name}"]), name
 
 
+def test_statistics_of_half_precision_are_added_up_in_single() -> None:
+    """Under autocast layers read bfloat16, whose own variance of 1 around a mean of 200 would be of steps of 1."""
+    layer = nn.BatchNorm2d(1).eval()
+    x = (Rng(0).normal(64, 1, 8, 8) + 200).bfloat16()
+    with batch_statistics(layer) as taps:
+        layer(x)
+    seen = taps.seen[0]
+    assert seen.mean.dtype == seen.var.dtype == torch.float32
+    assert float(seen.mean) == pytest.approx(float(x.double().mean()), rel=1e-6)
+    assert float(seen.var) == pytest.approx(float(x.double().var(correction=0)), rel=1e-4)
+    taps.follow()
+    assert layer.running_mean is not None
+    assert float(layer.running_mean) == pytest.approx(20, rel=1e-2)
+
+
 RAW = CVDD().views.parse("none")
 
 

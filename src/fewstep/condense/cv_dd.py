@@ -306,8 +306,8 @@ class CVDD(Recipe):
     name: ClassVar[str] = "cv-dd"
     paper: ClassVar[Paper] = PAPER
     system: ClassVar[System] = System(
-        "CV-DD", 2025, "few examples", "data", "-",
-        "synthetic pictures on whose statistics and classes committees agree, with soft labels kept for every view",
+        "CV-DD", 2025, "condense", "labelled data", "-",
+        "pictures on whose classes and statistics committees agree, with soft labels of every view", real="cv_dd_real",
     )  # fmt: skip
     task = "classification"
 

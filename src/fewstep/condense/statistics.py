@@ -88,7 +88,7 @@ def batch_statistics(net: nn.Module) -> Iterator[Taps]:
         for i, layer in enumerate(layers):
 
             def keep(layer: nn.Module, given: tuple[Tensor, ...], i: int = i) -> None:
-                x = given[0]
+                x = given[0] if given[0].dtype.itemsize > 2 else given[0].float()  # sums of many
                 var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
                 taps.seen[i] = LayerStatistics(mean, var, x.numel() // x.shape[1], *running(layers[i]))
 
