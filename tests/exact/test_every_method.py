@@ -56,6 +56,8 @@ SMALL = {
 OWN: dict[str, dict[str, Any]] = {
     "lsd": {"steps": 4}, "lsd-plus": {"steps": 4},
     "distill-spec": {"fixed": 1.0, "target": 1.0, "texts": 16, "prompt": 2}, "distill-spec-garden": {"prompt": 2},
+    "rad": {"rounds": 2, "queries": 4, "labels_per_class": 2},
+    "diswot": {"student_norm": "none", "evaluations": 6, "draws": 2, "population": 4, "batch_scored": 8},
 }  # fmt: skip
 #: Methods by what kind of model they start from.
 BY_TASK = {
@@ -67,7 +69,7 @@ TOKEN_METHODS = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 #: Methods that make networks or pairs of their own, which are float32; the others are tried in float64.
 SINGLE = (
     *TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "dmd2-stages", "f-distill", "reflow", "instaflow", "caf",
-    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "dq", "cv-dd",
+    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "dq", "cv-dd", "rad", "diswot",
 )  # fmt: skip
 #: Every method, and DMD2 with a loss over the pairs of the whole batch.
 CASES = (*RECIPES, "dmd2-energy")

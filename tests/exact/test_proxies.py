@@ -84,14 +84,15 @@ def test_the_scales_of_the_two_scores_are_far_apart() -> None:
 def test_weights_are_drawn_anew_and_norms_do_nothing() -> None:
     net = resnet(2, 2, 2, width=16)
     with torch.no_grad():
-        for p in net.parameters():
-            p.fill_(3.0)
+        for tensor in net.state_dict().values():
+            tensor.fill_(3)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     made = random(net)
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
     drawn = torch.cat([m.weight.flatten() for m in made.modules() if isinstance(m, nn.Conv2d | nn.Linear)])
     n = len(drawn)
     assert abs(float(drawn.mean())) < 4 / n**0.5 and abs(float(drawn.var()) - 1) < 4 * (2 / n) ** 0.5
+    assert all(bool((m.running_mean == 0).all()) for m in made.modules() if isinstance(m, nn.BatchNorm2d))
     norms = [m for m in made.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(bool((m.weight == 1).all()) and bool((m.bias == 0).all()) for m in norms)
     assert bool((made.head.bias == 0).all())
@@ -123,6 +124,21 @@ def test_a_score_depends_on_its_own_student_alone() -> None:
     assert bool((scores[:1] != again).all())
 
 
+def test_every_draw_has_weights_of_its_own() -> None:
+    """The same batch twice: another teacher, and another student."""
+    scorer = Scorer(resnet(2, 2, 2), [batch(0), batch(0)], ("relation", "synflow"), Rng(0))
+    assert not torch.equal(scorer.teacher[0].last, scorer.teacher[1].last)
+    first, second = scorer(resnet(1, 1, 1))[:, 1]
+    assert first != second
+
+
+def test_a_view_is_by_the_statistics_of_its_batch() -> None:
+    """Norms take the scale of the pictures out; running statistics, which nobody has trained, would leave it."""
+    x, labels = batch(0)
+    net = random(resnet(1, 1, 1))
+    assert torch.allclose(view(net, x, labels).last, view(net, 10 * x, labels).last, rtol=1e-3, atol=1e-3)
+
+
 def test_networks_of_other_widths_leave_the_relation() -> None:
     teacher = resnet(1, 1, 1, width=8)
     assert Scorer(teacher, [batch(0)], ("relation",), Rng(0))(resnet(1, 1, 1)) < 0
@@ -136,8 +152,9 @@ def test_what_cannot_be_scored_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         Scorer(resnet(1, 1, 1), [], ("relation",), Rng(0))
     x, labels = batch(0)
+    x[0] = 1e38  # overflows for one sample alone
     with pytest.raises(ValueError, match="activations overflow"):
-        view(random(resnet(1, 1, 1)), x * torch.inf, labels)
+        view(random(resnet(1, 1, 1, norm="none")), x, labels)
 
 
 def test_parameters_and_operations_are_counted() -> None:

@@ -101,6 +101,9 @@ def test_probabilities_are_a_divergence_of_laws() -> None:
 def test_correlation_is_the_kernel_to_its_second_order() -> None:
     """The error of the series is at most that of its first missing term, (2 gamma)^3 / 3! in the exponential."""
     near = F + 0.1 * G
+    cosine = [normalize(f.flatten(1)) @ normalize(f.flatten(1)).mT * 2 * GAMMA for f in (F, near)]
+    series = [math.exp(-2 * GAMMA) * (1 + c + c**2 / 2) for c in cosine]
+    assert float(correlation(F, near)) == pytest.approx(float((series[0] - series[1]).square().mean()), rel=1e-10)
     exact = [torch.exp(-GAMMA * torch.cdist(normalize(f.flatten(1)), normalize(f.flatten(1))) ** 2) for f in (F, near)]
     missing = (2 * GAMMA) ** 3 / 6 * math.exp(2 * GAMMA) * math.exp(-2 * GAMMA)
     found = float(correlation(F, near)) ** 0.5

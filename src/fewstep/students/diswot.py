@@ -180,7 +180,7 @@ class DisWOT(Supervised):
     name: ClassVar[str] = "diswot"
     paper: ClassVar[Paper] = Paper(
         "DisWOT: Student Architecture Search for Distillation WithOut Training", "2303.15678", "verified",
-        ("`depths`, `lr`, `batch_scored`, `population`, `tournament`: for small pictures; the search space of residual "
+        ("`depths`, `batch_scored`, `population`, `tournament`: for small pictures; the search space of residual "
          "networks is 1, 3, 5, 7 blocks a stage, evolution's numbers those of the official search on NAS-Bench-201",
          "`draws`: scores are means over several batches and weights, since two single ones hardly agree",
          "scores are added in units of their spread over random students; the official ranking adds them as they are, "
@@ -188,7 +188,7 @@ class DisWOT(Supervised):
          "evolution takes the best of a tournament, and every individual fits the budget; the official code takes one "
          "of the worst, and filters the first",
          "the teacher's activation weights are those of each batch alone; the official scripts add them up",
-         "`momentum`: Nesterov's; `decay`: a cosine; the official recipe has steps over 240 epochs"),
+         "momentum is Nesterov's; `decay`: a cosine, the official recipe has steps over 240 epochs"),
     )  # fmt: skip
     system: ClassVar[System] = System(
         "DisWOT", 2023, "students", "teacher, labelled data", "-",
@@ -239,8 +239,8 @@ class DisWOT(Supervised):
         compared = [name for name in self.proxies if name in SAME_WIDTH]
         if compared and any(4 * width != reads for width in widths):
             raise ValueError(
-                f"diswot: {', '.join(compared)} compares channel by channel, and needs heads that read {reads} features "
-                f"as the teacher's: widths={','.join(map(str, widths))} times 4 do not; leave it out of proxies"
+                f"diswot: {', '.join(compared)} compares channel by channel, and needs a head that reads {reads} "
+                f"features as the teacher's does: 4 times widths={','.join(map(str, widths))}; leave it out of proxies"
             )
         most = self.max_parameters or int(parameters(teacher, torch.zeros(0))) // 2
         space = Space(teacher.shape, teacher.classes, self.depths, widths, self.student_norm)
