@@ -1,7 +1,7 @@
 """The sections of the documentation that method classes write: between ``<!-- KIND: NAME -->`` and ``<!-- end -->``.
 
 KIND is ``deviations`` (what differs from the paper), ``healthy`` (what a healthy run logs) or ``methods`` (a table of
-all that work); NAME is a method's name.
+those that work); NAME is a method's name, for the table "all" generative ones or the "others".
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ def healthy(name: str) -> list[str]:
     return [f"* `{key}`: {text}." for key, text in found.items()]
 
 
-def methods(_: str) -> list[str]:
-    """The methods that work, by command."""
+def methods(kind: str) -> list[str]:
+    """The methods that work, by command: all that make generative models ("all"), or the others."""
     made = {row.cls: row for row in systems() if row.state == "works"}
-    lines = ["| method | call it | network calls |", "|---|---|---|"]
+    generative = kind == "all"
+    lines = [f"| method | call it | {'network calls' if generative else 'needs'} |", "|---|---|---|"]
     for name, place in RECIPES.items():
-        if row := made.get(place):
-            paper = recipe_class(name).paper
-            others = [o for o in RECIPES if RECIPES[o] not in made and recipe_class(o).paper.arxiv == paper.arxiv]
+        cls = recipe_class(name)
+        if (row := made.get(place)) and (cls.task == "generation") == generative:
+            others = [o for o in RECIPES if RECIPES[o] not in made and recipe_class(o).paper.arxiv == cls.paper.arxiv]
             called = ", ".join(f"`{word}`" for word in (name, *others))
-            lines.append(f"| {row.name}: {row.about} | {called} | {row.calls} |")
+            lines.append(f"| {row.name}: {row.about} | {called} | {row.calls if generative else row.needs} |")
     return lines
 
 
