@@ -78,7 +78,7 @@ def experts(start: Start) -> dict[int, Tensor]:
 def test_the_clipping_loss_makes_smoother_experts_that_are_as_good(
     start: Start, test: Dataset, experts: dict[int, Tensor]
 ) -> None:
-    """The longest epoch was 4.0 times the mean one without it, 2.7 times with it, at the same accuracies (.968, .978)."""
+    """The longest epoch was 4.0 times the mean one without it, 2.7 with it, at the same accuracies (.968, .978)."""
     plain, smooth = (float(smoothness(experts[clipping]).mean()) for clipping in (0, 10))
     assert smooth < plain
     student = FlatNet(start.teacher.net)

@@ -16,6 +16,7 @@ from fewstep.report.tasks.figure import Figure
 
 #: Recipe -> the module with its pictures.
 FIGURES: dict[str, str] = {
+    **dict.fromkeys(("supervised", "soft-supervised", "kd"), "fewstep.report.tasks.supervised"),
     "pca": "fewstep.report.tasks.pca",
     "dq": "fewstep.report.tasks.dq",
     "cv-dd": "fewstep.report.tasks.cv_dd",
