@@ -50,4 +50,5 @@ def measure_costs(target: LanguageModel, draft: LanguageModel, prompt: Tensor, g
             began = time.process_time()
             model.extend(tokens, state)
             best[i] = min(best[i], time.process_time() - began)
-    return Costs(*best, gamma)
+    one, drafted, block = best
+    return Costs(one, drafted, block, gamma)
