@@ -1,6 +1,7 @@
 """Speculative decoding and DistillSpec, measured: acceptance, tokens a call, and seconds beside what the formula says.
 
     python benchmarks/speculative.py characters [--steps 300] [--target-steps 800] [--out FILE.json]
+    python benchmarks/speculative.py picture FILE.json --out PICTURE.png
     python benchmarks/speculative.py transformers --model FOLDER [--draft FILE] [--minutes 10] [--out FILE.json]
 
 ``characters``: a target of one GRU of 128 and a draft of 16 on the bundled Shakespeare; the draft is distilled with
@@ -64,11 +65,16 @@ def main() -> None:
     large.add_argument("--draft", type=Path, default=Path("draft.safetensors"), help="where texts and draft are kept")
     large.add_argument("--minutes", type=float, default=10.0, help="of the target's writing, in processor time")
     large.add_argument("--width", type=int, default=192, help="of the draft")
+    shown = kinds.add_parser("picture")
+    shown.add_argument("file", type=Path, help="what characters wrote")
+    shown.add_argument("--out", type=Path, required=True)
     for one in (small, large):
         one.add_argument("--gamma", type=int, nargs="+", default=[1, 2, 3, 5])
         one.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    if chosen.kind == "picture":
+        return picture(json.loads(chosen.file.read_text())["rows"], chosen.out)
     found = characters(chosen) if chosen.kind == "characters" else transformers(chosen)
     if chosen.out is not None:
         write_atomically(chosen.out, (json.dumps(found, indent=1) + "\n").encode())
@@ -107,6 +113,27 @@ def characters(chosen: argparse.Namespace) -> dict[str, Any]:
     best = max(rows, key=lambda row: row["alpha"])
     say(f"most accepted: {best['draft']}")
     return {"rows": rows}
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Acceptance by divergence and source, and of the draft that was not distilled."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    alpha = {row["draft"]: row["alpha"] for row in rows}
+    figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    for k, source in enumerate(SOURCES):
+        heights = [alpha[f"{divergence}, texts of the {source}"] for divergence in DIVERGENCES]
+        axes.bar([i + 0.27 * (k - 1) for i in range(len(DIVERGENCES))], heights, 0.25, label=f"texts of the {source}")
+    plain = alpha["not distilled"]
+    axes.axhline(plain, color="black", linestyle="--", linewidth=1, label="not distilled")
+    axes.set_xticks(range(len(DIVERGENCES)), DIVERGENCES)
+    axes.set_ylim(plain - 0.03, max(alpha.values()) + 0.01)
+    axes.set_ylabel("accepted, sampled")
+    axes.legend(frameon=False, ncols=2, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 # --- what both measure -----------------------------------------------------------------------------------------------
