@@ -27,6 +27,7 @@ from fewstep.denoisers import NetworkDenoiser
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.discrete_vp import DiscreteVP
+from fewstep.language_models import NetworkLanguageModel
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.flow_maps.rectified_flow import STRAIGHT
 from fewstep.methods.method import Batch, Progress, alone
@@ -35,6 +36,7 @@ from fewstep.methods.parts.distances import Distance, pseudo_huber
 from fewstep.methods.parts.times import LogNormal, Own, TimeLaw, Uniform
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
+from fewstep.networks.causal import GRULanguageModel
 from fewstep.networks.classifiers import MLPClassifier
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
@@ -233,6 +235,10 @@ def start_of(name: str) -> Start:
     if name in ("discrete-denoising", "score-entropy", "lsd", "lsd-plus"):
         net = Transformer(LENGTH, 5, 6, width=8, blocks=1, heads=2)
         return Start(NetworkDiscreteDenoiser(net, Masked(5), LENGTH), Dataset("words", torch.ones(8, LENGTH).long()))
+    if recipe_class(name).task == "language":
+        models = [NetworkLanguageModel(GRULanguageModel(5, 32, width=8), 5, 32) for _ in range(3)]
+        given = dict(zip(recipe_class(name).roles, models, strict=False))
+        return Start(models[2], Dataset("words", torch.ones(8, 32).long()), given=given)
     net = UNet(SHAPE, (8, 8), 1, 16, CLASSES) if name == "lowdiff" else MLP(SHAPE, 64, 1, CLASSES)
     prediction = EDMPrediction(sigma_data=0.7) if name == "retime" else TrigPrediction(sigma_data=0.7)
     teacher = NetworkDenoiser(net, TrigFlow(sigma_data=0.7), prediction, SHAPE, CLASSES)

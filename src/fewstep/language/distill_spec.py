@@ -1,6 +1,6 @@
 """DistillSpec: a draft model is distilled to agree with its target, so that speculative decoding accepts more of it.
 
-Zhou et al. 2024, "DistillSpec: Improving Speculative Decoding via Knowledge Distillation" (arXiv 2310.08461).  With
+Zhou et al. 2023, "DistillSpec: Improving Speculative Decoding via Knowledge Distillation" (arXiv 2310.08461).  With
 texts y after prompts x from a source G, the target's law p and the draft's q::
 
     minimise  E_(x, y)~G  1/|y| sum_t D(p(. | x, y_<t) || q(. | x, y_<t))
@@ -116,8 +116,8 @@ class DistillSpec(Method):
          "texts of the target are written once before training, on-policy ones anew for every batch"),
     )  # fmt: skip
     system: ClassVar[System | None] = System(
-        "DistillSpec", 2024, "language", "teacher, draft", "-", "a draft that speculative decoding accepts more often",
-        real="distill_spec",
+        "DistillSpec", 2023, "language", "target, draft", "-", "a draft that speculative decoding accepts more often",
+        real="distill_spec_real",
     )  # fmt: skip
     task = "language"
     roles: ClassVar[tuple[str, ...]] = (STUDENT,)

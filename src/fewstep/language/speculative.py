@@ -6,7 +6,7 @@ With the target's law ``p`` and the draft's ``q`` after the same tokens (Leviath
 
 Up to ``gamma`` tokens are drafted; the first that is rejected is replaced and the rest dropped, and where none is, the
 target's call gives one more token.  With ``f(p) = p`` what comes out has exactly the target's law, whatever the draft
-is.  A larger ``f`` (:class:`Lenience`; Zhou et al. 2024) accepts more and leaves that law.
+is.  A larger ``f`` (:class:`Lenience`; Zhou et al. 2023) accepts more and leaves that law.
 
 Greedy decoding is the same algorithm on laws of one token.
 """

@@ -20,6 +20,7 @@ FIGURES: dict[str, str] = {
     "pca": "fewstep.report.tasks.pca",
     "dq": "fewstep.report.tasks.dq",
     "cv-dd": "fewstep.report.tasks.cv_dd",
+    "distill-spec": "fewstep.report.tasks.distill_spec",
 }
 
 Draw = Callable[[RunCourse, Any, Samples], Sequence[Figure]]
