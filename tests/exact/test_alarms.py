@@ -109,13 +109,18 @@ POINTS = Dataset("points", torch.randn(16, 2, generator=SEED))
 
 
 def stopped(
-    steps: int, folder: Path | None = None, growth: float = 2.0, log_steps: int = 1, on_alarm: Any = "stop"
+    steps: int,
+    folder: Path | None = None,
+    growth: float = 2.0,
+    log_steps: int = 1,
+    on_alarm: Any = "stop",
+    save_seconds: float = 0.0,
 ) -> Result:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         teacher = NetworkDenoiser(MLP((2,), 8, 1), TrigFlow(), TrigPrediction(), (2,))
     settings = Settings(
-        Budget(steps), 4, precision="fp32", log_steps=log_steps, on_alarm=on_alarm, save_seconds=0.0,
+        Budget(steps), 4, precision="fp32", log_steps=log_steps, on_alarm=on_alarm, save_seconds=save_seconds,
         averages=(Power(0.1), Power(0.05)),
     )  # fmt: skip
     return train(Exploding(growth=growth), Start(teacher, POINTS), settings, folder)
@@ -142,12 +147,13 @@ def test_the_last_record_can_end_a_run_too() -> None:
     assert bits(stopped(6)) == bits(stopped(5))
 
 
-@pytest.mark.parametrize("kill", [3, 6])
+@pytest.mark.parametrize(("kill", "log_steps"), [(3, 1), (6, 1), (5, 2)])
 def test_a_run_that_an_alarm_ends_is_resumed_bit_for_bit(
-    kill: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kill: int, log_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped by a signal before the alarm or at it and called again; and called once more when it has ended, which
-    makes no further step."""
+    makes no further step.  Where every second step is recorded, the weights of step 4 are those to go back to, from a
+    checkpoint of step 5."""
     real = Run.step
 
     def step(run: Run, source: Any) -> None:
@@ -157,17 +163,23 @@ def test_a_run_that_an_alarm_ends_is_resumed_bit_for_bit(
 
     monkeypatch.setattr(Run, "step", step)
     with pytest.raises(Interrupted):
-        stopped(100, tmp_path)
+        stopped(100, tmp_path, log_steps=log_steps)
     monkeypatch.setattr(Run, "step", real)
+    whole = stopped(100, log_steps=log_steps)
     for _ in range(2):
-        ended = stopped(100, tmp_path)
-        assert bits(ended) == bits(stopped(100)) and ended.steps == 6
-        assert [record["step"] for record in ended.records] == [1, 2, 3, 4, 5, 6]
+        ended = stopped(100, tmp_path, log_steps=log_steps)
+        assert bits(ended) == bits(whole) and ended.steps == 6
+        assert [record["step"] for record in ended.records] == [record["step"] for record in whole.records]
 
 
 def test_a_run_saved_without_it_starts_from_what_it_had(tmp_path: Path) -> None:
-    """A run of one step whose alarms only told goes on as one that they end."""
-    stopped(1, tmp_path, on_alarm="go-on")
+    """A run whose alarms only told, up to the step before the first, goes on as one that they end."""
+    stopped(5, tmp_path, on_alarm="go-on")
     assert bits(stopped(100, tmp_path)) == bits(stopped(100))
+
+
+def test_the_end_is_saved(tmp_path: Path) -> None:
+    stopped(100, tmp_path, save_seconds=1e9)
     saved = load_tensors(tmp_path / "checkpoint.safetensors")
-    assert any(name.startswith("healthy/module/") for name in saved)
+    weights = {name: tensor for name, tensor in saved.items() if name.startswith(("module/", "average/"))}
+    assert weights and all(torch.equal(saved[f"healthy/{name}"], tensor) for name, tensor in weights.items())

@@ -43,4 +43,4 @@ class Healthy:
             self.keep(run)
             return
         self.step, self.updates, self.ended = counters["step"], counters["averages"], counters["ended"]
-        self.weights = {name: tensors[f"healthy/{name}"].clone() for name in self.weights}
+        self.weights = {name: tensors[f"healthy/{name}"] for name in self.weights}
