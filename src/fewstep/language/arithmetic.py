@@ -29,10 +29,12 @@ END_TOKEN = 1
 
 @dataclass(frozen=True)
 class Problems(ABC):
-    """A family of problems over the alphabet ``symbols``, whose first two are padding and the end."""
+    """A family of problems over the alphabet ``symbols``, whose first two are padding and the end; answers are made of
+    the symbols ``answers``, and none is empty."""
 
     name: ClassVar[str]
     symbols: ClassVar[str]
+    answers: ClassVar[str]
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -107,7 +109,8 @@ class Addition(Problems):
     """Sums of two numbers of so many digits, answered with the lowest digit first."""
 
     name: ClassVar[str] = "addition"
-    symbols: ClassVar[str] = f"{PAD}{END}{ASK}+0123456789"
+    answers: ClassVar[str] = "0123456789"
+    symbols: ClassVar[str] = f"{PAD}{END}{ASK}+{answers}"
 
     digits: Annotated[Count, Most(3), "digits of each number"] = 2
 
@@ -130,7 +133,8 @@ class Brackets(Problems):
     """So many brackets of three kinds, some of which are open: the answer closes them."""
 
     name: ClassVar[str] = "brackets"
-    symbols: ClassVar[str] = f"{PAD}{END}{ASK}()[]{{}}"
+    answers: ClassVar[str] = ")]}"
+    symbols: ClassVar[str] = f"{PAD}{END}{ASK}([{{{answers}"
     closing: ClassVar[dict[str, str]] = {"(": ")", "[": "]", "{": "}"}
 
     brackets: Annotated[Count, Most(8), "brackets of a problem"] = 6
@@ -140,9 +144,9 @@ class Brackets(Problems):
         return [begun + ASK for begun in self.beginnings(self.brackets, "")]
 
     def beginnings(self, left: int, stack: str) -> Iterator[str]:
-        """The texts of ``left`` brackets that close nothing but what is open; the closing ones of ``stack`` are."""
+        """The texts of ``left`` brackets that leave some open, where those that ``stack`` closes are already."""
         if left == 0:
-            yield ""
+            yield from [""] if stack else []
             return
         for opening, closing in self.closing.items():
             yield from (opening + rest for rest in self.beginnings(left - 1, closing + stack))
