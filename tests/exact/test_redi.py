@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.data import Dataset
 from fewstep.language.log_probs import response_log_probs, token_entropy
 from fewstep.language.preferences import DPO, Pair, REDILoss, SimPO, Symmetric
 from fewstep.language.redi import REDI, FineTuning, PreferenceTuning
-from fewstep.language_models import NetworkLanguageModel
+from fewstep.language_models import FunctionLanguageModel, NetworkLanguageModel
 from fewstep.methods.method import Batch, Progress, Update, alone
 from fewstep.methods.start import Start
 from fewstep.networks.causal import CausalTransformer
 from fewstep.networks.lora import LowRank, factors_in
 from fewstep.randomness import Rng
+from fewstep.report.runs import RunCourse, StageCourse
+from fewstep.report.tasks.redi import figures
 from fewstep.runs.course import run_recipe
 from fewstep.runs.stages import stage_seed, stages_of
 from fewstep.training.budget import Budget
@@ -190,3 +192,34 @@ def test_alarms_are_those_of_scalars_that_are_logged() -> None:
     assert isinstance(update, Update)
     trained = {f"student/{name}" for name in (*update.logs, "loss", "grad_norm")}
     assert trained == set(PreferenceTuning.healthy)
+
+
+def test_its_report_shades_unlikely_tokens_and_draws_both_courses() -> None:
+    """Policies of one certain token: where the response is that token it is white, elsewhere full."""
+    data = pairs()
+
+    def certain(token: int) -> FunctionLanguageModel:
+        return FunctionLanguageModel(
+            lambda tokens: nn.functional.one_hot(torch.full_like(tokens, token), VOCABULARY).double() * 100.0,
+            VOCABULARY, LENGTH,
+        )  # fmt: skip
+
+    records = tuple({"step": k, "seconds": float(k), **logged(k)} for k in range(1, 4))
+    course = RunCourse("run", "run", (StageCourse("preferences", records, 3, 24, 3.0),))
+    traces, drawn = figures(course, certain(2), data)
+    shown = re.findall(r' (\d+)%, transparent\)" title="log p = ([-\d.]+)">(\d)</span>', str(traces.content))
+    mask = data.columns["mask"][3:].sum() + data.columns["rejected_mask"][3:].sum()
+    assert len(shown) == int(mask)
+    assert {(share, log_p, token == "2") for share, log_p, token in shown} == {
+        ("0", "0.00", True), ("100", "-100.00", False),
+    }  # fmt: skip
+    points = re.findall(r'points="([^"]+)"', str(drawn.content))
+    assert [line.split()[-1] for line in points] == ["572.0,90.0", "572.0,170.0"]  # -3 and -6 of a range to -6
+    bare = RunCourse("run", "run", (StageCourse("sft", (), 0, 0, 0.0),))
+    assert [figure.title for figure in figures(bare, certain(0), data)] == ["Right and wrong traces"]
+    plain = Dataset("plain", data.x, columns={"mask": data.columns["mask"]})
+    assert figures(course, certain(0), plain) == ()
+
+
+def logged(k: int) -> dict[str, float]:
+    return {"student/chosen_log_prob": -1.0 * k, "student/rejected_log_prob": -2.0 * k}
