@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
-from fewstep.methods.alarm import Alarm, Falls, Grows, Stays
+from fewstep.files import load_tensors
+from fewstep.methods.alarm import Alarm, Drops, Falls, Grows, Stays
 from fewstep.methods.consistency.scm import ContinuousConsistencyDistillation
 from fewstep.methods.method import Batch, Networks, Progress, Update
 from fewstep.methods.start import Start
@@ -20,18 +24,24 @@ from fewstep.networks import MLP
 from fewstep.predictions import TrigPrediction
 from fewstep.schedules import TrigFlow
 from fewstep.training.budget import Budget
+from fewstep.training.profiles import Power
 from fewstep.training.settings import Settings
-from fewstep.training.trainer import train
+from fewstep.training.trainer import Interrupted, Result, Run, train
 
 
 @dataclass(frozen=True)
 class Exploding(Denoising):
-    """Logs a scalar that doubles every step."""
+    """Logs a scalar that doubles every step, at a rate that does not know the budget."""
 
     name: ClassVar[str] = "exploding"
     unstable: ClassVar[dict[str, Alarm]] = {"model/size": Grows("lower lr")}
 
     growth: float = 2.0
+
+    def networks(self, start: Start) -> Networks:
+        nets = super().networks(start)
+        nets.groups = {name: replace(group, decay="constant") for name, group in nets.groups.items()}
+        return nets
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         for update in super().updates(nets, batch, progress):
@@ -84,3 +94,92 @@ def test_a_game_is_won_when_one_side_is_ahead_for_several_records() -> None:
 
 def test_methods_with_tangents_name_theirs() -> None:
     assert set(ContinuousConsistencyDistillation.unstable) <= set(ContinuousConsistencyDistillation.healthy)
+
+
+def test_a_log_probability_drops_from_its_highest_value() -> None:
+    drops, lines = Drops("", by=1.0), [{"log_p": -0.5}, {"log_p": -0.2}, {"loss": 1.0}, {"log_p": -1.1}]
+    assert drops.found("log_p", {"log_p": -1.2}, lines) is None
+    assert drops.found("log_p", {"log_p": -1.5}, lines) == "log_p is -1.5, 1.3 below its highest value"
+    assert drops.found("log_p", {"log_p": -9.0}, []) is None
+    assert drops.found("log_p", {"loss": 0.0}, lines) is None
+
+
+SEED = torch.Generator().manual_seed(0)
+POINTS = Dataset("points", torch.randn(16, 2, generator=SEED))
+
+
+def stopped(
+    steps: int,
+    folder: Path | None = None,
+    growth: float = 2.0,
+    log_steps: int = 1,
+    on_alarm: Any = "stop",
+    save_seconds: float = 0.0,
+) -> Result:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        teacher = NetworkDenoiser(MLP((2,), 8, 1), TrigFlow(), TrigPrediction(), (2,))
+    settings = Settings(
+        Budget(steps), 4, precision="fp32", log_steps=log_steps, on_alarm=on_alarm, save_seconds=save_seconds,
+        averages=(Power(0.1), Power(0.05)),
+    )  # fmt: skip
+    return train(Exploding(growth=growth), Start(teacher, POINTS), settings, folder)
+
+
+def bits(result: Result) -> list[float]:
+    return [float(number) for weight in result.model.parameters() for number in weight.flatten()]
+
+
+def test_an_alarm_can_end_the_run_on_its_last_healthy_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    """The scalar is above its bound at step 6: the run ends there with the averages of step 5, bit for bit what a run
+    of five steps makes (the learning rate is constant), or of step 4 where every second step is recorded."""
+    ended = stopped(100)
+    said = capsys.readouterr().err
+    assert "stopped at step 6: the weights are those of step 5" in said
+    assert ended.steps == 6 and ended.records[-1]["healthy"] == 5 and len(ended.records) == 6
+    assert bits(ended) == bits(stopped(5)) != bits(stopped(6, on_alarm="go-on"))
+    assert bits(stopped(100, log_steps=2)) == bits(stopped(4))
+    assert stopped(100, on_alarm="go-on").steps == 100
+    assert bits(stopped(12, growth=1.0)) == bits(stopped(12, growth=1.0, on_alarm="go-on"))
+
+
+def test_the_last_record_can_end_a_run_too() -> None:
+    assert bits(stopped(6)) == bits(stopped(5))
+
+
+@pytest.mark.parametrize(("kill", "log_steps"), [(3, 1), (6, 1), (5, 2)])
+def test_a_run_that_an_alarm_ends_is_resumed_bit_for_bit(
+    kill: int, log_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by a signal before the alarm or at it and called again; and called once more when it has ended, which
+    makes no further step.  Where every second step is recorded, the weights of step 4 are those to go back to, from a
+    checkpoint of step 5."""
+    real = Run.step
+
+    def step(run: Run, source: Any) -> None:
+        real(run, source)
+        if run.steps == kill:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "step", step)
+    with pytest.raises(Interrupted):
+        stopped(100, tmp_path, log_steps=log_steps)
+    monkeypatch.setattr(Run, "step", real)
+    whole = stopped(100, log_steps=log_steps)
+    for _ in range(2):
+        ended = stopped(100, tmp_path, log_steps=log_steps)
+        assert bits(ended) == bits(whole) and ended.steps == 6
+        assert [record["step"] for record in ended.records] == [record["step"] for record in whole.records]
+
+
+def test_a_run_saved_without_it_starts_from_what_it_had(tmp_path: Path) -> None:
+    """A run whose alarms only told, up to the step before the first, goes on as one that they end."""
+    stopped(5, tmp_path, on_alarm="go-on")
+    assert bits(stopped(100, tmp_path)) == bits(stopped(100))
+
+
+def test_the_end_is_saved(tmp_path: Path) -> None:
+    stopped(100, tmp_path, save_seconds=1e9)
+    saved = load_tensors(tmp_path / "checkpoint.safetensors")
+    weights = {name: tensor for name, tensor in saved.items() if name.startswith(("module/", "average/"))}
+    assert weights and all(torch.equal(saved[f"healthy/{name}"], tensor) for name, tensor in weights.items())

@@ -115,7 +115,9 @@ def teacher(name: str) -> Any:
 def data(name: str) -> Dataset:
     gen = torch.Generator().manual_seed(1)
     if name in (*TOKEN_METHODS, *BY_TASK["language"]):
-        return Dataset("words", torch.randint(0, TOKENS, (24, LENGTH), generator=gen))
+        words, mask = (torch.randint(0, top, (24, LENGTH), generator=gen) for top in (TOKENS, 2))
+        pairs = {"mask": mask.bool(), "rejected": words.flip(0), "rejected_mask": mask.bool().flip(0)}
+        return Dataset("words", words, columns=pairs if name in ("sft", "redi") else {})
     kind = torch.float32 if name in SINGLE else torch.float64
     x = torch.randn(24, *SHAPE, generator=gen, dtype=kind)
     soft = {"logits": torch.randn(24, CLASSES, generator=gen, dtype=kind)} if name == "soft-supervised" else {}

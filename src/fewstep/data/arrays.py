@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.data.dataset import Dataset
 from fewstep.data.labels import as_labels
+from fewstep.data.token_files import TOKENS, read_tokens
 
 IMAGES = ("images", "image", "x")
 #: Floats from 0 up to more than this were bytes once.
@@ -26,10 +27,13 @@ def read_arrays(path: Path, split: Literal["train", "test"]) -> Dataset:
 
     Arrays of one part are named ``images`` / ``labels`` (or ``image``, ``x`` / ``label``, ``y``), of two parts
     ``train_images`` or ``x_train`` and so on.  uint8 arrays are pictures ``[N, C, H, W]``, ``[N, H, W, C]`` with
-    1 or 3 channels, or ``[N, H, W]``; floating-point arrays ``[N, ...]`` are read as they are, in float32.
+    1 or 3 channels, or ``[N, H, W]``; floating-point arrays ``[N, ...]`` are read as they are, in float32.  A file with
+    an array ``tokens`` holds sequences (:mod:`fewstep.data.token_files`).
     """
     names, read = (npz_names, npz_array) if path.suffix == ".npz" else (safetensors_names, safetensors_array)
     held = names(path)
+    if (tokens := find(held, (TOKENS,), split)) is not None and not tokens.startswith(f"{TOKENS}_"):
+        return read_tokens(path, held, read, tokens.removesuffix(TOKENS))
     x_name, y_name = find(held, IMAGES, split), find(held, LABELS, split)
     if x_name is None:
         wanted = f"array '{split}_images'" if split == "test" else "array 'images'"

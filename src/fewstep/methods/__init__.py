@@ -78,6 +78,8 @@ RECIPES: dict[str, str] = {
     "language-modelling": "fewstep.language.modelling:LanguageModelling",
     "distill-spec": "fewstep.language.distill_spec:DistillSpec",
     "distill-spec-garden": "fewstep.language.distill_spec:DistillSpecGarden",
+    "sft": "fewstep.language.redi:FineTuning",
+    "redi": "fewstep.language.redi:REDI",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,19 @@ class Falls(Alarm):
         if name not in record or record[name] >= self.share * highest:
             return None
         return f"{name} has fallen to {100 * record[name] / highest:.0f} % of its highest value"
+
+
+@dataclass(frozen=True)
+class Drops(Alarm):
+    """More than ``by`` below its highest value, of a scalar that may be negative, such as a log-probability."""
+
+    by: float = 1.0
+
+    def found(self, name: str, record: Record, before: Sequence[Record]) -> str | None:
+        highest = max((line[name] for line in before if name in line), default=-math.inf)
+        if name not in record or record[name] >= highest - self.by:
+            return None
+        return f"{name} is {record[name]:.3g}, {highest - record[name]:.3g} below its highest value"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,11 @@ def linear(step: int, fraction: float, floor: float) -> float:
     return floor + (1 - floor) * (1 - fraction)
 
 
+def warm_linear(step: int, fraction: float, start: float) -> float:
+    """From 0 to 1 over the share ``start`` of the budget, then to 0 over the rest."""
+    return min(fraction / start if start else 1.0, (1 - fraction) / (1 - start))
+
+
 def cosine(step: int, fraction: float, floor: float) -> float:
     """Half a period of a cosine from 1 to ``floor`` over the budget."""
     return floor + (1 - floor) * ((1 + math.cos(math.pi * fraction)) / 2)
@@ -33,7 +38,15 @@ def inverse_sqrt(step: int, fraction: float, start: float) -> float:
 
 #: The courses of a learning rate; the number behind a name is its floor, or where it starts to fall.
 DECAYS: dict[str, Callable[[int, float, float], float]] = {
-    "constant": constant, "linear": linear, "cosine": cosine, "inverse-sqrt": inverse_sqrt,
+    "constant": constant, "linear": linear, "warm-linear": warm_linear, "cosine": cosine,
+    "inverse-sqrt": inverse_sqrt,
+}  # fmt: skip
+#: What that number must be.
+FLOOR = ("a floor in [0, 1]", lambda number: 0 <= number <= 1)
+NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "linear": FLOOR, "cosine": FLOOR,
+    "warm-linear": ("a share of the budget in [0, 1)", lambda number: 0 <= number < 1),
+    "inverse-sqrt": ("a positive number of steps", lambda number: number > 0),
 }  # fmt: skip
 
 
@@ -43,9 +56,10 @@ class Optimizer:
 
     ``modules`` are names in :class:`~fewstep.methods.method.Networks`; ``rates`` are factors on ``lr`` for some of
     them.  ``decay`` is the learning rate's course: "constant", "linear" or "cosine" to 0 over the budget, or to a floor
-    ("cosine:0.5"), or "inverse-sqrt:35000", which begins to fall at that step.  ``nonfinite`` says what happens when
-    the gradient is no number: the run stops; or the step of the group is left out; or the entries that are none are
-    put to 0.  Steps that were skipped or mended are counted in the log, and too many of them stop the run too.
+    ("cosine:0.5"), "warm-linear:0.1", which rises over that share of the budget before it falls to 0, or
+    "inverse-sqrt:35000", which begins to fall at that step.  ``nonfinite`` says what happens when the gradient is no
+    number: the run stops; or the step of the group is left out; or the entries that are none are put to 0.  Steps that
+    were skipped or mended are counted in the log, and too many of them stop the run too.
     """
 
     modules: tuple[str, ...]
@@ -73,11 +87,10 @@ class Optimizer:
         name, colon, word = self.decay.partition(":")
         if name not in DECAYS or (colon and name == "constant") or (not colon and name == "inverse-sqrt"):
             raise ValueError(
-                f"Optimizer: decay='{self.decay}' is not one of constant, linear, cosine (with a floor: cosine:0.5) "
-                "and inverse-sqrt:START"
+                f"Optimizer: decay='{self.decay}' is not one of constant, linear, cosine (with a floor: cosine:0.5), "
+                "warm-linear:SHARE and inverse-sqrt:START"
             )
         number = read(float, word) if colon else 0.0
-        if number < 0 or (name != "inverse-sqrt" and number > 1) or (name == "inverse-sqrt" and number == 0):
-            right = "a positive number of steps" if name == "inverse-sqrt" else "a floor in [0, 1]"
-            raise ValueError(f"Optimizer: decay='{self.decay}' must have {right}")
+        if colon and not NUMBERS[name][1](number):
+            raise ValueError(f"Optimizer: decay='{self.decay}' must have {NUMBERS[name][0]}")
         return lambda step, fraction: DECAYS[name](step, fraction, number)

@@ -54,8 +54,14 @@ def _arguments(known: dict[str, type[nn.Module]]) -> dict[str, dict[str, Any]]:
 
 TOKEN_NETWORK = Choice("name", _arguments(TOKEN_NETWORKS))
 CAUSAL_NETWORK = Choice(
-    "name", _arguments(CAUSAL) | {TRANSFORMERS: {"class": str, "config": dict, "vocabulary": Size, "length": Size}}
-)
+    "name",
+    _arguments(CAUSAL)
+    | {
+        TRANSFORMERS: {
+            "class": str, "config": dict, "vocabulary": Size, "length": Size, "low_rank": Maybe(LOW_RANK),
+        }
+    },
+)  # fmt: skip
 CLASSIFIER_NETWORK = Choice("name", _arguments(CLASSIFIERS))
 NETWORK = Choice(
     "name",

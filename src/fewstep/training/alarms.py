@@ -30,3 +30,9 @@ class Alarms:
             said = f"unstable: {alarms[name]} (step {record['step']}): {self._unstable[name].advice}"
             print(said, file=sys.stderr, flush=True)
         self._told |= alarms.keys()
+
+    def tell_end(self, record: Mapping[str, Any]) -> None:
+        """Tell people where an alarm has ended the run and what it leaves."""
+        if self._show and "healthy" in record:
+            said = f"stopped at step {record['step']}: the weights are those of step {record['healthy']}"
+            print(said, file=sys.stderr, flush=True)

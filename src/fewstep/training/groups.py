@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.methods.method import Networks, Progress, Update
+from fewstep.training import checkpoint
 from fewstep.training.ema import Average
 from fewstep.training.nonfinite import (
     BEFORE,
@@ -143,6 +144,36 @@ class Groups:
         """The names of the tensors that hold anything but numbers, in any process's part."""
         flags = [float(not torch.isfinite(part).all()) for part in self.parallel.local(list(tensors.values()))]
         return [name for name, flag in zip(tensors, self.parallel.total(*flags), strict=True) if flag]
+
+    def kept(self) -> list[str]:
+        """The networks that a checkpoint holds: those that train and those the method moves."""
+        trained = [name for group in self.nets.groups.values() for name in group.modules]
+        return sorted({*trained, *self.nets.moved})
+
+    def weights(self) -> dict[str, Tensor]:
+        """The networks and averages, as named tensors."""
+        tensors: dict[str, Tensor] = {}
+        for name in self.kept():
+            tensors |= checkpoint.module_tensors(name, self.nets)
+        for name, averages in self.averages.items():
+            for i, average in enumerate(averages):
+                tensors |= {f"average/{name}/{i}/{j}": w for j, w in enumerate(average.weights)}
+        return tensors
+
+    def averaged_updates(self) -> dict[str, list[int]]:
+        """How many updates each average has seen."""
+        return {name: [average.updates for average in averages] for name, averages in self.averages.items()}
+
+    @torch.no_grad()
+    def put(self, tensors: Mapping[str, Tensor], updates: Mapping[str, Sequence[int]]) -> None:
+        """Take up :meth:`weights`, averages of so many ``updates``."""
+        for name in self.kept():
+            checkpoint.load_module(name, self.nets, dict(tensors))
+        for name, averages in self.averages.items():
+            for i, average in enumerate(averages):
+                average.updates = updates[name][i]
+                for j, weight in enumerate(average.weights):
+                    weight.copy_(tensors[f"average/{name}/{i}/{j}"])
 
     def allocate_moments(self) -> None:
         """Give the optimisers the state that a checkpoint is read into, by a step that loading undoes."""

@@ -79,6 +79,9 @@ class Settings:
     device: Annotated[str, "where to train: cpu, cuda, cuda:1, mps"] = "cpu"
     save_seconds: Annotated[NonNegative, "seconds between checkpoints, 0 for one after every step"] = 60.0
     log_steps: Annotated[Count, "steps between lines of log.jsonl"] = 10
+    on_alarm: Annotated[
+        Literal["go-on", "stop"], "what an alarm does: tells, or ends the run on the weights of the last record without"
+    ] = "go-on"
     shard: Annotated[bool, "cut the networks over the processes of torchrun, where they do not fit in one"] = False
     tensorboard: Annotated[bool, "also write event files for TensorBoard"] = False
 

@@ -37,6 +37,7 @@ from fewstep.training.alarms import Alarms
 from fewstep.training.checkpoint import Checkpoint
 from fewstep.training.feed import MAIN, Feed, fitted
 from fewstep.training.groups import Groups
+from fewstep.training.healthy import Healthy
 from fewstep.training.interruptions import only_run_in, stop_on_signals
 from fewstep.training.parallel import Parallel
 from fewstep.training.precision import autocast, resolve
@@ -83,6 +84,12 @@ class Run(Groups):
         self.seconds = 0.0
         # scalars since the last record, so that a group that moves in one step of five is in every record
         self.recent: dict[str, Tensor | float] = {}
+        self.healthy = Healthy(self) if settings.on_alarm == "stop" else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether an alarm has ended the run."""
+        return self.healthy is not None and self.healthy.ended
 
     def progress(self) -> Progress:
         images = self.steps * self.settings.batch
@@ -161,17 +168,23 @@ class Run(Groups):
         values = self.parallel.total(*(float(value) / self.parallel.world for value in self.recent.values()))
         return dict(zip(self.recent, values, strict=True))
 
+    def heed(self, record: dict[str, Any]) -> None:
+        """Where alarms end runs: keep the weights of a record that set none off, and at one that did put the last such
+        back, which the record names."""
+        if self.healthy is None:
+            return
+        if self.parallel.agree("alarms" in record):  # others than the main process may not know all records
+            self.healthy.put_back(self)
+            record["healthy"] = self.healthy.step
+        else:
+            self.healthy.keep(self)
+
     def state(self) -> dict[str, Tensor]:
         """Everything that moves, as named tensors."""
-        tensors: dict[str, Tensor] = {}
-        for name in self.kept():
-            tensors |= checkpoint.module_tensors(name, self.nets)
+        tensors = self.weights()
         for name, optimizer in self.optimizers.items():
             tensors |= checkpoint.optimizer_tensors(name, optimizer)
-        for name, averages in self.averages.items():
-            for i, average in enumerate(averages):
-                tensors |= {f"average/{name}/{i}/{j}": w for j, w in enumerate(average.weights)}
-        return tensors
+        return tensors if self.healthy is None else tensors | self.healthy.state()
 
     def identity(self, data: Mapping[str, Samples]) -> dict[str, Any]:
         """What must be the same for a run to go on."""
@@ -184,11 +197,11 @@ class Run(Groups):
 
     def save(self, saved: Checkpoint, data: Mapping[str, Samples]) -> None:
         """Write the checkpoint."""
-        updates = {name: [a.updates for a in averages] for name, averages in self.averages.items()}
         counters = {
-            "steps": self.steps, "seconds": self.seconds, "averages": updates, "recent": self.numbers(),
+            "steps": self.steps, "seconds": self.seconds, "averages": self.averaged_updates(), "recent": self.numbers(),
             "precision": self.precision, "run": self.identity(data),
             "nonfinite": {name: [tally.bad, tally.updates] for name, tally in self.tallies.items()},
+            "healthy": None if self.healthy is None else self.healthy.counters(),
         }  # fmt: skip
         saved.write(self.state(), counters)
 
@@ -204,24 +217,15 @@ class Run(Groups):
                 )
         self.allocate_moments()
         tensors = saved.tensors(self.state())
-        for name in self.kept():
-            checkpoint.load_module(name, self.nets, tensors)
+        self.put(tensors, counters["averages"])
         for name, optimizer in self.optimizers.items():
             checkpoint.load_optimizer(name, optimizer, tensors)
-        for name, averages in self.averages.items():
-            for i, average in enumerate(averages):
-                average.updates = counters["averages"][name][i]
-                for j, weight in enumerate(average.weights):
-                    weight.copy_(tensors[f"average/{name}/{i}/{j}"])
         self.steps, self.seconds, self.recent = counters["steps"], counters["seconds"], counters["recent"]
         self.tallies |= {name: nonfinite.Tally(*counts) for name, counts in counters.get("nonfinite", {}).items()}
+        if self.healthy is not None:
+            self.healthy.load(self, tensors, counters.get("healthy"))
         if self.settings.precision == "auto":
             self.precision = counters["precision"]  # a second measurement could choose otherwise
-
-    def kept(self) -> list[str]:
-        """The networks that a checkpoint holds: those that train and those the method moves."""
-        trained = [name for group in self.nets.groups.values() for name in group.modules]
-        return sorted({*trained, *self.nets.moved})
 
     def snapshot(self, folder: Path) -> None:
         """Store the power-function averages under the names that the method's product gives its parameters."""
@@ -259,7 +263,8 @@ class Run(Groups):
 
 
 def train(method: Method, start: Start, settings: Settings, folder: Path | None = None, *, show: bool = True) -> Result:
-    """Run ``method`` from ``start``, whose models it freezes, until the budget is used.
+    """Run ``method`` from ``start``, whose models it freezes, until the budget is used or, where they may, an alarm
+    ends it.
 
     With a ``folder`` the run is recorded (``log.jsonl``), saved every ``save_seconds`` and resumed when the folder
     already holds a checkpoint.  Raises :class:`Interrupted` after SIGTERM or Ctrl-C (saved),
@@ -313,7 +318,8 @@ def processes(settings: Settings, device: torch.device) -> Parallel:
 
 
 def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool) -> list[dict[str, Any]]:
-    """Step until the budget is used, saving, recording and listening for signals on the way; the records."""
+    """Step until the budget is used or an alarm ends the run, saving, recording and listening for signals on the way;
+    the records."""
     settings, parallel = run.settings, run.parallel
     saved = None if folder is None else parallel.checkpoint(folder)
     if saved is not None and saved.exists():
@@ -331,7 +337,7 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
     start, before, last_save = clock(), run.seconds, clock()
     with stop_on_signals() as caught:
         try:
-            while (fraction := run.progress().fraction) < 1:
+            while (fraction := run.progress().fraction) < 1 and not run.ended:
                 run.step(data)
                 now = clock()
                 # the main process's clock counts; a signal to any process stops all
@@ -341,14 +347,16 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
                 if run.steps % settings.log_steps == 0 or run.steps == 1 or after == 1:
                     record = run.record()
                     alarms.check(record, records.lines)
+                    run.heed(record)
+                    alarms.tell_end(record)
                     for output in outputs:
                         output.write(record)
                     said = losses(record)
                 bar.update(after, said)
-                saving = bool(due or signals or after == 1)
+                saving = bool(due or signals or after == 1 or run.ended)
                 if saving:
                     run.check_weights()
-                if folder is not None and snapshots.due(fraction, after):
+                if folder is not None and snapshots.due(fraction, after) and not run.ended:
                     run.snapshot(folder / "snapshots")
                 if saving and saved is not None:
                     run.save(saved, data)

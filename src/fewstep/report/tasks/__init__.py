@@ -21,6 +21,7 @@ FIGURES: dict[str, str] = {
     "dq": "fewstep.report.tasks.dq",
     "cv-dd": "fewstep.report.tasks.cv_dd",
     "distill-spec": "fewstep.report.tasks.distill_spec",
+    "redi": "fewstep.report.tasks.redi",
 }
 
 Draw = Callable[[RunCourse, Any, Samples], Sequence[Figure]]
