@@ -54,6 +54,18 @@ def test_what_is_predicted_depends_on_the_seen_patches_alone() -> None:
     assert float(moved[0]) > 1e-4 and float(moved[1:].max()) < 1e-6
 
 
+def test_a_seen_patch_is_told_its_place() -> None:
+    """What the encoder reads of a picture without its first patch, and without its last: the places of the others."""
+    made, x, read = net(), torch.zeros(2, 1, 8, 8), []
+    made.encoder.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    dropped = torch.zeros(2, 16, dtype=torch.bool)
+    dropped[0, 0], dropped[1, 15] = True, True
+    made(x, dropped)
+    places = read[0] - made.enter.bias
+    assert torch.allclose(places[0], made.place[1:], atol=1e-6)
+    assert torch.allclose(places[1], made.place[:15], atol=1e-6)
+
+
 def test_the_loss_is_that_of_the_dropped_patches() -> None:
     made, x = net(), pictures(4, 1, 8, 8)
     dropped = random_drops(4, 16, 3, Rng(2))
