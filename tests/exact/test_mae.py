@@ -66,6 +66,13 @@ def test_a_seen_patch_is_told_its_place() -> None:
     assert torch.allclose(places[1], made.place[:15], atol=1e-6)
 
 
+def test_what_is_predicted_depends_on_the_place() -> None:
+    """Of two dropped patches of one picture."""
+    made, x = net(), pictures(3, 1, 8, 8)
+    predicted = made(x, random_drops(3, 16, 2, Rng(1)))[random_drops(3, 16, 2, Rng(1))].view(3, 2, -1)
+    assert float((predicted[:, 0] - predicted[:, 1]).abs().amax(1).min()) > 1e-4
+
+
 def test_the_loss_is_that_of_the_dropped_patches() -> None:
     made, x = net(), pictures(4, 1, 8, 8)
     dropped = random_drops(4, 16, 3, Rng(2))
