@@ -61,7 +61,14 @@ def test_where_nothing_speaks_for_the_class_the_map_is_0_and_no_nan() -> None:
     """Slopes of 0 everywhere; and a slope for which the paper's denominator is 0 but whose sign leaves it out."""
     assert bool((grad_cam_pp(torch.rand(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)) == 0).all())
     assert bool((grad_cam_pp(torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), -0.5)) == 0).all())
-    assert bool(grad_cam_pp(-torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)).isfinite().all())
+
+
+def test_negative_activations_neither_break_nor_show() -> None:
+    """They sum to -4 here, for which the paper's denominator would be 0."""
+    maps = -torch.ones(1, 1, 2, 3)
+    maps[0, 0, 0, 0] = 1
+    found = grad_cam_pp(maps, torch.full_like(maps, 0.5))
+    assert bool(found.isfinite().all()) and found.nonzero().tolist() == [[0, 0, 0]]
 
 
 def test_the_map_is_where_the_channels_of_the_class_are_active() -> None:
@@ -82,6 +89,20 @@ def test_the_map_leads_to_the_networks_own_logits_and_is_one_a_picture(name: str
     with torch.no_grad():  # where nothing else wants a gradient, too
         alone = torch.cat([class_map(net.requires_grad_(False), one) for one in x.split(1)])
     assert torch.allclose(whole, alone, atol=1e-6)
+
+
+def test_the_score_is_that_of_the_class_that_is_told() -> None:
+    """Of different classes for different pictures."""
+    net, x = made("convnet"), pictures(20)
+    told = net(x).argmax(1)
+    assert len(told.unique()) > 1
+    last, logits = last_map(net, x)
+    (slopes,) = torch.autograd.grad(logits[torch.arange(20), told].sum(), last)
+    assert torch.allclose(class_map(net, x), grad_cam_pp(last, slopes), atol=1e-6)
+
+
+def test_no_pixel_of_a_map_is_lost_on_a_coarser_grid() -> None:
+    assert bool((on_grid(torch.eye(64).view(64, 8, 8), (4, 4)).sum((1, 2)) > 0).all())
 
 
 def test_maps_on_a_grid_keep_their_mean_and_their_places() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import struct
 from typing import Any
 
 import pytest
@@ -18,12 +17,14 @@ from fewstep.condense.scores import gradient_features
 from fewstep.condense.select import budgets, stratified
 from fewstep.data import Dataset
 from fewstep.data.condensed import Condensed
+from fewstep.data.dataset import as_floats
 from fewstep.methods.method import Batch, Networks, Progress, Update, alone
 from fewstep.methods.start import Start
 from fewstep.networks.classifiers import ConvNet, MLPClassifier
 from fewstep.networks.mae import number_dropped
 from fewstep.randomness import Rng
-from fewstep.report.tasks.dq import figures, spread_of
+from fewstep.report.pictures import sheet
+from fewstep.report.tasks.dq import GREY, figures, spread_of
 
 # magic-research/Dataset_Quantization: quantize_sample.py (bins, the training of a classifier for selection),
 # quantize_bin.py (0.125 in the README), quantize_pixel.py (mask_ratio) and mae_models.py (patch, width, depth of ViT-L)
@@ -252,20 +253,20 @@ def test_the_report_shows_bins_their_numbers_and_what_is_stored(usual: Condensed
     """Rows of bins by columns of classes, a row of the table a bin, three rows of ten pictures; without patches two of
     the figures, and of points the table alone."""
     found = figures(None, usual, data())  # type: ignore[arg-type]
-    assert [size(figure.content) for figure in (found[0], found[2])] == [(4, 3), (3, 10)]
     rows = re.findall("<tr><td>(.*?)</td></tr>", str(found[1].content))
-    cells = [row.split("</td><td>") for row in rows]
-    assert [row[0] for row in cells] == ["1", "2", "3", "4"]
-    assert sum(int(row[1]) for row in cells) == N and sum(int(row[2]) for row in cells) == len(usual.x)
+    lines = [row.split("</td><td>") for row in rows]
+    assert [line[0] for line in lines] == ["1", "2", "3", "4"]
+    assert sum(int(line[1]) for line in lines) == N and sum(int(line[2]) for line in lines) == len(usual.x)
+    some = torch.arange(0, 30, 3)
+    original = data().read(usual.notes["kept"][some])
+    holes = usual.notes["dropped"][some].view(10, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    shown = torch.cat([original, torch.where(holes, GREY, original), as_floats(usual.x[some])])
+    assert found[2].content == sheet(shown, 10)
+    first = [
+        int(((usual.notes["bin"] == number) & (c == LABELS)).nonzero()[0]) for number in range(4) for c in range(3)
+    ]
+    assert found[0].content == sheet(data().read(torch.tensor(first)), 3, side=56)
     assert len(figures(None, made(mask_ratio=0.0), data())) == 2  # type: ignore[arg-type]
-
-
-def size(content: bytes | str) -> tuple[int, int]:
-    """Rows and columns of a sheet of square pictures with narrow gaps."""
-    assert isinstance(content, bytes)
-    width, height = struct.unpack(">II", content[16:24])
-    side = 56 if width < 600 else 112
-    return round(height / side / 1.06), round(width / side / 1.06)
 
 
 def test_spread_is_that_of_one_bin_within_classes() -> None:

@@ -35,7 +35,9 @@ def test_kept_pixels_are_exactly_as_they_were() -> None:
     changed = made.patches(filled != x).any(2)
     assert bool((changed <= dropped).all()) and int(changed.sum()) == 6 * 5
     assert torch.allclose(made.patches(filled)[dropped], made(x, dropped).clamp(-1, 1)[dropped], atol=1e-5)
-    assert float(filled.abs().max()) <= 1
+    with torch.no_grad():
+        made.leave.bias += 10
+    assert bool((made.patches(made.filled(x, dropped))[dropped] == 1).all())
     assert torch.equal(made.filled(x, torch.zeros_like(dropped)), x)
     assert torch.equal(made.patches(made.filled(x.double(), dropped))[~dropped], made.patches(x.double())[~dropped])
 
@@ -50,6 +52,25 @@ def test_what_is_predicted_depends_on_the_seen_patches_alone() -> None:
     other[0, seen] += 0.5
     moved = (made(made.pictures(other), dropped) - made(x, dropped)).abs().amax((1, 2))
     assert float(moved[0]) > 1e-4 and float(moved[1:].max()) < 1e-6
+
+
+def test_a_seen_patch_is_told_its_place() -> None:
+    """What the encoder reads of a picture without its first patch, and without its last: the places of the others."""
+    made, x, read = net(), torch.zeros(2, 1, 8, 8), []
+    made.encoder.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    dropped = torch.zeros(2, 16, dtype=torch.bool)
+    dropped[0, 0], dropped[1, 15] = True, True
+    made(x, dropped)
+    places = read[0] - made.enter.bias
+    assert torch.allclose(places[0], made.place[1:], atol=1e-6)
+    assert torch.allclose(places[1], made.place[:15], atol=1e-6)
+
+
+def test_what_is_predicted_depends_on_the_place() -> None:
+    """Of two dropped patches of one picture."""
+    made, x = net(), pictures(3, 1, 8, 8)
+    predicted = made(x, random_drops(3, 16, 2, Rng(1)))[random_drops(3, 16, 2, Rng(1))].view(3, 2, -1)
+    assert float((predicted[:, 0] - predicted[:, 1]).abs().amax(1).min()) > 1e-4
 
 
 def test_the_loss_is_that_of_the_dropped_patches() -> None:
