@@ -20,6 +20,7 @@ from fewstep.randomness import Rng
 from fewstep.runs.course import run_recipe
 from fewstep.training.budget import Budget
 from fewstep.training.settings import Settings
+from fewstep.training.trainer import Result
 
 #: The reference code is of the benchmark; of the method itself no hyper-parameter is known.
 PUBLISHED = {"per_class": ..., "k": ..., "keep": ..., "epochs": ..., "nets": ..., "lr": ..., "optimizer": {}}
@@ -126,10 +127,18 @@ def test_one_random_picture_a_canvas_is_the_random_subset_of_the_comparison() ->
         assert candidate.bytes == subset.bytes and candidate.views == subset.views
 
 
-def test_training_ends_early_whatever_the_budget() -> None:
-    """Two passes over 72 pictures in batches of 36 are four steps."""
+def test_training_ends_early_whatever_the_budget(tmp_path: Path) -> None:
+    """Two passes over 72 pictures in batches of 36 are four steps; what is there then is saved and not resumed."""
     method = PCA(per_class=2, k=2, epochs=2, nets=1)
-    assert torch.equal(made(method, 4).notes["scores"], made(method, 9).notes["scores"])
+    settings = Settings(Budget(9), batch=36, precision="fp32")
+
+    def run() -> Result:
+        return run_recipe(method, classifier(), some_data(), settings, tmp_path / "run", show=False)
+
+    ended, again = run(), run()
+    assert [found.steps for found in (ended, again)] == [4, 4] and ended.records[-1]["step"] == 4
+    for model in (ended.model, again.model):
+        assert torch.equal(made(method, 4).notes["scores"], model.notes["scores"])
     assert not torch.equal(made(method, 3).notes["scores"], made(method, 4).notes["scores"])
 
 
