@@ -74,8 +74,8 @@ class PCA(Method):
         "reconstructed",
         ("the authors' code holds their benchmark and not this method, which is built from notes on the paper's second "
          "version",
-         "how many cells a canvas has is not published where we could read it: two by two, as in RDED, with which it is "
-         "compared",
+         "how many cells a canvas has is not published where we could read it: two by two, as in RDED, beside which "
+         "it is shown",
          "how long and how many networks train before they score is not published where we could read it: three of "
          "four epochs, with which easy and hard were told apart on digits",
          "the networks train together, each batch in all of them, from weights of their own",
