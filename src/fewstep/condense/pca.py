@@ -87,7 +87,7 @@ class PCA(Method):
     )  # fmt: skip
     task = "classification"
     healthy: ClassVar[dict[str, str]] = {
-        "scorers/loss": "falls, and is not near 0 when the epochs are over: what is easy shows early",
+        "scorers/loss": "a sum over the networks: falls, and is not near 0 in the end: what is easy shows early",
         "scorers/accuracy": "rises far above chance; below that all examples look alike and the choice is a random one",
     }
 
