@@ -1,9 +1,12 @@
 """PCA: which pictures are chosen, what lies on the canvases, when the networks score."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fewstep.classifiers import NetworkClassifier
@@ -17,9 +20,13 @@ from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.start import Start
 from fewstep.networks.classifiers import MLPClassifier
 from fewstep.randomness import Rng
+from fewstep.report import read_run
+from fewstep.report.tasks import Figure
+from fewstep.report.tasks.pca import figures
 from fewstep.runs.course import run_recipe
 from fewstep.training.budget import Budget
 from fewstep.training.settings import Settings
+from fewstep.training.trainer import Result
 
 #: The reference code is of the benchmark; of the method itself no hyper-parameter is known.
 PUBLISHED = {"per_class": ..., "k": ..., "keep": ..., "epochs": ..., "nets": ..., "lr": ..., "optimizer": {}}
@@ -126,10 +133,18 @@ def test_one_random_picture_a_canvas_is_the_random_subset_of_the_comparison() ->
         assert candidate.bytes == subset.bytes and candidate.views == subset.views
 
 
-def test_training_ends_early_whatever_the_budget() -> None:
-    """Two passes over 72 pictures in batches of 36 are four steps."""
+def test_training_ends_early_whatever_the_budget(tmp_path: Path) -> None:
+    """Two passes over 72 pictures in batches of 36 are four steps; what is there then is saved and not resumed."""
     method = PCA(per_class=2, k=2, epochs=2, nets=1)
-    assert torch.equal(made(method, 4).notes["scores"], made(method, 9).notes["scores"])
+    settings = Settings(Budget(9), batch=36, precision="fp32")
+
+    def run() -> Result:
+        return run_recipe(method, classifier(), some_data(), settings, tmp_path / "run", show=False)
+
+    ended, again = run(), run()
+    assert [found.steps for found in (ended, again)] == [4, 4] and ended.records[-1]["step"] == 4
+    for model in (ended.model, again.model):
+        assert torch.equal(made(method, 4).notes["scores"], model.notes["scores"])
     assert not torch.equal(made(method, 3).notes["scores"], made(method, 4).notes["scores"])
 
 
@@ -146,6 +161,30 @@ def test_a_run_folder_keeps_the_scores(tmp_path: Path) -> None:
     assert [store.name.partition("-")[0] for store in stores] == ["scores"]
     again = made(PCA(per_class=2, k=2, nets=2), 2, tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), again.buffers(), strict=True))
+
+
+def test_a_report_shows_what_was_merged_chosen_and_left_out(tmp_path: Path) -> None:
+    data, method = some_data(), PCA(per_class=3, k=2, nets=2)
+    model = made(method, 6, tmp_path / "run")
+    found = figures(read_run(tmp_path / "run"), model, data)
+    assert [figure.title for figure in found] == ["Merged", "Chosen", "Left out"]
+
+    def pictures(figure: Figure, columns: int) -> Tensor:
+        """Of a sheet, one pixel for each that it was scaled up to; its gaps are 6 % of a picture."""
+        assert isinstance(figure.content, bytes)
+        pixels = torch.from_numpy(np.asarray(Image.open(io.BytesIO(figure.content)).convert("LA")).copy())[..., 0]
+        rows = [row[:112] for row in pixels.split(112 + 7, 0)]
+        cells = [cell[:, :112] for row in rows for cell in row.split(112 + 7, 1)]
+        assert len(rows) == CLASSES and len(cells) == CLASSES * columns
+        return torch.stack(cells)[:, None, ::7, ::7]
+
+    assert torch.equal(pictures(found[0], 3), model.x)
+    index = model.notes["index"].reshape(CLASSES, 12)
+    assert torch.equal(pictures(found[1], 10), data.x[index[:, :10].flatten()])
+    # of 24 a class 12 are left, and as far from the chosen ones as there are: the hardest
+    scores = model.notes["scores"]
+    hardest = [(scores + 9 * (labels_of(data) == c)).argsort(descending=True)[:10] for c in range(CLASSES)]
+    assert torch.equal(pictures(found[2], 10), data.x[torch.cat(hardest)])
 
 
 def test_what_cannot_be_asked_is_told_before_training() -> None:

@@ -16,6 +16,7 @@ from fewstep.cli.flags import as_words
 from fewstep.cli.terminal import console
 from fewstep.data import Dataset, Samples
 from fewstep.denoisers import Denoiser
+from fewstep.methods import CONDENSERS
 from fewstep.methods.method import Method, Networks, Recipe
 from fewstep.methods.parts.stores import Store
 from fewstep.methods.start import Start
@@ -70,7 +71,7 @@ def show(
     stage, device = stages[0], torch.device(settings.device)
     start = Start(
         borrowed(teacher, device),
-        fitted(as_read_by(teacher, data, most=settings.batch), teacher),
+        fitted(as_read_by(teacher, data, most=settings.batch if recipe.task == "generation" else None), teacher),
         settings.seed,
         given={k: borrowed(m, device) for k, m in (given or {}).items()},
         low_rank=settings.low_rank,
@@ -83,9 +84,10 @@ def show(
     terminal.print(f"memory:    {memory(run)}", highlight=False)
     for line in durations(settings, seconds, stores.seconds, len(stages)):
         terminal.print(line, highlight=False)
-    last = stages[-1]
-    nets = run.nets if last is stage else last.networks(start)
-    terminal.print(f"export:    {export(last, nets)}", highlight=False, markup=False)
+    if recipe.name not in CONDENSERS:  # which make data, after a look at all of them
+        last = stages[-1]
+        nets = run.nets if last is stage else last.networks(start)
+        terminal.print(f"export:    {export(last, nets)}", highlight=False, markup=False)
     bullets(terminal, "differs from the paper:", recipe.paper.deviations or ("nothing known",))
     bullets(terminal, "a healthy run:", (f"{name} {text}" for name, text in stage.healthy.items()))
 

@@ -74,10 +74,10 @@ class PCA(Method):
         "reconstructed",
         ("the authors' code holds their benchmark and not this method, which is built from notes on the paper's second "
          "version",
-         "how many cells a canvas has is not published where we could read it: `k` is that of RDED, the method it is "
-         "compared with",
-         "how long and how many networks train before they score is not published where we could read it: `epochs` and "
-         "`nets` are those with which the order of easy and hard was measured on digits",
+         "how many cells a canvas has is not published where we could read it: two by two, as in RDED, beside which "
+         "it is shown",
+         "how long and how many networks train before they score is not published where we could read it: three of "
+         "four epochs, with which easy and hard were told apart on digits",
          "the networks train together, each batch in all of them, from weights of their own",
          "crops show at least half of a cell's area; the paper's share is not known"),
     )  # fmt: skip
@@ -87,14 +87,14 @@ class PCA(Method):
     )  # fmt: skip
     task = "classification"
     healthy: ClassVar[dict[str, str]] = {
-        "scorers/loss": "falls, and is not near 0 when the epochs are over: what is easy shows early",
+        "scorers/loss": "a sum over the networks: falls, and is not near 0 in the end: what is easy shows early",
         "scorers/accuracy": "rises far above chance; below that all examples look alike and the choice is a random one",
     }
 
     per_class: Annotated[Count, "canvases of each class"] = 10
     k: Annotated[Count, "cells along a side of a canvas; 1 keeps pictures as they are"] = 2
     keep: Annotated[Literal["easy", "hard", "random"], "which pictures of a class are kept"] = "easy"
-    epochs: Annotated[Count, "passes over the data before the networks score them; a budget beyond is not used"] = 4
+    epochs: Annotated[Count, "passes over the data before the networks score them, within the budget"] = 4
     nets: Annotated[Count, "networks whose scores are averaged"] = 3
     lr: Annotated[NonNegative, "learning rate of the networks that score"] = 0.1
 
@@ -110,9 +110,10 @@ class PCA(Method):
         group = Optimizer(("scorers",), self.lr, kind="sgd", momentum=0.9, nesterov=True)
         return Networks({"scorers": scorers, "pool": pool}, {"scorers": group})
 
+    def enough(self, nets: Networks, progress: Progress) -> bool:
+        return progress.samples >= self.epochs * len(nets.pool.data)
+
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
-        if progress.samples >= self.epochs * len(nets.pool.data):
-            return
         labels = labels_in(batch)
         logits = [net(batch.x) for net in nets.scorers]
         right = torch.stack([accuracy_of(z, labels) for z in logits]).mean()

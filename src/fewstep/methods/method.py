@@ -284,6 +284,10 @@ class Method(Recipe):
         alone then, by a method around it (:mod:`fewstep.methods.matching.disback`).
         """
 
+    def enough(self, nets: Networks, progress: Progress) -> bool:
+        """Whether training is over although the budget is not used; a method that is to stop early says so here."""
+        return False
+
     @abstractmethod
     def student(self, nets: Networks) -> nn.Module:
         """What training made, a model of any kind, from the trained networks (or their EMA, put in place by the

@@ -95,6 +95,11 @@ class Run(Groups):
         images = self.steps * self.settings.batch
         return Progress(self.steps, images, self.settings.budget.fraction(self.steps, images, self.seconds))
 
+    def over(self) -> bool:
+        """Whether the budget is used, or the method has enough."""
+        progress = self.progress()
+        return progress.fraction >= 1 or self.method.enough(self.nets, progress)
+
     def step(self, data: Samples | Mapping[str, Samples]) -> None:
         """One iteration of the method on its data, or on its sources by name."""
         progress = self.progress()
@@ -338,13 +343,15 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
     with stop_on_signals() as caught:
         try:
             while (fraction := run.progress().fraction) < 1 and not run.ended:
+            while not run.over():
+                fraction = run.progress().fraction
                 run.step(data)
                 now = clock()
                 # the main process's clock counts; a signal to any process stops all
                 mine = (before + now - start, now - last_save > settings.save_seconds) if parallel.main else (0.0, 0.0)
                 run.seconds, due, signals = parallel.total(*mine, len(caught))
-                after = run.progress().fraction
-                if run.steps % settings.log_steps == 0 or run.steps == 1 or after == 1:
+                after, last = run.progress().fraction, run.over()
+                if run.steps % settings.log_steps == 0 or run.steps == 1 or last:
                     record = run.record()
                     alarms.check(record, records.lines)
                     run.heed(record)
@@ -354,6 +361,7 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
                     said = losses(record)
                 bar.update(after, said)
                 saving = bool(due or signals or after == 1 or run.ended)
+                saving = bool(due or signals or last)
                 if saving:
                     run.check_weights()
                 if folder is not None and snapshots.due(fraction, after) and not run.ended:
