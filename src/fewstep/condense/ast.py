@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fewstep.condense.experts import Experts, class_labels, logits_of, samples
-from fewstep.condense.representatives import random_of_each, representatives
+from fewstep.condense.representatives import representatives
+from fewstep.condense.select import stratified
 from fewstep.condense.unroll import FlatNet, Loss, unroll
 from fewstep.data.condensed import Condensed
 from fewstep.data.siamese import SIAMESE, Drawn, Siamese
@@ -233,7 +234,7 @@ class AST(Method):
             last = weights[rng.shared_integer(0, len(weights)), -1]
             chosen = representatives(logits_of(student, last, start.data), labels, self.per_class, rng)
         else:
-            chosen = random_of_each(labels, self.per_class, rng)
+            chosen = stratified(labels, self.per_class, rng)
         x = samples(start.data, chosen).to(weights)
         if self.initial == "noise":
             x = NOISE * rng.normal_like(x)

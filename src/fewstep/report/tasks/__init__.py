@@ -19,6 +19,7 @@ FIGURES: dict[str, str] = {
     "pca": "fewstep.report.tasks.pca",
     "dq": "fewstep.report.tasks.dq",
     "cv-dd": "fewstep.report.tasks.cv_dd",
+    "ast": "fewstep.report.tasks.ast",
 }
 
 Draw = Callable[[RunCourse, Any, Samples], Sequence[Figure]]
