@@ -17,7 +17,7 @@ ones; the losses ``L_j`` on the way; and noise on the kernels that the inner ste
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -58,13 +58,14 @@ def matching_losses(
     momentum: float = 0.9,
     *,
     second_order: int | None = None,
-    checkpointed: bool = False,
+    outer: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """``L_1 .. L_M`` ``[M]`` of a student that takes ``steps`` on the ``inner`` loss from ``start`` ``[P]``, where the
-    expert's weights at the ends of the epochs are ``path`` ``[M + 1, P]``; without steps ``L_M`` = 1 alone."""
+    expert's weights at the ends of the epochs are ``path`` ``[M + 1, P]``; without steps ``L_M`` = 1 alone.
+    ``second_order`` and ``outer`` as in :func:`~fewstep.condense.unroll.unroll`."""
     epochs = len(path) - 1
     due = {j * (steps // epochs): j for j in range(1, epochs)} | {steps: epochs}
-    walk = unroll(inner, start, lr, steps, momentum, second_order=second_order, checkpointed=checkpointed)
+    walk = unroll(inner, start, lr, steps, momentum, second_order=second_order, outer=outer)
     thetas = enumerate(chain([start], walk))
     return torch.stack([distance(theta, path[due[k]], start) for k, theta in thetas if k in due])
 
@@ -275,7 +276,7 @@ class AST(Method):
 
         return matching_losses(
             inner, path, start, nets.eta.value, self.steps, self.momentum, second_order=self.second_order,
-            checkpointed=self.checkpointed,
+            outer=(images.x,) if self.checkpointed else None,
         )  # fmt: skip
 
     def student(self, nets: Networks) -> Condensed:
