@@ -16,15 +16,18 @@ from torch.nn.functional import cross_entropy
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.ast import AST, LEAST_RATE, balance, lessons, matching_losses
 from fewstep.condense.experts import Experts, gradient_penalty, smoothness
-from fewstep.condense.representatives import random_of_each, representatives
+from fewstep.condense.representatives import representatives
+from fewstep.condense.select import stratified
 from fewstep.condense.unroll import FlatNet, vector_of
 from fewstep.data import Dataset
+from fewstep.data.condensed import Condensed
 from fewstep.data.siamese import Siamese
 from fewstep.files import load_tensors
 from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.start import Start
 from fewstep.networks.classifiers import ConvNet, MLPClassifier
 from fewstep.randomness import Rng
+from fewstep.report.tasks.ast import figures
 from fewstep.runs.shelf import Shelf
 from fewstep.training.parallel import Parallel
 
@@ -273,7 +276,7 @@ def test_what_cannot_work_is_said() -> None:
     with pytest.raises(ValueError, match="is a BatchNorm2d, whose statistics are no weights"):
         MTT.networks(start_of(ConvNet(SHAPE, CLASSES, width=2, depth=1, norm="batch")))
     start = start_of()
-    with pytest.raises(ValueError, match="per_class=5: class 0 has 4 samples"):
+    with pytest.raises(ValueError, match=r"per_class=5 of class 0 must lie in \[0, 4\]"):
         replace(MTT, per_class=5).networks(start)
     with pytest.raises(ValueError, match="data 'points': experts are classifiers, and need a class label"):
         MTT.networks(replace(start, data=replace(start.data, cond=None)))
@@ -378,7 +381,7 @@ def test_no_sample_is_chosen_twice() -> None:
     rng, labels = Rng(0), torch.zeros(40).long()
     for _ in range(20):
         points = rng.normal(40, 1)
-        for chosen in (representatives(points, labels, 15, rng), random_of_each(labels, 15, rng)):
+        for chosen in (representatives(points, labels, 15, rng), stratified(labels, 15, rng)):
             assert len(set(chosen.tolist())) == 15
 
 
@@ -395,3 +398,23 @@ def test_without_scikit_learn_it_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "meta_path", [Nothing(), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError, match="need scikit-learn: pip install scikit-learn, or start from real"):
         representatives(torch.zeros(4, 2), torch.zeros(4).long(), 1, Rng(0))
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+
+
+def test_the_pictures_of_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after, a column for each class; nothing for what is no picture."""
+    nets = replace(MTT, per_class=2).networks(start_of())
+    with torch.no_grad():
+        nets.images.x += 1
+    made = MTT.student(nets)
+    shown: list[tuple[Tensor, int]] = []
+    monkeypatch.setattr("fewstep.report.tasks.ast.sheet", lambda x, n: shown.append((x, n)) or b"\x89PNG")
+    before, after = figures(None, made, start_of().data)  # type: ignore[arg-type]
+    assert "0.1," in after.caption and before.title != after.title
+    by_columns = [0, 2, 4, 1, 3, 5]  # the images come class by class
+    assert torch.equal(shown[0][0], made.notes["start"][by_columns]) and shown[0][1] == 3
+    assert torch.equal(shown[1][0], made.x[by_columns])
+    points = Condensed(torch.zeros(2, 7), torch.arange(2), notes=made.notes)
+    assert figures(None, points, start_of().data) == ()  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,11 +33,11 @@ def images() -> Tensor:
     return Rng(1).normal(IMAGES, PIXELS, dtype=torch.float64)
 
 
-def last(student: FlatNet, x: Tensor, lr: Tensor, steps: int = 3, **how: int | bool | None) -> Tensor:
+def last(student: FlatNet, x: Tensor, lr: Tensor, steps: int = 3, **how: Any) -> Tensor:
     """The squared distance of the last iterate from some target: what an outer problem could ask for."""
     start = vector_of(student.net)
     target = start + 0.1 * Rng(2).normal_like(start)
-    *_, theta = unroll(lambda w, k: cross_entropy(student(w, x), LABELS), start, lr, steps, 0.9, **how)  # type: ignore[arg-type]
+    *_, theta = unroll(lambda w, k: cross_entropy(student(w, x), LABELS), start, lr, steps, 0.9, **how)
     return (theta - target).square().sum()
 
 
@@ -55,7 +57,7 @@ def test_gradients_in_images_and_learning_rate_are_those_of_finite_differences(
     softmax: FlatNet, images: Tensor, checkpointed: bool
 ) -> None:
     x, lr = images.requires_grad_(), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
-    found = torch.autograd.grad(last(softmax, x, lr, checkpointed=checkpointed), (x, lr))
+    found = torch.autograd.grad(last(softmax, x, lr, outer=(x,) if checkpointed else None), (x, lr))
     wanted = (
         differences(lambda moved: last(softmax, moved, lr.detach()), x.detach()),
         differences(lambda moved: last(softmax, x.detach(), moved), lr.detach()),
@@ -89,32 +91,50 @@ def test_every_step_sees_its_own_number(softmax: FlatNet, images: Tensor) -> Non
 
 
 def test_checkpointed_steps_change_nothing_and_keep_less(softmax: FlatNet) -> None:
-    """What autograd saves for the backward pass falls, because a step's graph holds its activations."""
+    """What is saved for the backward pass falls, because a step's graph holds its activations."""
     x = Rng(1).normal(400, PIXELS, dtype=torch.float64).requires_grad_()
     lr = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     labels = torch.arange(400) % CLASSES
 
     def outer(checkpointed: bool) -> Tensor:
         inner = unroll(
-            lambda w, k: cross_entropy(softmax(w, x), labels), vector_of(softmax.net), lr, 8, checkpointed=checkpointed
+            lambda w, k: cross_entropy(softmax(w, x), labels),
+            vector_of(softmax.net),
+            lr,
+            8,
+            outer=(x,) if checkpointed else None,
         )
         return list(inner)[-1].square().sum()
 
     def kept(checkpointed: bool) -> tuple[int, tuple[Tensor, ...]]:
-        held: dict[int, int] = {}
+        saved: list[weakref.ref[Tensor]] = []
 
         def pack(t: Tensor) -> Tensor:
-            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            saved.append(weakref.ref(t))
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = outer(checkpointed)
+        storages = [t.untyped_storage() for ref in saved if (t := ref()) is not None]
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return sum(held.values()), torch.autograd.grad(loss, (x, lr))
 
     (plain_bytes, plain), (few_bytes, few) = kept(False), kept(True)
     for one, other in zip(plain, few, strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-15)
     assert few_bytes < plain_bytes / 4
+
+
+def test_a_tensor_that_checkpointing_does_not_know_of_is_not_left_out_in_silence(softmax: FlatNet) -> None:
+    """Known tensors may come from others that ask for gradients."""
+    x = Rng(1).normal(IMAGES, PIXELS, dtype=torch.float64).requires_grad_()
+    brighter = 2 * x
+    lr = torch.tensor(0.4, dtype=torch.float64)
+    (plain,) = torch.autograd.grad(last(softmax, brighter, lr), x, retain_graph=True)
+    (known,) = torch.autograd.grad(last(softmax, brighter, lr, outer=(brighter,)), x)
+    assert torch.allclose(plain, known, rtol=1e-12, atol=1e-15)
+    with pytest.raises(ValueError, match=r"the loss depends on a tensor \[4, 5\] that asks for gradients and is not"):
+        last(softmax, 2 * x, lr, outer=())
 
 
 def test_the_last_steps_alone_can_keep_their_graph(softmax: FlatNet, images: Tensor) -> None:

@@ -17,7 +17,7 @@ ones; the losses ``L_j`` on the way; and noise on the kernels that the inner ste
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fewstep.condense.experts import Experts, class_labels, logits_of, samples
-from fewstep.condense.representatives import random_of_each, representatives
+from fewstep.condense.representatives import representatives
+from fewstep.condense.select import stratified
 from fewstep.condense.unroll import FlatNet, Loss, unroll
 from fewstep.data.condensed import Condensed
 from fewstep.data.siamese import SIAMESE, Drawn, Siamese
@@ -57,13 +58,14 @@ def matching_losses(
     momentum: float = 0.9,
     *,
     second_order: int | None = None,
-    checkpointed: bool = False,
+    outer: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """``L_1 .. L_M`` ``[M]`` of a student that takes ``steps`` on the ``inner`` loss from ``start`` ``[P]``, where the
-    expert's weights at the ends of the epochs are ``path`` ``[M + 1, P]``; without steps ``L_M`` = 1 alone."""
+    expert's weights at the ends of the epochs are ``path`` ``[M + 1, P]``; without steps ``L_M`` = 1 alone.
+    ``second_order`` and ``outer`` as in :func:`~fewstep.condense.unroll.unroll`."""
     epochs = len(path) - 1
     due = {j * (steps // epochs): j for j in range(1, epochs)} | {steps: epochs}
-    walk = unroll(inner, start, lr, steps, momentum, second_order=second_order, checkpointed=checkpointed)
+    walk = unroll(inner, start, lr, steps, momentum, second_order=second_order, outer=outer)
     thetas = enumerate(chain([start], walk))
     return torch.stack([distance(theta, path[due[k]], start) for k, theta in thetas if k in due])
 
@@ -233,7 +235,7 @@ class AST(Method):
             last = weights[rng.shared_integer(0, len(weights)), -1]
             chosen = representatives(logits_of(student, last, start.data), labels, self.per_class, rng)
         else:
-            chosen = random_of_each(labels, self.per_class, rng)
+            chosen = stratified(labels, self.per_class, rng)
         x = samples(start.data, chosen).to(weights)
         if self.initial == "noise":
             x = NOISE * rng.normal_like(x)
@@ -274,7 +276,7 @@ class AST(Method):
 
         return matching_losses(
             inner, path, start, nets.eta.value, self.steps, self.momentum, second_order=self.second_order,
-            checkpointed=self.checkpointed,
+            outer=(images.x,) if self.checkpointed else None,
         )  # fmt: skip
 
     def student(self, nets: Networks) -> Condensed:

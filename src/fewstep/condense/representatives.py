@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewstep.condense.select import members
 from fewstep.randomness import Rng
 
 
@@ -16,34 +17,16 @@ def representatives(logits: Tensor, labels: Tensor, per_class: int, rng: Rng) ->
     """
     kmeans = kmeans_class()
     found = []
-    for members in members_of(labels, per_class):
-        points = logits[members].double().cpu()
+    for index in members(labels, int(labels.max()) + 1, per_class):
+        points = logits[index].double().cpu()
         state = rng.shared_integer(0, 2**31)
         fitted = kmeans(n_clusters=per_class, n_init=10, random_state=state).fit(points.numpy())
         clusters, centres = torch.from_numpy(fitted.labels_).long(), torch.from_numpy(fitted.cluster_centers_)
         gaps = (points - centres[clusters]).square().sum(1)
         # of its own cluster's samples: the nearest of all could be another cluster's, and be taken twice
         for k in range(per_class):
-            found.append(members[gaps.masked_fill(clusters != k, torch.inf).argmin()])
+            found.append(index[gaps.masked_fill(clusters != k, torch.inf).argmin()])
     return torch.stack(found)
-
-
-def random_of_each(labels: Tensor, per_class: int, rng: Rng) -> Tensor:
-    """Indices ``[classes * per_class]``, class by class, of random samples of every class, none of them twice.
-
-    ``labels`` ``[N]``.  ValueError for a class of fewer samples.
-    """
-    chosen = [members[rng.shuffled(len(members))[:per_class]] for members in members_of(labels, per_class)]
-    return torch.cat(chosen)
-
-
-def members_of(labels: Tensor, least: int) -> list[Tensor]:
-    """The indices of the samples of every class, from 0 on; ValueError for a class of fewer than ``least``."""
-    found = [(labels == k).nonzero()[:, 0] for k in range(int(labels.max()) + 1)]
-    for k, members in enumerate(found):
-        if len(members) < least:
-            raise ValueError(f"per_class={least}: class {k} has {len(members)} samples")
-    return found
 
 
 def kmeans_class() -> type:

@@ -10,12 +10,13 @@ each a differentiable function of the outer variables, because the graph of ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from fewstep.networks.norms import batch_norms
 from fewstep.randomness import Rng
@@ -82,14 +83,15 @@ def unroll(
     momentum: float = 0.9,
     *,
     second_order: int | None = None,
-    checkpointed: bool = False,
+    outer: Sequence[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """The iterates ``theta_1 .. theta_steps`` from the weights ``start`` ``[P]`` with the learning rate ``lr`` ``[]``.
 
     With ``second_order`` only the last so many steps keep the graph of their gradient: those before are constants for
-    the outer variables, but for the learning rate, through which every step is still differentiated.  ``checkpointed``
-    keeps two vectors a step instead of its graph, and computes each step twice more.  ValueError for a negative
-    ``second_order``.
+    the outer variables, but for the learning rate, through which every step is still differentiated.  With ``outer``,
+    the tensors that ``loss`` closes over and that are differentiated, steps are checkpointed: each keeps two vectors
+    instead of its graph, and is computed again in the backward pass.  ValueError for a negative ``second_order``, and
+    for a loss that reaches another tensor that asks for gradients.
     """
     if second_order is not None and second_order < 0:
         raise ValueError(f"second_order={second_order} must be at least 0: so many last steps keep their graph")
@@ -97,20 +99,14 @@ def unroll(
     velocity = torch.zeros_like(theta)
     for k in range(steps):
         if second_order is not None and k < steps - second_order:
-            velocity = momentum * velocity + gradient(loss, theta.detach().requires_grad_(), k, graph=False)
-        elif checkpointed:
-            velocity = checkpoint(
-                stepped, loss, theta, velocity, momentum, k, use_reentrant=False, preserve_rng_state=False
-            )
+            slope = gradient(loss, theta.detach().requires_grad_(), k, graph=False)
+        elif outer is not None:
+            slope = RecomputedGradient.apply(loss, k, theta, *outer)
         else:
-            velocity = stepped(loss, theta, velocity, momentum, k)
+            slope = gradient(loss, theta, k, graph=True)
+        velocity = momentum * velocity + slope
         theta = theta - lr * velocity
         yield theta
-
-
-def stepped(loss: Loss, theta: Tensor, velocity: Tensor, momentum: float, k: int) -> Tensor:
-    """The next velocity, with the graph of the gradient in it."""
-    return momentum * velocity + gradient(loss, theta, k, graph=True)
 
 
 def gradient(loss: Loss, theta: Tensor, k: int, *, graph: bool) -> Tensor:
@@ -118,3 +114,43 @@ def gradient(loss: Loss, theta: Tensor, k: int, *, graph: bool) -> Tensor:
     with torch.enable_grad():
         (found,) = torch.autograd.grad(loss(theta, k), theta, create_graph=graph)
     return found
+
+
+class RecomputedGradient(torch.autograd.Function):
+    """:func:`gradient`, whose graph is made in the backward pass only, which is a product with second derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Loss, k: int, theta: Tensor, *outer: Tensor) -> Tensor:
+        ctx.loss, ctx.k, ctx.outer = loss, k, outer
+        ctx.save_for_backward(theta)
+        theta = theta.detach().requires_grad_()
+        with torch.enable_grad():
+            value = loss(theta, k)
+            refuse_other_leaves(value, (theta, *outer))
+            (found,) = torch.autograd.grad(value, theta)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
+        (theta,) = ctx.saved_tensors
+        theta = theta.detach().requires_grad_()
+        slope = gradient(ctx.loss, theta, ctx.k, graph=True)
+        found = torch.autograd.grad(slope, (theta, *ctx.outer), direction, allow_unused=True)
+        return None, None, *found
+
+
+def refuse_other_leaves(value: Tensor, known: Sequence[Tensor]) -> None:
+    """ValueError where ``value`` depends on a leaf that asks for gradients, other than through the ``known`` tensors:
+    its gradient would be left out without a word."""
+    ends = {tensor.grad_fn for tensor in known}
+    seen, waiting = set(ends), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+        if node.name() == "torch::autograd::AccumulateGrad" and not any(node.variable is leaf for leaf in known):  # type: ignore[attr-defined]
+            shape = list(node.variable.shape)  # type: ignore[attr-defined]
+            raise ValueError(f"the loss depends on a tensor {shape} that asks for gradients and is not among outer")

@@ -22,6 +22,7 @@ FIGURES: dict[str, str] = {
     "cv-dd": "fewstep.report.tasks.cv_dd",
     "distill-spec": "fewstep.report.tasks.distill_spec",
     "redi": "fewstep.report.tasks.redi",
+    "ast": "fewstep.report.tasks.ast",
 }
 
 Draw = Callable[[RunCourse, Any, Samples], Sequence[Figure]]
