@@ -23,48 +23,57 @@ from fewstep.runs.course import run_recipe
 from fewstep.training.budget import Budget
 from fewstep.training.settings import Settings
 
-SQUEEZE, RECOVER = 150, 60
+SQUEEZE, RECOVER = 100, 40
 
 
 @pytest.fixture(scope="module")
 def result() -> Any:
-    """One picture a class, the best pair of three networks."""
+    """One picture a class by a pair of networks."""
     train = load_data("digits")
-    recipe = CVDD(ipc=1, views=Views(), label_epochs=16, squeeze_share=SQUEEZE, recover_share=RECOVER)
+    recipe = CVDD(
+        ipc=1,
+        pool=("convnet", "classifier"),
+        views=Views(),
+        label_epochs=16,
+        squeeze_share=SQUEEZE,
+        recover_share=RECOVER,
+    )
     settings = Settings(Budget(SQUEEZE + RECOVER), batch=64, precision="fp32", log_steps=1)
     return run_recipe(recipe, fresh_classifier("convnet", train), train, settings, show=False)
 
 
 def test_committees_recover_what_they_agree_on(result: Any) -> None:
-    """The pool knows digits; pictures end where cross-entropy and statistics are below what they began with (means of
-    ten steps: every step is another crop), and all members see the class in most."""
+    """The pool knows digits; the cross-entropy of its votes falls (means of ten steps: every step is another crop), and
+    each member sees its class in most of the pictures."""
     test = load_data("digits", "test")
     x, labels = as_floats(test.x), test.labels
     assert labels is not None
     pool, made = result.made["pool"], result.model
-    assert min(percent_right(member, x, labels) for member in pool.members) > 97  # 99.2 to 99.8
-    logs = [record for record in result.records if record["stage"] == 1]
-    for name in ("pictures/cross_entropy", "pictures/statistics"):
-        first, last = (sum(record[name] for record in part) for part in (logs[:10], logs[-10:]))
-        assert last < first, name
-    assert min(percent_right(member, as_floats(made.x), made.labels) for member in pool.members) >= 70
+    assert min(percent_right(member, x, labels) for member in pool.members) > 97  # 98.8 to 99.8
+    logs = [record["pictures/cross_entropy"] for record in result.records if record["stage"] == 1]
+    assert sum(logs[-10:]) < 0.7 * sum(logs[:10])  # 18.9 of 38.0
+    assert made.notes["committees"].shape == (1, 2)
+    for member in made.notes["committees"][0].tolist():
+        assert percent_right(pool.members[member], as_floats(made.x), made.labels) >= 80  # all ten
 
 
 def test_labels_of_batches_teach_more_than_labels_of_running_statistics(result: Any) -> None:
-    """Five random real pictures a class under crops, flips and CutMix, 150 steps on 16 views: 0.64 beside 0.2 measured
-    in loops of another make, for two pools."""
+    """Five random real pictures a class under crops, flips and CutMix, 200 steps on 16 views each.
+
+    Pools that were trained on whole digits are biased towards some classes in crops, and batches of their own take that
+    away.  0.12 to 0.33 were between them for four pools of other seeds; in twice the steps -0.02 to 0.16."""
     train, test = load_data("digits"), load_data("digits", "test")
     assert train.labels is not None
     index = torch.cat([(train.labels == c).nonzero()[:5, 0] for c in range(10)])
     x, labels = train.x[index], train.labels[index]
     plain = Condensed(x, labels)
-    pool = Pool(result.made["pool"].members, [0.0] * 3)
+    pool = Pool(result.made["pool"].members, [0.0] * 2)
 
     def taught(statistics: Any) -> float:
-        soft = Relabelling(epochs=48, statistics=statistics)(x, pool)
+        soft = Relabelling(epochs=64, statistics=statistics)(x, pool)
         candidate = Candidate("real", plain.dataset(), plain.bytes(), stored=Replay(x, labels, soft))
-        protocol = Protocol(networks={"convnet": {"norm": "batch"}}, seeds=(0,), steps=150, batch=16)
+        protocol = Protocol(networks={"convnet": {}}, seeds=(0,), steps=200, batch=16)
         (row,) = post_evaluate([candidate], test, protocol, ("stored",))
         return row.mean
 
-    assert taught("halves") > taught("running") + 0.1
+    assert taught("halves") > taught("running")

@@ -131,11 +131,11 @@ class Relabelling:
 
     def __call__(self, pictures: Tensor, pool: Pool) -> SoftLabels:
         """The soft labels of uint8 pictures ``[M, C, H, W]``."""
-        device = next(pool.parameters()).device
+        like = next(pool.parameters())
         batches = math.ceil(self.epochs * len(pictures) / self.batch)
 
         def vote(views: Tensor) -> Tensor:
-            return pool.vote(views.to(device), self.temperature, self.statistics)
+            return pool.vote(views.to(like), self.temperature, self.statistics)
 
         return label_views(pictures, vote, batches, self.batch, self.seed, self.view)
 
@@ -151,8 +151,8 @@ class Recover(Method):
     paper: ClassVar[Paper] = PAPER
     task = "classification"
     healthy: ClassVar[dict[str, str]] = {
-        "pictures/cross_entropy": "falls below 0.5 within a tenth of the run: committees know the class in most views",
-        "pictures/statistics": "falls, and stays above 0: a view of a few pictures never has the statistics of all",
+        "pictures/cross_entropy": "falls to 1 or less: committees know the class in most views",
+        "pictures/statistics": "falls slowly at most, far above 0: a few pictures have not the statistics of all",
     }
     unstable: ClassVar[dict[str, Alarm]] = {
         "pictures/statistics": Grows("lower lr: pixels jump between their bounds faster than statistics can follow")
