@@ -19,6 +19,8 @@ FIGURES: dict[str, str] = {
     "pca": "fewstep.report.tasks.pca",
     "dq": "fewstep.report.tasks.dq",
     "cv-dd": "fewstep.report.tasks.cv_dd",
+    "rad": "fewstep.report.tasks.rad",
+    "diswot": "fewstep.report.tasks.diswot",
 }
 
 Draw = Callable[[RunCourse, Any, Samples], Sequence[Figure]]
