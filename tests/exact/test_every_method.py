@@ -69,7 +69,7 @@ TOKEN_METHODS = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 #: Methods that make networks or pairs of their own, which are float32; the others are tried in float64.
 SINGLE = (
     *TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "dmd2-stages", "f-distill", "reflow", "instaflow", "caf",
-    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "dq", "cv-dd", "rad", "diswot",
+    "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "dq", "cv-dd", "diswot",
 )  # fmt: skip
 #: Every method, and DMD2 with a loss over the pairs of the whole batch.
 CASES = (*RECIPES, "dmd2-energy")

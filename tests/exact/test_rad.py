@@ -232,15 +232,16 @@ def test_a_student_that_nobody_brings_has_not_seen_the_teacher() -> None:
 
 
 def test_labels_are_hidden_and_drawn_by_class() -> None:
+    """Where all are there; data with some have said which."""
     labels = torch.arange(40) % 4
     some = kept(labels, 3, Rng(0))
     assert labels[some].bincount().tolist() == [3, 3, 3, 3] and some.tolist() == sorted(some.tolist())
     assert some.tolist() != kept(labels, 3, Rng(1)).tolist()
-    assert kept(torch.where(labels == 2, labels, -1), 0, Rng(0)).tolist() == list(range(2, 40, 4))
-    with pytest.raises(ValueError, match="every sample has a label: hide some"):
-        kept(labels, 0, Rng(0))
+    assert kept(torch.where(labels == 2, labels, -1), 3, Rng(0)).tolist() == list(range(2, 40, 4))
+    with pytest.raises(ValueError, match="per_class=11 of class 0"):
+        kept(labels, 11, Rng(0))
     with pytest.raises(ValueError, match="no sample has a label"):
-        kept(torch.full((5,), -1), 0, Rng(0))
+        kept(torch.full((5,), -1), 3, Rng(0))
 
 
 def test_hidden_labels_stay_hidden() -> None:
@@ -251,5 +252,5 @@ def test_hidden_labels_stay_hidden() -> None:
     chosen = one.made["answers"].labelled
     labels = torch.zeros(N, dtype=torch.int64).index_copy(0, chosen, points.labels[chosen])  # type: ignore
     told = Dataset("points", points.x, torch.where(torch.isin(torch.arange(N), chosen), labels, -1), ("a", "b", "c"))
-    other = run_recipe(dataclasses.replace(recipe, labels_per_class=0), classifier(0), told, SETTINGS, show=False)
+    other = run_recipe(recipe, classifier(0), told, SETTINGS, show=False)
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))

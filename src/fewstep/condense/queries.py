@@ -135,7 +135,11 @@ class Questions(Store):
         drawn = dependent_rounding(marginals, rng)
         teacher = Budgeted(self.teacher, self.budget, spent=len(self.known.asked))
         logits = torch.cat([teacher(x).cpu() for x in shown(self.data, pool[drawn], self.teacher)])
-        return {"logits": logits, "index": pool[drawn], "gain": gains[drawn], "marginal": marginals[drawn]}
+        before = torch.full_like(drawn, len(self.known.asked))  # so that the rounds of a run have an order
+        return {
+            "logits": logits, "index": pool[drawn], "gain": gains[drawn], "marginal": marginals[drawn],
+            "before": before,
+        }  # fmt: skip
 
     @torch.no_grad()
     def measured(self) -> float:

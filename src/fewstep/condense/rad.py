@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.queries import Answers, Questions, RuleName, labels_of
+from fewstep.condense.select import stratified
 from fewstep.condense.supervised import STUDENT, Supervised, accuracy_of
 from fewstep.data.dataset import Dataset, Samples
 from fewstep.divergences import kl, log_law
 from fewstep.methods.method import Batch, Networks, Paper, Progress, Recipe, Stage, System, Update
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
-from fewstep.ranges import Count, Least, NonNegative, Positive, Share
+from fewstep.ranges import Count, NonNegative, Positive, Share
 
 PAPER = Paper(
     "Robust Active Distillation", "2210.01213", "reconstructed",
@@ -59,7 +60,7 @@ class RADRound(Supervised):
     rule: RuleName = "rad"
     queries: int = 0
     budget: int = 0
-    labels_per_class: int = 0
+    labels_per_class: int = 3
     accuracy: float | None = None
     temperature: float = 1.0
 
@@ -67,8 +68,7 @@ class RADRound(Supervised):
         return {"data": self.lesson(start, self.known(start))}
 
     def networks(self, start: Start) -> Networks:
-        fresh = STUDENT not in start.made and STUDENT not in start.given
-        student = unlearned(start) if fresh else start.network()
+        student = unlearned(start) if nobody_brings_one(start) else start.network()
         return Networks({STUDENT: student, ANSWERS: self.known(start)}, {STUDENT: self.optimizer()})
 
     def known(self, start: Start) -> Answers:
@@ -80,7 +80,7 @@ class RADRound(Supervised):
             known = start.model(ANSWERS)
         if not self.queries:
             return known
-        student = start.model(STUDENT)
+        student = unlearned(start) if nobody_brings_one(start) else start.model(STUDENT)
         asked = Questions(
             start.teacher, student, start.data, known, self.rule, self.queries, self.budget, self.accuracy
         )
@@ -125,8 +125,8 @@ class RAD(Recipe):
     rounds: Annotated[Count, "rounds of questions"] = 4
     queries: Annotated[Count, "questions in each"] = 40
     labels_per_class: Annotated[
-        int, Least(0), "labels kept of each class, the others are hidden; 0 keeps those that the data have"
-    ] = 0
+        Count, "labels kept of each class, the others are hidden; data with unlabelled samples (-1) keep all theirs"
+    ] = 3
     accuracy: Annotated[
         Share | None, "the teacher's accuracy on the pool; none measures it on the labels, which it must not have seen"
     ] = None
@@ -147,26 +147,24 @@ class RAD(Recipe):
         )  # fmt: skip
 
 
+def nobody_brings_one(start: Start) -> bool:
+    """Whether there is no student yet; the teacher is none."""
+    return STUDENT not in start.made and STUDENT not in start.given
+
+
 def unlearned(start: Start) -> NetworkClassifier:
     """A student of the teacher's architecture that knows nothing of what it has learned."""
     made = start.network()
-    return NetworkClassifier(start.fresh(made.net), made.shape, made.classes)
+    return NetworkClassifier(start.fresh(made.net).to(next(made.parameters())), made.shape, made.classes)
 
 
 def kept(labels: Tensor, per_class: int, rng: Rng) -> Tensor:
-    """The samples that keep their label: all that have one, or so many drawn of each class; in their order.
-
-    ValueError when none has, or none has not.
-    """
-    order = rng.shuffled(len(labels))
-    given = order[labels[order] >= 0]
-    if per_class:
-        found = [given[labels[given] == c][:per_class] for c in labels[given].unique()]
-        given = torch.cat(found) if found else given
-    if not len(given) or len(given) == len(labels):
-        what = "no sample has a label" if not len(given) else "every sample has a label: hide some, labels_per_class=3"
-        raise ValueError(f"rad: {what}; it learns from some labels (0 and up) and asks about samples without (-1)")
-    return given.sort().values
+    """The samples whose label counts: all that have one, or, where every sample has, so many drawn of each class; in
+    their order.  ValueError when none has, or a class has not so many."""
+    given = (labels >= 0).nonzero().flatten()
+    if not len(given):
+        raise ValueError("rad: no sample has a label; it learns from some labels and asks about samples without (-1)")
+    return given if len(given) < len(labels) else stratified(labels, per_class, rng).sort().values
 
 
 def learned(logits: Tensor, labels: Tensor, soft: Tensor, temperature: float) -> Tensor:

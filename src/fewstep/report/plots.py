@@ -108,6 +108,19 @@ def course(seconds: Sequence[float], values: Sequence[float], colour: str) -> st
         return svg(figure)
 
 
+def scatter(
+    x: Sequence[float], y: Sequence[float], marked: Sequence[int], x_name: str, y_name: str, colour: str
+) -> str:
+    """One quantity against another, some points marked."""
+    with _style():
+        figure, axes = _figure(4.7, 3.0)
+        axes.scatter(x, y, s=18, color=colour, alpha=0.6, lw=0)
+        axes.scatter([x[k] for k in marked], [y[k] for k in marked], s=90, facecolors="none", edgecolors=INK, lw=1.2)
+        axes.set_xlabel(x_name)
+        axes.set_title(y_name, loc="left")
+        return svg(figure)
+
+
 def running_mean(values: Sequence[float]) -> list[float]:
     """The mean over a window of about a twelfth of the values, centred, shorter at the ends."""
     half = len(values) // 24

@@ -66,6 +66,18 @@ class Space:
         net = ResNet(self.shape, self.classes, self.widths[width], chosen, self.norm)  # type: ignore[arg-type]
         return NetworkClassifier(net, self.shape, self.classes)
 
+    def parameters(self, individual: Individual) -> int:
+        """How many a student has."""
+        return int(parameters(self.build(individual), torch.zeros(0)))
+
+    def midway(self) -> int:
+        """The mean of the parameters of the smallest and the largest student."""
+        few, many = (
+            tuple(pick(range(len(choices)), key=choices.__getitem__) for choices in (*[self.depths] * 3, self.widths))
+            for pick in (min, max)
+        )
+        return (self.parameters(few) + self.parameters(many)) // 2
+
     def said(self, individual: Individual) -> list[int]:
         """Blocks of the three stages, and channels."""
         *stages, width = individual
@@ -138,7 +150,7 @@ class Search(Store):
             "student": torch.tensor([self.space.said(one) for one in students]),
             "scores": each,
             "total": torch.tensor([evolved.scores[one] for one in students], dtype=torch.float64),
-            "parameters": torch.tensor([self.parameters(one) for one in students]),
+            "parameters": torch.tensor([self.space.parameters(one) for one in students]),
             "agreement": torch.tensor(agreement, dtype=torch.float64).expand(len(students), -1).clone(),
         }
 
@@ -156,13 +168,9 @@ class Search(Store):
             found.append((rows.x.to(self.place()), rows.cond.to(self.place().device)))
         return found
 
-    def parameters(self, individual: Individual) -> int:
-        """How many a student has."""
-        return int(parameters(self.space.build(individual), torch.zeros(0)))
-
     def fits(self, individual: Individual) -> bool:
         """Whether a student is within the budgets."""
-        if self.parameters(individual) > self.max_parameters:
+        if self.space.parameters(individual) > self.max_parameters:
             return False
         if not self.max_flops:
             return True
@@ -203,7 +211,9 @@ class DisWOT(Supervised):
     depths: Annotated[tuple[Count, ...], "blocks to choose from in each of three stages"] = (1, 2, 3)
     widths: Annotated[tuple[Count, ...], "channels of the first stage to choose from; none: the teacher's"] = ()
     student_norm: Annotated[Norm, "normalisation of the students"] = "batch"
-    max_parameters: Annotated[int, Least(0), "most parameters of a student; 0: half the teacher's"] = 0
+    max_parameters: Annotated[
+        int, Least(0), "most parameters of a student; 0: midway between the smallest and the largest"
+    ] = 0
     max_flops: Annotated[int, Least(0), "most operations of a student for a sample; 0: no limit"] = 0
     proxies: Annotated[tuple[ProxyName, ...], "the scores that are put together"] = ("relation", "semantic")
     draws: Annotated[Count, "batches and weights by which each student is scored"] = 8
@@ -242,8 +252,8 @@ class DisWOT(Supervised):
                 f"diswot: {', '.join(compared)} compares channel by channel, and needs a head that reads {reads} "
                 f"features as the teacher's does: 4 times widths={','.join(map(str, widths))}; leave it out of proxies"
             )
-        most = self.max_parameters or int(parameters(teacher, torch.zeros(0))) // 2
         space = Space(teacher.shape, teacher.classes, self.depths, widths, self.student_norm)
+        most = self.max_parameters or space.midway()
         return Search(
             teacher, start.data, space, self.proxies, self.draws, self.batch_scored, self.population, self.tournament,
             self.evaluations, most, self.max_flops,

@@ -23,6 +23,8 @@ FIGURES: dict[str, str] = {
     "distill-spec": "fewstep.report.tasks.distill_spec",
     "redi": "fewstep.report.tasks.redi",
     "ast": "fewstep.report.tasks.ast",
+    "rad": "fewstep.report.tasks.rad",
+    "diswot": "fewstep.report.tasks.diswot",
 }
 
 Draw = Callable[[RunCourse, Any, Samples], Sequence[Figure]]
