@@ -96,9 +96,9 @@ class Run(Groups):
         return Progress(self.steps, images, self.settings.budget.fraction(self.steps, images, self.seconds))
 
     def over(self) -> bool:
-        """Whether the budget is used, or the method has enough."""
+        """Whether the budget is used, the method has enough, or an alarm has ended the run."""
         progress = self.progress()
-        return progress.fraction >= 1 or self.method.enough(self.nets, progress)
+        return self.ended or progress.fraction >= 1 or self.method.enough(self.nets, progress)
 
     def step(self, data: Samples | Mapping[str, Samples]) -> None:
         """One iteration of the method on its data, or on its sources by name."""
@@ -342,7 +342,6 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
     start, before, last_save = clock(), run.seconds, clock()
     with stop_on_signals() as caught:
         try:
-            while (fraction := run.progress().fraction) < 1 and not run.ended:
             while not run.over():
                 fraction = run.progress().fraction
                 run.step(data)
@@ -360,8 +359,7 @@ def loop(run: Run, data: Mapping[str, Samples], folder: Path | None, show: bool)
                         output.write(record)
                     said = losses(record)
                 bar.update(after, said)
-                saving = bool(due or signals or after == 1 or run.ended)
-                saving = bool(due or signals or last)
+                saving = bool(due or signals or last or run.ended)
                 if saving:
                     run.check_weights()
                 if folder is not None and snapshots.due(fraction, after) and not run.ended:
