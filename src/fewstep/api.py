@@ -58,6 +58,7 @@ def distill(
     student: nn.Module | str | None = None,
     guide: Denoiser | str | None = None,
     reward: nn.Module | str | None = None,
+    target: nn.Module | str | None = None,
     lora: LowRank | int | None = None,
     **settings: Any,
 ) -> Any:
@@ -68,11 +69,11 @@ def distill(
     ``budget`` is steps, images or time ("500steps", "20k images", "2min").  With a ``folder`` the run is recorded there
     as ``fewstep distill`` records it, and the same call or command resumes it; a folder with another run is refused.
     ``student`` is where the student's weights start, a model of any architecture that makes the same samples;
-    ``guide`` and ``reward`` are for methods that use them.  With ``lora``, a rank or a
+    ``guide``, ``reward`` and ``target`` are for methods that use them.  With ``lora``, a rank or a
     :class:`~fewstep.networks.lora.LowRank`, the student trains low-rank weights on the teacher's.  ``settings`` are
     further fields of :class:`~fewstep.training.settings.Settings`.
     """
-    named = {"teacher": teacher, "student": student, "guide": guide, "reward": reward}
+    named = {"teacher": teacher, "student": student, "guide": guide, "reward": reward, "target": target}
     asked = {role: model for role, model in named.items() if model is not None}
     models: dict[str, Any] = {role: load(m) if isinstance(m, str) else m for role, m in asked.items()}
     amount = Budget.parse(budget) if isinstance(budget, str) else budget

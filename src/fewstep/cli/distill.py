@@ -32,6 +32,7 @@ ROLES = {
     "student": "where the student's weights start, a model of any architecture (default: the teacher)",
     "guide": "a model that guides the training",
     "reward": "a model that rates samples",
+    "target": "a language model that learns from the teacher, and that the student is to draft for",
 }
 
 
