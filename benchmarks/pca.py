@@ -1,6 +1,7 @@
 """What pictures are worth by how they were chosen, merged and labelled: the table and the picture of PCA's page.
 
     python benchmarks/pca.py fashion --per-class 1 5 10 50 --seeds 0 1 --steps 150
+    python benchmarks/pca.py digits --per-class 1 5 10 30 --seeds 0 1 2 --steps 300
     python benchmarks/pca.py fashion --per-class 10 --picture docs/img/pca.png --no-table
 
 Digits are enlarged to 16x16, so that a cell of a canvas holds all of their 8x8 pixels.  Every set is looked at in the
@@ -45,7 +46,8 @@ from fewstep.training.settings import Settings
 #: Name of a row -> rule and cells along a side.
 ROWS = {"random": ("random", 1), "easy": ("easy", 1), "hard": ("hard", 1), "random, k = 2": ("random", 2),
         "pca, k = 2": ("easy", 2)}  # fmt: skip
-NETWORK = {"convnet": {"width": 16}}
+#: Trained on digits, and on larger pictures.
+SMALL, LARGE = {"mlp-classifier": {}}, {"convnet": {"width": 16}}
 ALL_VIEWS = Views("cells", 1)
 
 
@@ -61,7 +63,7 @@ def teacher_for(train: Dataset) -> NetworkClassifier:
     if train.name in BUNDLED and train.shape[-1] != 16:
         return NetworkClassifier(bundled_classifier(train.name), train.shape, 10)
     whole = Candidate("all", train, bytes_of(train), ALL_VIEWS)
-    return trained(whole, "convnet", "hard", Protocol(NETWORK, steps=300), 0)[0]
+    return trained(whole, "convnet", "hard", Protocol(LARGE, steps=300), 0)[0]
 
 
 def scored(train: Dataset, network: str) -> tuple[torch.Tensor, float]:
@@ -114,7 +116,8 @@ def main(given: Sequence[str] | None = None) -> None:
         return
     teacher = teacher_for(train)
     print(f"teacher: {accuracy(teacher, test):.4f}", flush=True)
-    protocol = Protocol(NETWORK, chosen.seeds, chosen.steps, teacher=teacher)
+    networks = SMALL if chosen.data == "digits" else LARGE
+    protocol = Protocol(networks, chosen.seeds, chosen.steps, teacher=teacher)
     told = []
     sets = [(n, {name: condensed(train, scores, n, *how) for name, how in ROWS.items()}) for n in chosen.per_class]
     for per_class, made in sets:
