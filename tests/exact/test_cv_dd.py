@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.committee import Pool, Priors, draw_committees, percent_right, voting_weights
-from fewstep.condense.cv_dd import CVDD, Judge, Recover, Relabelling, committee_loss, some_of_each, view_of_batch
+from fewstep.condense.cv_dd import CVDD, Judge, Recover, Relabelling, committee_loss, view_of_batch
 from fewstep.condense.soft_labels import RandomView, Replay
 from fewstep.condense.squeeze import MEMBERS, Squeeze, apart, labelled
 from fewstep.condense.statistics import batch_statistics
@@ -402,15 +402,15 @@ def test_one_view_for_the_whole_batch() -> None:
     assert set(exact.tolist()) == {0, 1, 2, 7}  # by 0, 1 and 2; mirrored by 0, and by 1 and 2 past the edge
 
 
-def test_pictures_start_as_different_ones_of_their_class() -> None:
-    labels = data().labels
-    assert labels is not None
-    begun = some_of_each(labels, CLASSES, 5, Rng(0))
-    assert begun.shape == (5, CLASSES)
-    assert len(begun.unique()) == 15
-    assert torch.equal(labels[begun], torch.arange(CLASSES).expand(5, CLASSES))
-    with pytest.raises(ValueError, match="ipc=21: class 0 has 20 pictures"):
-        some_of_each(labels, CLASSES, 21, Rng(0))
+def test_pictures_start_as_different_ones_of_their_class(pool: Pool) -> None:
+    method, nets = recovery(pool)
+    begun, (x, labels) = nets.pictures.begun, labelled(data())
+    assert begun.shape == (2, CLASSES)
+    assert len(begun.unique()) == 2 * CLASSES
+    assert torch.equal(labels[begun], torch.arange(CLASSES).expand(2, CLASSES))
+    assert torch.equal(nets.pictures.all, x[begun.flatten()])
+    with pytest.raises(ValueError, match="21 examples of each class are asked for, and class 0 has 20"):
+        dataclasses.replace(method, ipc=21).networks(Start(fresh(), data(), made={"pool": pool}))
 
 
 def test_what_is_held_out_is_held_out_from_all() -> None:

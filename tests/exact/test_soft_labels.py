@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.soft_labels import Mix, RandomView, Replay, SoftLabels, View, label_views
+from fewstep.condense.supervised import KnowledgeDistillation, SoftSupervised, Supervised
 from fewstep.data.condensed import Condensed
 from fewstep.data.dataset import as_floats
+from fewstep.hub import native
+from fewstep.methods.start import Start
+from fewstep.networks.classifiers import MLPClassifier
 from fewstep.randomness import Rng
+from fewstep.runs.conditions import samples_of
 from fewstep.training.feed import Feed
 
 M, CLASSES, BATCH = 10, 3, 4
@@ -141,6 +148,23 @@ def test_they_are_notes_of_a_condensed_set() -> None:
     assert torch.equal(replay.rows(slice(4, 8)).x, shown[1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no soft labels among priors"):
         Replay.of(Condensed(PICTURES, LABELS, notes={"priors": torch.ones(2)}))
+
+
+def test_a_run_that_made_soft_labels_is_data_for_training_with_them(tmp_path: Path) -> None:
+    """``--data RUN`` gives the pictures with their hard labels; training from soft labels reads the labelled views."""
+    soft, shown = labelled()
+    native.save(Condensed(PICTURES, LABELS, ("a", "b", "c"), notes=soft.tensors()), tmp_path / "run")
+    found = samples_of(tmp_path / "run")
+    assert (found.name, len(found), found.class_names) == ("run", M, ("a", "b", "c"))
+    assert torch.equal(found.rows(slice(0, 4)).x, as_floats(PICTURES[:4]))  # type: ignore[arg-type]
+    start = Start(NetworkClassifier(MLPClassifier((2, 6, 5), CLASSES), (2, 6, 5), CLASSES), found)
+    read = SoftSupervised().sources(start)["data"]
+    assert torch.equal(read.rows(slice(0, 4)).x, shown[0])  # type: ignore[arg-type]
+    assert torch.equal(read.rows(slice(0, 4)).columns["logits"], soft.logits[0].float())
+    for method in (Supervised(), KnowledgeDistillation()):
+        assert method.sources(start)["data"] is found
+    plain = dataclasses.replace(start, data=Condensed(PICTURES, LABELS).dataset())
+    assert SoftSupervised().sources(plain)["data"] is plain.data
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.condense.committee import HELD_OUT, Pool, Priors, draw_committees, percent_right, voting_weights
+from fewstep.condense.select import select
 from fewstep.condense.soft_labels import CUTMIX, Mix, RandomView, Replay, SoftLabels, label_views
 from fewstep.condense.squeeze import CROPS, PAPER, Member, Squeeze, apart, labelled, labels_of_all, pictures_of
 from fewstep.condense.statistics import batch_statistics
@@ -73,18 +74,6 @@ def view_of_batch(x: Tensor, scale: float, shift: float, rng: Rng) -> Tensor:
     sides = x.shape[-2:]
     down, over = (rng.shared_integer(0, round(shift * side) + 1) for side in sides)
     return crop(x, boxes, flips).roll((down, over), (-2, -1))
-
-
-def some_of_each(labels: Tensor, classes: int, count: int, rng: Rng) -> Tensor:
-    """Indices ``[count, classes]`` of ``count`` different random samples of each class; ValueError where a class has
-    fewer."""
-    found = []
-    for label in range(classes):
-        mine = (labels == label).nonzero().flatten()
-        if len(mine) < count:
-            raise ValueError(f"ipc={count}: class {label} has {len(mine)} pictures to start from")
-        found.append(mine[rng.shuffled(len(mine))[:count]])
-    return torch.stack(found, 1)
 
 
 class Pictures(nn.Module):
@@ -189,7 +178,8 @@ class Recover(Method):
 
     def networks(self, start: Start) -> Networks:
         pool, data, rng = self.pool(start), apart(start.data, self.held_out)[0], Rng(start.seed, "recover")
-        begun = some_of_each(labels_of_all(data), start.teacher.classes, self.ipc, rng)
+        labels = labels_of_all(data)
+        begun = select(torch.zeros(len(labels)), labels, self.ipc, "random", rng, start.teacher.classes).T
         x = pictures_of(data, begun.flatten()).unflatten(0, begun.shape)
         pictures = Pictures(x, self.committees(pool, rng), data.index[begun], data.class_names)
         optimizer = Optimizer(("pictures",), self.lr, betas=(0.5, 0.9), decay="cosine")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.condensed import Condensed
-from fewstep.data.dataset import Rows, Samples, as_floats, digest_of, epoch_indices, number_of_classes
+from fewstep.data.dataset import Dataset, Rows, Samples, as_floats, digest_of, epoch_indices, number_of_classes
 from fewstep.data.views import crop, cutmix, mixup, random_boxes, random_flips, random_mixing_box
 from fewstep.files import load_tensors, save_tensors
 from fewstep.randomness import Rng
@@ -248,9 +248,22 @@ class Replay(Samples):
 
     @classmethod
     def of(cls, condensed: Condensed, name: str = "soft labels") -> Replay:
-        """What a condensed set with soft labels among its notes is trained on; ValueError where there are none."""
+        """The labelled views of a condensed set that has some among its notes; ValueError where there are none."""
         soft = SoftLabels.of(condensed.notes)
         return cls(condensed.x, condensed.labels, soft, name, condensed.class_names)
 
     def sha256(self) -> str:
         return digest_of([self.pictures, self.labels], self.soft.tensors())
+
+
+class Relabelled(Dataset):
+    """Samples with hard labels, of which labelled views were kept."""
+
+    def __init__(self, condensed: Condensed, name: str) -> None:
+        super().__init__(name, condensed.x, condensed.labels, condensed.class_names)
+        object.__setattr__(self, "labelled_views", Replay.of(condensed, name))
+
+
+def data_of(condensed: Condensed, name: str) -> Dataset:
+    """A condensed set as data to train on, with its labelled views where there are any."""
+    return Relabelled(condensed, name) if SoftLabels.among(condensed.notes) else condensed.dataset(name)

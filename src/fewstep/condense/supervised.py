@@ -6,7 +6,7 @@ follows the budget, so that it is as low at the end of a short run as at that of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.classifiers import NetworkClassifier
+from fewstep.data.dataset import Samples
 from fewstep.data.views import Views
 from fewstep.divergences import kl
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Update
@@ -89,7 +90,8 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SoftSupervised(Supervised):
-    """The same from soft labels, the logits that stand beside each sample, by the forward KL at a temperature."""
+    """The same from soft labels, the logits that stand beside each sample or beside views of samples that were kept, by
+    the forward KL at a temperature."""
 
     name: ClassVar[str] = "soft-supervised"
     healthy: ClassVar[dict[str, str]] = {"student/loss": "falls: the KL to the soft labels, 0 where they are matched"}
@@ -98,6 +100,9 @@ class SoftSupervised(Supervised):
     lr: Annotated[Positive, "learning rate at the start"] = 1e-3
     decay: Annotated[str, "its course over the budget"] = "cosine"
     weight_decay: Annotated[NonNegative, "decoupled decay of the weights"] = 0.01
+
+    def sources(self, start: Start) -> Mapping[str, Samples]:
+        return {"data": start.data.labelled_views or start.data}
 
     def optimizer(self) -> Optimizer:
         return Optimizer((STUDENT,), self.lr, kind="adamw", decay=self.decay, weight_decay=self.weight_decay)
@@ -126,6 +131,9 @@ class KnowledgeDistillation(SoftSupervised):
 
     alpha: Annotated[Share, "weight of the teacher's word; that of the labels is 1 - alpha"] = 1.0
     power: Annotated[NonNegative, "power of the temperature that multiplies the KL, 2 in the paper"] = 0.0
+
+    def sources(self, start: Start) -> Mapping[str, Samples]:
+        return {"data": start.data}  # the teacher tells what it sees now
 
     def networks(self, start: Start) -> Networks:
         return Networks({STUDENT: start.network(), "teacher": start.model()}, {STUDENT: self.optimizer()})

@@ -40,6 +40,7 @@ class Samples(ABC):
     ``class_names`` name the classes where there are any; ``classes`` is their number, None without labels.
     ``captions`` are words for each sample that no encoder has read yet, None without; ``bare`` words have no samples.
     Samples ``in_sequence`` are read as they come, whatever the order of the training: their batches were made together.
+    ``labelled_views`` are views of the samples with soft labels (the column "logits"), where those were kept.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Samples(ABC):
     captions: Sequence[str] | None = None
     bare: bool = False
     in_sequence: bool = False
+    labelled_views: Samples | None = None
 
     @property
     def uncaptioned(self) -> Samples:

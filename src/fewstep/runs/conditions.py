@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.condense.soft_labels import data_of
 from fewstep.conditions import leaves
 from fewstep.data.captions import Captioned
 from fewstep.data.dataset import First, Prior, Samples
@@ -124,6 +125,5 @@ def samples_of(source: str | Path, captions: bool = False) -> Samples:
     if (Path(source) / "config.json").is_file() or (Path(source) / "model" / "config.json").is_file():
         found = model_of(load(source))
         if found.task == "data":
-            made: Samples = found.module.dataset(Path(source).name)
-            return made
+            return data_of(found.module, Path(source).name)
     return load_samples(source, captions=captions)
