@@ -106,7 +106,7 @@ def draw(path: Path, wrong: dict[str, float]) -> None:
     left.invert_xaxis()
     left.set_xlabel("gain of a sample, largest first")
     left.set_ylabel("probability of a question")
-    left.set_yscale("symlog", linthresh=0.01)
+    left.set_ylim(0, 0.3)
     left.legend(frameon=False)
     right.bar(list(wrong), list(wrong.values()), color=["#c05621", "#dd8452", "#718096", "#a0aec0"])
     right.set_title("wrong answers, digits", fontsize=10)
