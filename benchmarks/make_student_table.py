@@ -33,6 +33,7 @@ from fewstep.training.budget import Budget
 from fewstep.training.settings import Settings
 
 SHAPE, CLASSES, WIDTH, DEPTHS, SEEDS = (1, 8, 8), 10, 4, (1, 2, 3), (0, 1)
+TEACHER = (4, 4, 4)
 TAUGHT, LEARNED, STEPS, TEACHER_STEPS, BATCH, LR = 648, 200, 250, 400, 64, 0.05
 OUT = Path(__file__).parent.parent / "src" / "fewstep" / "assets" / "students-digits.json"
 
@@ -83,13 +84,13 @@ def main() -> None:
     out = parser.parse_args().out
     taught, learned, held = parts()
     teacher = run_recipe(
-        Supervised(lr=LR), classifier(8, (3, 3, 3), 0), taught, settings(TEACHER_STEPS, 0), show=False
+        Supervised(lr=LR), classifier(WIDTH, TEACHER, 0), taught, settings(TEACHER_STEPS, 0), show=False
     ).model
     known = json.loads(out.read_text())["students"] if out.is_file() else []
     about = {
         "data": "digits", "shape": list(SHAPE), "classes": CLASSES, "width": WIDTH, "seeds": list(SEEDS),
         "learned": LEARNED, "tested": len(held), "steps": STEPS, "batch": BATCH, "lr": LR,
-        "teacher": {"width": 8, "depths": [3, 3, 3], "learned": TAUGHT, "accuracy": accuracy(teacher, held)},
+        "teacher": {"width": WIDTH, "depths": list(TEACHER), "learned": TAUGHT, "accuracy": accuracy(teacher, held)},
     }  # fmt: skip
     for depths in product(DEPTHS, repeat=3):
         if any(student["depths"] == list(depths) for student in known):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fewstep.data import Samples
+from fewstep.methods import recipe_class
 from fewstep.report import plots
 from fewstep.report.runs import RunCourse
 from fewstep.report.tasks.figure import Figure
@@ -19,8 +20,10 @@ LISTED = 10
 def figures(course: RunCourse, model: object, data: Samples) -> Sequence[Figure]:
     """Scores against parameters, and the best students."""
     told = []
+    names = proxies_of(course)
     for found in stores(course, "search"):
-        agreement = ", ".join(f"{tau:.2f}" for tau in found["agreement"][0].tolist())
+        taus = zip(names, found["agreement"][0].tolist(), strict=True)
+        agreement = ", ".join(f"{name} {tau:.2f}" for name, tau in taus)
         draws = found["scores"].shape[1]
         told += [
             Figure(
@@ -31,12 +34,18 @@ def figures(course: RunCourse, model: object, data: Samples) -> Sequence[Figure]
             ),
             Figure(
                 "The best students",
-                f"Kendall's tau between the rankings of two halves of the {draws} draws: {agreement}, a score each. "
+                f"Kendall's tau between the rankings of two halves of the {draws} draws: {agreement}. "
                 "Near 0 the ranking is noise, and the choice among the listed is arbitrary.",
-                table(found),
+                table(found, names),
             ),
         ]
     return told
+
+
+def proxies_of(course: RunCourse) -> tuple[str, ...]:
+    """The names of the scores, in their order."""
+    usual = vars(recipe_class("diswot"))["proxies"]
+    return tuple(usual if course.note is None else course.note.arguments.get("proxies", usual))
 
 
 def scatter(found: dict[str, Tensor]) -> str:
@@ -46,10 +55,9 @@ def scatter(found: dict[str, Tensor]) -> str:
     return plots.scatter(size, total, [best], "parameters", "score", plots.STUDENTS[0])
 
 
-def table(found: dict[str, Tensor]) -> str:
+def table(found: dict[str, Tensor], names: Sequence[str]) -> str:
     """The first by their score."""
     first = found["total"].argsort(descending=True)[:LISTED]
-    names = [f"score {k + 1}" for k in range(found["scores"].shape[2])]
     head = ("blocks", "channels", "parameters", *names, "together")
     rows = ["<tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>\n"]
     for k in first.tolist():

@@ -1,0 +1,70 @@
+"""DisWOT on the digits: a search and a short distillation, and what the bundled table of trained students says."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.classifiers import NetworkClassifier
+from fewstep.condense.supervised import Supervised
+from fewstep.data import Dataset
+from fewstep.data import load as load_data
+from fewstep.models.networks import fresh_network
+from fewstep.runs.course import run_recipe
+from fewstep.students.diswot import DisWOT
+from fewstep.students.proxies import flops, kendall_tau, parameters
+from fewstep.students.table import student_table
+from fewstep.training.budget import Budget
+from fewstep.training.settings import Settings
+
+
+def accuracy(model: Any, data: Dataset) -> float:
+    with torch.no_grad():
+        return float((model.eval()(data.read(slice(None))).argmax(1) == data.labels).double().mean())
+
+
+def settings(steps: int) -> Settings:
+    return Settings(Budget(steps), batch=64, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> NetworkClassifier:
+    config = {
+        "name": "resnet", "shape": [1, 8, 8], "classes": 10, "width": 4, "depths": [3, 3, 3], "norm": "batch",
+    }  # fmt: skip
+    fresh = NetworkClassifier(fresh_network(config, 0), (1, 8, 8), 10)
+    made: NetworkClassifier = run_recipe(
+        Supervised(lr=0.05), fresh, load_data("digits"), settings(120), show=False
+    ).model
+    return made
+
+
+def test_a_searched_student_learns_the_digits(teacher: NetworkClassifier) -> None:
+    """It fits its budget, which its teacher does not, and is trained to nine of ten in 120 steps."""
+    method = DisWOT(max_parameters=12_000, draws=4, population=8, evaluations=16)
+    student = run_recipe(method, teacher, load_data("digits"), settings(120), show=False).model
+    assert parameters(student, torch.zeros(0)) <= 12_000 < parameters(teacher, torch.zeros(0))
+    assert accuracy(student, load_data("digits", "test")) > 0.9
+
+
+def test_the_table_holds_what_it_says() -> None:
+    """All 27 students, with their sizes, and accuracies that are those of trained ones."""
+    table = student_table()
+    assert [tuple(depths) for depths in table.depths.tolist()] == list(product((1, 2, 3), repeat=3))
+    for k in (0, 13, 26):
+        net = table.build(tuple(table.depths[k].tolist()))
+        assert parameters(net, torch.zeros(0)) == table.parameters[k]
+        assert flops(net, torch.zeros(1, 1, 8, 8)) == table.flops[k]
+    assert table.vanilla.shape == table.distilled.shape == (27, 2)
+    assert float(table.vanilla.min()) > 0.8 and float(table.distilled.max()) < 1
+
+
+def test_distillation_orders_students_otherwise_than_labels_do() -> None:
+    """And helps every one of them; the two rankings are related, and not the same."""
+    table = student_table()
+    vanilla, distilled = table.vanilla.mean(1), table.distilled.mean(1)
+    assert bool((distilled > vanilla).all())
+    assert kendall_tau(vanilla, distilled) < 0.9
