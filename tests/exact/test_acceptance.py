@@ -67,4 +67,7 @@ def test_prompts_of_different_lengths_and_ends_count_only_what_was_written() -> 
     ]
     assert whole.tokens == rows[0].tokens + rows[1].tokens < 24
     assert whole.rate == pytest.approx(sum(row.rate * row.tokens for row in rows) / whole.tokens, rel=1e-12)
-    assert len(whole.by_place) == max(row.tokens for row in rows)
+    long, short = sorted((row.by_place for row in rows), key=len, reverse=True)
+    both = [(a + b) / 2 for a, b in zip(long, short, strict=False)]
+    assert len(long) > len(short)
+    assert whole.by_place == pytest.approx([*both, *long[len(short) :]], rel=1e-12)

@@ -51,8 +51,19 @@ def test_a_sequence_stops_behind_its_end_token() -> None:
 
 
 def test_the_end_may_stand_in_a_prompt() -> None:
-    mask = rollout(policy(), torch.tensor([[3, 1]]), Rng(1), 3, end=3).mask
-    assert bool(mask[0, 2])
+    prompts, given = torch.tensor([[1, 3, 1], [2, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    mask = rollout(policy(), prompts, Rng(1), 3, end=3, prompt_mask=given).mask
+    assert bool(mask[0, 3])
+
+
+def test_a_limit_cuts_the_text_of_a_long_prompt_first() -> None:
+    """And changes nothing else."""
+    whole = rollout(policy(), PROMPTS, Rng(0), 8, prompt_mask=MASK)
+    tokens, mask = rollout(policy(), PROMPTS, Rng(0), 8, prompt_mask=MASK, limit=6)
+    assert tokens.shape == (3, 6)
+    assert mask.sum(1).tolist() == [2, 5, 4]
+    assert torch.equal(tokens, whole.tokens[:, :6])
+    assert not bool(rollout(policy(), PROMPTS, Rng(0), 8, limit=4).mask.any())
 
 
 def test_the_counts_are_those_of_the_law() -> None:
