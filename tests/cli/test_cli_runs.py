@@ -20,15 +20,19 @@ from fewstep import api
 from fewstep.classifiers import NetworkClassifier
 from fewstep.data import load as load_data
 from fewstep.data.condensed import Condensed
+from fewstep.data.text import LETTERS
 from fewstep.denoisers import NetworkDenoiser
 from fewstep.digests import model_sha256
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
+from fewstep.files import save_tensors
 from fewstep.hub import native
+from fewstep.language_models import NetworkLanguageModel
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.models import model_of
 from fewstep.networks import MLP, UNet
-from fewstep.networks.classifiers import MLPClassifier
+from fewstep.networks.causal import GRULanguageModel
+from fewstep.networks.classifiers import ConvNet, ResNet
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction, Velocity
 from fewstep.report import read_run
@@ -45,6 +49,12 @@ SHORT = ("--budget", "6steps", "--batch", "16", "--precision", "fp32", "--log-st
 SMALL = dict.fromkeys(("dmd", "reflow", "instaflow"), ("--pairs", "32", "--ode-steps", "2"))
 SMALL |= dict.fromkeys(("lsd", "lsd-plus"), ("--steps", "2", "--teacher-steps", "4"))
 SMALL["msd"] = ("--dm", "dmd:pairs=32,ode_steps=2")
+SMALL["pca"] = ("--k", "1", "--nets", "2")
+SMALL["dq"] = ("--patch-size", "2", "--feature-epochs", "0.02", "--autoencoder-width", "8", "--autoencoder-depth", "1")
+SMALL["ast"] = ("--experts", "1", "--epochs", "1", "--max-start-epoch", "1", "--expert-epochs", "1", "--steps", "2")
+SMALL["cv-dd"] = ("--ipc", "1", "--label-epochs", "4", "--pool", "convnet,resnet")
+SMALL["rad"] = ("--queries", "5")
+SMALL["diswot"] = ("--depths", "1,2", "--draws", "2", "--evaluations", "4", "--population", "3", "--tournament", "2")
 #: Methods of discrete models, which take another teacher.
 DISCRETE = ("discrete-denoising", "score-entropy", "lsd", "lsd-plus")
 
@@ -59,17 +69,44 @@ def teacher_of(method: str) -> tuple[str, ...]:
         net = MLP((1, 8, 8), width=16, blocks=1, classes=10)
         native.save(NetworkDenoiser(net, TrigFlow(), EDMPrediction(), (1, 8, 8), 10), "told", {"data": "digits"})
         return ("--teacher", "told")
-    if recipe_class(method).task == "classification":
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            net = MLPClassifier((1, 8, 8), 10, width=8)
-        native.save(NetworkClassifier(net, (1, 8, 8), 10), "seen", {"data": "digits"})
-        return ("--teacher", "seen", *soft_data(method))
+    task = recipe_class(method).task
+    if task == "classification":
+        return ("--teacher", classifier(method), *soft_data(method))
+    if task == "language":
+        return language(method)
     if method not in DISCRETE:
         return ("--teacher", "digits")
     net = Transformer(64, 27, 28, width=8, blocks=1, heads=2, timed=False)
     native.save(NetworkDiscreteDenoiser(net, Masked(27), 64), "letters", {"data": "shakespeare"})
     return ("--teacher", "letters")
+
+
+def classifier(method: str) -> str:
+    """The folder of a classifier of digits, one of residual blocks where students of such are searched."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = ResNet((1, 8, 8), 10, width=4) if method == "diswot" else ConvNet((1, 8, 8), 10, width=8, depth=1)
+    native.save(NetworkClassifier(net, (1, 8, 8), 10), "seen", {"data": "digits"})
+    return "seen"
+
+
+def language(method: str) -> tuple[str, ...]:
+    """The flags that name a language model of letters, a draft beside it, and pairs of answers."""
+    for name in ("letters-model", "draft"):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(len(name))
+            net = GRULanguageModel(27, 64, width=8)
+        native.save(NetworkLanguageModel(net, 27, 64, LETTERS.characters), name, {"data": "shakespeare"})
+    told: tuple[str, ...] = ("--teacher", "letters-model")
+    if method.startswith("distill-spec"):
+        return (*told, "--student", "draft")
+    if method in ("sft", "redi", "preferences"):
+        tokens = torch.arange(24 * 6).reshape(24, 6) % 27
+        mask = (torch.arange(6) >= 3).expand(24, 6)
+        columns = {"mask": mask, "rejected": (tokens + 5 * mask) % 27, "rejected_mask": mask}
+        save_tensors(Path("pairs.safetensors"), {"tokens": tokens, **{k: c.contiguous() for k, c in columns.items()}})
+        return (*told, "--data", "pairs.safetensors")
+    return told
 
 
 def soft_data(method: str) -> tuple[str, ...]:

@@ -209,7 +209,9 @@ class DisWOT(Supervised):
     roles: ClassVar[tuple[str, ...]] = ()
 
     depths: Annotated[tuple[Count, ...], "blocks to choose from in each of three stages"] = (1, 2, 3)
-    widths: Annotated[tuple[Count, ...], "channels of the first stage to choose from; none: the teacher's"] = ()
+    widths: Annotated[tuple[Count, ...] | None, "channels of the first stage to choose from; none: the teacher's"] = (
+        None
+    )
     student_norm: Annotated[Norm, "normalisation of the students"] = "batch"
     max_parameters: Annotated[
         int, Least(0), "most parameters of a student; 0: midway between the smallest and the largest"
