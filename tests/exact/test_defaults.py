@@ -37,7 +37,7 @@ from fewstep.methods.parts.times import LogNormal, Own, TimeLaw, Uniform
 from fewstep.methods.start import Start
 from fewstep.networks import MLP, UNet
 from fewstep.networks.causal import GRULanguageModel
-from fewstep.networks.classifiers import MLPClassifier
+from fewstep.networks.classifiers import ConvNet, MLPClassifier
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
@@ -230,7 +230,8 @@ def start_of(name: str) -> Start:
         return recovering()
     if recipe_class(name).task == "classification":
         x = torch.randint(0, 256, (120, 1, 16, 16), dtype=torch.uint8)
-        net = MLPClassifier((1, 16, 16), CLASSES, width=8)
+        shape = (1, 16, 16)
+        net = ConvNet(shape, CLASSES, width=4) if name == "dq" else MLPClassifier(shape, CLASSES, width=8)
         return Start(NetworkClassifier(net, (1, 16, 16), CLASSES), Dataset("pictures", x, torch.arange(120) % CLASSES))
     if name in ("discrete-denoising", "score-entropy", "lsd", "lsd-plus"):
         net = Transformer(LENGTH, 5, 6, width=8, blocks=1, heads=2)
