@@ -126,11 +126,12 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
     for k, source in enumerate(SOURCES):
         heights = [alpha[f"{divergence}, texts of the {source}"] for divergence in DIVERGENCES]
-        axes.bar([i + 0.27 * (k - 1) for i in range(len(DIVERGENCES))], heights, 0.25, label=f"texts of the {source}")
+        axes.plot([i + 0.15 * (k - 1) for i in range(len(DIVERGENCES))], heights, "o", label=f"texts of the {source}")
     plain = alpha["not distilled"]
     axes.axhline(plain, color="black", linestyle="--", linewidth=1, label="not distilled")
     axes.set_xticks(range(len(DIVERGENCES)), DIVERGENCES)
-    axes.set_ylim(plain - 0.03, max(alpha.values()) + 0.01)
+    axes.set_xlim(-0.5, len(DIVERGENCES) - 0.5)
+    axes.grid(axis="y", alpha=0.3)
     axes.set_ylabel("accepted, sampled")
     axes.legend(frameon=False, ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
