@@ -23,6 +23,10 @@ import torch
 
 from fewstep import api
 from fewstep.classifiers import NetworkClassifier
+from fewstep.condense.ast import AST
+from fewstep.condense.cv_dd import CVDD
+from fewstep.condense.dq import DatasetQuantization
+from fewstep.condense.pca import PCA
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
 from fewstep.evaluation.classification import (
@@ -40,15 +44,26 @@ from fewstep.report import machine
 from fewstep.training import trainer
 from fewstep.training.orders import Order
 
-#: Method -> its recipe for so many images a class, and its budget; the batch is the usual one.
-RECIPES: dict[str, tuple[Callable[[int, int], Recipe], str, int]] = {}
+#: Method -> its recipe for so many images a class, which are a share of the data; its budget; its batch.
+RECIPES: dict[str, tuple[Callable[[int, float], Recipe], str, int]] = {
+    "pca": (lambda per_class, share: PCA(per_class), "400steps", 64),
+    "pca, one a canvas": (lambda per_class, share: PCA(per_class, k=1), "400steps", 64),
+    "dq": (lambda per_class, share: DatasetQuantization(share), "400steps", 64),
+    "ast": (
+        lambda per_class, share: AST(per_class, experts=4, epochs=6, max_start_epoch=4, steps=10, expert_batch=128),
+        "200steps",
+        64,
+    ),
+    "cv-dd": (lambda per_class, share: CVDD(per_class, label_epochs=60), "600steps", 64),
+}
 
 
 def condensed(name: str, data: Dataset, per_class: int, seed: int) -> Candidate:
     """What a method makes of the data, with the seconds that it took."""
     make, budget, batch = RECIPES[name]
     start = trainer.clock()
-    made = api.condense(make(per_class, len(data)), data, budget, batch=batch, seed=seed, show=False)
+    share = per_class * (data.classes or 1) / len(data)
+    made = api.condense(make(per_class, share), data, budget, batch=batch, seed=seed, show=False)
     return from_condensed(name, made, trainer.clock() - start)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fewstep.networks.blocks import TokenBlock
 from fewstep.randomness import Rng
 
 
@@ -34,11 +35,11 @@ class MaskedAutoencoder(nn.Module):
         size, small = channels * patch * patch, width // 2
         self.enter = nn.Linear(size, width)
         self.place = nn.Parameter(0.02 * torch.randn(self.length, width))
-        self.encoder = nn.Sequential(*(block(width, heads) for _ in range(depth)), nn.LayerNorm(width))
+        self.encoder = nn.Sequential(*(TokenBlock(width, heads) for _ in range(depth)), nn.LayerNorm(width))
         self.between = nn.Linear(width, small)
         self.unseen = nn.Parameter(0.02 * torch.randn(small))
         self.decoder_place = nn.Parameter(0.02 * torch.randn(self.length, small))
-        self.decoder = nn.Sequential(block(small, heads), nn.LayerNorm(small))
+        self.decoder = nn.Sequential(TokenBlock(small, heads), nn.LayerNorm(small))
         self.leave = nn.Linear(small, size)
 
     def patches(self, pictures: Tensor) -> Tensor:
@@ -76,13 +77,6 @@ class MaskedAutoencoder(nn.Module):
             predicted = self(pictures.to(self.place.dtype), dropped).clamp(-1, 1).to(told)
             told = torch.where(dropped[..., None], predicted, told)
         return self.pictures(told)
-
-
-def block(width: int, heads: int) -> nn.Module:
-    """Attention, then two linear layers, each of the normalised tokens and added to them."""
-    return nn.TransformerEncoderLayer(
-        width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    )
 
 
 def taken(tokens: Tensor, places: Tensor) -> Tensor:
