@@ -116,8 +116,8 @@ class DatasetQuantization(Method):
          "same chance; the official code rounds",
          "the similarity of a zero gradient with everything is 1/2; the official code divides by 0",
          "the masked autoencoder is small, for small pictures (`patch_size`, `autoencoder_width`, "
-         "`autoencoder_depth`), and trained here with as many patches dropped as later, instead of MAE's ViT-L with a GAN loss; of patches of "
-         "equal importance any may be dropped",
+         "`autoencoder_depth`), and trained here with as many patches dropped as later, instead of MAE's ViT-L with a "
+         "GAN loss; of patches of equal importance any may be dropped",
          "only the kept pictures are reconstructed, and `stored` counts what their patches take"),
     )  # fmt: skip
     system: ClassVar[System] = System(
