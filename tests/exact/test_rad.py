@@ -129,6 +129,15 @@ def test_answers_are_the_teachers_and_nothing_is_asked_twice() -> None:
         assert torch.allclose(made.logits, classifier(0)(data().x[made.asked]), atol=1e-6)
 
 
+def test_questions_of_earlier_rounds_count(asked: list[int]) -> None:
+    """A budget that other rounds have spent answers nothing."""
+    known = Answers(torch.arange(9), torch.arange(9, 14), torch.zeros(5, CLASSES))
+    spent = Questions(classifier(0), classifier(1), data(), known, "rad", 5, 9, 0.5)
+    with pytest.raises(ValueError, match="5 queries with 5 of a budget of 9 spent"):
+        spent.answered(Rng(0))
+    assert len(dataclasses.replace(spent, budget=10).answered(Rng(0))["logits"]) == 5
+
+
 def test_a_pool_that_is_used_up_ends_the_questions() -> None:
     made: Any = run(RAD(rounds=3, queries=20, accuracy=0.5)).made["answers"]
     assert len(made.asked) == N - 9 == len(made.asked.unique())
