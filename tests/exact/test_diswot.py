@@ -18,6 +18,8 @@ from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.start import Start
 from fewstep.networks.classifiers import MLPClassifier, ResNet
 from fewstep.randomness import Rng
+from fewstep.report.runs import RunCourse
+from fewstep.report.tasks.diswot import figures
 from fewstep.runs.course import run_recipe
 from fewstep.students.diswot import DisWOT, Space, last_map
 from fewstep.students.proxies import Scorer, flops, parameters, z_sum
@@ -119,6 +121,10 @@ def test_a_run_searches_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     again: Any = run_recipe(SMALL, TEACHER, data(), settings, tmp_path / "run", show=False).model
     assert len(scored) == once > 0
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    drawn, listed = figures(RunCourse("run", str(tmp_path / "run"), ()), first, data())
+    assert str(drawn.content).startswith("<svg") and "relation" in listed.caption
+    rows = str(listed.content).splitlines()
+    assert "-".join(map(str, first.net.config["depths"])) in rows[1]  # the best comes first
 
 
 def loss_of(method: DisWOT, student: NetworkClassifier) -> float:

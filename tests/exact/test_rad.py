@@ -20,6 +20,8 @@ from fewstep.data import Dataset
 from fewstep.methods.start import Start
 from fewstep.networks.classifiers import MLPClassifier
 from fewstep.randomness import Rng
+from fewstep.report.runs import RunCourse
+from fewstep.report.tasks.rad import figures
 from fewstep.runs.course import run_recipe
 from fewstep.training.budget import Budget
 from fewstep.training.settings import Settings
@@ -125,6 +127,15 @@ def test_answers_are_the_teachers_and_nothing_is_asked_twice() -> None:
     assert made.labelled.tolist() == list(range(9))
     with torch.no_grad():
         assert torch.allclose(made.logits, classifier(0)(data().x[made.asked]), atol=1e-6)
+
+
+def test_questions_of_earlier_rounds_count(asked: list[int]) -> None:
+    """A budget that other rounds have spent answers nothing."""
+    known = Answers(torch.arange(9), torch.arange(9, 14), torch.zeros(5, CLASSES))
+    spent = Questions(classifier(0), classifier(1), data(), known, "rad", 5, 9, 0.5)
+    with pytest.raises(ValueError, match="5 queries with 5 of a budget of 9 spent"):
+        spent.answered(Rng(0))
+    assert len(dataclasses.replace(spent, budget=10).answered(Rng(0))["logits"]) == 5
 
 
 def test_a_pool_that_is_used_up_ends_the_questions() -> None:
@@ -254,3 +265,22 @@ def test_hidden_labels_stay_hidden() -> None:
     told = Dataset("points", points.x, torch.where(torch.isin(torch.arange(N), chosen), labels, -1), ("a", "b", "c"))
     other = run_recipe(recipe, classifier(0), told, SETTINGS, show=False)
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_the_report_shows_the_questions_of_every_round(tmp_path: Path) -> None:
+    """In their order; an answer is marked where the data know better, and only there."""
+    run(RAD(rounds=2, queries=5, accuracy=0.5), tmp_path / "run")
+    points, course = data(), RunCourse("run", str(tmp_path / "run"), ())
+    with torch.no_grad():
+        told = classifier(0)(points.x).argmax(1)
+    pictures, numbers = (
+        str(figure.content) for figure in figures(course, None, dataclasses.replace(points, cond=told))
+    )
+    assert pictures.index("round 1") < pictures.index("round 2") and pictures.count("<img") == 10
+    assert "<b style" not in pictures and numbers.count("<td>0.00</td>") == 2
+    other = dataclasses.replace(points, cond=(told + 1) % CLASSES)
+    pictures, numbers = (str(figure.content) for figure in figures(course, None, other))
+    assert pictures.count("<b style") == 10 and numbers.count("<td>1.00</td>") == 2
+    _, numbers = (str(figure.content) for figure in figures(course, None, points))
+    assert numbers.count("not known") == 2
+    assert figures(RunCourse("none", str(tmp_path), ()), None, points) == ()
