@@ -1,7 +1,7 @@
 """What pictures are worth by how they were chosen, merged and labelled: the table and the picture of PCA's page.
 
     python benchmarks/pca.py fashion --per-class 1 5 10 50 --seeds 0 1 --steps 150
-    python benchmarks/pca.py digits --per-class 1 5 10 30 --seeds 0 1 2 --steps 300
+    python benchmarks/pca.py digits --per-class 1 5 10 --seeds 0 1 2 --steps 300
     python benchmarks/pca.py fashion --per-class 10 --picture docs/img/pca.png --no-table
 
 Digits are enlarged to 16x16, so that a cell of a canvas holds all of their 8x8 pixels.  Every set is looked at in the

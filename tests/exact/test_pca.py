@@ -141,7 +141,9 @@ def test_training_ends_early_whatever_the_budget(tmp_path: Path) -> None:
     def run() -> Result:
         return run_recipe(method, classifier(), some_data(), settings, tmp_path / "run", show=False)
 
-    ended, again = run(), run()
+    ended = run()
+    assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
+    again = run()
     assert [found.steps for found in (ended, again)] == [4, 4] and ended.records[-1]["step"] == 4
     for model in (ended.model, again.model):
         assert torch.equal(made(method, 4).notes["scores"], model.notes["scores"])
