@@ -335,6 +335,14 @@ def test_experts_differ_and_each_is_made_alone_with_the_same_bits(tmp_path: Path
     assert [load_tensors(file)["weights"].shape for file in files] == 2 * [whole[0]["weights"].shape]  # one a file
 
 
+def test_experts_read_the_data_in_orders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same first weights."""
+    monkeypatch.setattr(Start, "fresh", lambda self, net, k: copy.deepcopy(net))
+    one, other = (made["weights"][0] for _, made in experts_of(start_of()).make(0, range(2)))
+    assert torch.equal(one[0], other[0])
+    assert not torch.allclose(one[1], other[1], rtol=1e-3)
+
+
 def test_a_store_is_known_by_all_that_it_is_made_of() -> None:
     start, store = start_of(), experts_of(start_of())
     assert store.digest() == experts_of(start_of()).digest()
