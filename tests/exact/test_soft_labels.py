@@ -63,6 +63,18 @@ def test_what_is_kept_makes_the_same_views_again(mix: Mix, tmp_path: Path) -> No
         assert any(not torch.equal(other.made(PICTURES, k), shown[k]) for k in range(7)), name
 
 
+def test_a_view_is_mixed_with_its_own_partner() -> None:
+    """The whole picture pasted is the partner; so is all of the blend where nothing is its own; each after its crop."""
+    x, partner = as_floats(PICTURES[:3]), torch.tensor([1, 2, 0]).int()
+    whole = View(partner=partner, cut=torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    assert torch.equal(whole(x), x[[1, 2, 0]])
+    assert torch.equal(View(partner=partner, own=torch.tensor(0.0))(x), x[[1, 2, 0]])
+    assert torch.allclose(View(partner=partner, own=torch.tensor(0.75))(x), 0.75 * x + 0.25 * x[[1, 2, 0]])
+    mirrored = torch.tensor([False, True, False])
+    both = View(torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(3, 4), mirrored, *whole[2:])
+    assert torch.equal(both(x), torch.stack([x[1].flip(-1), x[2], x[0]]))
+
+
 def test_views_are_as_varied_as_they_should_be() -> None:
     """In 7 batches of 4: boxes, flips of both kinds, partners that are permutations, boxes that are pasted."""
     soft, shown = labelled()
