@@ -120,6 +120,13 @@ def test_the_teacher_is_asked_what_the_budget_says_and_no_more(rule: str) -> Non
     assert sum(Counting.seen) == 2 * 5 + 2 * 9
 
 
+def test_the_first_round_knows_the_labels_alone() -> None:
+    """Then as many as asked for, and together they may ask as often as the rounds do."""
+    rounds: list[Any] = [stage.method for stage in RAD(rounds=3, queries=7).stages()]
+    assert [method.queries for method in rounds] == [0, 7, 7, 7]
+    assert {method.budget for method in rounds} == {21}
+
+
 def test_answers_are_the_teachers_and_nothing_is_asked_twice() -> None:
     made: Any = run(RAD(rounds=3, queries=10, accuracy=0.5)).made["answers"]
     everything = torch.cat([made.labelled, made.asked])
@@ -206,7 +213,7 @@ def test_every_rule_gives_marginals_of_the_batch(rule: str) -> None:
     q = RULES[rule](gains, 7.5, 6)
     assert float(q.sum()) == pytest.approx(6) and 0 <= float(q.min()) <= float(q.max()) <= 1 + 1e-12
     spread = {name: int((RULES[name](gains, 7.5, 6) > 1e-9).sum()) for name in RULES}
-    assert 6 == spread["margin"] < spread["rad"] <= spread["rad-loss"] <= spread["uniform"] == 30
+    assert 6 == spread["margin"] < spread["rad"] < spread["rad-loss"] <= spread["uniform"] == 30
 
 
 def test_labels_and_answers_are_learned_by_their_own_loss() -> None:
