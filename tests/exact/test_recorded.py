@@ -36,7 +36,9 @@ from test_every_method import (
     numbers,
     recipe,
 )
-from torch import Tensor
+from test_every_method import data as small_data
+from test_every_method import given as roles_given
+from torch import Tensor, nn
 
 import fewstep
 from fewstep.classifiers import NetworkClassifier
@@ -45,8 +47,10 @@ from fewstep.denoisers import NetworkDenoiser
 from fewstep.discrete.chains import Masked
 from fewstep.discrete.denoisers import NetworkDiscreteDenoiser
 from fewstep.files import load_tensors, save_tensors
+from fewstep.language_models import NetworkLanguageModel
 from fewstep.methods import RECIPES
 from fewstep.networks import MLP, UNet
+from fewstep.networks.causal import CausalTransformer, GRULanguageModel
 from fewstep.networks.classifiers import MLPClassifier
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
@@ -104,6 +108,8 @@ def teacher(name: str) -> Any:
         net: Any = MLPClassifier(SHAPE, CLASSES, width=8)
     elif name in TOKEN_METHODS:
         net = Transformer(LENGTH, TOKENS, TOKENS + 1, width=8, blocks=1, heads=2)
+    elif name in BY_TASK["language"]:
+        return language_model(CausalTransformer(TOKENS, LENGTH, width=8, blocks=1, heads=2), "weights")
     else:
         net = UNet(SHAPE, (8, 8), 1, 8, CLASSES) if name == "lowdiff" else MLP(SHAPE, 8, 1, CLASSES)
     rng = Rng(0, "weights")
@@ -118,8 +124,22 @@ def teacher(name: str) -> Any:
     return NetworkDenoiser(net, TrigFlow(sigma_data=0.7), prediction, SHAPE, CLASSES).double().eval()
 
 
+def language_model(net: nn.Module, stream: str) -> NetworkLanguageModel:
+    rng = Rng(0, stream)
+    for p in net.double().parameters():
+        p.data = 0.3 * rng.normal_like(p.data)
+    return NetworkLanguageModel(net, TOKENS, LENGTH).eval()
+
+
+def given(name: str) -> dict[str, nn.Module]:
+    """Small models for the roles that a method cannot do without."""
+    return {role: language_model(GRULanguageModel(TOKENS, LENGTH, width=4), role) for role in roles_given(name)}
+
+
 def data(name: str) -> Dataset:
     """Words, or points with labels."""
+    if name in BY_TASK["language"]:
+        return small_data(name)
     rng = Rng(0, "data")
     if name in TOKEN_METHODS:
         return Dataset("words", rng.integers(24 * LENGTH, 0, TOKENS).reshape(24, LENGTH))
@@ -136,7 +156,7 @@ def trained(case: str, settings: Settings = FOUR_STEPS) -> dict[str, Tensor]:
         method = recipe(name)
         at_once = {field.name: 0 for field in dataclasses.fields(method) if field.name in ("warmup", "gan_share")}
         method = dataclasses.replace(method, **{**at_once, **changes})
-        made = run_recipe(method, teacher(name), data(name), settings, None, show=False)
+        made = run_recipe(method, teacher(name), data(name), settings, None, given=given(name), show=False)
     logged: dict[str, list[float]] = {}
     for record in made.records:
         for key, value in record.items():
