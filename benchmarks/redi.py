@@ -119,7 +119,7 @@ def table(runs: Sequence[Mapping[tuple[str, float], tuple[float, Worth]]]) -> st
         driven = ["", ""]
         if name != "before":
             logs = [statistics.mean(worth[i] for worth in last) for i in (2, 3)]
-            driven = [spread([worth.drawn for worth in last]), ", ".join(f"{x:.2f}" for x in logs)]
+            driven = [spread([worth.drawn for worth in last]), ", ".join(f"{x:.2f}" for x in logs if x == x)]
         lines.append(f"| {name} | {f'{best:g}' if best else ''} | " + " | ".join([*cells, *driven]) + " |")
     return "\n".join(lines)
 

@@ -74,7 +74,11 @@ class FineTuning(Method):
     """Supervised fine-tuning: the right responses, every token of a batch alike."""
 
     name: ClassVar[str] = "sft"
-    paper: ClassVar[Paper] = Paper(PAPER.title, PAPER.arxiv, PAPER.evidence, PAPER.deviations[:2])
+    paper: ClassVar[Paper] = Paper(
+        PAPER.title, PAPER.arxiv, PAPER.evidence,
+        ("`lr` is that of small models (5e-5 for 1.5 billion weights there)",
+         "a budget, not epochs; the batch is as large as in the second stage (128 and 32 there)"),
+    )  # fmt: skip
     task = "language"
     healthy: ClassVar[dict[str, str]] = {
         "student/loss": "falls: the mean surprise of a token of the responses, in nats",
@@ -191,7 +195,7 @@ class REDI(Recipe):
     system: ClassVar[System] = System(
         "REDI", 2025, "language", "right and wrong traces", "1 a token",
         "learns from a teacher's wrong traces too, without a reference",
-        real="redi",
+        real="redi_real",
     )  # fmt: skip
     task = "language"
     roles: ClassVar[tuple[str, ...]] = (STUDENT,)
