@@ -91,14 +91,18 @@ def away_from_its_start(net: nn.Module) -> nn.Module:
     return net
 
 
+def classifying_net(name: str) -> nn.Module:
+    """A small classifier; one with maps of places for the method that looks at them."""
+    return ConvNet(SHAPE, CLASSES, width=4, depth=1) if name == "dq" else MLPClassifier(SHAPE, CLASSES, width=8)
+
+
 def teacher(name: str) -> Any:
     """A small model that the method can start from."""
     kind_of_number = torch.float32 if name in SINGLE else torch.float64
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         if name in BY_TASK["classification"]:
-            sees = ConvNet(SHAPE, CLASSES, width=4, depth=1) if name == "dq" else MLPClassifier(SHAPE, CLASSES, width=8)
-            net = away_from_its_start(sees)
+            net = away_from_its_start(classifying_net(name))
             return NetworkClassifier(net, SHAPE, CLASSES).to(kind_of_number).eval()
         if name in BY_TASK["language"]:
             return language_model(CausalTransformer(TOKENS, LENGTH, width=8, blocks=1, heads=2))

@@ -32,6 +32,7 @@ from test_every_method import (
     SINGLE,
     TOKEN_METHODS,
     TOKENS,
+    classifying_net,
     gap,
     numbers,
     recipe,
@@ -51,7 +52,6 @@ from fewstep.language_models import NetworkLanguageModel
 from fewstep.methods import RECIPES
 from fewstep.networks import MLP, UNet
 from fewstep.networks.causal import CausalTransformer, GRULanguageModel
-from fewstep.networks.classifiers import MLPClassifier
 from fewstep.networks.transformer import Transformer
 from fewstep.predictions import EDMPrediction, TrigPrediction
 from fewstep.randomness import Rng
@@ -105,7 +105,7 @@ def double_by_default(name: str) -> Iterator[None]:
 def teacher(name: str) -> Any:
     """A small network with weights that are drawn in float64: in float32 the draws depend on the processor."""
     if name in BY_TASK["classification"]:
-        net: Any = MLPClassifier(SHAPE, CLASSES, width=8)
+        net: Any = classifying_net(name)
     elif name in TOKEN_METHODS:
         net = Transformer(LENGTH, TOKENS, TOKENS + 1, width=8, blocks=1, heads=2)
     elif name in BY_TASK["language"]:
