@@ -28,8 +28,9 @@ from fewstep.condense.graph_cut import bins, cosine, inner_product
 from fewstep.condense.scores import softmax_error, softmax_twice_error
 from fewstep.condense.select import budgets, class_sizes, random_counts, stratified
 from fewstep.condense.supervised import accuracy_of, labels_in, nll
+from fewstep.condense.whole import CHUNK, Whole
 from fewstep.data.condensed import Condensed, to_pictures
-from fewstep.data.dataset import Samples, as_floats, labels_of
+from fewstep.data.dataset import Samples, as_floats
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.start import Start
 from fewstep.networks.cam import class_map, on_grid
@@ -40,8 +41,6 @@ from fewstep.ranges import Count, NonNegative, Positive, Share
 CLASSIFIER, AUTOENCODER, WHOLE = "classifier", "autoencoder", "whole"
 #: The gradient of a loss in the logits, from logits ``[B, K]`` and labels ``[B]``, by what the loss is of.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"logits": softmax_error, "softmax": softmax_twice_error}
-#: Samples that are looked at together.
-CHUNK = 256
 
 
 def across_bins(bin_of: Tensor, labels: Tensor, share: float, rng: Rng) -> Tensor:
@@ -69,34 +68,6 @@ def text_bins(texts: Sequence[str], count: int) -> Tensor:
         raise ImportError("binning texts needs scikit-learn: pip install scikit-learn") from error
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3)).fit_transform(texts)
     return bins(inner_product(torch.from_numpy(vectors.toarray())), count)
-
-
-class Whole(nn.Module):
-    """The data to choose from, beside the networks that look at them; it has no weights."""
-
-    def __init__(self, start: Start) -> None:
-        super().__init__()
-        self.data: Samples = start.data
-        self.rng_seed = start.seed
-
-    def labels(self) -> Tensor:
-        """All labels ``[N]``; ValueError for data without."""
-        labels = labels_of(self.data.conditions(slice(None)))
-        if labels is None:
-            raise ValueError(f"data '{self.data.name}' have no labels: classes could not be binned apart")
-        return labels
-
-    def chunks(self, index: Tensor) -> Iterator[Tensor]:
-        """The samples at ``index``, as training reads them, some at a time."""
-        for part in index.split(CHUNK):
-            x = self.data.rows(part).x
-            if x is None:
-                raise ValueError(f"data '{self.data.name}' hold no samples")
-            yield x
-
-    def rng(self, name: str) -> Rng:
-        """What random choices are drawn from, a source by name."""
-        return Rng(self.rng_seed, "dq", name)
 
 
 @dataclass(frozen=True)
@@ -202,12 +173,12 @@ class DatasetQuantization(Method):
         ``bin`` ``[N]`` of every example; ``dropped`` ``[M, L]``, the patches that are not stored."""
         whole: Whole = nets.whole
         labels, bin_of = whole.labels(), self.bins_of(nets.classifier, whole)
-        kept = across_bins(bin_of, labels, self.keep, whole.rng("keep"))
+        kept = across_bins(bin_of, labels, self.keep, whole.rng("dq", "keep"))
         x, notes = torch.cat([*whole.chunks(kept)]), {"kept": kept, "bin": bin_of}
         shown, share_stored = x, 1.0
         if self.mask_ratio > 0:
             autoencoder: MaskedAutoencoder = nets.autoencoder
-            rng, count = whole.rng("patches"), number_dropped(autoencoder.length, self.mask_ratio)
+            rng, count = whole.rng("dq", "patches"), number_dropped(autoencoder.length, self.mask_ratio)
             filled, dropped = [], []
             for part in x.split(CHUNK):
                 there = part.to(device_of(autoencoder))

@@ -16,52 +16,19 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.canvases import check_cells, combine
 from fewstep.condense.scores import Scores
 from fewstep.condense.select import members, select
 from fewstep.condense.supervised import accuracy_of, labels_in, nll
+from fewstep.condense.whole import Whole
 from fewstep.data.condensed import Condensed, to_pictures
-from fewstep.data.dataset import Samples, labels_of
 from fewstep.data.views import Views
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
 from fewstep.methods.start import Start
-from fewstep.randomness import Rng
 from fewstep.ranges import Count, NonNegative
-
-
-class Pool(nn.Module):
-    """The data to choose from, beside the networks that score them; it has no weights."""
-
-    def __init__(self, start: Start) -> None:
-        super().__init__()
-        self.start = start
-
-    @property
-    def data(self) -> Samples:
-        return self.start.data
-
-    @property
-    def classes(self) -> int:
-        """The number of classes."""
-        return self.data.classes or 0
-
-    def labels(self) -> Tensor:
-        """All labels ``[N]``; ValueError for data without."""
-        found = labels_of(self.data.conditions(slice(None)))
-        if found is None:
-            raise ValueError(f"data '{self.data.name}' has no labels: classes could not be kept apart")
-        return found
-
-    def scores(self, classifiers: tuple[nn.Module, ...]) -> Tensor:
-        """The EL2N scores ``[N]``, kept with the run."""
-        return self.start.store(Scores(classifiers, self.data, "el2n")).x[:, 0]
-
-    def rng(self) -> Rng:
-        """What a random choice is drawn from."""
-        return Rng(self.start.seed, "random subset")
 
 
 @dataclass(frozen=True)
@@ -99,19 +66,19 @@ class PCA(Method):
     lr: Annotated[NonNegative, "learning rate of the networks that score"] = 0.1
 
     def networks(self, start: Start) -> Networks:
-        pool = Pool(start)
+        whole = Whole(start)
         check_cells(self.k, start.data.shape)
-        members(pool.labels(), pool.classes, self.per_class * self.k**2)
+        members(whole.labels(), whole.classes, self.per_class * self.k**2)
         like: Any = start.teacher
         kind = next(like.parameters()).dtype
         scorers = nn.ModuleList(
             NetworkClassifier(start.fresh(like.net, i).to(kind), like.shape, like.classes) for i in range(self.nets)
         )
         group = Optimizer(("scorers",), self.lr, kind="sgd", momentum=0.9, nesterov=True)
-        return Networks({"scorers": scorers, "pool": pool}, {"scorers": group})
+        return Networks({"scorers": scorers, "whole": whole}, {"scorers": group})
 
     def enough(self, nets: Networks, progress: Progress) -> bool:
-        return progress.samples >= self.epochs * len(nets.pool.data)
+        return progress.samples >= self.epochs * len(nets.whole.data)
 
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
         labels = labels_in(batch)
@@ -123,17 +90,18 @@ class PCA(Method):
     def student(self, nets: Networks) -> Condensed:
         """The canvases.  Notes: ``index`` ``[M, k * k]``, where in the data the cells come from, and ``scores``
         ``[N]`` of all of the data."""
-        pool: Pool = nets.pool
-        scores = pool.scores(tuple(nets.scorers))
-        chosen = select(scores, pool.labels(), self.per_class * self.k**2, self.keep, pool.rng(), pool.classes)
+        whole: Whole = nets.whole
+        scores = whole.start.store(Scores(tuple(nets.scorers), whole.data, "el2n")).x[:, 0]
+        rng, count = whole.rng("random subset"), self.per_class * self.k**2
+        chosen = select(scores, whole.labels(), count, self.keep, rng, whole.classes)
         index = chosen.reshape(-1, self.k**2)
-        cells = pool.data.rows(index.flatten()).x
+        cells = whole.data.rows(index.flatten()).x
         assert cells is not None, "scored data have pictures"
         canvases = combine(to_pictures(cells).unflatten(0, index.shape))
         return Condensed(
             canvases,
-            torch.arange(pool.classes).repeat_interleave(self.per_class),
-            pool.data.class_names,
+            torch.arange(whole.classes).repeat_interleave(self.per_class),
+            whole.data.class_names,
             views=Views("cells", self.k) if self.k > 1 else Views(),
             notes={"index": index, "scores": scores.float()},
         )
