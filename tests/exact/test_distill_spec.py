@@ -211,8 +211,8 @@ class Tabular:
         for start in starts:
             logits = start.clone().requires_grad_(True)
             optimizer = torch.optim.Adam([logits], lr=0.1)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
-            for _ in range(300):
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
+            for _ in range(150):
                 optimizer.zero_grad()
                 value = (states * loss(self.p.log(), logits.expand(8, 8, 8))).sum()
                 value.backward()

@@ -90,6 +90,17 @@ def test_lenience_of_one_is_lossless_square_is_linear_squared_and_acceptance_fal
     assert torch.equal(Lenience("square", 0.3).of(p), Lenience("linear", 0.3**2).of(p))
 
 
+@pytest.mark.parametrize("lenience", LENIENT, ids=str)
+def test_lenience_pays_for_what_it_accepts_in_total_variation(lenience: Lenience) -> None:
+    """TV(out, p) is the acceptance gained: where p >= q all is accepted already, and what a rejection would have given
+    there, (1 - acceptance) max(0, p - q) / TVD, is all that is lost."""
+    p, q = table(0, 20), table(1, 20)
+    away = (law_of_one_token(p, q, lenience) - p).abs().sum(-1) / 2
+    gained = acceptance_of(p, q, lenience) - acceptance_of(p, q)
+    torch.testing.assert_close(away, gained, rtol=0, atol=1e-15)
+    assert float(gained.min()) > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["linear", "square", "power"])
 def test_as_eps_goes_to_zero_the_law_goes_to_the_drafts(kind: str) -> None:
     p, q = table(0, 20), table(1, 20)

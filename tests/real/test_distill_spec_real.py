@@ -42,12 +42,12 @@ def fresh(width: int) -> NetworkLanguageModel:
 @pytest.fixture(scope="module")
 def pair() -> tuple[LanguageModel, LanguageModel, Dataset]:
     data = load_text("shakespeare", length=LENGTH)
-    target = trained(LanguageModelling(lr=1e-2), fresh(64), data, 150)
-    return target, trained(LanguageModelling(lr=1e-2), fresh(8), data, 150), data
+    target = trained(LanguageModelling(lr=1e-2), fresh(64), data, 100)
+    return target, trained(LanguageModelling(lr=1e-2), fresh(8), data, 100), data
 
 
 def prompts() -> torch.Tensor:
-    return load_text("shakespeare", "test", length=LENGTH).x[:256, :PROMPT]
+    return load_text("shakespeare", "test", length=LENGTH).x[:128, :PROMPT]
 
 
 def alpha(target: LanguageModel, draft: LanguageModel) -> float:
@@ -56,10 +56,10 @@ def alpha(target: LanguageModel, draft: LanguageModel) -> float:
 
 @pytest.mark.parametrize("share", ["fixed", "draft"])
 def test_acceptance_rises(pair: tuple[LanguageModel, LanguageModel, Dataset], share: str) -> None:
-    """By 0.046 on the data's texts and 0.040 on the draft's own, from 0.640; by half of that at least."""
+    """By 0.045 on the data's texts and 0.039 on the draft's own, from 0.605; by half of that at least."""
     target, draft, data = pair
     method = DistillSpec(**{"fixed": 0.0, "draft": 0.0, share: 1.0}, prompt=PROMPT, lr=5e-3)  # type: ignore[arg-type]
-    aligned = trained(method, target, data, 60, student=draft)
+    aligned = trained(method, target, data, 40, student=draft)
     before, after = alpha(target, draft), alpha(target, aligned)
     assert after > before + 0.02
 
