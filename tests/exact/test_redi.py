@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data import Dataset
+from fewstep.evaluation.language import language_table
 from fewstep.language.log_probs import response_log_probs, token_entropy
 from fewstep.language.preferences import DPO, Pair, REDILoss, SimPO, Symmetric
 from fewstep.language.redi import REDI, FineTuning, PreferenceTuning
@@ -223,3 +224,16 @@ def test_its_report_shades_unlikely_tokens_and_draws_both_courses() -> None:
 
 def logged(k: int) -> dict[str, float]:
     return {"student/chosen_log_prob": -1.0 * k, "student/rejected_log_prob": -2.0 * k}
+
+
+def test_what_a_policy_is_worth_counts_responses_alone() -> None:
+    """Nats a token of the mask, over all texts together; without a mask all tokens but the first count."""
+    data, model = pairs(), policy()
+    mask = data.columns["mask"]
+    table = language_table({"policy": model}, data)
+    found = response_log_probs(model(data.x), data.x, mask).total.sum() / mask.sum()
+    assert table.data[0]["nats"] == pytest.approx(-float(found), rel=1e-12)
+    whole = torch.ones_like(data.x, dtype=torch.bool)
+    found = response_log_probs(model(data.x), data.x, whole).mean.mean()
+    plain = language_table({"policy": model}, Dataset("plain", data.x))
+    assert plain.data[0]["nats"] == pytest.approx(-float(found), rel=1e-12)

@@ -24,7 +24,7 @@ from fewstep.training.trainer import Result, train
 PROBLEMS = Addition()
 DRAWN = PROBLEMS.prompts(4500, Rng(0, "problems"))
 TRAIN, TEST = DRAWN[:4000], DRAWN[4000:]
-STEPS = 40
+STEPS = 30
 
 
 def settings(steps: int, **more: object) -> Settings:
@@ -73,12 +73,12 @@ def log_prob(model: LanguageModel, data: Dataset) -> float:
 
 def test_right_answers_become_less_likely_with_the_weight_of_wrong_ones(chosen: Run) -> None:
     """Monotonically, at one learning rate.  No gain of accuracy is asked for: exchanged digits carry no news."""
-    found = [chosen(alpha, 5e-4) for alpha in (0.0, 0.2, 0.5, 0.8, 1.0)]
+    found = [chosen(alpha, 7e-4) for alpha in (0.0, 0.2, 0.5, 0.8, 1.0)]
     assert found == sorted(found, reverse=True) and found[-1] < found[0] - 0.1
 
 
 def test_at_a_higher_rate_the_symmetric_loss_collapses_first(chosen: Run) -> None:
-    assert chosen(1.0, 1e-3) < chosen(0.8, 1e-3) - 0.3
+    assert chosen(1.0, 1.5e-3) < chosen(0.8, 1.5e-3) - 0.3
 
 
 def test_an_alarm_leaves_the_policy_of_before_the_collapse(tuned: LanguageModel, pairs: Dataset) -> None:
@@ -104,7 +104,7 @@ def test_a_policy_learns_from_its_own_traces(tuned: LanguageModel) -> None:
 
     def margin(alpha: float) -> float:
         objective = REDILoss(alpha)
-        run = train(PreferenceTuning(objective=objective, lr=1e-3), Start(tuned, found), settings(30), show=False)
+        run = train(PreferenceTuning(objective=objective, lr=1e-3), Start(tuned, found), settings(25), show=False)
         return run.records[-1]["student/chosen_log_prob"] - run.records[-1]["student/rejected_log_prob"]
 
     assert margin(0.8) > margin(0.0) + 0.05

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.data.dataset import Samples
 from fewstep.evaluation.tables import Table, parameters
 from fewstep.language.acceptance import measure_acceptance
-from fewstep.language.log_probs import token_log_prob
+from fewstep.language.log_probs import response_lengths, token_log_prob
 from fewstep.language.rollouts import rollout
 from fewstep.language.speculative import Statistics, speculative_decode, speed_up, tokens_per_call
 from fewstep.language_models import LanguageModel
@@ -32,19 +32,27 @@ def tokens_of(data: Samples, count: int) -> Tensor:
     return x
 
 
+def counted_of(data: Samples, tokens: Tensor) -> Tensor:
+    """Which of the first texts' ``tokens`` ``[N, L]`` count: those of the data's column "mask", all without."""
+    columns = data.rows(slice(0, len(tokens))).columns
+    return columns.get("mask", torch.ones_like(tokens, dtype=torch.bool))
+
+
 @torch.no_grad()
-def cross_entropy(model: LanguageModel, tokens: Tensor) -> float:
-    """Nats a token, the first one of each text not counted."""
-    found = [token_log_prob(model(part), part, torch.ones_like(part, dtype=torch.bool)) for part in tokens.split(50)]
-    return -float(torch.cat(found)[:, 1:].double().mean())
+def cross_entropy(model: LanguageModel, tokens: Tensor, mask: Tensor) -> float:
+    """Nats a token that the ``mask`` ``[N, L]`` counts, the first one of each text never."""
+    parts = zip(tokens.split(50), mask.split(50), strict=True)
+    found = torch.cat([token_log_prob(model(part), part, counts) for part, counts in parts])
+    return -float(found.double().sum() / response_lengths(mask).sum())
 
 
 def language_table(models: Mapping[str, LanguageModel], test: Samples) -> Table:
     """Language models by name on held-out text."""
     tokens = tokens_of(test, TEXTS)
+    mask = counted_of(test, tokens)
     rows, data = [], []
     for name, model in models.items():
-        found, seconds, size = cross_entropy(model, tokens), seconds_a_token(model, tokens), parameters(model)
+        found, seconds, size = cross_entropy(model, tokens, mask), seconds_a_token(model, tokens), parameters(model)
         rows.append((name, f"{found:.4f}", f"{math.exp(found):.3f}", f"{size:,}", f"{1 / seconds:,.0f}"))
         data.append({"model": name, "nats": found, "parameters": size, "seconds_a_token": seconds})
     note = f"{len(tokens)} held-out texts of {tokens.shape[1]} tokens; tokens/s: one text, one token after the other"
@@ -54,7 +62,7 @@ def language_table(models: Mapping[str, LanguageModel], test: Samples) -> Table:
 
 def seconds_a_token(model: LanguageModel, tokens: Tensor) -> float:
     """The seconds that a token takes, written one after the other."""
-    prompt = tokens[:1, :PROMPT]
+    prompt = tokens[:1, : min(PROMPT, tokens.shape[1] - 1)]
     length = min(model.length, tokens.shape[1]) - prompt.shape[1]
     took = []
     for seed in range(3):

@@ -76,7 +76,7 @@ class Problems(ABC):
 
     def response(self, rows: Tensor) -> Tensor:
         """Which tokens of rows ``[N, L]`` are the answer and its end, as a mask ``[N, L]``: all where none ends."""
-        ended = (rows == END_TOKEN) & (torch.arange(rows.shape[1]) >= self.asked)
+        ended = rows == END_TOKEN  # which no problem holds
         behind = ended.cumsum(1) - ended.long() > 0
         behind[:, : self.asked] = True
         return ~behind
