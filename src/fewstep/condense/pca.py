@@ -54,7 +54,7 @@ class PCA(Method):
     )  # fmt: skip
     task = "classification"
     healthy: ClassVar[dict[str, str]] = {
-        "scorers/loss": "a sum over the networks: falls, and is not near 0 in the end: what is easy shows early",
+        "scorers/loss": "a sum over the networks: falls; near 0 in the end, small differences tell what is easy",
         "scorers/accuracy": "rises far above chance; below that all examples look alike and the choice is a random one",
     }
 
