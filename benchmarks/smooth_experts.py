@@ -1,7 +1,8 @@
 """What distilled images are worth beside real ones: the tables and the picture of AST's page.
 
     python benchmarks/smooth_experts.py digits --per-class 1 5 --picture docs/img/ast.png
-    python benchmarks/smooth_experts.py fashion --samples 4000 --networks convnet mlp-classifier --experts 5 --epochs 10
+    python benchmarks/smooth_experts.py fashion --samples 2000 --networks convnet mlp-classifier --width 16 --experts 5 \\
+        --epochs 8 --updates 200 --train-steps 100 --train-batch 32 --methods "ast without penalty"
 
 The first network is that of the experts and of the inner steps.  Every seed has random images, experts and first
 weights of its own; classifiers learn from every set in the same steps.
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.ast import AST
 from fewstep.condense.select import uniform
 from fewstep.data import load
@@ -45,11 +47,12 @@ from fewstep.training.settings import Settings
 MTT = {"clipping": 0, "penalty": 0.0, "balanced": False, "intermediate": "none", "perturbation": 0.0, "initial": "real"}
 
 
-def distilled(method: AST, network: str, train: Dataset, seed: int, updates: int) -> tuple[Condensed, float, float]:
+def distilled(
+    method: AST, fresh: NetworkClassifier, train: Dataset, settings: Settings
+) -> tuple[Condensed, float, float]:
     """The images, the processor seconds that they took, and the loss L_M at the end."""
     start = time.process_time()
-    settings = Settings(Budget(updates), batch=1, seed=seed, precision="fp32")
-    result = run_recipe(method, fresh_classifier(network, train, seed), train, settings, show=False)
+    result = run_recipe(method, fresh, train, settings, show=False)
     made: Any = result.model
     final = fmean(record["images/final"] for record in result.records[-5:])
     return made, time.process_time() - start, final
@@ -71,6 +74,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--experts", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--width", type=int, default=32, help="channels of the ConvNet")
+    parser.add_argument("--train-steps", type=int, default=200)
+    parser.add_argument("--train-batch", type=int, default=64)
     parser.add_argument("--methods", nargs="+", default=["ast", "ast without penalty", "mtt"])
     parser.add_argument("--picture", type=Path)
     chosen = parser.parse_args(given)
@@ -80,9 +86,11 @@ def main(given: Sequence[str] | None = None) -> None:
         train = train.subset(uniform(len(train), chosen.samples, Rng(0, "samples")))
     ast = AST(augment=Siamese.parse("none"), experts=chosen.experts, epochs=chosen.epochs)
     methods = {"ast": ast, "ast without penalty": replace(ast, penalty=0.0), "mtt": replace(ast, **MTT)}
+    networks = {name: {"width": chosen.width} if name == "convnet" else {} for name in chosen.networks}
     for per_class in chosen.per_class:
         for seed in chosen.seeds:
-            protocol = Protocol({network: {} for network in chosen.networks}, (seed,), 200)
+            protocol = Protocol(networks, (seed,), chosen.train_steps, chosen.train_batch)
+            settings = Settings(Budget(chosen.updates), batch=1, seed=seed, precision="fp32")
 
             def tell(candidate: Candidate, protocol: Protocol = protocol, **more: Any) -> None:
                 found = {row.network: row.mean for row in post_evaluate([candidate], test, protocol)}
@@ -91,7 +99,8 @@ def main(given: Sequence[str] | None = None) -> None:
             tell(random_subset(train, 10 * per_class, seed), per_class=per_class, seed=seed)
             for name in chosen.methods:
                 method = replace(methods[name], per_class=per_class)
-                made, seconds, final = distilled(method, chosen.networks[0], train, seed, chosen.updates)
+                fresh = fresh_classifier(chosen.networks[0], train, seed, networks[chosen.networks[0]])
+                made, seconds, final = distilled(method, fresh, train, settings)
                 where = {"per_class": per_class, "seed": seed}
                 tell(Candidate(f"start of {name}", Dataset("start", made.notes["start"], made.labels), 0), **where)
                 eta = float(made.notes["eta"])

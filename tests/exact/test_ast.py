@@ -193,6 +193,18 @@ def test_inner_steps_read_all_images_before_one_comes_again() -> None:
     assert not torch.equal(torch.cat([x.chosen for x in read[:3]]), torch.cat([x.chosen for x in read[3:]]))
 
 
+def test_images_are_augmented_each_by_a_draw_of_its_own() -> None:
+    turn = Siamese.parse("rotate")
+    for lesson in lessons(7, 3, 6, turn, Rng(0)):
+        assert len(lesson.drawn.values.unique()) == len(lesson.chosen)
+    start = start_of()
+    nets = MTT.networks(start)
+    assert not torch.allclose(replace(MTT, augment=turn).losses(nets, Rng(0)), MTT.losses(nets, Rng(0)), rtol=1e-3)
+    turned = experts_of(start, augment=turn).trajectory(0, 0)["weights"][0]
+    plain = experts_of(start).trajectory(0, 0)["weights"][0]
+    assert torch.equal(turned[0], plain[0]) and not torch.allclose(turned[1], plain[1], rtol=1e-3)
+
+
 # --- the method --------------------------------------------------------------------------------------------------
 
 
