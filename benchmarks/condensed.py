@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fewstep.condense.dq import DatasetQuantization
 from fewstep.condense.pca import PCA
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
+from fewstep.data.views import Views
 from fewstep.evaluation.classification import (
     Candidate,
     Protocol,
@@ -44,6 +45,8 @@ from fewstep.report import machine
 from fewstep.training import trainer
 from fewstep.training.orders import Order
 
+#: How random samples are looked at: as they are, and as the cells of canvases are.
+AS_THEY_ARE, CROPS = Views(), Views.parse("crop:0.5")
 #: Method -> its recipe for so many images a class, which are a share of the data; its budget; its batch.
 RECIPES: dict[str, tuple[Callable[[int, float], Recipe], str, int]] = {
     "pca": (lambda per_class, share: PCA(per_class), "400steps", 64),
@@ -63,19 +66,21 @@ def condensed(name: str, data: Dataset, per_class: int, seed: int) -> Candidate:
     make, budget, batch = RECIPES[name]
     start = trainer.clock()
     share = per_class * (data.classes or 1) / len(data)
-    made = api.condense(make(per_class, share), data, budget, batch=batch, seed=seed, show=False)
+    made = api.condense_data(make(per_class, share), data, budget, batch=batch, seed=seed, show=False)
     return from_condensed(name, made, trainer.clock() - start)
 
 
 def candidates(name: str, data: Dataset, per_class: int, seed: int) -> Candidate:
-    """A row's data: "random", "all", "rs2", or what a method makes."""
+    """A row's data: "random", "all", "rs2", each also "with crops", or what a method makes."""
     kept = per_class * (data.classes or 1)
-    if name == "random":
-        return random_subset(data, kept, seed)
-    if name == "all":
-        return Candidate("all", data, bytes_of(data))
-    if name == "rs2":  # which needs all data, and as many a round
-        return Candidate("rs2", data, bytes_of(data), order=Order.parse(f"random:{kept / len(data)}"))
+    views = CROPS if name.endswith(" with crops") else AS_THEY_ARE
+    kind = name.removesuffix(" with crops")
+    if kind == "random":
+        return replace(random_subset(data, kept, seed, views), name=name)
+    if kind == "all":
+        return Candidate(name, data, bytes_of(data), views)
+    if kind == "rs2":  # which needs all data, and as many a round
+        return Candidate(name, data, bytes_of(data), views, Order.parse(f"random:{kept / len(data)}"))
     return condensed(name, data, per_class, seed)
 
 
@@ -104,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--test", help="held-out data (default: the part of the data that is held out)")
-    parser.add_argument("--methods", nargs="+", default=["random", *RECIPES, "rs2", "all"])
+    parser.add_argument("--methods", nargs="+", default=["random", "random with crops", *RECIPES, "rs2", "all"])
     parser.add_argument("--per-class", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument("--networks", nargs="+", default=["convnet", "mlp-classifier", "resnet"])
     parser.add_argument("--labels", nargs="+", default=["hard"], choices=["hard", "soft", "stored"])

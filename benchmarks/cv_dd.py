@@ -50,8 +50,8 @@ KINDS = ("hard", "soft", "batch-specific")
 def recipe_of(name: str) -> CVDD:
     """The recipe of a row, on digits: pictures of 8x8 are not cropped or mirrored while the pool is trained."""
     return replace(
-        COMMITTEES[name], ipc=IPC, views=Views(), label_epochs=EPOCHS, squeeze_share=SQUEEZE, recover_share=RECOVER,
-        judge_share=TRAIN,
+        COMMITTEES[name], per_class=IPC, views=Views(), label_epochs=EPOCHS, squeeze_share=SQUEEZE,
+        recover_share=RECOVER, judge_share=TRAIN,
     )  # fmt: skip
 
 

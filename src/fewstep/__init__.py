@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load": "fewstep.api",
     "distill": "fewstep.api",
-    "condense": "fewstep.api",
+    "condense_data": "fewstep.api",
     "compare": "fewstep.api",
     "save": "fewstep.api",
     "pictures": "fewstep.api",
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 if TYPE_CHECKING:
     from fewstep.api import compare as compare
-    from fewstep.api import condense as condense
+    from fewstep.api import condense_data as condense_data
     from fewstep.api import distill as distill
     from fewstep.api import load as load
     from fewstep.api import pictures as pictures

@@ -94,7 +94,7 @@ def distill(
     return run_recipe(recipe, models["teacher"], source, chosen, place, given=given, record=record, show=show).model
 
 
-def condense(
+def condense_data(
     recipe: Recipe,
     data: str | Path | Samples,
     budget: str | Budget = "1min",

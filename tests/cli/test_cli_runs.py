@@ -52,7 +52,7 @@ SMALL["msd"] = ("--dm", "dmd:pairs=32,ode_steps=2")
 SMALL["pca"] = ("--k", "1", "--nets", "2")
 SMALL["dq"] = ("--patch-size", "2", "--feature-epochs", "0.02", "--autoencoder-width", "8", "--autoencoder-depth", "1")
 SMALL["ast"] = ("--experts", "1", "--epochs", "1", "--max-start-epoch", "1", "--expert-epochs", "1", "--steps", "2")
-SMALL["cv-dd"] = ("--ipc", "1", "--label-epochs", "4", "--pool", "convnet,resnet")
+SMALL["cv-dd"] = ("--per-class", "1", "--label-epochs", "4", "--pool", "convnet,resnet")
 SMALL["rad"] = ("--queries", "5")
 SMALL["diswot"] = ("--depths", "1,2", "--draws", "2", "--evaluations", "4", "--population", "3", "--tournament", "2")
 #: Methods of discrete models, which take another teacher.

@@ -36,7 +36,7 @@ from fewstep.training.settings import Settings
 # of 4 in 32 pixels, RandomResizedCrop's own scale), relabel/relabel.py and scripts (epochs, batch, temperature 10, mix,
 # fkd_seed), the pool of the scripts, squeeze of its ImageNet prior (lr)
 PUBLISHED = {
-    "ipc": ..., "pool": ("resnet18", "resnet50", "densenet121", "shufflenet-v2", "mobilenet-v2"), "committee": 2,
+    "per_class": ..., "pool": ("resnet18", "resnet50", "densenet121", "shufflenet-v2", "mobilenet-v2"), "committee": 2,
     "priors": Priors("distilled"), "temperature": 5.0, "statistics_weight": 0.01, "first": 10.0, "scale": 0.08,
     "shift": 4 / 32, "lr": 0.25, "pool_lr": 0.1, "label_epochs": 300, "label_batch": 16, "label_temperature": 10.0,
     "statistics": "halves", "mix": "cutmix", "label_seed": 42,
@@ -133,7 +133,7 @@ def test_a_vote_is_weighted_before_it_is_rounded(pool: Pool) -> None:
             return self.size * torch.ones(len(x), CLASSES)
 
     loud = Pool([Loud(163840.0), Loud(-65536.0)], [50.0, 50.0])
-    relabel = Relabelling(epochs=1, batch=2, statistics="running")
+    relabel = Relabelling(epochs=1, batch=2, label_statistics="running")
     soft = relabel(data().x[:2], loud)
     assert soft.logits.unique().tolist() == [49152.0]
     x = as_floats(data().x[:8])
@@ -158,7 +158,7 @@ def test_priors_are_written_as_words() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             CVDD(**fields)  # type: ignore[arg-type]
-    assert CVDD(label_batch=4, statistics="running").label_batch == 4
+    assert CVDD(label_batch=4, label_statistics="running").label_batch == 4
     with pytest.raises(ValueError, match="2 members of the pool need one each"):
         Pool([fresh(), fresh()], [1.0])
 
@@ -307,7 +307,7 @@ def test_stored_labels_are_votes_on_the_stored_views(pool: Pool) -> None:
 
 def recovery(pool: Pool, **fields: Any) -> tuple[Recover, Any]:
     method = Recover(
-        ipc=2, priors=Priors("given", pool.priors), held_out=0.0, relabelling=Relabelling(4, 16), **fields
+        per_class=2, priors=Priors("given", pool.priors), held_out=0.0, relabelling=Relabelling(4, 16), **fields
     )  # fmt: skip
     return method, method.networks(Start(fresh(), data(), made={"pool": pool}))
 
@@ -410,7 +410,7 @@ def test_pictures_start_as_different_ones_of_their_class(pool: Pool) -> None:
     assert torch.equal(labels[begun], torch.arange(CLASSES).expand(2, CLASSES))
     assert torch.equal(nets.pictures.all, x[begun.flatten()])
     with pytest.raises(ValueError, match="21 examples of each class are asked for, and class 0 has 20"):
-        dataclasses.replace(method, ipc=21).networks(Start(fresh(), data(), made={"pool": pool}))
+        dataclasses.replace(method, per_class=21).networks(Start(fresh(), data(), made={"pool": pool}))
 
 
 def test_what_is_held_out_is_held_out_from_all() -> None:
@@ -424,7 +424,7 @@ def test_what_is_held_out_is_held_out_from_all() -> None:
 
 # --- the recipe --------------------------------------------------------------------------------------------------
 
-TINY = CVDD(ipc=2, pool=("convnet", "resnet"), label_epochs=8, views=RAW, held_out=0.2)
+TINY = CVDD(per_class=2, pool=("convnet", "resnet"), label_epochs=8, views=RAW, held_out=0.2)
 SETTINGS = Settings(Budget(40), batch=16, precision="fp32", log_steps=5)
 
 

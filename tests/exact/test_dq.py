@@ -216,7 +216,7 @@ def test_texts_are_binned_by_their_runs_of_characters() -> None:
 @pytest.mark.parametrize(
     ("fields", "start", "message"),
     [
-        ({}, lambda: Start(teacher(), data(None)), "have no labels"),
+        ({}, lambda: Start(teacher(), data(None)), "has no labels"),
         ({}, lambda: Start(teacher(), data(LABELS - 1)), "label -1"),
         ({}, lambda: Start(teacher(MLPClassifier(SHAPE, CLASSES)), data()), "no map of places.*or mask_ratio=0"),
         ({"keep": 0.005}, lambda: Start(teacher(), data()), "keep=0.005 of 90 examples keeps none"),
@@ -241,9 +241,10 @@ def test_samples_of_any_shape_can_be_kept_whole() -> None:
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, usual: Condensed) -> None:
     """Looking at 7 samples at a time makes the same choice."""
-    import fewstep.condense.dq as module
+    from fewstep.condense import dq, whole
 
-    monkeypatch.setattr(module, "CHUNK", 7)
+    for module in (dq, whole):
+        monkeypatch.setattr(module, "CHUNK", 7)
     small = made(keep=0.4)
     assert torch.equal(small.notes["bin"], usual.notes["bin"]) and torch.equal(small.notes["kept"], usual.notes["kept"])
     assert number_dropped(16, 0.2) == 4 and isinstance(networks(DatasetQuantization(**SMALL)).whole, Whole)

@@ -49,7 +49,7 @@ SMALL = {
     "label_dropout": 0.5, "gan_share": 1.0, "rank": 2, "ratio_decay": 0.5, "host": "dmd2:gan_weight=0.1", "nodes": 2,
     "parts": 2, "dm": "dmd:pairs=16,ode_steps=2,guidance=1.5", "adversary": "dmd2:gan_weight=0.1",
     "discriminator_rank": 2, "patch_size": 2, "mask_ratio": 0.3, "feature_epochs": 0.5, "per_class": 2, "k": 1,
-    "nets": 2, "ipc": 2, "pool": ("convnet", "resnet"), "label_epochs": 8, "views": "none",
+    "nets": 2, "pool": ("convnet", "resnet"), "label_epochs": 8, "views": "none",
     "experts": 2, "epochs": 3, "max_start_epoch": 2, "stretches": 2, "expert_lr": 0.3, "lr_images": 0.1,
 }  # fmt: skip
 #: What only one method needs.

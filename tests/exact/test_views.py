@@ -95,7 +95,7 @@ def test_mixup_is_a_mean() -> None:
     assert torch.allclose(mixup(X, partner, 0.3), 0.3 * X + 0.7 * X[partner], atol=1e-15)
 
 
-@pytest.mark.parametrize("word", ["none", "flip", "crop:0.5", "cells:2"])
+@pytest.mark.parametrize("word", ["none", "flip", "crop:0.5", "cells:2", "crop:0.5+upright"])
 def test_views_by_name(word: str) -> None:
     """The same draws give the same views, other draws others, in two parts the same as in one."""
     views = Views.parse(word)
@@ -107,7 +107,10 @@ def test_views_by_name(word: str) -> None:
     assert torch.equal(torch.cat(halves), one)
 
 
-@pytest.mark.parametrize("word", ["flips", "crop", "crop:0", "crop:2", "cells:0", "cells:1.5", "none:1"])
+@pytest.mark.parametrize(
+    "word",
+    ["flips", "crop", "crop:0", "crop:2", "cells:0", "cells:1.5", "none:1", "flip+upright", "crop:0.5+up"],
+)
 def test_words_that_are_no_views(word: str) -> None:
     with pytest.raises(ValueError):
         Views.parse(word)
@@ -116,3 +119,14 @@ def test_words_that_are_no_views(word: str) -> None:
 def test_points_have_no_views() -> None:
     with pytest.raises(ValueError, match="of pictures"):
         Views.parse("flip")(torch.zeros(2, 3), Rng(0))
+
+
+def test_upright_views_are_never_mirrored() -> None:
+    """A picture that is dark on the left stays so in every crop; without the word half of them turn."""
+    x = torch.arange(8.0).expand(200, 1, 8, 8)
+    for word, turned in (("crop:0.5+upright", 0), ("cells:1+upright", 0), ("crop:0.5", 100)):
+        seen = Views.parse(word)(x, Rng(0, "upright"))
+        assert abs(int((seen[:, 0, 0, 0] > seen[:, 0, 0, -1]).sum()) - turned) < 5 * 50**0.5 * bool(turned) + 1, word
+    assert [str(Views.parse(w).whole()) for w in ("cells:3", "cells:2+upright", "flip")] == [
+        "crop:0.5", "crop:0.5+upright", "flip",
+    ]  # fmt: skip

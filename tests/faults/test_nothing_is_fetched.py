@@ -20,6 +20,9 @@ QUICK = "--budget 2steps --batch 8 --precision fp32 --quiet"
 AT_WORK = (
     f"train t --data digits --network mlp --width 16 --blocks 1 --out small {QUICK}",
     f"distill cm --teacher digits --out run {QUICK}",
+    f"condense pca --data digits --k 1 --per-class 1 --network mlp-classifier --width 8 --out few {QUICK}",
+    "evaluate few --networks mlp-classifier --seeds 1 --train-steps 1",
+    "report few --out few.html",
     "sample digits --n 2 --steps 2 --out a.npz",
     "sample run --n 2 --out b.npz",
     "inspect run --n 2 --out b.png",
@@ -159,6 +162,7 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     ("__init__.py", "import_module"): (),
     ("cli/__init__.py", "import_module"): (),
     ("methods/__init__.py", "import_module"): (),
+    ("report/tasks/__init__.py", "import_module"): (),
     ("hub/__init__.py", "importlib.import_module"): (),
     ("hub/requires.py", "importlib.import_module"): (),
     ("hub/source.py", "importlib.import_module"): (),

@@ -31,7 +31,7 @@ def result() -> Any:
     """One picture a class by a pair of networks."""
     train = load_data("digits")
     recipe = CVDD(
-        ipc=1,
+        per_class=1,
         pool=("convnet", "classifier"),
         views=Views(),
         label_epochs=16,

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from fewstep.cli import methods
 from fewstep.cli.errors import UserError, choose
-from fewstep.cli.train import add_fresh_arguments, train
+from fewstep.cli.settings import add_run_arguments, word_after
+from fewstep.cli.train import OF_STUDENTS, add_fresh_arguments, train
 from fewstep.methods import CONDENSERS
 
 
@@ -30,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
         parser.epilog = f"methods:\n{methods.listing(CONDENSERS)}\n"
     else:
         parser.description = methods.about(choose("method", method, CONDENSERS))
-    add_fresh_arguments(parser, words, method or CONDENSERS[0])
+    recipe = word_after("--recipe", words, "")
+    if method is None and not recipe:  # help and complaints, which need no flags of a method
+        add_run_arguments(parser, without=OF_STUDENTS)
+    else:
+        add_fresh_arguments(parser, words, method or CONDENSERS[0])
 
 
 def run(chosen: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ class Pictures(nn.Module):
 
     @property
     def all(self) -> Tensor:
-        """All pictures ``[ipc * classes, C, H, W]``."""
+        """All pictures ``[per_class * classes, C, H, W]``."""
         return torch.cat([*self.x]).detach()
 
     @property
@@ -147,7 +147,7 @@ class Recover(Method):
         "pictures/statistics": Grows("lower lr: pixels jump between their bounds faster than statistics can follow")
     }
 
-    ipc: int = 10
+    per_class: int = 10
     committee: int = 2
     priors: Priors = HELD_OUT
     held_out: float = 0.1
@@ -173,13 +173,13 @@ class Recover(Method):
         return Pool(members, [percent_right(member, x, labels) for member in members])
 
     def committees(self, pool: Pool, rng: Rng) -> Tensor:
-        """Who looks at which index of pictures, ``[ipc, N]``."""
-        return draw_committees(self.ipc, pool.priors, self.committee, rng)
+        """Who looks at which index of pictures, ``[per_class, N]``."""
+        return draw_committees(self.per_class, pool.priors, self.committee, rng)
 
     def networks(self, start: Start) -> Networks:
         pool, data, rng = self.pool(start), apart(start.data, self.held_out)[0], Rng(start.seed, "recover")
         labels = labels_of_all(data)
-        begun = select(torch.zeros(len(labels)), labels, self.ipc, "random", rng, start.teacher.classes).T
+        begun = select(torch.zeros(len(labels)), labels, self.per_class, "random", rng, start.teacher.classes).T
         x = pictures_of(data, begun.flatten()).unflatten(0, begun.shape)
         pictures = Pictures(x, self.committees(pool, rng), data.index[begun], data.class_names)
         optimizer = Optimizer(("pictures",), self.lr, betas=(0.5, 0.9), decay="cosine")
@@ -229,7 +229,7 @@ class Alone(Recover):
         return Pool([start.model("pool").members[self.member]], [0.0])
 
     def committees(self, pool: Pool, rng: Rng) -> Tensor:
-        return torch.zeros(self.ipc, 1, dtype=torch.int64)
+        return torch.zeros(self.per_class, 1, dtype=torch.int64)
 
     def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
         x, labels = to_pictures(nets.pictures.all.cpu()), nets.pictures.labels.cpu()
@@ -301,7 +301,7 @@ class CVDD(Recipe):
     )  # fmt: skip
     task = "classification"
 
-    ipc: Annotated[Count, "pictures a class"] = 10
+    per_class: Annotated[Count, "pictures a class"] = 10
     pool: Annotated[tuple[Member, ...], "architectures of the pool, all with batch normalisation"] = (
         "convnet", "resnet", "classifier",
     )  # fmt: skip
@@ -319,9 +319,9 @@ class CVDD(Recipe):
     label_epochs: Annotated[Count, "epochs of views that get soft labels"] = 300
     label_batch: Annotated[Count, "views a batch"] = 16
     label_temperature: Annotated[Positive, "of the votes on labels, by the whole pool"] = 10.0
-    statistics: Annotated[Statistics, "of batch normalisation in relabelling: of halves of a batch, or running"] = (
-        "halves"
-    )
+    label_statistics: Annotated[
+        Statistics, "of batch normalisation in relabelling: of halves of a batch, or running"
+    ] = "halves"
     mix: Annotated[Mix, "how views are mixed before they are labelled"] = "cutmix"
     label_seed: Annotated[int, "seed of the views that are labelled"] = 42
     squeeze_share: Annotated[NonNegative, "share of the budget of the pool"] = 1.0
@@ -334,20 +334,20 @@ class CVDD(Recipe):
             raise ValueError(f"{self.name}: committee={self.committee} of a pool of {len(self.pool)}: at most all")
         if self.priors.source == "given" and len(self.priors.given) != len(self.pool):
             raise ValueError(f"{self.name}: priors={self.priors} must be {len(self.pool)} numbers, one a member")
-        if self.statistics == "halves" and (self.label_batch % 2 or self.label_batch < 2 * LEAST_HALF):
+        if self.label_statistics == "halves" and (self.label_batch % 2 or self.label_batch < 2 * LEAST_HALF):
             raise ValueError(
                 f"{self.name}: label_batch={self.label_batch} must be even and at least {2 * LEAST_HALF}: fewer "
-                "pictures have no statistics worth using; statistics='running' takes any"
+                "pictures have no statistics worth using; label_statistics='running' takes any"
             )
 
     def stages(self) -> list[Stage]:
         held_out = 0.0 if self.priors.source == "given" else self.held_out
         view = RandomView(self.scale, self.mix)
         relabelling = Relabelling(
-            self.label_epochs, self.label_batch, self.label_temperature, self.statistics, view, self.label_seed
+            self.label_epochs, self.label_batch, self.label_temperature, self.label_statistics, view, self.label_seed
         )
         shared: dict[str, Any] = {
-            "ipc": self.ipc, "held_out": held_out, "temperature": self.temperature, "scale": self.scale,
+            "per_class": self.per_class, "held_out": held_out, "temperature": self.temperature, "scale": self.scale,
             "statistics_weight": self.statistics_weight, "first": self.first, "shift": self.shift, "lr": self.lr,
             "relabelling": relabelling,
         }  # fmt: skip

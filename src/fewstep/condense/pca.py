@@ -61,6 +61,7 @@ class PCA(Method):
     per_class: Annotated[Count, "canvases of each class"] = 10
     k: Annotated[Count, "cells along a side of a canvas; 1 keeps pictures as they are"] = 2
     keep: Annotated[Literal["easy", "hard", "random"], "which pictures of a class are kept"] = "easy"
+    upright: Annotated[bool, "training never mirrors what it looks at, as digits and letters must not be"] = False
     epochs: Annotated[Count, "passes over the data before the networks score them, within the budget"] = 4
     nets: Annotated[Count, "networks whose scores are averaged"] = 3
     lr: Annotated[NonNegative, "learning rate of the networks that score"] = 0.1
@@ -102,6 +103,6 @@ class PCA(Method):
             canvases,
             torch.arange(whole.classes).repeat_interleave(self.per_class),
             whole.data.class_names,
-            views=Views("cells", self.k) if self.k > 1 else Views(),
+            views=Views("cells", self.k, self.upright) if self.k > 1 else Views(),
             notes={"index": index, "scores": scores.float()},
         )

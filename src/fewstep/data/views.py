@@ -120,27 +120,37 @@ def mixup(x: Tensor, partner: Tensor, lam: float) -> Tensor:
 @dataclass(frozen=True)
 class Views(Written):
     """How training looks at pictures: "none"; "flip"; "crop:S", boxes of at least the share S of the area, and flips;
-    "cells:K", such boxes inside of one of the K x K cells of a canvas, uniformly chosen (S = 0.5)."""
+    "cells:K", such boxes inside of one of the K x K cells of a canvas, uniformly chosen (S = 0.5), and flips.  Crops
+    and cells that end in "+upright" are never mirrored, as digits and letters must not be."""
 
-    shown: ClassVar[str] = "none|flip|crop:S|cells:K"
+    shown: ClassVar[str] = "none|flip|crop:S|cells:K[+upright]"
     #: The least share of a cell that is looked at.
     IN_CELL: ClassVar[float] = 0.5
 
     kind: str = "none"
     number: float = 0.0
+    upright: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Views:
-        kind, colon, word = text.partition(":")
-        if (kind, bool(colon)) not in (("none", False), ("flip", False), ("crop", True), ("cells", True)):
-            raise ValueError(f"views '{text}' is not one of none, flip, crop:S and cells:K")
+        name, plus, suffix = text.partition("+")
+        kind, colon, word = name.partition(":")
+        known = (kind, bool(colon)) in (("none", False), ("flip", False), ("crop", True), ("cells", True))
+        if not known or (plus and (suffix != "upright" or not colon)):
+            raise ValueError(f"views '{text}' is not one of none, flip, crop:S, cells:K (and these two with +upright)")
         number = 0.0 if not colon else float(read(int, word)) if kind == "cells" else read(float, word)
         if (kind == "crop" and not 0 < number <= 1) or (kind == "cells" and number < 1):
             raise ValueError(f"views '{text}': crop takes a share of the area in (0, 1], cells a number of at least 1")
-        return cls(kind, number)
+        return cls(kind, number, bool(plus))
 
     def __str__(self) -> str:
-        return self.kind if self.kind in ("none", "flip") else f"{self.kind}:{self.number:g}"
+        if self.kind in ("none", "flip"):
+            return self.kind
+        return f"{self.kind}:{self.number:g}{'+upright' * self.upright}"
+
+    def whole(self) -> Views:
+        """The same for pictures that are no canvases: crops where these are of cells."""
+        return Views("crop", self.IN_CELL, self.upright) if self.kind == "cells" else self
 
     def __call__(self, x: Tensor, rng: Rng) -> Tensor:
         """A random view of every picture of ``x`` ``[B, C, H, W]``; samples of another kind only as they are."""
@@ -149,7 +159,7 @@ class Views(Written):
         if x.ndim != 4:
             raise ValueError(f"views '{self}' are of pictures [C, H, W], these samples are {list(x.shape[1:])}")
         n = len(x)
-        flips = random_flips(n, rng)
+        flips = torch.zeros(n, dtype=torch.bool) if self.upright else random_flips(n, rng)
         if self.kind == "flip":
             return torch.where(flips[:, None, None, None], x.flip(-1), x)
         boxes = random_boxes(n, rng, (self.number if self.kind == "crop" else self.IN_CELL, 1.0))

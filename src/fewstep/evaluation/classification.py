@@ -117,18 +117,21 @@ def bytes_of(data: Samples, images: int | None = None) -> int:
     return (len(data) if images is None else images) * (math.prod(data.shape) + 1)
 
 
-def random_subset(data: Samples, images: int, seed: int = 0) -> Candidate:
+def random_subset(data: Samples, images: int, seed: int = 0, views: Views = NO_VIEWS) -> Candidate:
     """As many random samples, of every class its part."""
     rng = Rng(seed, "random subset")
     groups = strata(data)
     counts = spread([len(group) for group in groups], images)
     index = torch.cat([g[rng.shuffled(len(g))[:count]] for g, count in zip(groups, counts, strict=True)])
-    return Candidate("random", Chosen(data, index.sort().values, "random"), bytes_of(data, images))
+    return Candidate("random", Chosen(data, index.sort().values, "random"), bytes_of(data, images), views)
 
 
 def with_baselines(candidate: Candidate, data: Samples, seed: int = 0) -> list[Candidate]:
-    """A candidate beside as many random samples and all of them."""
-    return [random_subset(data, len(candidate.data), seed), candidate, Candidate("all", data, bytes_of(data))]
+    """A candidate beside as many random samples and all of them, which training looks at in the same way (at whole
+    pictures where a candidate has canvases)."""
+    views = candidate.views.whole()
+    everything = Candidate("all", data, bytes_of(data), views)
+    return [random_subset(data, len(candidate.data), seed, views), candidate, everything]
 
 
 def post_evaluate(
