@@ -108,6 +108,8 @@ def test_the_best_is_trained_from_first_weights() -> None:
     assert [*nets.student.net.config["depths"], nets.student.net.config["width"]] == best
     assert float(nets.student.net.stem[0].weight.detach().std()) < 0.5  # not the N(0, 1) that it was scored with
     assert nets.teacher is TEACHER
+    again = SMALL.networks(start)  # whatever PyTorch's own generator has drawn in between
+    assert torch.equal(again.student.net.stem[0].weight, nets.student.net.stem[0].weight)
 
 
 def test_a_run_searches_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

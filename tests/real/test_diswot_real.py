@@ -37,15 +37,15 @@ def teacher() -> NetworkClassifier:
     }  # fmt: skip
     fresh = NetworkClassifier(fresh_network(config, 0), (1, 8, 8), 10)
     made: NetworkClassifier = run_recipe(
-        Supervised(lr=0.05), fresh, load_data("digits"), settings(120), show=False
+        Supervised(lr=0.05), fresh, load_data("digits"), settings(100), show=False
     ).model
     return made
 
 
 def test_a_searched_student_learns_the_digits(teacher: NetworkClassifier) -> None:
-    """It fits its budget, which its teacher does not, and is trained to nine of ten in 120 steps."""
-    method = DisWOT(max_parameters=12_000, draws=4, population=8, evaluations=16)
-    student = run_recipe(method, teacher, load_data("digits"), settings(120), show=False).model
+    """It fits its budget, which its teacher does not, and is trained to nine of ten in 100 steps."""
+    method = DisWOT(max_parameters=12_000, draws=2, population=6, evaluations=10)
+    student = run_recipe(method, teacher, load_data("digits"), settings(100), show=False).model
     assert parameters(student, torch.zeros(0)) <= 12_000 < parameters(teacher, torch.zeros(0))
     assert accuracy(student, load_data("digits", "test")) > 0.9
 
@@ -63,8 +63,8 @@ def test_the_table_holds_what_it_says() -> None:
 
 
 def test_distillation_orders_students_otherwise_than_labels_do() -> None:
-    """And helps every one of them; the two rankings are related, and not the same."""
+    """And helps every one of them; the best from labels is not the best distilled."""
     table = student_table()
     vanilla, distilled = table.vanilla.mean(1), table.distilled.mean(1)
     assert bool((distilled > vanilla).all())
-    assert kendall_tau(vanilla, distilled) < 0.9
+    assert vanilla.argmax() != distilled.argmax() and kendall_tau(vanilla, distilled) < 0.5
