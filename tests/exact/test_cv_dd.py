@@ -133,7 +133,7 @@ def test_a_vote_is_weighted_before_it_is_rounded(pool: Pool) -> None:
             return self.size * torch.ones(len(x), CLASSES)
 
     loud = Pool([Loud(163840.0), Loud(-65536.0)], [50.0, 50.0])
-    relabel = Relabelling(epochs=1, batch=2, label_statistics="running")
+    relabel = Relabelling(epochs=1, batch=2, statistics="running")
     soft = relabel(data().x[:2], loud)
     assert soft.logits.unique().tolist() == [49152.0]
     x = as_floats(data().x[:8])
