@@ -2,7 +2,6 @@
 
     python benchmarks/smooth_experts.py digits --per-class 1 5 --picture docs/img/ast.png
     python benchmarks/smooth_experts.py fashion --samples 2000 --networks convnet mlp-classifier --width 16 \\
-        --experts 5 --epochs 8 --updates 200 --train-steps 100 --train-batch 32 --methods "ast without penalty"
         --seeds 0 1 --experts 5 --epochs 8 --updates 200 --train-steps 100 --train-batch 32 \\
         --methods "ast without penalty"
 
