@@ -12,9 +12,10 @@ from torch import Tensor
 from fewstep.data.dataset import Samples
 from fewstep.evaluation.tables import Table, parameters
 from fewstep.language.acceptance import measure_acceptance
+from fewstep.language.costs import measure_costs
 from fewstep.language.log_probs import response_lengths, token_log_prob
 from fewstep.language.rollouts import rollout
-from fewstep.language.speculative import Statistics, speculative_decode, speed_up, tokens_per_call
+from fewstep.language.speculative import Statistics, speculative_decode, tokens_per_call
 from fewstep.language_models import LanguageModel
 from fewstep.randomness import Rng
 
@@ -83,22 +84,22 @@ def speculative_table(
     rows, data = [], []
     for name, draft in drafts.items():
         alpha = measure_acceptance(target, draft, prompts[:MEASURED], Rng(0, "acceptance"), length).rate
-        cost = seconds_a_token(draft, tokens) / alone
         for gamma in gammas:
+            costs = measure_costs(target, draft, prompts[0], gamma)
             told, seconds = decoded(target, draft, prompts[:PROMPTS], length, gamma)
-            found = {
-                "draft": name, "gamma": gamma, "acceptance": alpha, "block_efficiency": told.block_efficiency,
-                "tau": tokens_per_call(alpha, gamma), "cost": cost, "expected": speed_up(alpha, gamma, cost),
+            figures = {
+                "acceptance": alpha, "block_efficiency": told.block_efficiency, "tau": tokens_per_call(alpha, gamma),
+                "cost": costs.ratio, "formula": costs.speed_up(alpha), "with_blocks": costs.real_speed_up(alpha),
                 "speed_up": alone / (seconds / told.tokens),
             }  # fmt: skip
-            rows.append((name, str(gamma), *(f"{value:.3f}" for value in list(found.values())[2:])))
-            data.append(found)
+            rows.append((name, str(gamma), *(f"{value:.3f}" for value in figures.values())))
+            data.append({"draft": name, "gamma": gamma, **figures})
     note = (
         f"acceptance on {min(MEASURED, len(prompts))} texts of the target; tokens for each of its calls, counted and "
         "as tau says; c: what a call of the draft costs, in calls of the target; the speed-up that tau / (c gamma + 1) "
-        "promises, and that of the clock"
+        "promises, the same with what it costs to read a block, and that of the clock"
     )
-    columns = ("draft", "gamma", "acceptance", "tokens/call", "tau", "c", "promised", "speed-up")
+    columns = ("draft", "gamma", "acceptance", "tokens/call", "tau", "c", "formula", "with blocks", "speed-up")
     return Table("speculative decoding, sampled", columns, tuple(rows), note, data)
 
 
