@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fewstep.condense.experts import Experts, class_labels, logits_of, samples
+from fewstep.condense.experts import Experts, every_label, logits_of, samples
 from fewstep.condense.representatives import representatives
 from fewstep.condense.select import stratified
 from fewstep.condense.unroll import FlatNet, Loss, unroll
@@ -230,7 +230,7 @@ class AST(Method):
 
     def images(self, start: Start, student: FlatNet, weights: Tensor) -> SyntheticImages:
         """The images at the start."""
-        rng, labels = Rng(start.seed, "ast"), class_labels(start.data)
+        rng, labels = Rng(start.seed, "ast"), every_label(start.data)
         if self.initial == "representative":
             last = weights[rng.shared_integer(0, len(weights)), -1]
             chosen = representatives(logits_of(student, last, start.data), labels, self.per_class, rng)

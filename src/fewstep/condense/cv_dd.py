@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from fewstep.condense.committee import HELD_OUT, Pool, Priors, draw_committees, percent_right, voting_weights
 from fewstep.condense.select import select
 from fewstep.condense.soft_labels import CUTMIX, Mix, RandomView, Replay, SoftLabels, label_views
-from fewstep.condense.squeeze import CROPS, PAPER, Member, Squeeze, apart, labelled, labels_of_all, pictures_of
+from fewstep.condense.squeeze import CROPS, PAPER, Member, Squeeze, apart, labelled, pictures_of
 from fewstep.condense.statistics import batch_statistics
 from fewstep.condense.supervised import STUDENT, SoftSupervised
 from fewstep.data.condensed import Condensed, to_pictures
-from fewstep.data.dataset import Samples
+from fewstep.data.dataset import Samples, class_labels
 from fewstep.data.views import Views, crop, random_boxes, random_flips
 from fewstep.methods.alarm import Alarm, Grows
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Recipe, Stage, System, Update
@@ -178,7 +178,7 @@ class Recover(Method):
 
     def networks(self, start: Start) -> Networks:
         pool, data, rng = self.pool(start), apart(start.data, self.held_out)[0], Rng(start.seed, "recover")
-        labels = labels_of_all(data)
+        labels = class_labels(data)
         begun = select(torch.zeros(len(labels)), labels, self.per_class, "random", rng, start.teacher.classes).T
         x = pictures_of(data, begun.flatten()).unflatten(0, begun.shape)
         pictures = Pictures(x, self.committees(pool, rng), data.index[begun], data.class_names)

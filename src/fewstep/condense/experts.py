@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fewstep.condense.unroll import FlatNet, refuse_batch_norm, vector_of
-from fewstep.data.dataset import Dataset, Samples, epoch_order, labels_of
+from fewstep.data.dataset import Dataset, Samples, class_labels, epoch_order
 from fewstep.data.siamese import SIAMESE, Siamese
 from fewstep.methods.parts.stores import Store, Tensors
 from fewstep.methods.start import Start
@@ -106,7 +106,7 @@ class Experts(Store):
     def epoch(self, net: nn.Module, optimizer: torch.optim.Optimizer, order: Tensor, factor: float, rng: Rng) -> Tensor:
         """One pass in the ``order`` given, the loss times ``factor``; the mean loss and accuracy ``[2]``."""
         first = next(net.parameters())
-        labels = class_labels(self.start.data)
+        labels = every_label(self.start.data)
         told = torch.zeros(2, dtype=torch.float64, device=first.device)
         for index in order.split(self.batch):
             x, truth = samples(self.start.data, index).to(first), labels[index].to(first.device)
@@ -150,9 +150,9 @@ def samples(data: Samples, index: Tensor) -> Tensor:
     return x
 
 
-def class_labels(data: Samples) -> Tensor:
+def every_label(data: Samples) -> Tensor:
     """The class labels ``[N]``; ValueError for data without, and for a sample without one."""
-    labels = labels_of(data.conditions(slice(None)))
-    if labels is None or int(labels.min()) < 0:
+    labels = class_labels(data)
+    if int(labels.min()) < 0:
         raise ValueError(f"data '{data.name}': experts are classifiers, and need a class label for every sample")
     return labels

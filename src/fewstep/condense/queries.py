@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.condense.game import batch, dependent_rounding
-from fewstep.data.dataset import Dataset, Samples
+from fewstep.data.dataset import Dataset, Samples, class_labels
 from fewstep.digests import model_sha256, tensors_sha256
 from fewstep.methods.parts.stores import Store, Tensors
 from fewstep.randomness import Rng
@@ -144,7 +144,7 @@ class Questions(Store):
     @torch.no_grad()
     def measured(self) -> float:
         """The teacher's accuracy on the labelled samples."""
-        labels = labels_of(self.data, self.known.labelled)
+        labels = class_labels(self.data, self.known.labelled.cpu())
         told = [self.teacher(x).argmax(1).cpu() for x in shown(self.data, self.known.labelled.cpu(), self.teacher)]
         return float((torch.cat(told) == labels).double().mean())
 
@@ -167,11 +167,3 @@ def shown(data: Samples, index: Tensor, net: nn.Module) -> Iterator[Tensor]:
         x = data.rows(part).x
         assert x is not None
         yield x.to(place)
-
-
-def labels_of(data: Samples, index: Tensor | slice) -> Tensor:
-    """The class labels of some samples; ValueError for data without."""
-    labels = data.conditions(index if isinstance(index, slice) else index.cpu())
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
-        raise ValueError(f"data '{data.name}' has no class labels: some samples need one, the others -1")
-    return labels

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.classifiers import NetworkClassifier
-from fewstep.condense.queries import Answers, Questions, RuleName, labels_of
+from fewstep.condense.queries import Answers, Questions, RuleName
 from fewstep.condense.select import stratified
 from fewstep.condense.supervised import STUDENT, Supervised, accuracy_of
-from fewstep.data.dataset import Dataset, Samples
+from fewstep.data.dataset import Dataset, Samples, class_labels
 from fewstep.divergences import kl, log_law
 from fewstep.methods.method import Batch, Networks, Paper, Progress, Recipe, Stage, System, Update
 from fewstep.methods.start import Start
@@ -74,7 +74,7 @@ class RADRound(Supervised):
     def known(self, start: Start) -> Answers:
         """All labels and answers of this round."""
         if ANSWERS not in start.made:
-            labelled = kept(labels_of(start.data, slice(None)), self.labels_per_class, Rng(start.seed, "labels"))
+            labelled = kept(class_labels(start.data), self.labels_per_class, Rng(start.seed, "labels"))
             known = Answers(labelled, labelled[:0], torch.zeros(0, start.teacher.classes))
         else:
             known = start.model(ANSWERS)
@@ -91,7 +91,7 @@ class RADRound(Supervised):
         labelled, asked = known.labelled.cpu(), known.asked.cpu()
         x = start.data.rows(torch.cat([labelled, asked])).x
         assert x is not None
-        labels = torch.cat([labels_of(start.data, labelled), torch.full_like(asked, -1)])
+        labels = torch.cat([class_labels(start.data, labelled), torch.full_like(asked, -1)])
         nothing = known.logits.new_zeros(len(labelled), start.teacher.classes)
         soft = torch.cat([nothing, known.logits]).cpu()
         return Dataset(start.data.name, x, labels, start.data.class_names, {"logits": soft})

@@ -19,7 +19,7 @@ from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.committee import Pool
 from fewstep.condense.statistics import batch_statistics
 from fewstep.condense.supervised import accuracy_of, labels_in, nll
-from fewstep.data.dataset import Chosen, Samples, labels_of
+from fewstep.data.dataset import Chosen, Samples, class_labels
 from fewstep.data.views import Views
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, Question, Rows, Update
 from fewstep.methods.start import Start
@@ -67,14 +67,6 @@ def apart(data: Samples, held_out: float) -> tuple[Chosen, Chosen]:
     return Chosen(data, order[n:], data.name), Chosen(data, order[: max(1, n)], f"{data.name}, held out")
 
 
-def labels_of_all(data: Samples) -> Tensor:
-    """The labels ``[N]`` of a data set; ValueError where there are none."""
-    labels = labels_of(data.conditions(slice(0, len(data))))
-    if labels is None:
-        raise ValueError(f"data '{data.name}' has no labels, by which pictures could be told apart")
-    return labels
-
-
 def pictures_of(data: Samples, indices: Tensor) -> Tensor:
     """Some pictures ``[n, C, H, W]``; ValueError for data of another kind."""
     x = data.rows(indices).x
@@ -85,7 +77,7 @@ def pictures_of(data: Samples, indices: Tensor) -> Tensor:
 
 def labelled(data: Samples) -> tuple[Tensor, Tensor]:
     """All pictures ``[N, C, H, W]`` and their labels ``[N]``; ValueError for data of another kind."""
-    return pictures_of(data, torch.arange(len(data))), labels_of_all(data)
+    return pictures_of(data, torch.arange(len(data))), class_labels(data)
 
 
 @dataclass(frozen=True)

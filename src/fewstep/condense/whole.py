@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from fewstep.data.dataset import Samples, labels_of
+from fewstep.data.dataset import Samples, class_labels
 from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 
@@ -32,10 +32,7 @@ class Whole(nn.Module):
 
     def labels(self) -> Tensor:
         """All labels ``[N]``; ValueError for data without."""
-        labels = labels_of(self.data.conditions(slice(None)))
-        if labels is None:
-            raise ValueError(f"data '{self.data.name}' has no labels: classes could not be kept apart")
-        return labels
+        return class_labels(self.data)
 
     def chunks(self, index: Tensor) -> Iterator[Tensor]:
         """The samples at ``index``, as training reads them, some at a time; ValueError for data without samples."""

@@ -15,6 +15,9 @@ from torch import Tensor
 from fewstep.conditions import Cond, count, leaves, rows
 from fewstep.randomness import Rng
 
+#: All samples.
+EVERY = slice(None)
+
 
 class Rows(NamedTuple):
     """Some samples of a data set: ``x`` ``[B, ...]`` as floats, pictures in [-1, 1] (None: there is no data), their
@@ -208,6 +211,14 @@ def digest_of(tensors: Iterable[Tensor], named: Mapping[str, Tensor], start: str
 def labels_of(cond: Cond) -> Tensor | None:
     """The class labels ``[N]``, where the conditions are labels."""
     return cond if isinstance(cond, Tensor) and not cond.is_floating_point() else None
+
+
+def class_labels(data: Samples, index: Tensor | slice = EVERY) -> Tensor:
+    """The class labels of all samples, or some; ValueError for data without."""
+    labels = labels_of(data.conditions(index))
+    if labels is None:
+        raise ValueError(f"data '{data.name}' has no labels: classes could not be told apart")
+    return labels
 
 
 def number_of_classes(cond: Cond, class_names: tuple[str, ...]) -> int | None:

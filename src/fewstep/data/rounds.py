@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fewstep.data.dataset import Samples, epoch_order, labels_of
+from fewstep.data.dataset import Samples, class_labels, epoch_order
 from fewstep.randomness import Rng
 
 
@@ -43,9 +43,7 @@ def stratified(data: Samples, size: int, k: int, seed: int) -> Tensor:
 
 def strata(data: Samples) -> list[Tensor]:
     """The indices of the samples of each class that occurs; ValueError for data without labels."""
-    labels = labels_of(data.conditions(slice(None)))
-    if labels is None:
-        raise ValueError(f"data '{data.name}' have no labels, by which samples could be drawn class by class")
+    labels = class_labels(data)
     return [(labels == label).nonzero()[:, 0] for label in labels.unique()]
 
 

@@ -7,8 +7,8 @@ from html import escape
 
 from torch import Tensor
 
-from fewstep.condense.queries import labels_of
 from fewstep.data import Samples
+from fewstep.data.dataset import class_labels
 from fewstep.report.pictures import data_uri, is_picture, sheet
 from fewstep.report.runs import RunCourse
 from fewstep.report.tasks.figure import Figure
@@ -24,7 +24,7 @@ def figures(course: RunCourse, model: object, data: Samples) -> Sequence[Figure]
     rounds = sorted(stores(course, "answers"), key=lambda found: int(found["before"][0]))
     if not rounds:
         return ()
-    labels = labels_of(data, slice(None))
+    labels = class_labels(data)
     told = [
         Figure(
             "Rounds in numbers",

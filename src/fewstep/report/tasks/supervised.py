@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.classifiers import NetworkClassifier
 from fewstep.data import Samples
-from fewstep.data.dataset import labels_of
+from fewstep.data.dataset import class_labels
 from fewstep.evaluation.classification import logits_of
 from fewstep.report.pictures import is_picture, png, sheet
 from fewstep.report.runs import RunCourse
@@ -63,8 +63,7 @@ def drawn(read: Tensor) -> Tensor:
 
 def hardest(model: NetworkClassifier, data: Samples) -> tuple[Tensor, str]:
     """The examples whose class the classifier gives the least probability, and a sentence on them."""
-    labels = labels_of(data.conditions(slice(0, len(data))))
-    assert labels is not None
+    labels = class_labels(data)
     told = logits_of(model, data).log_softmax(1)
     own = told.gather(1, labels[:, None])[:, 0]
     index = own.argsort(stable=True)[: min(HARD, len(data))]
