@@ -290,7 +290,7 @@ def test_what_cannot_work_is_said() -> None:
     start = start_of()
     with pytest.raises(ValueError, match=r"per_class=5 of class 0 must lie in \[0, 4\]"):
         replace(MTT, per_class=5).networks(start)
-    with pytest.raises(ValueError, match="data 'points': experts are classifiers, and need a class label"):
+    with pytest.raises(ValueError, match="data 'points' has no labels"):
         MTT.networks(replace(start, data=replace(start.data, cond=None)))
     with pytest.raises(ValueError, match=r"expert 0: its loss is no number in epoch .; lower its learning rate 1e"):
         replace(MTT, expert_lr=1e200).networks(start)
