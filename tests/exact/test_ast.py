@@ -416,7 +416,7 @@ def test_without_scikit_learn_it_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
                 raise ModuleNotFoundError(f"No module named '{name}'", name=name.partition(".")[0])
 
     monkeypatch.setattr(sys, "meta_path", [Nothing(), *sys.meta_path])
-    with pytest.raises(ModuleNotFoundError, match="need scikit-learn: pip install scikit-learn, or start from real"):
+    with pytest.raises(ModuleNotFoundError, match="need scikit-learn: pip install fewstep"):
         representatives(torch.zeros(4, 2), torch.zeros(4).long(), 1, Rng(0))
 
 

@@ -65,7 +65,7 @@ def text_bins(texts: Sequence[str], count: int) -> Tensor:
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ModuleNotFoundError as error:
-        raise ImportError("binning texts needs scikit-learn: pip install scikit-learn") from error
+        raise ImportError("binning texts needs scikit-learn: pip install fewstep[condense]") from error
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3)).fit_transform(texts)
     return bins(inner_product(torch.from_numpy(vectors.toarray())), count)
 

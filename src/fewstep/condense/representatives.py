@@ -37,7 +37,7 @@ def kmeans_class() -> type:
         if error.name != "sklearn":
             raise
         raise ModuleNotFoundError(
-            "representative samples need scikit-learn: pip install scikit-learn, or start from real ones",
+            "representative samples need scikit-learn: pip install fewstep[condense], or start from real ones",
             name="sklearn",
         ) from None
     return KMeans
