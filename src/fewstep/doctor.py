@@ -28,9 +28,10 @@ CORE = ("numpy", "safetensors", "rich", "matplotlib", "pillow")
 #: Distribution -> what needs it.
 OPTIONAL = {
     "diffusers": "diffusers folders, in and out",
-    "transformers": "text encoders of pipelines",
+    "transformers": "text encoders of pipelines, language models",
     "peft": "LoRA adapters",
     "pyarrow": "parquet data",
+    "scikit-learn": "representative images (AST) and bins of texts",
     "scipy": "nothing but tests and some metrics",
 }
 
