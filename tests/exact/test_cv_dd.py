@@ -39,7 +39,7 @@ PUBLISHED = {
     "per_class": ..., "pool": ("resnet18", "resnet50", "densenet121", "shufflenet-v2", "mobilenet-v2"), "committee": 2,
     "priors": Priors("distilled"), "temperature": 5.0, "statistics_weight": 0.01, "first": 10.0, "scale": 0.08,
     "shift": 4 / 32, "lr": 0.25, "pool_lr": 0.1, "label_epochs": 300, "label_batch": 16, "label_temperature": 10.0,
-    "statistics": "halves", "mix": "cutmix", "label_seed": 42,
+    "label_statistics": "halves", "mix": "cutmix", "label_seed": 42,
     **dict.fromkeys(("views", "held_out", "squeeze_share", "recover_share", "judge_share"), ...),
     "optimizer": {
         **dict.fromkeys(("kind", "betas", "weight_decay"), ...),  # of the pool and of pictures, see below

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.condense.supervised import KnowledgeDistillation, Supervised, nll
 from fewstep.data import Dataset
 from fewstep.data.condensed import Condensed
-from fewstep.divergences import kl
 from fewstep.evaluation.classification import (
     Candidate,
     Protocol,
@@ -26,8 +24,6 @@ from fewstep.evaluation.classification import (
     with_baselines,
 )
 from fewstep.evaluation.tables import condensed_table, rows_table
-from fewstep.methods.method import Batch, Networks, Progress, alone
-from fewstep.methods.start import Start
 from fewstep.randomness import Rng
 from fewstep.training.orders import Order
 
@@ -132,21 +128,3 @@ def test_the_table_has_the_kinds_of_labels_there_are() -> None:
         ("random", "hard"), ("made", "hard"), ("all", "hard"), ("made", "stored"),
         ("random", "soft"), ("made", "soft"), ("all", "soft"),
     ]  # fmt: skip
-
-
-def test_the_losses_are_those_of_the_papers() -> None:
-    """Cross-entropy; and ``(1 - alpha) CE + alpha T^p KL``."""
-    x, labels = TRAIN.x[:5], torch.arange(5) % CLASSES
-    teacher, student = (fresh_classifier("mlp-classifier", TRAIN, seed) for seed in (0, 1))
-    batch = Batch(x, labels, Rng(0))
-    start = Start(teacher, TRAIN, given={"student": student})
-    for method in (Supervised(), KnowledgeDistillation(alpha=0.9, temperature=3.0, power=2.0)):
-        nets: Networks = method.networks(start)
-        (update,) = alone(method.updates(nets, batch, Progress()))
-        logits = nets.student(x)
-        expected = nll(logits, labels)
-        if method.name == "kd":
-            expected = 0.1 * expected + 0.9 * 9 * kl(teacher(x), logits, 3.0).mean()
-            assert not any(p.requires_grad for p in nets.teacher.parameters())
-        assert torch.allclose(update.loss, expected, atol=1e-6)
-    assert torch.allclose(nll(logits, labels), torch.nn.functional.cross_entropy(logits, labels), atol=1e-6)

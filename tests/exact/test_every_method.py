@@ -71,6 +71,9 @@ SINGLE = (
     *TOKEN_METHODS, "dmd", "dmd2", "dmd2-energy", "dmd2-stages", "f-distill", "reflow", "instaflow", "caf",
     "slim-flow", "swift-brush", "disback", "msd", "scott", "mlcm", "hyper-sd", "ladd", "dq", "cv-dd", "diswot",
 )  # fmt: skip
+#: Float32 methods with gradients so small that Adam makes steps of their rounding: ten times less than this was seen
+#: with the kernels of AVX-512, and another seed is 1.5 and 0.009 away.
+ROUGH = {"scott": 1e-4, "hyper-sd": 2e-5}
 #: Every method, and DMD2 with a loss over the pairs of the whole batch.
 CASES = (*RECIPES, "dmd2-energy")
 
@@ -189,9 +192,9 @@ def on_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("name", CASES)
 def test_parts_and_processes_do_not_matter(name: str, whole: dict[str, dict[str, Tensor]], on_two: Path) -> None:
     """Two and four micro-batches, and two processes, make the weights of one part; a batch that is cut otherwise does
-    not.  Adam turns the last bits of small gradients into a share of an update: up to 8e-10 was seen in float64, 2e-5
-    in float32; another seed is 1e-5 away at least, and 1e-3 for token models."""
-    close = 5e-5 if name in TOKEN_METHODS else 1e-6
+    not.  Adam turns the last bits of small gradients into a share of an update: up to 8e-10 was seen in float64, 6e-7
+    in float32 (but for :data:`ROUGH`); another seed is 1e-5 away at least, and 1e-3 for token models."""
+    close = 5e-5 if name in TOKEN_METHODS else ROUGH.get(name, 1e-6)
     for parts in (2, 4):
         assert gap(whole[name], numbers(made(name, dataclasses.replace(SETTINGS, accumulate=parts)))) < close, parts
     assert gap(whole[name], load_tensors(on_two / f"{name}.safetensors")) < close

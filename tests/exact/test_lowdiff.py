@@ -548,7 +548,8 @@ def test_the_exact_conditional_denoiser_is_stationary(s):
             loss = stage_loss(model, x, t, None, rng, beside, torch.full((256,), s))
             gradients.append(torch.autograd.grad(loss, model.net.weights)[0])
         stacked = torch.stack(gradients)
-        return stacked.mean(0) / stacked.std(0) * math.sqrt(60)
+        # a gradient that is 0 in exact arithmetic has no sampling error to measure its rounding by
+        return stacked.mean(0) / stacked.std(0).clamp_min(1e-9) * math.sqrt(60)
 
     assert float(scores(1.0).abs().max()) < 4
     assert float(scores(0.9).abs().min()) > 8

@@ -29,7 +29,16 @@ from fewstep.training.settings import Settings
 from fewstep.training.trainer import Result
 
 #: The reference code is of the benchmark; of the method itself no hyper-parameter is known.
-PUBLISHED = {"per_class": ..., "k": ..., "keep": ..., "epochs": ..., "nets": ..., "lr": ..., "optimizer": {}}
+PUBLISHED = {
+    "per_class": ...,
+    "k": ...,
+    "keep": ...,
+    "upright": ...,
+    "epochs": ...,
+    "nets": ...,
+    "lr": ...,
+    "optimizer": {},
+}
 SHAPE, CLASSES, N = (1, 16, 16), 3, 72
 
 

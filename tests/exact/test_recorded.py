@@ -67,10 +67,12 @@ FOUR_STEPS = dataclasses.replace(SETTINGS, budget=Budget(4))
 TOLERANCE = 1e-12
 #: Where it is more, ten times what was seen: Adam makes steps of the rounding of gradients that are 0 in exact
 #: arithmetic (biases before a group norm or inside attention), sCM's time weights are float32, LSD logs the small
-#: difference of two losses, and TBCM the norm of a gradient that is 0 but for rounding at the first step.
+#: difference of two losses, TBCM the norm of a gradient that is 0 but for rounding at the first step, and SANA-Sprint
+#: and LADD losses of games whose terms nearly cancel.
 ROUGH = {
     "discrete-denoising": 1e-10, "score-entropy": 2e-6, "lowdiff": 2e-6, "lsd": 1e-4, "lsd-plus": 1e-4,
     "lsd-student": 1e-4, "scm": 1e-6, "scm-training": 1e-6, "tbcm": 1e-6,
+    "sana-sprint": 1e-7, "ladd": 2e-11,
 }  # fmt: skip
 
 #: Every method, and what its defaults do not reach: the hyper-parameters that are changed.

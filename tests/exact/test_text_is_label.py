@@ -27,7 +27,7 @@ from fewstep.training.trainer import Settings
 CLASSES = 3
 #: What trains networks of its own, or tokens.
 OTHERS = {"discrete-denoising", "score-entropy", "lsd", "lsd-plus", "lowdiff", "analog-bits"}
-METHODS = [name for name in RECIPES if name not in OTHERS]
+METHODS = [name for name in RECIPES if name not in OTHERS and recipe_class(name).task == "generation"]
 
 
 class Reader(nn.Module, TakesInputs):

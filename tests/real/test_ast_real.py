@@ -29,8 +29,8 @@ SHAPE, CLASSES = (1, 8, 8), 10
 NO_AUGMENTATION = Siamese.parse("none")
 #: Matching training trajectories from random real images.
 MTT = AST(
-    initial="real", clipping=0, penalty=0.0, balanced=False, intermediate="none", experts=6, steps=10,
-    augment=NO_AUGMENTATION, eta=0.05,
+    initial="real", clipping=0, penalty=0.0, balanced=False, intermediate="none", experts=6, steps=20,
+    augment=NO_AUGMENTATION, eta=0.03,
 )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def experts(start: Start) -> dict[int, Tensor]:
     """Trajectories of two experts without and with ten epochs of the clipping loss."""
     found = {}
     for clipping in (0, 10):
-        store = Experts(start, 2, 16, 64, 0.03, clipping=clipping, penalty=0.0, augment=NO_AUGMENTATION)
+        store = Experts(start, 2, 12, 64, 0.03, clipping=clipping, penalty=0.0, augment=NO_AUGMENTATION)
         found[clipping] = start.store(store).x
     return found
 
@@ -90,7 +90,7 @@ def test_the_clipping_loss_makes_smoother_experts_that_are_as_good(
 def test_representative_images_are_worth_more_than_random_ones(
     start: Start, test: Dataset, experts: dict[int, Tensor]
 ) -> None:
-    """One image of each class: .61 for random ones, .70 for the nearest to the centre of an expert's logits."""
+    """One image of each class: .66 for random ones, .70 for the nearest to the centre of an expert's logits."""
     data, student = start.data, FlatNet(start.teacher.net)
     labels = data.conditions(slice(None))
     assert isinstance(labels, Tensor)
@@ -109,7 +109,8 @@ def test_representative_images_are_worth_more_than_random_ones(
 
 
 def test_distilled_images_are_worth_more_than_the_real_ones_that_they_start_from(start: Start, test: Dataset) -> None:
-    """One image of each class, by plain trajectory matching: from .68 to .87."""
+    """One image of each class, by plain trajectory matching: from .65 to .87; with two other seeds from .62 to .83 and
+    from .67 to .89."""
     settings = Settings(Budget(150), batch=1, precision="fp32")
     result = run_recipe(MTT, start.teacher, start.data, settings, None, show=False)
     made = result.model

@@ -101,7 +101,8 @@ def test_a_half_precision_autoencoder_decodes_in_float32() -> None:
     vae = here.pipe.vae.to(torch.bfloat16)
     whole = copy.deepcopy(vae).to(torch.float32)
     pictures = decode(here.denoiser, z)
-    assert torch.equal(pictures, whole.decode(z / vae.config.scaling_factor).sample)
+    # frozen weights and trained ones may be convolved by different kernels; half precision is 1e-3 away
+    torch.testing.assert_close(pictures, whole.decode(z / vae.config.scaling_factor).sample, rtol=1e-5, atol=1e-6)
     origin = here.denoiser.net.origin
     assert vae.dtype == torch.bfloat16 and origin.decoder(z.device) is origin.decoder(z.device) is not vae
     pictures.sum().backward()

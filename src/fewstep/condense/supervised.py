@@ -94,6 +94,11 @@ class SoftSupervised(Supervised):
     the forward KL at a temperature."""
 
     name: ClassVar[str] = "soft-supervised"
+    paper: ClassVar[Paper] = Paper(
+        "Dataset Distillation via Committee Voting", "2501.07575", "verified",
+        ("all weights decay; the official evaluation leaves out those of one dimension",
+         "the whole cosine; the official one may end at half the rate"),
+    )  # fmt: skip
     healthy: ClassVar[dict[str, str]] = {"student/loss": "falls: the KL to the soft labels, 0 where they are matched"}
 
     temperature: Annotated[Positive, "of both laws; no factor of its square"] = 20.0
