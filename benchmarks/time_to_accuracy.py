@@ -89,7 +89,7 @@ def run(
         index = ONCE[name](data, size, protocol, seed)
         candidate = Candidate(name, Chosen(data, index, name), bytes_of(data, size))
     else:
-        order = Order.parse("epochs" if name == "all, stopped as early" else f"{ANEW[name]}:{share}")
+        order = Order.parse("epochs" if name == "all, as many steps" else f"{ANEW[name]}:{share}")
         candidate = Candidate(name, data, bytes_of(data), order=order)
     chosen = time.process_time() - start
     model, seconds = trained(candidate, network, "hard", protocol, seed)
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=[*ONCE, *ANEW, "all, stopped as early"])
+    parser.add_argument("--methods", nargs="+", default=[*ONCE, *ANEW, "all, as many steps"])
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
