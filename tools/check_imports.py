@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": IDEAS | {"sampling", "networks", "discrete", "models"},
     "training": BELOW_TRAINING,
     "runs": BELOW_TRAINING | {"training"},
-    "report": BELOW_TRAINING | {"metrics", "evaluation", "training"},
+    "report": BELOW_TRAINING | {"metrics", "evaluation", "training", "runs"},
 }
 
 

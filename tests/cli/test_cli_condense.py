@@ -24,3 +24,17 @@ def test_a_plan_looks_at_all_data_and_a_run_keeps_what_it_says(cli: Callable[...
 def test_cells_too_small_to_see_anything_in_are_refused(cli: Callable[..., Any]) -> None:
     done = cli("condense", "pca", "--data", "digits", "--dry-run", code=2)
     assert "k=2 must divide pictures of 8x8 into cells of at least 8x8; possible: 1" in done.err
+
+
+def test_what_a_set_trained_is_measured_on_the_data_that_the_set_stands_for(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A classifier of a condensed set remembers the set; its held-out pictures are those of the digits."""
+    a_set = ("condense", "pca", "--data", "digits", "--k", "1", "--network", "mlp-classifier")
+    made, trained = tmp_path / "made", tmp_path / "trained"
+    cli(*a_set, "--budget", "10steps", "--out", made)
+    words = ("train", "names", "--method", "supervised", "--data", made, "--network", "mlp-classifier")
+    cli(*words, "--batch", "8", "--budget", "10steps", "--out", trained)
+    assert "accuracy" in cli("evaluate", trained).out
+    cli("report", trained, "--out", tmp_path / "report.html")
+    assert "accuracy" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -68,11 +68,12 @@ def show(table: Table) -> None:
 def parts_for(found: Named, chosen: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """Training and held-out data: those named, else those that the model was made from."""
     from fewstep.cli.models import parts_of
+    from fewstep.evaluation.sources import whole_of
 
     source = chosen.data or found.data
     if source is None:
         raise UserError(f"--data is missing, and '{found.name}' does not say what it was made from")
-    return parts_of(source)
+    return parts_of(whole_of(source))
 
 
 def classifier(found: Named, chosen: argparse.Namespace) -> Table:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data import Samples
-from fewstep.data.sources import load, load_samples
+from fewstep.data.sources import load
 from fewstep.evaluation.classification import Protocol, Show
 from fewstep.evaluation.language import language_table
+from fewstep.evaluation.sources import whole_of
 from fewstep.evaluation.tables import Table, classifier_table, condensed_table
 from fewstep.files import write_atomically
 from fewstep.hub import native
@@ -23,6 +24,7 @@ from fewstep.report.runs import RunCourse, model_folder
 from fewstep.report.style import STYLE
 from fewstep.report.tasks import figures_of
 from fewstep.report.words import duration
+from fewstep.runs.conditions import samples_of
 
 #: What a small data set is tried on: enough to see what it is worth, in a minute.
 TRIED = Protocol(networks={"convnet": {}, "mlp-classifier": {}}, seeds=(0, 1, 2))
@@ -82,7 +84,7 @@ def section(run: RunCourse, data: str, show: Show) -> str:
     told = [
         f"<h2>{escape(run.name)}</h2>",
         f"<p>{source(run.stages[-1].method)}. {sum(s.steps for s in run.stages):,} steps, {duration(seconds)}.</p>",
-        *(figure.html() for figure in figures_of(run, model, load_samples(name))),
+        *(figure.html() for figure in figures_of(run, model, samples_of(name))),
     ]
     told.append(html_table(measured(run, model, name, show)))
     drawn: list[str] = []
@@ -98,7 +100,7 @@ def section(run: RunCourse, data: str, show: Show) -> str:
 def measured(run: RunCourse, model: Any, name: str, show: Show) -> Table:
     """What the product is worth on held-out data."""
     kind = model_of(model)
-    train, test = parts_of(name)
+    train, test = parts_of(whole_of(name))
     if kind.task == "language":
         return language_table({run.name: model}, test)
     if kind.task == "classification":
