@@ -1,6 +1,6 @@
 """How good a small data set is: accuracy against the images kept, their bytes and the seconds of making it.
 
-    python benchmarks/condensed.py --data digits --per-class 1 10 --out digits.json
+    python benchmarks/condensed.py --data fashion --per-class 1 10 --out fashion.json
     python benchmarks/condensed.py --data train.parquet --test test.parquet --per-class 10 50 --out cifar10.json
 
 Every method makes its set once a seed; classifiers of several makes are trained on each in the same steps, with hard
