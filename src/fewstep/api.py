@@ -116,11 +116,12 @@ def condense_data(
     from fewstep.evaluation.classification import fresh_classifier
 
     source = samples_of(data) if isinstance(data, str | Path) else data
-    classes = source.classes
-    if isinstance(network, str) or classes is None:
-        model = fresh_classifier(str(network), source, seed)
+    if source.classes is None:
+        raise ValueError(f"data '{source.name}' has no labels, which a small set is made from")
+    if isinstance(network, str):
+        model = fresh_classifier(network, source, seed)
     else:
-        model = NetworkClassifier(network, source.shape, classes)
+        model = NetworkClassifier(network, source.shape, source.classes)
     made: Any = distill(model, recipe, source, budget, folder=folder, batch=batch, seed=seed, show=show, **settings)
     return made
 
