@@ -26,7 +26,7 @@ from fewstep.data.dataset import Dataset, Samples
 from fewstep.denoisers import Denoiser, networks_in
 from fewstep.methods.parts.stores import Store, made_now
 from fewstep.models import model_of
-from fewstep.models.networks import describe_network, fresh_network
+from fewstep.models.networks import describe_network, fresh_network, redrawn_network, reference_networks
 from fewstep.networks.inputs import with_inputs
 from fewstep.networks.lora import LowRank, add_factors, factors_in, frozen
 from fewstep.schedules import Schedule
@@ -100,9 +100,12 @@ class Start:
         return network if on is None else network.on(on)
 
     def fresh(self, net: nn.Module, k: int = 0) -> Any:
-        """A trainable network like ``net``, the ``k``-th one, with first weights from the seed of this stage; TypeError
-        for one that is no reference network."""
-        return fresh_network(describe_network(net), self.seed, "fresh", k)
+        """A trainable network like ``net``, the ``k``-th one, with first weights from the seed of this stage: built
+        anew from its description, or anybody's layers drawn again.  TypeError for layers that cannot be."""
+        words = (self.seed, "fresh", k)
+        if type(net) in reference_networks():
+            return fresh_network(describe_network(net), *words)
+        return redrawn_network(net, *words).requires_grad_(True)
 
     def store(self, what: Store) -> Dataset:
         """What a stage trains on, made once for all stages that ask for the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -81,6 +82,11 @@ NETWORK = Choice(
 )
 
 
+def reference_networks() -> tuple[type[nn.Module], ...]:
+    """The classes of network that :func:`describe_network` knows."""
+    return tuple({**NETWORKS, **TOKEN_NETWORKS, **CLASSIFIERS, **CAUSAL}.values())
+
+
 def describe_network(net: Any) -> dict[str, Any]:
     """One of the reference networks as plain data; TypeError for another."""
     known = {**NETWORKS, **TOKEN_NETWORKS, **CLASSIFIERS, **CAUSAL}
@@ -106,6 +112,26 @@ def fresh_network(config: dict[str, Any], *seed: int | str) -> nn.Module:
     with repeated_draws(torch.device("cpu")):
         torch.manual_seed(derive_seed(*seed))
         return build_network(config)
+
+
+def redrawn_network(net: nn.Module, *seed: int | str) -> nn.Module:
+    """A copy of anybody's network with weights drawn again from a seed, each layer's by its ``reset_parameters``;
+    TypeError for one with parameters or buffers that no such function draws."""
+    made = copy.deepcopy(net)
+    with repeated_draws(torch.device("cpu")):
+        torch.manual_seed(derive_seed(*seed))
+        for name, module in made.named_modules():
+            reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))  # attention's own
+            if callable(reset):
+                reset()
+            elif any(True for _ in module.parameters(recurse=False)) or any(
+                True for _ in module.buffers(recurse=False)
+            ):
+                raise TypeError(
+                    f"a {type(net).__name__} cannot be drawn again: its {name or 'top'} is a {type(module).__name__}, "
+                    "which has weights and no reset_parameters(); write one"
+                )
+    return made
 
 
 def describe_prediction(prediction: Prediction) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""Networks of somebody's own, drawn again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fewstep as fs
+from fewstep.condense.pca import PCA
+from fewstep.data.dataset import Dataset
+from fewstep.models.networks import redrawn_network
+
+
+def own() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+
+
+def test_every_layer_is_drawn_again_from_the_seed_alone() -> None:
+    net, same = own(), own()
+    net[1].running_mean.fill_(3.0)
+    before = torch.random.get_rng_state()
+    a, b, other = redrawn_network(net, 1, "x"), redrawn_network(same, 1, "x"), redrawn_network(net, 2, "x")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+    for name in ("0.weight", "4.weight"):
+        assert not torch.equal(a.state_dict()[name], other.state_dict()[name])
+        assert not torch.equal(a.state_dict()[name], net.state_dict()[name])
+    assert not a.state_dict()["1.running_mean"].any() and net[1].running_mean.eq(3.0).all()
+
+
+def test_weights_that_nothing_draws_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].register_module("scale", nn.ParameterList([torch.ones(1)]))
+    with pytest.raises(TypeError, match=r"its 0\.scale is a ParameterList"):
+        redrawn_network(net, 0)
+
+
+def test_a_set_is_chosen_by_somebody_s_own_network() -> None:
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(65) % 5
+    data = Dataset("mine", torch.randn(65, 3, 16, 16, generator=rng).clamp(-1, 1), labels)
+    made = fs.condense_data(PCA(2), data, "20steps", network=own(), batch=8, show=False)
+    assert made.labels.bincount().tolist() == [2] * 5
+    bare = Dataset("bare", data.x)
+    with pytest.raises(ValueError, match="data 'bare' has no labels"):
+        fs.condense_data(PCA(2), bare, "20steps", network=own(), show=False)
