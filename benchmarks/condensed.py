@@ -29,6 +29,7 @@ from fewstep.condense.dq import DatasetQuantization
 from fewstep.condense.pca import PCA
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
+from fewstep.data.dataset import Chosen, Samples
 from fewstep.data.views import Views
 from fewstep.evaluation.classification import (
     Candidate,
@@ -41,6 +42,7 @@ from fewstep.evaluation.classification import (
 )
 from fewstep.files import write_atomically
 from fewstep.methods.method import Recipe
+from fewstep.randomness import Rng
 from fewstep.report import machine
 from fewstep.training import trainer
 from fewstep.training.orders import Order
@@ -57,15 +59,28 @@ RECIPES: dict[str, tuple[Callable[[int, float], Recipe], str, int]] = {
         "200steps",
         64,
     ),
+    "ast, no penalty": (
+        lambda per_class, share: AST(
+            per_class, penalty=0.0, experts=3, epochs=5, max_start_epoch=3, steps=10, expert_batch=128, inner_batch=50
+        ),
+        "150steps",
+        64,
+    ),
     "cv-dd": (lambda per_class, share: CVDD(per_class, label_epochs=60), "600steps", 64),
 }
 
+#: How many random samples a method sees at most, where its experts would take hours on all.
+SEES = {"ast": 6000, "ast, no penalty": 6000}
 
-def condensed(name: str, data: Dataset, per_class: int, seed: int) -> Candidate:
+
+def condensed(name: str, data: Samples, per_class: int, seed: int) -> Candidate:
     """What a method makes of the data, with the seconds that it took."""
     make, budget, batch = RECIPES[name]
     start = trainer.clock()
     share = per_class * (data.classes or 1) / len(data)
+    if len(data) > SEES.get(name, len(data)):
+        rows = Rng(seed, "seen").shuffled(len(data))[: SEES[name]].sort().values
+        data = Chosen(data, rows, data.name)
     made = api.condense_data(make(per_class, share), data, budget, batch=batch, seed=seed, show=False)
     return from_condensed(name, made, trainer.clock() - start)
 

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -310,6 +311,22 @@ def test_more_labels_than_class_names():
     """A label without a name is refused when the data set is made."""
     with pytest.raises(ValueError, match="label 2 but only 2 class names"):
         Dataset("x", torch.zeros(3, 1), torch.tensor([0, 1, 2]), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((torch.zeros(3, 1), torch.arange(3)), r"Dataset\(Tensor, ...\): a name comes first"),
+        (("x", np.zeros((3, 1))), "data 'x': x must be a tensor, got ndarray"),
+        (("x", torch.zeros(3, 1), [0, 1, 2]), "data 'x': cond must be a tensor, got list"),
+        (("x", torch.zeros(3, 1), {"text": np.zeros((3, 1))}), "data 'x': text must be a tensor, got ndarray"),
+        (("x", torch.zeros(3, 1), None, (), {"noise": [1]}), "data 'x': noise must be a tensor, got list"),
+    ],
+)
+def test_what_is_no_tensor_is_refused_by_its_name(given: tuple[Any, ...], said: str):
+    """In one line, where arrays, lists and a name left out used to end in an error of their own or a printed tensor."""
+    with pytest.raises(ValueError, match=f"^{said}.*$"):
+        Dataset(*given)
 
 
 # --- anything at all ----------------------------------------------------------------------------------------------

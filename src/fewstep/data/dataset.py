@@ -95,8 +95,8 @@ class Dataset(Samples):
     ``x`` is ``[N, ...]``: uint8 pictures ``[N, C, H, W]`` (read as floats in [-1, 1]) or float tensors, read as they
     are.  ``cond`` is what the samples are made under (:data:`~fewstep.conditions.Cond`): class labels int64 ``[N]``, -1
     for none, or embeddings by name; None without.  ``columns`` are further tensors ``[N, ...]`` by name, such as the
-    noise of a pair.  ValueError when there are no samples, lengths differ, a sample is not finite, or a label has no
-    name.
+    noise of a pair.  ValueError when there are no samples, lengths differ, a sample is not finite, a label has no name,
+    or what was given is no tensor.
     """
 
     name: str
@@ -106,6 +106,7 @@ class Dataset(Samples):
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_kinds(self.name, self.x, self.cond, self.columns)
         if self.x.ndim < 2 or len(self.x) == 0:
             raise ValueError(f"data '{self.name}': need samples [N, ...], got shape {list(self.x.shape)}")
         if self.x.is_floating_point() and not bool(torch.isfinite(self.x).all()):
@@ -225,6 +226,18 @@ def number_of_classes(cond: Cond, class_names: tuple[str, ...]) -> int | None:
     """How many classes labels tell apart; None without labels."""
     labels = labels_of(cond)
     return None if labels is None else len(class_names) or int(labels.max()) + 1
+
+
+def check_kinds(name: object, x: object, cond: object, columns: Mapping[str, object]) -> None:
+    """ValueError unless the name is text, and everything else made of tensors."""
+    if not isinstance(name, str):
+        raise ValueError(f"Dataset({type(name).__name__}, ...): a name comes first, Dataset(name, x, cond)")
+    conditions = cond if isinstance(cond, Mapping) else {} if cond is None else {"cond": cond}
+    for what, value in {"x": x, **conditions, **columns}.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"data '{name}': {what} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one"
+            )
 
 
 def check_conditions(name: str, n: int, cond: Cond, class_names: tuple[str, ...]) -> None:
