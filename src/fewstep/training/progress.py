@@ -94,9 +94,9 @@ class Bar:
             self._bar.update(self._task, completed=fraction, note=note)
         elif self._show and time.monotonic() - self._told >= self._every:
             self._told = time.monotonic()
-            done = max(fraction - self._first, 1e-9)
-            left = (self._told - self._start) * (1 - fraction) / done
-            print(f"{self._title}: {100 * fraction:3.0f}%  {left:.0f} s left  {note}", file=sys.stderr, flush=True)
+            done = fraction - self._first
+            left = f"{(self._told - self._start) * (1 - fraction) / done:.0f} s left  " if done > 0 else ""
+            print(f"{self._title}: {100 * fraction:3.0f}%  {left}{note}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
