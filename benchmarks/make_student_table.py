@@ -1,51 +1,63 @@
-"""Make the table of distilled students that proxies of architectures are judged by: every residual network with 1, 2 or
-3 blocks in each of three stages, trained from labels alone and from a teacher, two seeds each.
+"""Make the table of trained students that proxies of architectures are judged by: residual networks of 2, 4 and 8
+channels with 1 or 3 blocks in each of three stages, or 2 in all, trained from labels alone and by distillation, several
+seeds each.
 
-    python benchmarks/make_student_table.py [--out FILE]
+    python benchmarks/make_student_table.py --fashion-mnist FOLDER [--seeds 2] [--out FILE]
 
-Five minutes of one core; a call with the same file goes on where one was stopped.  Students learn from
-200 digits, the teacher has seen 648, and all are tested on the other 1149.
+FOLDER holds the four IDX files of Fashion-MNIST; pictures are means of 4x4 pixels.  The teacher learns from the first
+50,000, students from the first 6,000, and all are tested on the 10,000 of the test part.  Five minutes of one core; a
+call with the same file goes on where one was stopped, or adds seeds.
+
+The loss is DisWOT's (:mod:`fewstep.students.diswot`), in a loop of its own: without views of the pictures the teacher
+can tell everything once, and students of one architecture train side by side (:class:`SideBySide`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy
 
 from fewstep.classifiers import NetworkClassifier
-from fewstep.condense.supervised import STUDENT, Supervised
-from fewstep.data import Dataset
-from fewstep.data.bundled import read_bundled
+from fewstep.data import load
+from fewstep.divergences import kl
 from fewstep.files import write_atomically
-from fewstep.methods.method import Networks
-from fewstep.methods.start import Start
 from fewstep.models.networks import fresh_network
-from fewstep.runs.course import run_recipe
+from fewstep.networks.classifiers import ResNet
+from fewstep.randomness import Rng
 from fewstep.students.diswot import DisWOT
 from fewstep.students.proxies import flops, parameters
-from fewstep.training.budget import Budget
-from fewstep.training.settings import Settings
 
-SHAPE, CLASSES, WIDTH, DEPTHS, SEEDS = (1, 8, 8), 10, 4, (1, 2, 3), (0, 1)
-TEACHER = (4, 4, 4)
-TAUGHT, LEARNED, STEPS, TEACHER_STEPS, BATCH, LR = 648, 200, 250, 400, 64, 0.05
-OUT = Path(__file__).parent.parent / "src" / "fewstep" / "assets" / "students-digits.json"
+SHAPE, CLASSES, WIDTHS = (1, 7, 7), 10, (2, 4, 8)
+DEPTHS = (*product((1, 3), repeat=3), (2, 2, 2))
+TEACHER, TEACHER_WIDTH = (4, 4, 4), 8
+TAUGHT, LEARNED, TEACHER_STEPS, STEPS, BATCH, LR = 50_000, 6_000, 2000, 500, 64, 0.1
+#: Networks side by side have so many channels in all.
+TOGETHER = 16
+METHOD = DisWOT()
+OUT = Path(__file__).parent.parent / "src" / "fewstep" / "assets" / "students-fashion.json"
+#: The losses ``[n]`` of ``n`` networks with logits ``[n, B, classes]`` on pictures with places ``[n, B]`` in the data.
+Losses = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Given(DisWOT):
-    """DisWOT's distillation of a student that is given."""
+def small(pictures: Tensor) -> Tensor:
+    """Pictures of 28x28 as means of 4x4 pixels."""
+    return avg_pool2d(pictures, 4)
 
-    roles: ClassVar[tuple[str, ...]] = (STUDENT,)
 
-    def networks(self, start: Start) -> Networks:
-        return Networks({STUDENT: start.network(), "teacher": start.model()}, {STUDENT: self.optimizer()})
+def read(folder: str, split: str) -> tuple[Tensor, Tensor]:
+    """All pictures of a part, small, and their labels."""
+    data = load(folder, split)  # type: ignore[arg-type]
+    assert data.labels is not None
+    return small(data.read(slice(None))), data.labels
 
 
 def classifier(width: int, depths: tuple[int, ...], seed: int) -> NetworkClassifier:
@@ -57,58 +69,130 @@ def classifier(width: int, depths: tuple[int, ...], seed: int) -> NetworkClassif
     return NetworkClassifier(fresh_network(config, seed), SHAPE, CLASSES)
 
 
-def parts() -> tuple[Dataset, Dataset, Dataset]:
-    """What the teacher learns from, what students learn from, and what all are tested on."""
-    first, second = read_bundled("digits", "train"), read_bundled("digits", "test")
-    assert first.labels is not None and second.labels is not None
-    x, labels = torch.cat([first.x, second.x]), torch.cat([first.labels, second.labels])
-    slices = slice(TAUGHT), slice(LEARNED), slice(TAUGHT, None)
-    taught, learned, held = (Dataset("digits", x[s], labels[s], first.class_names) for s in slices)
-    return taught, learned, held
+class SideBySide(nn.Module):
+    """``n`` networks as one of ``n`` times the channels, whose weights between two of them are 0: a convolution of 4
+    channels takes the time of one of 16.  Logits ``[n, B, classes]`` of pictures ``[n, B, 1, H, W]``.
+
+    ``own`` are pairs of a convolution's weights and a mask of those that are not 0, by which gradients are multiplied.
+    """
+
+    def __init__(self, width: int, depths: tuple[int, ...], seeds: Sequence[int]) -> None:
+        super().__init__()
+        nets: list[Any] = [classifier(width, depths, seed).net for seed in seeds]
+        self.wide = ResNet((len(nets), *SHAPE[1:]), CLASSES, len(nets) * width, depths)
+        self.wide.head = nn.Identity()  # type: ignore[assignment]
+        self.own: list[tuple[nn.Parameter, Tensor]] = []
+        for wide, *each in zip(self.wide.modules(), *(net.modules() for net in nets), strict=True):
+            self.join(wide, each)
+        self.weight = nn.Parameter(torch.stack([net.head.weight.detach() for net in nets]))
+        self.bias = nn.Parameter(torch.stack([net.head.bias.detach() for net in nets])[:, None])
+
+    @torch.no_grad()
+    def join(self, wide: Any, each: Sequence[Any]) -> None:
+        """Copy the weights of the same convolution of each network; norms start as they are."""
+        if isinstance(wide, nn.Conv2d):
+            wide.weight.copy_(blocks([one.weight for one in each]))
+            self.own.append((wide.weight, blocks([torch.ones_like(one.weight) for one in each])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pictures = x[:, :, 0].transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        last = self.wide.maps(pictures)[-1].mean((-2, -1))
+        return last.view(len(last), len(x), -1).transpose(0, 1) @ self.weight.mT + self.bias
 
 
-def settings(steps: int, seed: int) -> Settings:
-    return Settings(Budget(steps), batch=BATCH, precision="fp32", seed=seed)
+def blocks(weights: Sequence[Tensor]) -> Tensor:
+    """Weights ``[o, i, k, k]`` of ``n`` convolutions as those of one ``[n o, n i, k, k]``, 0 elsewhere."""
+    n, (o, i, *k) = len(weights), weights[0].shape
+    made = torch.zeros(n, o, n, i, *k)
+    for j, weight in enumerate(weights):
+        made[j, :, j] = weight
+    return made.reshape(n * o, n * i, *k)
+
+
+def trained(
+    width: int, depths: tuple[int, ...], seeds: Sequence[int], steps: int, x: Tensor, losses: Losses
+) -> SideBySide:
+    """Networks with first weights and batches from these seeds, as DisWOT trains one: SGD with Nesterov's momentum, a
+    cosine."""
+    model = SideBySide(width, depths, seeds).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(
+        model.parameters(), LR, METHOD.momentum, weight_decay=METHOD.weight_decay, nesterov=True, foreach=True
+    )
+    rngs, orders = {seed: Rng(seed, "order") for seed in seeds}, {}
+    weights, own = zip(*model.own, strict=True)
+    for step in range(steps):
+        at = step % (len(x) // BATCH) * BATCH
+        if at == 0:
+            orders = {seed: rng.shuffled(len(x)) for seed, rng in rngs.items()}
+        index = torch.stack([orders[seed][at : at + BATCH] for seed in seeds])
+        optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.zero_grad()
+        losses(model(x[index]), index).sum().backward()
+        torch._foreach_mul_([weight.grad for weight in weights], own)
+        optimizer.step()
+    return model.eval()
 
 
 @torch.no_grad()
-def accuracy(model: NetworkClassifier, held: Dataset) -> float:
-    """On the pictures that nobody has seen."""
-    told = model.eval()(held.read(slice(None))).argmax(1)
-    return round(float((told == held.labels).double().mean()), 5)
+def logits(model: SideBySide, x: Tensor) -> Tensor:
+    """What networks tell ``[n, N, classes]`` of the same pictures ``[N, 1, H, W]``."""
+    n = len(model.weight)
+    return torch.cat([model(part.expand(n, *part.shape)) for part in x.split(1000)], 1)
+
+
+def accuracies(told: Tensor, labels: Tensor) -> list[float]:
+    """Of logits ``[n, N, classes]``."""
+    return [round(float(right), 5) for right in (told.argmax(2) == labels).double().mean(1)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fashion-mnist", required=True, metavar="FOLDER")
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
-    out = parser.parse_args().out
-    taught, learned, held = parts()
-    teacher = run_recipe(
-        Supervised(lr=LR), classifier(WIDTH, TEACHER, 0), taught, settings(TEACHER_STEPS, 0), show=False
-    ).model
-    known = json.loads(out.read_text())["students"] if out.is_file() else []
-    about = {
-        "data": "digits", "shape": list(SHAPE), "classes": CLASSES, "width": WIDTH, "seeds": list(SEEDS),
-        "learned": LEARNED, "tested": len(held), "steps": STEPS, "batch": BATCH, "lr": LR,
-        "teacher": {"width": WIDTH, "depths": list(TEACHER), "learned": TAUGHT, "accuracy": accuracy(teacher, held)},
+    chosen = parser.parse_args()
+    x, labels = read(chosen.fashion_mnist, "train")
+    held, truth = read(chosen.fashion_mnist, "test")
+
+    def from_labels(told: Tensor, index: Tensor) -> Tensor:
+        return cross_entropy(told.flatten(0, 1), labels[index].flatten(), reduction="none").view(index.shape).mean(1)
+
+    teacher = trained(TEACHER_WIDTH, TEACHER, (0,), TEACHER_STEPS, x[:TAUGHT], from_labels)
+    words, t, alpha = logits(teacher, x[:LEARNED])[0], METHOD.temperature, METHOD.alpha
+
+    def both(told: Tensor, index: Tensor) -> Tensor:
+        """From labels for every first network, distilled for every second."""
+        hard, soft = from_labels(told, index), t**2 * kl(words[index[1::2]], told[1::2], t).mean(1)
+        return torch.cat([hard[::2], (1 - alpha) * hard[1::2] + alpha * soft])
+
+    about: dict[str, Any] = {
+        "data": "Fashion-MNIST, means of 4x4 pixels", "shape": list(SHAPE), "classes": CLASSES, "learned": LEARNED,
+        "tested": len(held), "steps": STEPS, "batch": BATCH, "lr": LR,
+        "teacher": {
+            "width": TEACHER_WIDTH, "depths": list(TEACHER), "learned": TAUGHT, "steps": TEACHER_STEPS,
+            "accuracy": accuracies(logits(teacher, held), truth)[0],
+        },
     }  # fmt: skip
-    for depths in product(DEPTHS, repeat=3):
-        if any(student["depths"] == list(depths) for student in known):
-            continue
-        row = {"depths": list(depths), "vanilla": [], "kd": []}
-        for seed in SEEDS:
-            made = {"vanilla": (Supervised(lr=LR), classifier(WIDTH, depths, seed), {})}
-            made["kd"] = (Given(lr=LR), teacher, {STUDENT: classifier(WIDTH, depths, seed)})  # type: ignore[assignment]
-            for name, (recipe, start, given) in made.items():
-                run = run_recipe(recipe, start, learned, settings(STEPS, seed), given=given, show=False)
-                row[name].append(accuracy(run.model, held))
-        net = classifier(WIDTH, depths, 0)
-        row["parameters"] = int(parameters(net, torch.zeros(0)))
-        row["flops"] = int(flops(net, torch.zeros(1, *SHAPE)))
-        known.append(row)
-        lines = ",\n  ".join(json.dumps(student) for student in known)
-        write_atomically(out, f'{{"about": {json.dumps(about)},\n "students": [\n  {lines}\n]}}\n'.encode())
-        print(row, flush=True)
+    print(about, flush=True)
+    rows: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}
+    if chosen.out.is_file():
+        rows = {(row["width"], tuple(row["depths"])): row for row in json.loads(chosen.out.read_text())["students"]}
+    for width, depths in product(WIDTHS, DEPTHS):
+        net = classifier(width, depths, 0)
+        row = rows.setdefault((width, depths), {
+            "width": width, "depths": list(depths), "vanilla": [], "kd": [],
+            "parameters": int(parameters(net, torch.zeros(0))), "flops": int(flops(net, torch.zeros(1, *SHAPE))),
+        })  # fmt: skip
+        while len(row["kd"]) < chosen.seeds:
+            first = len(row["kd"])
+            seeds = range(first, min(chosen.seeds, first + TOGETHER // (2 * width)))
+            students = trained(width, depths, [seed for seed in seeds for _ in range(2)], STEPS, x[:LEARNED], both)
+            told = accuracies(logits(students, held), truth)
+            row["vanilla"] += told[::2]
+            row["kd"] += told[1::2]
+            lines = ",\n  ".join(json.dumps(row) for row in rows.values())
+            write_atomically(chosen.out, f'{{"about": {json.dumps(about)},\n "students": [\n  {lines}\n]}}\n'.encode())
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
     python benchmarks/speculative.py characters [--steps 300] [--target-steps 800] [--out FILE.json]
     python benchmarks/speculative.py picture FILE.json --out PICTURE.png
+    python benchmarks/speculative.py lenience [--seeds 3] [--target-steps 800] [--out FILE.json]
     python benchmarks/speculative.py transformers --model FOLDER [--draft FILE] [--minutes 10] [--out FILE.json]
 
 ``characters``: a target of one GRU of 128 and a draft of 16 on the bundled Shakespeare; the draft is distilled with
 each divergence on each source of texts, and its acceptance measured on held-out prompts, on the target's own texts.
+
+``lenience``: what lossy decoding buys and costs, on such pairs of another seed each, the draft not distilled.
 
 ``transformers``: any causal model in a folder of transformers with its tokenizer (SmolLM2-135M, whose GGUF file
 transformers converts, is what the page shows) continues Shakespeare.  The draft is one GRU over the 2047 tokens that
@@ -38,9 +41,16 @@ from fewstep.language.costs import measure_costs
 from fewstep.language.decoding import Decoding, drawn
 from fewstep.language.distill_spec import DistillSpec
 from fewstep.language.modelling import LanguageModelling
-from fewstep.language.restricted import RestrictedVocabulary
-from fewstep.language.speculative import LOSSLESS, Lenience, Statistics, speculative_decode, tokens_per_call
-from fewstep.language_models import LanguageModel, NetworkLanguageModel
+from fewstep.language.rollouts import rollout
+from fewstep.language.speculative import (
+    LOSSLESS,
+    Lenience,
+    Statistics,
+    law_of_one_token,
+    speculative_decode,
+    tokens_per_call,
+)
+from fewstep.language_models import LanguageModel, NetworkLanguageModel, RestrictedVocabulary
 from fewstep.methods.method import Recipe
 from fewstep.networks.causal import GRULanguageModel
 from fewstep.randomness import Rng
@@ -60,6 +70,9 @@ def main() -> None:
     small = kinds.add_parser("characters")
     small.add_argument("--steps", type=int, default=300, help="of each distillation")
     small.add_argument("--target-steps", type=int, default=800, help="of the target's training, and of the draft's")
+    lossy = kinds.add_parser("lenience")
+    lossy.add_argument("--seeds", type=int, default=3, help="pairs that are trained")
+    lossy.add_argument("--target-steps", type=int, default=800, help="of the target's training, and of the draft's")
     large = kinds.add_parser("transformers")
     large.add_argument("--model", type=Path, required=True, help="a folder that transformers opens")
     large.add_argument("--draft", type=Path, default=Path("draft.safetensors"), help="where texts and draft are kept")
@@ -70,12 +83,13 @@ def main() -> None:
     shown.add_argument("--out", type=Path, required=True)
     for one in (small, large):
         one.add_argument("--gamma", type=int, nargs="+", default=[1, 2, 3, 5])
+    for one in (small, lossy, large):
         one.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     if chosen.kind == "picture":
         return picture(json.loads(chosen.file.read_text())["rows"], chosen.out)
-    found = characters(chosen) if chosen.kind == "characters" else transformers(chosen)
+    found = {"characters": characters, "lenience": lossy_decoding, "transformers": transformers}[chosen.kind](chosen)
     if chosen.out is not None:
         write_atomically(chosen.out, (json.dumps(found, indent=1) + "\n").encode())
 
@@ -87,13 +101,15 @@ def say(*words: object) -> None:
 # --- the pair of characters ------------------------------------------------------------------------------------------
 
 
-def trained(recipe: Recipe, teacher: LanguageModel, data: Dataset, steps: int, **given: LanguageModel) -> Any:
-    settings = Settings(Budget(steps), batch=32, precision="fp32")
+def trained(
+    recipe: Recipe, teacher: LanguageModel, data: Dataset, steps: int, seed: int = 0, **given: LanguageModel
+) -> Any:
+    settings = Settings(Budget(steps), batch=32, precision="fp32", seed=seed)
     return run_recipe(recipe, teacher, data, settings, given=given, show=False).model
 
 
-def fresh(width: int) -> NetworkLanguageModel:
-    torch.manual_seed(width)
+def fresh(width: int, seed: int = 0) -> NetworkLanguageModel:
+    torch.manual_seed(width + 1000 * seed)
     net = GRULanguageModel(len(LETTERS), 64, width)
     return NetworkLanguageModel(net, len(LETTERS), 64, LETTERS.characters)
 
@@ -135,6 +151,60 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("accepted, sampled")
     axes.legend(frameon=False, ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+# --- lossy decoding --------------------------------------------------------------------------------------------------
+
+LENIENT = [LOSSLESS, *(Lenience(kind, eps) for kind in ("linear", "square", "power") for eps in (0.5, 0.25, 0.1))]
+TEXTS, LENGTH, DRAFTED = 64, 48, 5
+
+
+def lossy_decoding(chosen: argparse.Namespace) -> dict[str, Any]:
+    """For each lenience: acceptance, tokens a call, the log-probability of a token under the target, and the total
+    variation between the law of a token and the target's, in the mean over the text that was written."""
+    train, test = load_text("shakespeare"), load_text("shakespeare", "test")
+    prompts, rows = test.x[:TEXTS, :16], []
+    for seed in range(chosen.seeds):
+        target = trained(LanguageModelling(), fresh(128, seed), train, chosen.target_steps, seed)
+        draft = trained(LanguageModelling(lr=1e-2), fresh(16, seed), train, chosen.target_steps, seed)
+        rows += [{"seed": seed, **lossy(target, draft, prompts, seed, lenience)} for lenience in LENIENT]
+        alone = rollout(draft, prompts, Rng(seed, "draft alone"), LENGTH)
+        rows.append({"seed": seed, "lenience": "the draft alone", **quality(target, draft, alone.tokens, None)})
+    for name in dict.fromkeys(row["lenience"] for row in rows):
+        mine = [row for row in rows if row["lenience"] == name]
+        say(f"{name}: " + ", ".join(f"{key} {spread([row[key] for row in mine])}" for key in mine[0] if key in SHOWN))
+    return {"rows": rows}
+
+
+SHOWN = ("acceptance", "tokens a call", "log-prob", "variation")
+
+
+def lossy(
+    target: LanguageModel, draft: LanguageModel, prompts: Tensor, seed: int, lenience: Lenience
+) -> dict[str, Any]:
+    told, texts = Statistics(), []
+    for i, prompt in enumerate(prompts):
+        rng = Rng(seed, "lenience", i)
+        text = speculative_decode(target, draft, prompt, rng, LENGTH, gamma=DRAFTED, lenience=lenience)
+        texts.append(torch.cat([prompt, text.tokens]))
+        told += text.statistics
+    found = {"acceptance": told.acceptance, "tokens a call": told.block_efficiency}
+    return {"lenience": str(lenience), **found, **quality(target, draft, torch.stack(texts), lenience)}
+
+
+@torch.no_grad()
+def quality(target: LanguageModel, draft: LanguageModel, tokens: Tensor, lenience: Lenience | None) -> dict[str, float]:
+    """What texts ``[N, 16 + LENGTH]`` are worth; a lenience of None: the draft wrote all of them."""
+    p, q = (model(tokens)[:, 15:-1].softmax(-1) for model in (target, draft))
+    law = q if lenience is None else law_of_one_token(p, q, lenience)
+    written = p.gather(-1, tokens[:, 16:, None]).log().mean()
+    return {"log-prob": float(written), "variation": float((law - p).abs().sum(-1).mean() / 2)}
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    found = torch.tensor(values, dtype=torch.float64)
+    return f"{found.mean():.3f} ± {found.std():.3f}"
 
 
 # --- what both measure -----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fewstep.condense.graph_cut import cosine, greedy
 from fewstep.condense.scores import scores_of
-from fewstep.condense.select import best_per_class
+from fewstep.condense.select import best_per_class, budgets
 from fewstep.data import Dataset
 from fewstep.data import load as load_data
 from fewstep.data.dataset import Chosen
@@ -64,7 +64,7 @@ def by_el2n(sign: int) -> Choose:
         found = scores_of(tuple(classifiers(data, protocol, network, 4, 3, seed)), data, "el2n")
         labels = data.labels
         assert labels is not None
-        return best_per_class(sign * found, labels, count // (data.classes or 1))
+        return best_per_class(sign * found, labels, budgets(labels, count))
 
     return choose
 

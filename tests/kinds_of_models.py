@@ -20,7 +20,7 @@ from fewstep.discrete.samplers import Plan as DiscretePlan
 from fewstep.exact import Gaussian, MarkovChain
 from fewstep.exact.world import ExactFlowMap
 from fewstep.flow_maps import EDMConsistency, Jump, LatentConsistency
-from fewstep.language_models import NetworkLanguageModel
+from fewstep.language_models import NetworkLanguageModel, RestrictedVocabulary
 from fewstep.models.classifiers import ClassifierModel, CondensedModel
 from fewstep.models.denoisers import (
     AnyDenoiser,
@@ -30,7 +30,7 @@ from fewstep.models.denoisers import (
     ViewedModel,
 )
 from fewstep.models.discrete import AnyDiscreteDenoiser, LearnedSamplerModel, NetworkDiscreteModel
-from fewstep.models.language import AnyLanguageModel, NetworkLanguageKind
+from fewstep.models.language import AnyLanguageModel, NetworkLanguageKind, RestrictedVocabularyKind
 from fewstep.models.model import Model
 from fewstep.models.staged import CascadedModel, DPMOTModel, SeparateCascadeModel
 from fewstep.models.students import (
@@ -179,5 +179,6 @@ MAKERS: dict[type[Model], Callable[[], Any]] = {
     ClassifierModel: classifier,
     CondensedModel: condensed,
     NetworkLanguageKind: language_model,
+    RestrictedVocabularyKind: lambda: RestrictedVocabulary(language_model(), torch.tensor([6, 0, 3, 2]), 7),
     AnyLanguageModel: lambda: MarkovChain(torch.ones(3, 3) / 3, 8),
 }

@@ -21,7 +21,7 @@ from fewstep.hub.models import pictures as pictures
 from fewstep.methods.method import Recipe
 from fewstep.methods.start import teacher_in
 from fewstep.networks.lora import LowRank as LowRank
-from fewstep.runs.conditions import NO_DATA, embed_of, samples_of, without_data
+from fewstep.runs.conditions import NO_DATA, embed_of, samples_of, tokenizer_of, without_data
 from fewstep.runs.course import run_recipe
 from fewstep.runs.record import Record, data_source, model_source, record_of
 from fewstep.sampling.rollout import Student
@@ -36,7 +36,7 @@ def _data(data: str | Path | Samples | Items | None, teacher: Denoiser) -> Sampl
     if data is None or data == NO_DATA:
         return without_data(teacher)
     if isinstance(data, str | Path):
-        return samples_of(data, captions=embed_of(teacher) is not None)
+        return samples_of(data, captions=embed_of(teacher) is not None, tokenizer=tokenizer_of(teacher))
     if isinstance(data, Samples):
         return data
     if isinstance(data, list | tuple) and all(isinstance(prompt, str) for prompt in data):

@@ -40,7 +40,8 @@ def jsd(p: Tensor, q: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Te
     in (0, 1).  Over beta it tends to the forward KL as beta goes to 0, over 1 - beta to the reverse one as it goes to
     1; at both ends itself is 0."""
     log_p, log_q = log_law(p, temperature), log_law(q, temperature)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    least = torch.finfo(log_p.dtype).min / 2  # where both are -inf, logaddexp has no gradient
+    log_m = torch.logaddexp(log_p.clamp_min(least) + math.log(beta), log_q.clamp_min(least) + math.log1p(-beta))
     return beta * relative_entropy(log_p, log_m) + (1 - beta) * relative_entropy(log_q, log_m)
 
 
@@ -50,9 +51,9 @@ def total_variation(p: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``sum p (log p - log q)`` over the last dimension; what p never takes counts nothing."""
-    terms = log_p.exp() * (log_p - log_q)
-    return torch.where(log_p == -math.inf, 0.0, terms).sum(-1)
+    """``sum p (log p - log q)`` over the last dimension; what p never takes counts nothing, in gradients too."""
+    gap = torch.where(log_p == -math.inf, 0.0, log_p - log_q)  # before the product: 0 times infinity has no gradient
+    return (log_p.exp() * gap).sum(-1)
 
 
 #: Name -> the function of (p, q, temperature).

@@ -10,10 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
+
+#: What decoders write for the bytes of a character that has not ended.
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class State(Protocol):
@@ -40,6 +44,16 @@ class Cache:
         return type(self)(length, tuple(part[..., :length, :] for part in self.parts) if length else ())
 
 
+class Tokenizer(Protocol):
+    """How a text becomes tokens, and back."""
+
+    def encode(self, text: str) -> Tensor:
+        """The tokens of a text, int64 ``[L]``; ValueError for a text that has none."""
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """What tokens ``[B, L]`` stand for, one string a row."""
+
+
 def check_cut(length: int, read: int) -> None:
     """ValueError where a state of ``read`` tokens cannot be cut back to ``length``."""
     if not 0 <= length <= read:
@@ -51,6 +65,8 @@ class LanguageModel(nn.Module, ABC):
 
     vocabulary: int
     length: int
+    #: Whether every token has a probability above 0 after any text, as it has in a softmax of finite logits.
+    writes_all: bool = True
 
     @abstractmethod
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -74,9 +90,25 @@ class LanguageModel(nn.Module, ABC):
         seen = torch.cat([part[..., 0] for part in held.parts] + [tokens], dim=-1)
         return self(seen)[:, held.length :], Cache(seen.shape[-1], (seen[..., None],))
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that a model came with; None for one without."""
+        return None
+
     def decode(self, tokens: Tensor) -> list[str]:
         """What tokens ``[B, L]`` stand for, one string a row; their numbers where nobody has said."""
+        if self.tokenizer is not None:
+            return self.tokenizer.decode(tokens)
         return [" ".join(map(str, row)) for row in tokens.tolist()]
+
+    def pieces(self, tokens: Tensor) -> list[str]:
+        """What each of the tokens ``[L]`` adds to the text of those before it; joined, they are the text of all.
+
+        A character that takes several tokens is in the piece of the last one.
+        """
+        begun = [self.decode(tokens[None, :end])[0].rstrip(UNFINISHED) for end in range(1, len(tokens))]
+        texts = ["", *begun, *self.decode(tokens[None])] if len(tokens) else [""]
+        return [text[len(before) :] for before, text in pairwise(texts)]
 
 
 def checked(tokens: Tensor, mask: Tensor | None, length: int) -> Tensor:
@@ -117,6 +149,7 @@ class NetworkLanguageModel(LanguageModel):
     """A network of ours as a language model.
 
     ``alphabet`` are the characters that the tokens stand for, token 0 first; None where they stand for something else.
+    A network that came with a tokenizer has it as its attribute ``tokenizer``.
     ValueError for an alphabet of another length than the vocabulary.
     """
 
@@ -134,7 +167,50 @@ class NetworkLanguageModel(LanguageModel):
             raise ValueError(f"{state.length} tokens and {tokens.shape[1]} more: the model reads at most {self.length}")
         return cast("CausalNetwork", self.net).extend(tokens, cast("Cache", state))
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return getattr(self.net, "tokenizer", None)
+
     def decode(self, tokens: Tensor) -> list[str]:
         if self.alphabet is None:
             return super().decode(tokens)
         return ["".join(self.alphabet[token] for token in row) for row in tokens.tolist()]
+
+
+class RestrictedVocabulary(LanguageModel):
+    """A model of ``K + 1`` tokens as one of ``vocabulary`` tokens, of which it writes the ``K`` in ``kept`` alone.
+
+    Its token ``K`` stands for all others, which it can read and never writes: as a draft it leaves them to the target,
+    and what comes out has the target's law all the same.  ValueError where the numbers do not fit.
+    """
+
+    writes_all = False
+    kept: Tensor
+    inside: Tensor
+
+    def __init__(self, inner: LanguageModel, kept: Tensor, vocabulary: int) -> None:
+        super().__init__()
+        if kept.ndim != 1 or len(kept) + 1 != inner.vocabulary:
+            raise ValueError(f"kept {list(kept.shape)}: [K] tokens for a model of K + 1, which has {inner.vocabulary}")
+        if len(kept.unique()) != len(kept) or int(kept.min()) < 0 or int(kept.max()) >= vocabulary:
+            raise ValueError(f"kept: different tokens from 0 to {vocabulary - 1}")
+        self.inner, self.vocabulary, self.length = inner, vocabulary, inner.length
+        self.register_buffer("kept", kept)
+        inside = torch.full((vocabulary,), len(kept), device=kept.device)
+        inside[kept] = torch.arange(len(kept), device=kept.device)
+        self.register_buffer("inside", inside)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.outside(self.inner(self.inside[checked(tokens, mask, self.length)], mask))
+
+    def begin(self) -> State:
+        return self.inner.begin()
+
+    def extend(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        logits, state = self.inner.extend(self.inside[tokens], state)
+        return self.outside(logits), state
+
+    def outside(self, logits: Tensor) -> Tensor:
+        """Logits ``[..., K + 1]`` as ``[..., vocabulary]``."""
+        whole = torch.full((*logits.shape[:-1], self.vocabulary), -torch.inf, dtype=logits.dtype, device=logits.device)
+        return whole.index_copy(-1, self.kept, logits[..., :-1])

@@ -14,11 +14,13 @@ from fewstep.networks.causal import GRULanguageModel
 from fewstep.randomness import Rng
 
 
-def exact_acceptance(target: MarkovChain, draft: MarkovChain, prompt: Tensor, length: int) -> list[float]:
-    """``1 - E TVD`` at each place after a prompt, over the joint law of what the target writes."""
+def exact_acceptance(
+    target: MarkovChain, draft: MarkovChain, prompt: Tensor, length: int, writer: MarkovChain | None = None
+) -> list[float]:
+    """``1 - E TVD`` at each place after a prompt, over the joint law of what the target writes, or another writer."""
     places = []
     for count in range(length):
-        law = target.law(prompt, count)
+        law = (writer or target).law(prompt, count)
         tails = torch.cartesian_prod(*[torch.arange(4)] * max(count, 1)).reshape(-1, max(count, 1))[: law.numel()]
         whole = torch.cat([prompt.expand(len(tails), -1), tails[:, :count]], dim=1)
         p, q = (model(whole)[:, -1].exp() for model in (target, draft))
@@ -36,6 +38,20 @@ def test_it_is_the_one_in_closed_form() -> None:
     assert found.by_place == pytest.approx(expected, abs=4 * 0.5 / 4000**0.5)
     assert found.by_place[0] == pytest.approx(expected[0], rel=1e-12)  # the prompts are all the same
     assert found.rate == pytest.approx(sum(found.by_place) / 3, rel=1e-12)
+
+
+def test_the_loss_on_the_drafts_own_texts_bounds_it() -> None:
+    """Theorem of the paper: where the mean total variation on the draft's texts of T tokens is eps, alpha is at least
+    1 - T eps.  Without the T it is not so: the target goes where the draft is worse."""
+    prompt, length, beyond = torch.tensor([1]), 3, 0
+    for seed in range(12):
+        p = table(seed)
+        target, draft = MarkovChain(p), MarkovChain(0.9 * p + 0.1 * table(100 + seed))
+        eps = 1 - sum(exact_acceptance(target, draft, prompt, length, draft)) / length
+        alpha = sum(exact_acceptance(target, draft, prompt, length)) / length
+        assert alpha >= 1 - length * eps > 0.5
+        beyond += alpha < 1 - eps
+    assert beyond > 0
 
 
 def test_it_is_the_part_that_speculative_decoding_accepts() -> None:

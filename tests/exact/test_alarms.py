@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from child_processes import run_on_two
 
 from fewstep.data import Dataset
 from fewstep.denoisers import NetworkDenoiser
@@ -115,13 +117,14 @@ def stopped(
     log_steps: int = 1,
     on_alarm: Any = "stop",
     save_seconds: float = 0.0,
+    shard: bool = False,
 ) -> Result:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         teacher = NetworkDenoiser(MLP((2,), 8, 1), TrigFlow(), TrigPrediction(), (2,))
     settings = Settings(
         Budget(steps), 4, precision="fp32", log_steps=log_steps, on_alarm=on_alarm, save_seconds=save_seconds,
-        averages=(Power(0.1), Power(0.05)),
+        averages=(Power(0.1), Power(0.05)), shard=shard,
     )  # fmt: skip
     return train(Exploding(growth=growth), Start(teacher, POINTS), settings, folder)
 
@@ -183,3 +186,42 @@ def test_the_end_is_saved(tmp_path: Path) -> None:
     saved = load_tensors(tmp_path / "checkpoint.safetensors")
     weights = {name: tensor for name, tensor in saved.items() if name.startswith(("module/", "average/"))}
     assert weights and all(torch.equal(saved[f"healthy/{name}"], tensor) for name, tensor in weights.items())
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    """Two processes, replicated and sharded: a run that an alarm ends, and one that the second process's signal has
+    stopped before, after which only the main process knows the first records.  Every second step is recorded."""
+    for shard in (False, True):
+        real = Run.step
+
+        def step(run: Run, source: Any, real: Any = real) -> None:
+            real(run, source)
+            if run.steps == 5 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        place = folder / ("sharded" if shard else "replicated")
+        told = {"whole": stopped(100, log_steps=2, shard=shard)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "step", step)
+            with pytest.raises(Interrupted):
+                stopped(100, place, log_steps=2, shard=shard)
+        told["resumed"] = stopped(100, place, log_steps=2, shard=shard)
+        told["again"] = stopped(100, place, log_steps=2, shard=shard)
+        for name, ended in told.items():
+            healthy = [record["healthy"] for record in ended.records if "healthy" in record]
+            found = {"steps": ended.steps, "healthy": healthy, "weights": bits(ended)}
+            place.with_name(f"{place.name}-{name}-{rank}").write_text(json.dumps(found))
+
+
+def test_two_processes_end_at_the_same_step_with_the_same_weights(tmp_path: Path) -> None:
+    """Those of one process, through a stop and a resume; a run that has ended goes no further.  The gradient is a sum
+    over two processes in float32: 1e-5 is a hundred roundings of weights of 1."""
+    run_on_two(one_of_two, tmp_path)
+    alone = stopped(100, log_steps=2)
+    for kind in ("replicated", "sharded"):
+        for name in ("whole", "resumed", "again"):
+            main, other = (json.loads((tmp_path / f"{kind}-{name}-{rank}").read_text()) for rank in (0, 1))
+            assert main["steps"] == other["steps"] == alone.steps == 6
+            assert main["healthy"] == [4]
+            assert main["weights"] == other["weights"]
+            assert main["weights"] == pytest.approx(bits(alone), rel=0, abs=1e-5)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import fewstep as fs
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.ast import AST, LEAST_RATE, balance, lessons, matching_losses
-from fewstep.condense.experts import Experts, gradient_penalty, smoothness
+from fewstep.condense.experts import Experts, Paths, gradient_penalty, smoothness
 from fewstep.condense.representatives import representatives
 from fewstep.condense.select import stratified
 from fewstep.condense.unroll import FlatNet, vector_of
@@ -28,8 +29,11 @@ from fewstep.methods.start import Start
 from fewstep.networks.classifiers import ConvNet, MLPClassifier
 from fewstep.randomness import Rng
 from fewstep.report.tasks.ast import figures
+from fewstep.runs.course import run_recipe
 from fewstep.runs.shelf import Shelf
+from fewstep.training.budget import Budget
 from fewstep.training.parallel import Parallel
+from fewstep.training.settings import Settings
 
 OPEN: Any = ...
 #: The authors' README and code for one image a class of CIFAR-100: buffer.py --optim SGDMOM --loss_decay --gp True
@@ -111,7 +115,7 @@ def test_without_its_components_it_is_matching_training_trajectories() -> None:
     nets = MTT.networks(start)
     rng = Rng(3)
     expert, s = rng.shared_integer(0, MTT.experts), rng.shared_integer(0, MTT.max_start_epoch)
-    path = nets.experts.weights[expert]
+    path = nets.experts.paths[expert]
     net = start.teacher.net
     shapes = [p.shape for p in net.parameters()]
     names = [name for name, _ in net.named_parameters()]
@@ -264,11 +268,11 @@ def test_images_can_start_as_noise_or_representatives() -> None:
     assert not any(bool((real == image).all()) for image in noise)
     assert 0.3 < float(noise.std()) < 0.7  # 0.5 of 192 numbers
     nets = replace(MTT, initial="representative", per_class=2).networks(start)
-    weights = nets.experts.weights
+    paths = nets.experts.paths
     with torch.no_grad():
         choices = [
             representatives(FlatNet(start.teacher.net)(w[-1], real), start.data.labels, 2, rng)  # type: ignore[attr-defined]
-            for w, rng in ((w, after_one_draw(start.seed)) for w in weights)
+            for w, rng in ((w, after_one_draw(start.seed)) for w in paths)
         ]
     assert any(torch.equal(nets.images.x, real[chosen]) for chosen in choices)
 
@@ -278,6 +282,26 @@ def after_one_draw(seed: int) -> Rng:
     rng = Rng(seed, "ast")
     rng.shared_integer(0, MTT.experts)
     return rng
+
+
+def test_experts_can_be_of_anybodys_network(tmp_path: Path) -> None:
+    """Colour, five classes, layers of the user's own: drawn anew for every expert, and known by the layers and by what
+    they compute.  The images are made by none of its weights, and the caller's network stays as it was."""
+    first = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True)
+    layers = *first, nn.AvgPool2d(7), nn.Flatten(), nn.Linear(16, 5)
+    net, labels = nn.Sequential(*layers), torch.arange(20) % 5
+    data, before = Dataset("mine", Rng(0).normal(20, 3, 16, 16), labels), vector_of(net)
+    method = replace(MTT, penalty=1.0, perturbation=1.0, initial="representative", augment=Siamese())
+    made = fs.condense_data(method, data, "2steps", network=net, folder=tmp_path, batch=4, show=False)
+    assert made.labels.tolist() == [0, 1, 2, 3, 4] and made.shape == (3, 16, 16)
+    assert not torch.equal(made.x, made.notes["start"]) and torch.equal(vector_of(net), before)
+    starts = [load_tensors(file)["weights"][0, 0] for file in sorted((tmp_path / "stores").rglob("*.safetensors"))]
+    assert len(starts) == 2 and not any(torch.equal(start, before) for start in starts)
+
+    def digest(net: nn.Module) -> str:
+        return experts_of(Start(NetworkClassifier(net, (3, 16, 16), 5), data)).digest()
+
+    assert digest(net) != digest(nn.Sequential(*layers[:2], nn.Tanh(), *layers[3:]))
 
 
 def test_what_cannot_work_is_said() -> None:
@@ -328,8 +352,7 @@ def test_an_expert_is_sgd_with_the_clipping_loss_and_the_gradient_penalty() -> N
 
 def test_every_epoch_of_a_trajectory_is_a_memory_of_its_own() -> None:
     store = experts_of(start_of())
-    made = store.dataset(dict(store.make(0, {0}))[0])
-    weights = made.x[0]
+    (weights,) = store.dataset(dict(store.make(0, {0}))[0]).paths
     assert bool((weights.diff(dim=0).norm(dim=1) > 1e-3).all())
     assert len({weights[e].norm().item() for e in range(5)}) == 5
 
@@ -342,9 +365,71 @@ def test_experts_differ_and_each_is_made_alone_with_the_same_bits(tmp_path: Path
     assert not torch.equal(whole[0]["weights"][:, 0], whole[1]["weights"][:, 0])
     assert not torch.equal(dict(store.make(1, {0}))[0]["weights"], whole[0]["weights"])
     kept = Shelf(tmp_path, Parallel(), False)(store, 0)
-    assert torch.equal(kept.x, torch.cat([whole[0]["weights"], whole[1]["weights"]]))
+    assert isinstance(kept, Paths)
+    assert torch.equal(torch.stack(kept.paths), torch.cat([whole[0]["weights"], whole[1]["weights"]]))
+    assert torch.equal(kept.x, torch.stack([path[-1] for path in kept.paths]))
+    assert kept.columns["loss"].shape == kept.columns["accuracy"].shape == (2, 4)
     files = sorted((tmp_path / "stores").rglob("*.safetensors"))
     assert [load_tensors(file)["weights"].shape for file in files] == 2 * [whole[0]["weights"].shape]  # one a file
+
+
+def test_dropout_of_an_expert_is_its_own() -> None:
+    """Whichever others are made before it; and what others draw is left as it was."""
+    layers = nn.Flatten(), nn.Linear(16, 6), nn.Dropout(0.5), nn.Linear(6, CLASSES)
+    store, before = experts_of(start_of(nn.Sequential(*layers))), torch.get_rng_state()
+    whole = dict(store.make(0, range(2)))
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        ((_, alone),) = store.make(0, {1})
+    assert torch.equal(alone["weights"], whole[1]["weights"])
+    layers[2].p = 0.0
+    assert not torch.allclose(dict(store.make(0, {1}))[1]["weights"], alone["weights"], rtol=1e-3)
+
+
+def test_experts_are_read_where_they_lie(tmp_path: Path) -> None:
+    """All of them can be gigabytes: a number that changes in the file changes in the path."""
+    (path, _) = Shelf(tmp_path, Parallel(), False)(experts_of(start_of()), 0).paths  # type: ignore[attr-defined]
+    before = path.clone()
+    with next((tmp_path / "stores").rglob("part-000.safetensors")).open("r+b") as file:
+        whole = file.read()
+        file.seek(whole.index(before[1].numpy().tobytes()))
+        file.write(torch.tensor([7.0], dtype=torch.float64).numpy().tobytes())
+    assert float(path[1, 0]) == 7.0 != float(before[1, 0])
+    assert torch.equal(path.flatten()[path.shape[1] + 1 :], before.flatten()[path.shape[1] + 1 :])
+
+
+def test_a_plan_makes_one_expert_of_one_step_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step that nobody times; of 2 experts of 4 epochs of 3 steps it is a sixth."""
+    store, read = experts_of(start_of()), []
+    real = Experts.epoch
+
+    def spy(self: Experts, net: Any, optimizer: Any, order: Tensor, *rest: Any) -> Tensor:
+        read.append(len(order))
+        return real(self, net, optimizer, order, *rest)
+
+    monkeypatch.setattr(Experts, "epoch", spy)
+    times = iter((10.0, 11.5))
+    monkeypatch.setattr("fewstep.condense.experts.clock", lambda: next(times))
+    tensors, seconds = store.glimpse(0)
+    assert (read, seconds) == ([5, *[5] * 4], 9.0)
+    (path,) = store.dataset(tensors).paths
+    assert bool((path.diff(dim=0).norm(dim=1) > 1e-3).all())
+
+
+def test_a_run_keeps_its_experts_once(tmp_path: Path) -> None:
+    """In its store, read from there, and in no checkpoint; the images are those of a run without a folder."""
+    start, settings = start_of(), Settings(Budget(3), batch=4, precision="fp32")
+    for folder in (None, tmp_path):
+        made = run_recipe(MTT, start.teacher, start.data, settings, folder, show=False).model
+        if folder is None:
+            alone = made
+    assert torch.equal(made.x, alone.x)
+    kept = load_tensors(tmp_path / "checkpoint.safetensors")
+    assert {name.partition("/")[0] for name in kept} == {"module", "optimiser"}
+    assert {name for name in kept if name.startswith("module")} == {
+        "module/eta/value", "module/images/labels", "module/images/start", "module/images/x",
+    }  # fmt: skip
 
 
 def test_experts_read_the_data_in_orders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

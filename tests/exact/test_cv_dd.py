@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.committee import Pool, Priors, draw_committees, percent_right, voting_weights
 from fewstep.condense.cv_dd import CVDD, Judge, Recover, Relabelling, committee_loss, view_of_batch
+from fewstep.condense.representatives import medium_patches
 from fewstep.condense.soft_labels import RandomView, Replay
 from fewstep.condense.squeeze import MEMBERS, Squeeze, apart, labelled
 from fewstep.condense.statistics import batch_statistics
@@ -36,7 +37,8 @@ from fewstep.training.settings import Settings
 # of 4 in 32 pixels, RandomResizedCrop's own scale), relabel/relabel.py and scripts (epochs, batch, temperature 10, mix,
 # fkd_seed), the pool of the scripts, squeeze of its ImageNet prior (lr)
 PUBLISHED = {
-    "per_class": ..., "pool": ("resnet18", "resnet50", "densenet121", "shufflenet-v2", "mobilenet-v2"), "committee": 2,
+    "per_class": ..., "initial": "patches",
+    "pool": ("resnet18", "resnet50", "densenet121", "shufflenet-v2", "mobilenet-v2"), "committee": 2,
     "priors": Priors("distilled"), "temperature": 5.0, "statistics_weight": 0.01, "first": 10.0, "scale": 0.08,
     "shift": 4 / 32, "lr": 0.25, "pool_lr": 0.1, "label_epochs": 300, "label_batch": 16, "label_temperature": 10.0,
     "label_statistics": "halves", "mix": "cutmix", "label_seed": 42,
@@ -284,6 +286,14 @@ def test_labels_of_a_batch_are_those_of_its_halves_and_nothing_drifts(pool: Pool
     assert torch.equal(plain.vote(x, 10, "halves"), plain.vote(x, 10))
 
 
+def test_how_many_are_told_right() -> None:
+    """By a classifier of another type than the samples, as they are moved to where it is; over several batches."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)).double()
+    x, labels = labelled(data())
+    right = int((net(x.double()).argmax(1) == labels).sum())
+    assert 0 < right < 60 and percent_right(net, x, labels, batch=7) == pytest.approx(100 * right / 60)
+
+
 def test_dropout_stays_off_while_batch_normalisation_switches() -> None:
     member = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, CLASSES)).eval()
     x = as_floats(data().x[:16])
@@ -413,11 +423,41 @@ def test_pictures_start_as_different_ones_of_their_class(pool: Pool) -> None:
         dataclasses.replace(method, per_class=21).networks(Start(fresh(), data(), made={"pool": pool}))
 
 
+def test_pictures_can_start_as_patches_of_medium_difficulty(pool: Pool) -> None:
+    """Against all that is tried, written out: each is a crop of the picture that it says, of the middle one of its five
+    losses, and of those of its class as many are easier as are harder."""
+    crops: list[Tensor] = []
+
+    def vote(views: Tensor) -> Tensor:
+        crops.append(views)
+        return pool.vote(views, 5.0)
+
+    x, labels = labelled(data())
+    patches, index = medium_patches(data(), labels, 2, CLASSES, vote, Rng(0))
+    assert patches.shape == (2, CLASSES, *SHAPE) and torch.equal(labels[index], torch.arange(CLASSES).expand(2, -1))
+    assert len(index.unique()) == 2 * CLASSES and [len(views) for views in crops] == [20 * 5] * CLASSES
+    for name, views in enumerate(crops):
+        told = nn.functional.cross_entropy(pool.vote(views, 5.0), torch.full((100,), name), reduction="none")
+        losses = told.unflatten(0, (20, 5))
+        middle = losses.sort(1).values[:, 2]
+        kept = [int((views == patch).flatten(1).all(1).nonzero()) for patch in patches[:, name]]
+        assert [float(losses.flatten()[k]) for k in kept] == middle.sort().values[9:11].tolist()
+        whole = torch.cat([x[i].expand(5, *SHAPE) for i in index[:, name].tolist()])
+        lowest, highest = (whole.amin((2, 3)).min(1).values, whole.amax((2, 3)).max(1).values)
+        assert all(lowest[5 * j] <= views[k].min() and views[k].max() <= highest[5 * j] for j, k in enumerate(kept))
+    _, nets = recovery(pool, initial="patches")
+    assert torch.isin(nets.pictures.begun, torch.arange(60)).all()
+    assert not torch.equal(nets.pictures.all, x[nets.pictures.begun.flatten()])
+    assert CVDD(initial="patches").stages()[-1].method.initial == "patches"  # type: ignore[attr-defined]
+
+
 def test_what_is_held_out_is_held_out_from_all() -> None:
     kept, held = apart(data(), 0.25)
     assert not torch.isin(kept.index, held.index).any()
     assert (len(kept), len(held)) == (45, 15)
     assert len(apart(data(), 0.0)[0]) == 60
+    with pytest.raises(ValueError, match="held_out=1 of 60 samples leaves none to train on"):
+        apart(data(), 1.0)
     start = Start(fresh(), data(), seed=3)
     assert torch.equal(labelled(Squeeze(held_out=0.25).sources(start)["data"])[0], labelled(kept)[0])
 
@@ -463,6 +503,9 @@ def test_distilled_priors_are_how_well_each_member_distils(monkeypatch: pytest.M
     stages = recipe.stages()
     names = [stage.method.name for stage in stages]
     assert names == ["cv-dd-squeeze", "cv-dd-alone", "cv-dd-judge", "cv-dd-alone", "cv-dd-judge", "cv-dd-recover"]
+    for judge in (stages[2], stages[4]):  # as officially: stops at half the rate, and biases do not decay
+        moves = judge.method.optimizer()  # type: ignore[attr-defined]
+        assert (moves.decay, moves.decayed, moves.weight_decay) == ("stretched-cosine:2", "matrices", 0.01)
     judged: list[tuple[int, float]] = []
     real = Judge.hands_on
 

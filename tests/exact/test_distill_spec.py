@@ -23,7 +23,7 @@ from fewstep.language.distill_spec import (
     without_dropout,
 )
 from fewstep.language.speculative import acceptance_of
-from fewstep.language_models import LanguageModel, NetworkLanguageModel
+from fewstep.language_models import LanguageModel, NetworkLanguageModel, RestrictedVocabulary
 from fewstep.methods.method import Batch, Networks, Progress, Update
 from fewstep.methods.parts.stores import made_now
 from fewstep.methods.start import Start
@@ -277,5 +277,12 @@ def test_what_does_not_fit_is_said_in_one_line() -> None:
     short = NetworkLanguageModel(GRULanguageModel(5, 4, width=4), 5, 4)
     with pytest.raises(ValueError, match="the student reads 4 tokens, the data have 8"):
         FIXED.networks(Start(network(), data, given={"student": short}))
+    with pytest.raises(ValueError, match="data 'more': token 9, the language model has 5"):
+        run_recipe(FIXED, network(), Dataset("more", texts() + 5), settings, given={"student": network()}, show=False)
+    some = RestrictedVocabulary(NetworkLanguageModel(GRULanguageModel(4, 8, width=4), 4, 8), torch.arange(3), 5)
+    with pytest.raises(ValueError, match="divergence 'kl' from a draft that never writes some tokens is infinite"):
+        dataclasses.replace(FIXED, divergence=Divergence("kl")).networks(
+            Start(network(), data, given={"student": some})
+        )
     with pytest.raises(ValueError, match="the student has 4 tokens, the teacher 5"):
         FIXED.networks(Start(network(), data, given={"student": MarkovChain(table(0))}))

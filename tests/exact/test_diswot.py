@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import fewstep as fs
 from fewstep.classifiers import NetworkClassifier
 from fewstep.data import Dataset
 from fewstep.methods.method import Batch, Networks, Progress
 from fewstep.methods.start import Start
 from fewstep.networks.classifiers import MLPClassifier, ResNet
+from fewstep.networks.feature_nets import FeatureNet
 from fewstep.randomness import Rng
 from fewstep.report.runs import RunCourse
 from fewstep.report.tasks.diswot import figures
@@ -77,7 +79,8 @@ def test_the_search_stays_within_its_budget(found: dict[str, Tensor]) -> None:
 def test_scores_are_those_of_the_proxies_and_are_added_in_units_of_their_spread(found: dict[str, Tensor]) -> None:
     """Another scorer with the same draws finds the same; no proxy counts more for its scale."""
     search, rng = SMALL.search(Start(TEACHER, data())), Rng(0)
-    scorer = Scorer(TEACHER, search.shown(rng), SMALL.proxies, rng.stream("weights"))
+    assert search.proxies == ("relation", "semantic")
+    scorer = Scorer(TEACHER, search.shown(rng), search.proxies, rng.stream("weights"))
     for row in (0, 1):
         *depths, _ = found["student"][row].tolist()
         assert torch.equal(found["scores"][row], scorer(search.space.build((*(d - 1 for d in depths), 0))))
@@ -129,6 +132,49 @@ def test_a_run_searches_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "-".join(map(str, first.net.config["depths"])) in rows[1]  # the best comes first
 
 
+def test_students_of_other_widths_are_searched_by_the_relation_alone(tmp_path: Path) -> None:
+    """Where nobody names the scores; and the report does not name the one that was left out."""
+    start = Start(TEACHER, data())
+    assert dataclasses.replace(SMALL, widths=(4,)).search(start).proxies == ("relation", "semantic")
+    method = dataclasses.replace(SMALL, widths=(2, 4, 8))
+    search = method.search(start)
+    assert search.proxies == ("relation",) and search.space.widths == (2, 4, 8)
+    settings = Settings(Budget(2), batch=8, precision="fp32")
+    model: Any = run_recipe(method, TEACHER, data(), settings, tmp_path / "run", show=False).model
+    assert model.net.config["width"] in (2, 4, 8)
+    _, listed = figures(RunCourse("run", str(tmp_path / "run"), ()), model, data())
+    head = str(listed.content).splitlines()[0]
+    assert "<th>relation</th>" in head and "semantic" not in head + listed.caption
+
+
+class Own(FeatureNet):
+    """Somebody's network for colour pictures of 16x16: what a search asks of one is its maps and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()
+        )
+        self.last = nn.Linear(16, 5)
+
+    def maps(self, pictures: Tensor) -> list[Tensor]:
+        return [self.body(pictures)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.maps(x)[-1].mean((-2, -1)))
+
+
+def test_a_teacher_of_ones_own_finds_a_student_on_ones_own_data() -> None:
+    """Colour pictures of five classes; a network without maps is told what it lacks before anything is scored."""
+    gen, labels = torch.Generator().manual_seed(0), torch.arange(40) % 5
+    mine = Dataset("mine", torch.randn(40, 3, 16, 16, generator=gen), labels)
+    student = fs.distill(NetworkClassifier(Own(), (3, 16, 16), 5), SMALL, mine, "2 steps", batch=8, show=False)
+    assert student(mine.x[:3]).shape == (3, 5) and student.net.config["width"] == 4
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.ReLU(), nn.Linear(16, 5))
+    with pytest.raises(ValueError, match="a Sequential has no maps of its own"):
+        fs.distill(NetworkClassifier(plain, (3, 16, 16), 5), SMALL, mine, "2 steps", batch=8, show=False)
+
+
 def loss_of(method: DisWOT, student: NetworkClassifier) -> float:
     points = data()
     nets = Networks({"student": student.eval(), "teacher": TEACHER}, {})
@@ -165,12 +211,18 @@ def test_students_are_built_as_they_are_said() -> None:
 
 def test_what_cannot_be_searched_is_refused() -> None:
     start = Start(TEACHER, data())
+    named = dataclasses.replace(SMALL, widths=(2, 4), proxies=("relation", "semantic"))
     with pytest.raises(ValueError, match="semantic compares channel by channel, and needs a head that reads 16"):
-        dataclasses.replace(SMALL, widths=(2, 4)).search(start)
-    assert dataclasses.replace(SMALL, widths=(2, 4), proxies=("relation",)).search(start).space.widths == (2, 4)
+        named.search(start)
+    with pytest.raises(ValueError, match="semantic_weight compares channel by channel"):
+        dataclasses.replace(SMALL, widths=(2, 4), semantic_weight=1.0).search(start)
     odd = NetworkClassifier(MLPClassifier(SHAPE, CLASSES, width=7), SHAPE, CLASSES)
     with pytest.raises(ValueError, match="the teacher's 7 features do not exist"):
         SMALL.search(Start(odd, data()))
+    with pytest.raises(ValueError, match=r"data 'points' has samples without a label \(-1\)"):
+        SMALL.search(Start(TEACHER, Dataset("points", data().x, torch.arange(24) % CLASSES - 1)))
+    with pytest.raises(ValueError, match=r"the score 'relation' of a student is .*: without norms between layers"):
+        dataclasses.replace(SMALL, student_norm="none", depths=(8,)).search(start).found(Rng(0))
     with pytest.raises(ValueError, match="none of 1000 individuals"):
         dataclasses.replace(SMALL, max_parameters=10).search(start).found(Rng(0))
     with pytest.raises(ValueError, match="tournament=9 is larger"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,11 @@ from fewstep.networks.mae import number_dropped
 from fewstep.randomness import Rng
 from fewstep.report.pictures import sheet
 from fewstep.report.tasks.dq import GREY, figures, spread_of
+from fewstep.runs.course import run_recipe
+from fewstep.training.budget import Budget
+from fewstep.training.settings import Settings
+
+PAGE = Path(__file__).parents[2] / "docs" / "systems" / "dq.md"
 
 # magic-research/Dataset_Quantization: quantize_sample.py (bins, the training of a classifier for selection),
 # quantize_bin.py (0.125 in the README), quantize_pixel.py (mask_ratio) and mae_models.py (patch, width, depth of ViT-L)
@@ -177,9 +183,16 @@ def test_the_classifier_trains_for_its_epochs_and_the_autoencoder_always() -> No
     method = DatasetQuantization(**SMALL, feature_epochs=2.0)
     assert [u.group for u in groups(method, 2 * N - 1)] == ["classifier", "autoencoder"]
     assert [u.group for u in groups(method, 2 * N)] == ["autoencoder"]
-    alone_ = dataclasses.replace(method, mask_ratio=0.0, feature_epochs=0.0)
-    assert [u.group for u in groups(alone_, 10 * N)] == ["classifier"]
     assert [u.group for u in groups(dataclasses.replace(method, feature_epochs=0.0), 0)] == ["autoencoder"]
+
+
+def test_without_an_autoencoder_training_ends_with_the_classifiers() -> None:
+    """With one it takes all of the budget."""
+    for mask_ratio in (0.0, 0.2):
+        method = DatasetQuantization(**SMALL, feature_epochs=2.0, mask_ratio=mask_ratio)
+        nets = networks(method)
+        ended = [method.enough(nets, Progress(samples=samples)) for samples in (0, 2 * N - 1, 2 * N)]
+        assert ended == [False, False, mask_ratio == 0]
 
 
 def test_with_no_epochs_the_classifier_is_the_one_that_was_given() -> None:
@@ -187,6 +200,25 @@ def test_with_no_epochs_the_classifier_is_the_one_that_was_given() -> None:
     held = DatasetQuantization(**SMALL, feature_epochs=0.0).networks(Start(given, data())).classifier
     assert all(torch.equal(a, b) for a, b in zip(given.parameters(), held.parameters(), strict=True))
     assert all(a is not b for a, b in zip(given.parameters(), held.parameters(), strict=True))
+
+
+def test_a_given_classifier_is_not_trained_and_the_bins_are_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run without a step: its bins are those of the classifier that was brought, and it can be repeated."""
+    method, given, asked = DatasetQuantization(**SMALL, mask_ratio=0.0, feature_epochs=0.0), teacher(), []
+    bins_of = DatasetQuantization.bins_of
+
+    def counted(self: DatasetQuantization, classifier: NetworkClassifier, whole: Whole) -> Tensor:
+        asked.append(classifier)
+        return bins_of(self, classifier, whole)
+
+    monkeypatch.setattr(DatasetQuantization, "bins_of", counted)
+    for repeated in range(2):
+        settings = Settings(Budget(9), batch=30, precision="fp32")
+        done = run_recipe(method, given, data(), settings, tmp_path / "run", show=False)
+        assert done.steps == 0 and len(asked) == 1 + repeated
+        assert torch.equal(done.model.notes["bin"], bins_of(method, given, Whole(Start(given, data()))))
 
 
 def test_the_data_are_beside_the_networks_and_not_in_what_is_saved() -> None:
@@ -211,6 +243,15 @@ def test_texts_are_binned_by_their_runs_of_characters() -> None:
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3)).fit_transform(TEXTS).toarray()
     first = greedy(inner_product(torch.from_numpy(vectors)), 3)
     assert sorted(first.tolist()) == (found == 0).nonzero()[:, 0].tolist()
+
+
+def test_features_of_any_make_are_binned_as_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """The example of the page prints what it says: a tenth of the digits, of every class its part."""
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(example, names := {})
+    assert capsys.readouterr().out == "".join(f"{said}\n" for said in re.findall(r"# (.*)", example))
+    labels, kept = names["labels"], names["kept"]
+    assert torch.equal(torch.bincount(labels[kept]), budgets(labels, 130))
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fewstep.exact import MarkovChain
-from fewstep.language.restricted import RestrictedVocabulary
-from fewstep.language_models import FunctionLanguageModel, LanguageModel, NetworkLanguageModel
+from fewstep.language_models import FunctionLanguageModel, LanguageModel, NetworkLanguageModel, RestrictedVocabulary
 from fewstep.networks.causal import CausalTransformer, GRULanguageModel
 
 MODELS = {

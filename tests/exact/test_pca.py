@@ -1,6 +1,7 @@
 """PCA: which pictures are chosen, what lies on the canvases, when the networks score."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.canvases import shrink, split
 from fewstep.condense.pca import PCA
-from fewstep.condense.scores import scores_of
+from fewstep.condense.scores import Scores, scores_of
 from fewstep.data.condensed import Condensed
 from fewstep.data.dataset import Dataset
 from fewstep.evaluation.classification import from_condensed, random_subset
@@ -40,6 +41,7 @@ PUBLISHED = {
     "optimizer": {},
 }
 SHAPE, CLASSES, N = (1, 16, 16), 3, 72
+PAGE = Path(__file__).parents[2] / "docs" / "systems" / "pca.md"
 
 
 def some_data(names: tuple[str, ...] = ("a", "b", "c")) -> Dataset:
@@ -174,6 +176,19 @@ def test_a_run_folder_keeps_the_scores(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), again.buffers(), strict=True))
 
 
+def test_pictures_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("fewstep.condense.pca.Scores", lambda *given: calls.append(given) or Scores(*given))
+    made(PCA(per_class=2, k=2, nets=2), 2)
+    assert len(calls) == 1
+
+
+def test_the_example_of_the_page_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(example, {})
+    assert capsys.readouterr().out == "".join(f"{said}\n" for said in re.findall(r"# (.*)", example))
+
+
 def test_a_report_shows_what_was_merged_chosen_and_left_out(tmp_path: Path) -> None:
     data, method = some_data(), PCA(per_class=3, k=2, nets=2)
     model = made(method, 6, tmp_path / "run")
@@ -199,10 +214,15 @@ def test_a_report_shows_what_was_merged_chosen_and_left_out(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_asked_is_told_before_training() -> None:
-    with pytest.raises(ValueError, match=r"^k=3 must divide pictures of 16x16 into cells .*; possible: 1, 2$"):
+    with pytest.raises(
+        ValueError, match=r"^k=3 must divide pictures of 16x16 into cells .*; possible: 1 \(whole pictures\), 2$"
+    ):
         networks(PCA(k=3))
     with pytest.raises(ValueError, match=r"^28 examples of each class are asked for, and class 0 has 24$"):
         networks(PCA(per_class=7, k=2))
+    unlabelled = Dataset("some", some_data().x, labels_of(some_data()) - 1, ("a", "b", "c"))
+    with pytest.raises(ValueError, match=r"^label -1: every sample must have a class, from 0 on$"):
+        PCA().networks(Start(classifier(), unlabelled))
     with pytest.raises(ValueError, match=r"^PCA: keep: 'eazy' is not one of easy, hard, random; did you mean 'easy'"):
         PCA(keep="eazy")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^PCA: per_class=0 must be at least 1$"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import fewstep as fs
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense import queries
 from fewstep.condense.game import batch
@@ -145,9 +146,52 @@ def test_questions_of_earlier_rounds_count(asked: list[int]) -> None:
     assert len(dataclasses.replace(spent, budget=10).answered(Rng(0))["logits"]) == 5
 
 
-def test_a_pool_that_is_used_up_ends_the_questions() -> None:
-    made: Any = run(RAD(rounds=3, queries=20, accuracy=0.5)).made["answers"]
-    assert len(made.asked) == N - 9 == len(made.asked.unique())
+def test_a_pool_that_is_used_up_ends_the_questions(asked: list[int]) -> None:
+    """The third round asks about what is left, and the others learn on."""
+    made: Any = run(RAD(rounds=5, queries=20, accuracy=0.5)).made["answers"]
+    assert asked == [20, 20, 11] and len(made.asked) == N - 9 == len(made.asked.unique())
+
+
+class Remote(nn.Module):
+    """A teacher that is asked over a network: no weights here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :CLASSES]
+
+
+def test_a_teacher_may_be_without_weights() -> None:
+    """It answers all the same; but a student of its architecture there is not."""
+    teacher, recipe = NetworkClassifier(Remote(), SHAPE, CLASSES), RAD(rounds=1, queries=5)
+    made: Any = run_recipe(recipe, teacher, data(), SETTINGS, given={"student": classifier(1)}, show=False).made
+    assert torch.equal(made["answers"].logits, data().x[made["answers"].asked].flatten(1)[:, :CLASSES])
+    with pytest.raises(ValueError, match="no weights, which a student could have of its own: bring a student"):
+        run(recipe, teacher=teacher)
+
+
+def own(seed: int) -> NetworkClassifier:
+    """Somebody's network for colour pictures of 16x16 and five classes."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(),
+            nn.Linear(128, 5),
+        )  # fmt: skip
+    return NetworkClassifier(net, (3, 16, 16), 5)
+
+
+@pytest.mark.parametrize("brought", [False, True])
+def test_networks_and_data_of_ones_own(brought: bool) -> None:
+    """With batch statistics, which asking leaves alone; 2 labels a class, 2 rounds of 7 questions."""
+    gen, labels = torch.Generator().manual_seed(0), torch.arange(80) % 5
+    mine = Dataset("mine", torch.randn(80, 3, 16, 16, generator=gen), labels)
+    teacher = own(0)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    recipe = RAD(rounds=2, queries=7, labels_per_class=2, accuracy=0.8)
+    student = own(1) if brought else None
+    made = fs.distill(teacher, recipe, mine, "9 steps", batch=8, student=student, show=False)
+    assert made(mine.x[:3]).shape == (3, 5) and not made.training
+    assert int(made.net[1].num_batches_tracked) == 9  # of training, and nothing else
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 
 def test_a_finished_run_asks_nothing_again(tmp_path: Path, asked: list[int]) -> None:
@@ -256,7 +300,7 @@ def test_labels_are_hidden_and_drawn_by_class() -> None:
     assert labels[some].bincount().tolist() == [3, 3, 3, 3] and some.tolist() == sorted(some.tolist())
     assert some.tolist() != kept(labels, 3, Rng(1)).tolist()
     assert kept(torch.where(labels == 2, labels, -1), 3, Rng(0)).tolist() == list(range(2, 40, 4))
-    with pytest.raises(ValueError, match="per_class=11 of class 0"):
+    with pytest.raises(ValueError, match="rad: labels_per_class=11 of class 0"):
         kept(labels, 11, Rng(0))
     with pytest.raises(ValueError, match="no sample has a label"):
         kept(torch.full((5,), -1), 3, Rng(0))

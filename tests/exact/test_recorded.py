@@ -1,7 +1,7 @@
 """The weights that every method makes in four steps, as they were recorded: a change in the order of the draws, in a
 law, a weight or a sign is red, wherever it is.
 
-    python tests/exact/test_recorded.py [CASE ...]
+    PYTHONPATH=tests python tests/exact/test_recorded.py [CASE ...]
 
 records them anew, all or some: for a new method, and after a change that is meant to make other weights.  The file says
 which version wrote it last.

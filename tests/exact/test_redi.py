@@ -208,7 +208,7 @@ def test_its_report_shades_unlikely_tokens_and_draws_both_courses() -> None:
     records = tuple({"step": k, "seconds": float(k), **logged(k)} for k in range(1, 4))
     course = RunCourse("run", "run", (StageCourse("preferences", records, 3, 24, 3.0),))
     traces, drawn = figures(course, certain(2), data)
-    shown = re.findall(r' (\d+)%, transparent\)" title="log p = ([-\d.]+)">(\d)</span>', str(traces.content))
+    shown = re.findall(r' (\d+)%, transparent\)" title="log p = ([-\d.]+)"> (\d)</span>', str(traces.content))
     mask = data.columns["mask"][3:].sum() + data.columns["rejected_mask"][3:].sum()
     assert len(shown) == int(mask)
     assert {(share, log_p, token == "2") for share, log_p, token in shown} == {

@@ -1,13 +1,19 @@
-"""Networks of somebody's own, drawn again."""
+"""Networks of somebody's own: drawn again, and in run folders."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import fewstep as fs
+from fewstep.classifiers import NetworkClassifier
+from fewstep.cli import main
 from fewstep.condense.pca import PCA
+from fewstep.condense.supervised import Supervised
 from fewstep.data.dataset import Dataset
 from fewstep.models.networks import redrawn_network
 
@@ -46,3 +52,19 @@ def test_a_set_is_chosen_by_somebody_s_own_network() -> None:
     bare = Dataset("bare", data.x)
     with pytest.raises(ValueError, match="data 'bare' has no labels"):
         fs.condense_data(PCA(2), bare, "20steps", network=own(), show=False)
+
+
+def test_a_run_of_somebody_s_own_network_leaves_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a model would be; the same call goes on with the run, and who asks for the model is told why not."""
+    data, run = Dataset("mine", torch.randn(20, 3, 16, 16), torch.arange(20) % 5), tmp_path / "run"
+    model = NetworkClassifier(own(), (3, 16, 16), 5)
+    for _ in range(2):
+        made = fs.distill(model, Supervised(), data, "2steps", batch=4, folder=run)
+        kept = load_file(run / "model" / "model.safetensors")
+        assert all(torch.equal(value, kept[name]) for name, value in made.state_dict().items())
+        assert "weights alone, for load_state_dict" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="weights alone: build the network yourself"):
+        fs.load(run)
+    for command in (["evaluate", str(run)], ["report", str(run), "--out", str(tmp_path / "page.html")]):
+        assert main(command) == 2
+        assert "weights alone: build the network yourself" in capsys.readouterr().err

@@ -178,7 +178,10 @@ def write_recipe(folder: Path, recipe: Recipe, teacher: str = "digits", data: st
     told = {
         "format": 1, "command": "distill", "method": recipe.name, "hyper_parameters": hyper_parameters(recipe),
         "start": {"model": teacher}, "data": {"source": data},
-        "settings": {"budget": "2min", "batch": 32, "seed": 7, "log_steps": 10, "averages": [0.1]},
+        "settings": {
+            "budget": "2min", "batch": 32, "seed": 7, "log_steps": 10, "averages": [0.1], "order": "stratified:0.1",
+            "on_alarm": "stop", "lora_rank": 4, "lora_alpha": None, "lora_targets": ["q", "v"],
+        },
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(told))
@@ -238,6 +241,8 @@ def test_commands_repeat_the_run(recipe: Recipe, tmp_path: Path) -> None:
         7,
     )
     assert chosen.out == folder
+    others = (str(chosen.order), chosen.on_alarm, str(chosen.lora_rank), chosen.lora_targets)
+    assert others == ("stratified:0.1", "stop", "4", ("q", "v")) and not hasattr(chosen, "lora_alpha")
 
     class Recorder:
         def __getattr__(self, name: str):

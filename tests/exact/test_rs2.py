@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from itertools import chain
+from itertools import chain, count
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from torch import Tensor
 
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.supervised import Supervised
-from fewstep.data import Dataset
-from fewstep.data.dataset import epoch_indices
-from fewstep.data.rounds import spread
+from fewstep.conditions import Cond
+from fewstep.data import Dataset, load
+from fewstep.data.dataset import Chosen, epoch_indices
+from fewstep.data.rounds import spread, strata
 from fewstep.networks.classifiers import MLPClassifier
 from fewstep.randomness import Rng
+from fewstep.report import read_run
+from fewstep.report.collect import report_runs
 from fewstep.runs.course import run_recipe
 from fewstep.training.budget import Budget
 from fewstep.training.feed import Feed
@@ -33,12 +38,12 @@ def points(n: int = N) -> Dataset:
     return Dataset("points", Rng(0, "points").normal(n, 1, 2, 2), labels)
 
 
-def rounds(word: str, data: Dataset, count: int, seed: int = 0) -> list[list[int]]:
+def rounds(word: str, data: Dataset, number: int, seed: int = 0) -> list[list[int]]:
     """The indices of the first rounds."""
     order = Order.parse(word)
     size = round(float(word.partition(":")[2]) * len(data))
-    reading = order.read(data, 0, count * size, seed)
-    assert reading.epochs.tolist() == [k for k in range(count) for _ in range(size)]
+    reading = order.read(data, 0, number * size, seed)
+    assert reading.epochs.tolist() == [k for k in range(number) for _ in range(size)]
     return [part.tolist() for part in reading.indices.split(size)]
 
 
@@ -52,11 +57,23 @@ def weights(order: Order, budget: int, data: Dataset) -> dict[str, Tensor]:
 
 def test_without_replacement_is_full_epochs_bit_for_bit() -> None:
     """S = 12, a multiple of the batch of 6, in 60: 15 rounds are three full epochs, with the same compressed schedule;
-    drawn with replacement they are not, and a learning rate tied to full epochs is not."""
+    drawn with replacement they are not."""
     one, other = (weights(Order.parse(word), 30, points()) for word in ("random:0.2", "epochs"))
     assert all(torch.equal(one[key], other[key]) for key in one)
     again = weights(Order.parse("replaced:0.2"), 30, points())
     assert not torch.equal(one["net.head.weight"], again["net.head.weight"])
+
+
+def test_the_learning_rate_runs_its_whole_course_over_the_rounds() -> None:
+    """From the first rate to the least one in the steps that there are, however many epochs of all data they make: 15
+    rounds of 12 are 30 steps and three epochs of 60, and twice the data leave the rates as they are."""
+    least, steps = 1e-4, 30
+    expected = [least + (0.1 - least) * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+    for n, word in ((N, "random:0.2"), (2 * N, "random:0.1")):
+        model = NetworkClassifier(MLPClassifier((1, 2, 2), CLASSES, width=8), (1, 2, 2), CLASSES)
+        settings = Settings(Budget(steps), batch=6, precision="fp32", order=Order.parse(word), log_steps=1)
+        records = run_recipe(Supervised(), model, points(n), settings, show=False).records
+        assert [record["student/lr"] for record in records] == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_cycle_has_everybody_once() -> None:
@@ -114,7 +131,7 @@ def test_largest_remainders() -> None:
     for sizes, total in (([5, 1, 1], 6), ([100, 1], 100), ([3, 3, 3], 9)):
         found = spread(sizes, total)
         assert sum(found) == total
-        assert all(count <= size for count, size in zip(found, sizes, strict=True))
+        assert all(got <= size for got, size in zip(found, sizes, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,6 +145,60 @@ def test_the_order_is_a_function_of_the_position(kind: str) -> None:
     assert not torch.equal(order.read(data, 0, 120, 4).indices, whole.indices)
     parts = [next(Feed({"data": data}, 24, 3, range(k, k + 1), 4, order).draws("data", 2)).indices for k in range(4)]
     assert torch.equal(torch.cat(parts), pieces[2].indices)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reader_remembers_what_it_found_and_reads_the_same(kind: str) -> None:
+    """On, and back again, as if every position were read for the first time."""
+    data, order = points(), Order.parse(f"{kind}:0.3")
+    read = order.reader(data, 3)
+    for start, number in ((0, 24), (24, 24), (10, 40), (0, 24), (500, 1)):
+        found, anew = read(start, number), order.read(data, start, number, 3)
+        assert torch.equal(found.indices, anew.indices) and torch.equal(found.epochs, anew.epochs)
+
+
+class Looked(Chosen):
+    """Data that count how often somebody looks at their labels."""
+
+    looks = 0
+
+    def conditions(self, indices: Tensor | slice) -> Cond:
+        self.looks += 1
+        return super().conditions(indices)
+
+
+def test_classes_are_looked_at_once_a_run_and_a_round_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 batches of 6, which are ten rounds of 12."""
+    data, drawn = Looked(points(), torch.arange(N), "looked at"), []
+    monkeypatch.setattr("fewstep.data.rounds.Rng", lambda *seed: drawn.append(seed) or Rng(*seed))
+    for word in ("stratified:0.2", "replaced:0.2"):
+        draws = Feed({"data": data}, 6, 0, range(1), 1, Order.parse(word)).draws("data", 0)
+        assert all(len(next(draws).indices) == 6 for _ in range(20))
+    assert data.looks == 1
+    assert drawn == [(0, "stratified", k) for k in range(10)] + [(0, "round", k) for k in range(10)]
+
+
+def test_classes_are_told_apart_in_the_order_of_the_data() -> None:
+    labels = torch.tensor([2, -1, 0, 2, 0, -1, 5])
+    found = strata(dataclasses.replace(points(7), cond=labels))
+    assert [group.tolist() for group in found] == [[1, 5], [2, 4], [0, 3], [6]]
+
+
+def test_what_choosing_took_is_counted_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by a quarter of a second whenever it is looked at: a quarter for every batch, of those
+    before a resume too, and a sentence in the report; nothing is said of epochs."""
+    ticks = count(0, 0.25)
+    monkeypatch.setattr("fewstep.training.feed.clock", lambda: next(ticks))
+    data, places = load("digits"), [tmp_path / "rs2", tmp_path / "epochs"]
+    net = NetworkClassifier(MLPClassifier(data.shape, 10, width=8), data.shape, 10)
+    for place, word in zip(places, ("random:0.1", "epochs"), strict=True):
+        for steps in (4, 6):
+            settings = Settings(Budget(steps), batch=32, precision="fp32", order=Order.parse(word))
+            made = run_recipe(Supervised(), net, data, settings, place, further=True, show=False)
+            assert made.choosing == 0.25 * steps
+    assert read_run(places[0]).choosing == 1.5
+    told = report_runs(places, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Choosing what to read (random:0.1) took 1,500 ms of that." in told and told.count("Choosing what") == 1
 
 
 def test_a_second_source_is_read_in_epochs() -> None:

@@ -367,7 +367,7 @@ def without_clock(folder: Path) -> dict[str, Any]:
             found[name] = [{**json.loads(line), "seconds": 0} for line in data.decode().splitlines()]
         elif name.endswith("config.json"):
             config = json.loads(data)
-            found[name] = {**config, "card": {**config["card"], "seconds": 0}}
+            found[name] = {**config, "card": {**config["card"], "seconds": 0, "choosing": 0}}
         elif not name.endswith("checkpoint.safetensors"):
             found[name] = data
     return found

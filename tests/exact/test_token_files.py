@@ -56,3 +56,32 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         write_tokens(DATA, tmp_path / "pairs.npz")
     with pytest.raises(ValueError, match="data 'floats' are no tokens"):
         write_tokens(Dataset("floats", X.float()), tmp_path / "floats.safetensors")
+
+
+def test_the_alphabet_is_kept_for_both_parts(tmp_path: Path) -> None:
+    data = Dataset("said", X, columns={"mask": MASK}, alphabet="abcdefghijkl")
+    path = write_tokens(data, tmp_path / "said.safetensors", data.subset(torch.arange(2)))
+    for split, rows in (("train", 3), ("test", 2)):
+        found = load(path, split)  # type: ignore[arg-type]
+        assert found.alphabet == data.alphabet and torch.equal(found.x, X[:rows]) and [*found.columns] == ["mask"]
+        assert torch.equal(found.columns["mask"], MASK[:rows]) and found.subset(slice(0, 1)).alphabet == data.alphabet
+    alone = load(write_tokens(data, tmp_path / "alone.safetensors"))
+    assert alone.alphabet == data.alphabet and [*alone.columns] == ["mask"]
+    assert load(write_tokens(DATA, tmp_path / "none.safetensors")).alphabet is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (list(range(97, 108)), "has 11 characters, and there is a token 11"),
+        ([*range(97, 108), 97], ".*no two the same"),
+        ([*range(97, 108), -1], "has 12 characters"),
+        ([*range(97, 108), 0x110000], "has 12 characters"),
+        ([[97, 98]], "is int64 .1, 2.: code points"),
+        ([0.5] * 12, "is float64"),
+    ],
+)
+def test_an_alphabet_that_is_none_is_refused(bad: list[int], said: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "bad.npz", tokens=X.numpy(), alphabet=np.array(bad))
+    with pytest.raises(ValueError, match=f"bad.npz': array 'alphabet' {said}"):
+        load(tmp_path / "bad.npz")

@@ -378,6 +378,8 @@ def test_a_small_step_on_one_thread_has_the_same_bits(kind: Any) -> None:
         ("warm-linear:0", [1, 0.5, 0.25]),
         ("cosine", [1, 0.5, (1 - math.sqrt(0.5)) / 2]),
         ("cosine:0.5", [1, 0.75, 0.5 + (1 - math.sqrt(0.5)) / 4]),
+        ("stretched-cosine:1", [1, 0.5, (1 - math.sqrt(0.5)) / 2]),
+        ("stretched-cosine:2", [1, (1 + math.sqrt(0.5)) / 2, (1 + math.cos(0.375 * math.pi)) / 2]),
         ("inverse-sqrt:100", [1, math.sqrt(0.5), 0.5]),
     ],
 )
@@ -393,6 +395,8 @@ def test_courses_of_the_learning_rate(decay: str, expected: list[float]) -> None
     [
         ({"decay": "cosin"}, "decay='cosin' is not one of"),
         ({"decay": "inverse-sqrt"}, "is not one of"),
+        ({"decay": "stretched-cosine"}, "is not one of"),
+        ({"decay": "stretched-cosine:0.5"}, "a length in budgets, at least 1"),
         ({"decay": "inverse-sqrt:0"}, "a positive number of steps"),
         ({"decay": "linear:1.5"}, "a floor in"),
         ({"decay": "warm-linear:1"}, r"a share of the budget in \[0, 1\)"),

@@ -21,6 +21,7 @@ AT_WORK = (
     f"train t --data digits --network mlp --width 16 --blocks 1 --out small {QUICK}",
     f"distill cm --teacher digits --out run {QUICK}",
     f"condense pca --data digits --k 1 --per-class 1 --network mlp-classifier --width 8 --out few {QUICK}",
+    "traces addition --digits 1 --problems 8 --out sums.safetensors",
     "evaluate few --networks mlp-classifier --seeds 1 --train-steps 1",
     "report few --out few.html",
     "sample digits --n 2 --steps 2 --out a.npz",
@@ -177,6 +178,9 @@ ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
     # transformers' causal models, after hub/language.py has looked at the folder
     ("hub/language.py", "transformers.AutoModelForCausalLM.from_pretrained"): (
         "use_safetensors=True", "local_files_only=True", "trust_remote_code=False",
+    ),
+    ("hub/tokenizers.py", "transformers.AutoTokenizer.from_pretrained"): (
+        "local_files_only=True", "trust_remote_code=False",
     ),
     ("hub/saved_adapters.py", "model_class.from_config"): (),
     ("hub/scheduler_config.py", ".from_config"): (),

@@ -76,9 +76,9 @@ def test_samples_of_all_bins_beat_one_greedy_selection(
         assert abs(spread - random) < 0.02
 
 
-def test_a_run_keeps_what_it_says_and_an_unseen_network_learns_from_it(digits: tuple[Dataset, Dataset]) -> None:
-    """A fifth of the digits, bins of the gradients of a convolutional network after a pass over the data; an MLP learns
-    from them (measured: 0.92)."""
+def test_a_run_keeps_what_it_says_and_unseen_networks_learn_from_it(digits: tuple[Dataset, Dataset]) -> None:
+    """A fifth of the digits, bins of the gradients of a convolutional network after a pass over the data; networks of
+    three other makes learn from them (measured with three seeds: 0.90 to 0.93, 0.90 to 0.95, and 0.78 to 0.84)."""
     data, test = digits
     start = Start(fresh_classifier("convnet", data, arguments={"width": 16}), data)
     method = DatasetQuantization(keep=0.2, patch_size=2, autoencoder_width=16, autoencoder_depth=1)
@@ -89,9 +89,9 @@ def test_a_run_keeps_what_it_says_and_an_unseen_network_learns_from_it(digits: t
     counts = torch.bincount(made.notes["bin"][kept], minlength=10)
     assert len(kept) == round(0.2 * len(data)) and int(counts.min()) > 0.1 * len(data) / 10
 
-    learner = fresh_classifier("mlp-classifier", data)
-    small = train(
-        Supervised(lr=0.05), Start(learner, made.dataset()), Settings(Budget(150), batch=32, precision="fp32"),
-        show=False,
-    )  # fmt: skip
-    assert accuracy(small.model, test) > 0.85
+    for network, arguments, least in (
+        ("mlp-classifier", {}, 0.85), ("resnet", {"width": 8}, 0.85), ("vit", {"width": 32, "depth": 2}, 0.7),
+    ):  # fmt: skip
+        learner = Start(fresh_classifier(network, data, arguments=arguments), made.dataset())
+        settings = Settings(Budget(150), batch=32, precision="fp32")
+        assert accuracy(train(Supervised(lr=0.05), learner, settings, show=False).model, test) > least

@@ -1,6 +1,7 @@
 """Language models of transformers, against transformers itself: a tiny Llama with weights of its own."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 
 import fewstep as fs
+from fewstep.data import Dataset
+from fewstep.divergences import Divergence
 from fewstep.hub.language import as_assistant, save_language_model, wrap_language_model
 from fewstep.language.decoding import Decoding
-from fewstep.language.restricted import RestrictedVocabulary
+from fewstep.language.distill_spec import DistillSpec
 from fewstep.language.speculative import speculative_decode
-from fewstep.language_models import NetworkLanguageModel
+from fewstep.language_models import NetworkLanguageModel, RestrictedVocabulary
 from fewstep.networks.causal import CausalTransformer, GRULanguageModel
 from fewstep.randomness import Rng
 
@@ -128,6 +131,30 @@ def test_what_cannot_be_opened_is_said_in_one_line(folder: Path) -> None:
         wrap_language_model(transformers.MambaForCausalLM(config))
     with pytest.raises(TypeError, match="is not a model of transformers"):
         save_language_model(NetworkLanguageModel(GRULanguageModel(11, 40, width=8), 11, 40), folder)
+
+
+@pytest.mark.parametrize("divergence", ["jsd:0.5", "reverse-kl", "tvd"])
+@pytest.mark.parametrize(
+    "shares", [{"fixed": 1.0, "draft": 0.0}, {"target": 1.0, "draft": 0.0, "texts": 16}, {}], ids=str
+)
+def test_a_draft_of_a_few_tokens_is_distilled_from_it(
+    divergence: str, shares: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """On texts of the data, of the target and of the draft; what is written is opened again, and decodes beside it."""
+    torch.manual_seed(0)
+    inner = NetworkLanguageModel(GRULanguageModel(6, 40, width=8), 6, 40)
+    draft = RestrictedVocabulary(inner, torch.tensor([1, 9, 3, 7, 5]), 11)
+    data = Dataset("tokens", torch.randint(11, (32, 24)))
+    method, run = DistillSpec(Divergence.parse(divergence), prompt=4, lr=1e-2, **shares), tmp_path / "run"
+    settings: dict[str, Any] = {"batch": 8, "precision": "fp32", "show": False, "log_steps": 1, "folder": run}
+    made = fs.distill(str(folder), method, data, "6steps", student=draft, **settings)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(line["student/loss"]) and 0 < line["student/acceptance"] < 1 for line in lines)
+    found = fs.load(run)
+    assert isinstance(found, RestrictedVocabulary) and torch.equal(found.kept, draft.kept)
+    assert torch.equal(found(data.x), made(data.x)) and not torch.equal(found(data.x), draft(data.x))
+    text = speculative_decode(fs.load(folder), found, PROMPT[0], Rng(0), 30, gamma=3)
+    assert set(text.tokens[text.accepted].tolist()) <= set(draft.kept.tolist())
 
 
 def test_a_sliding_window_sees_the_same_whether_it_is_read_whole_or_in_parts() -> None:

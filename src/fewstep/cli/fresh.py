@@ -171,11 +171,12 @@ class FreshLanguageModel(Fresh):
         first = data.rows(slice(0, 1)).x
         if first is None or first.is_floating_point() or len(data.shape) != 1:
             raise UserError(f"--data {data.name}: samples {list(data.shape)} are no text; give a plain text file")
-        vocabulary, (length,) = len(LETTERS), data.shape
+        characters, (length,) = data.alphabet or LETTERS.characters, data.shape
+        vocabulary = len(characters)
         network = CAUSAL[chosen.network]
         shaped: dict[str, Any] = {"vocabulary": vocabulary, "length": length}
         net = build(network, of_constructor(network, OF_TEXT), values, **shaped)
-        return NetworkLanguageModel(net, vocabulary, length, LETTERS.characters)
+        return NetworkLanguageModel(net, vocabulary, length, characters)
 
 
 #: The kind of fresh model by what it is for.

@@ -15,9 +15,10 @@ from fewstep.data.bundled import BUNDLED
 from fewstep.denoisers import Denoiser
 from fewstep.hub import native
 from fewstep.hub.models import adapter_of
+from fewstep.language_models import Tokenizer
 from fewstep.methods.start import teacher_in
 from fewstep.models import Model, model_of
-from fewstep.runs.conditions import NO_DATA, embed_of, samples_of, without_data
+from fewstep.runs.conditions import NO_DATA, embed_of, samples_of, tokenizer_of, without_data
 from fewstep.runs.record import model_source, weights_sha256
 
 
@@ -98,21 +99,22 @@ def named_data(name: str | None, model: Named) -> tuple[str, Samples]:
         )
     if source == NO_DATA:
         return source, without_data(teacher_in(model.model, f"'{model.name}'"))
-    return source, training_samples(source, captions=embed_of(model.model) is not None)
+    return source, training_samples(source, embed_of(model.model) is not None, tokenizer_of(model.model))
 
 
-def training_samples(source: str, captions: bool = False) -> Samples:
-    """The training part of a data set, with its captions where they are asked for, in memory where it fits."""
+def training_samples(source: str, captions: bool = False, tokenizer: Tokenizer | None = None) -> Samples:
+    """The training part of a data set, with its captions where they are asked for, its text in the tokens of a
+    ``tokenizer``, in memory where it fits."""
     try:
-        return samples_of(source, captions=captions)
+        return samples_of(source, captions, tokenizer)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}{suggestion(source, BUNDLED)}") from None
 
 
-def training_data(source: str) -> Dataset:
+def training_data(source: str, tokenizer: Tokenizer | None = None) -> Dataset:
     """The training part of a data set."""
     try:
-        return load_data(source)
+        return load_data(source, tokenizer=tokenizer)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}{suggestion(source, BUNDLED)}") from None
 
@@ -145,13 +147,13 @@ def recorded(start: dict[str, Any]) -> tuple[str | None, str | None]:
     return start.get("name", start.get("model")), start.get("sha256")
 
 
-def parts_of(source: str) -> tuple[Dataset, Dataset]:
+def parts_of(source: str, tokenizer: Tokenizer | None = None) -> tuple[Dataset, Dataset]:
     """``(training, reference)``: the held-out part where there is one, else a part put aside."""
     from fewstep.report.comparison import parts
 
-    train = training_data(source)
+    train = training_data(source, tokenizer)
     try:
-        return train, load_data(source, "test")
+        return train, load_data(source, "test", tokenizer=tokenizer)
     except (FileNotFoundError, ValueError):
         print(f"'{source}' has no held-out part: a fifth of it is the reference, which the model may have seen")
         return parts(train)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from fewstep.methods.parts.stores import Store
 from fewstep.methods.start import Start
 from fewstep.networks.lora import factors_in, merged
 from fewstep.runs.conditions import as_read_by, check_readable
+from fewstep.runs.course import ignored
 from fewstep.runs.stages import borrowed, stages_of
 from fewstep.training.feed import fitted
 from fewstep.training.parallel import Parallel
@@ -39,15 +40,14 @@ MEGA = 1 << 20
 
 
 @dataclass
-class FirstBatch:
-    """Stores as a plan makes them: their first batch, which tells how many ``seconds`` all batches take."""
+class Glimpses:
+    """Stores as a plan makes them: a glimpse of each, and the ``seconds`` that the whole would take, by name."""
 
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, what: Store, seed: int) -> Dataset:
-        start = time.perf_counter()
-        _, tensors = next(what.make(seed, (0,)))
-        self.seconds += (time.perf_counter() - start) * what.batches
+        tensors, seconds = what.glimpse(seed)
+        self.seconds[what.name] = self.seconds.get(what.name, 0.0) + seconds
         return what.dataset(tensors)
 
 
@@ -68,16 +68,18 @@ def show(
         for k, stage in enumerate(stages):
             values = ", ".join(f"{name} {as_words(value)}" for name, value in vars(stage).items())
             terminal.print(f"  {k}. {stage.name}: {values}", highlight=False)
-    stage, device = stages[0], torch.device(settings.device)
+    for line in ignored(recipe, settings):
+        terminal.print(line, highlight=False)
+    stage, device, stores = stages[0], torch.device(settings.device), Glimpses()
     start = Start(
         borrowed(teacher, device),
         fitted(as_read_by(teacher, data, most=settings.batch if recipe.task == "generation" else None), teacher),
         settings.seed,
         given={k: borrowed(m, device) for k, m in (given or {}).items()},
+        keep=stores,
         low_rank=settings.low_rank,
     )
-    stores = FirstBatch()
-    sources = stage.sources(replace(start, keep=stores))
+    sources = stage.sources(start)
     run = Run(stage, stage.networks(start), settings, Parallel())
     terminal.print(networks_table(run.nets))
     seconds = timed(run, sources)
@@ -165,12 +167,12 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def durations(settings: Settings, seconds: float, preparing: float, stages: int) -> list[str]:
+def durations(settings: Settings, seconds: float, preparing: Mapping[str, float], stages: int) -> list[str]:
     """What the budget comes to at the measured speed."""
     budget = settings.budget
     lines = [f"iteration: {seconds:.3g} s ({ITERATIONS} timed, batch {settings.batch})"]
-    if preparing:
-        lines.append(f"pairs:     about {duration(preparing)} before the first iteration")
+    for name, whole in preparing.items():
+        lines.append(f"{name + ':':10} about {duration(whole)} before the first iteration")
     each = {"steps": 1.0, "images": settings.batch, "seconds": seconds}[budget.unit]
     steps = budget.amount / each
     total = budget.amount if budget.unit == "seconds" else steps * seconds

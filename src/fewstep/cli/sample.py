@@ -1,4 +1,4 @@
-"""Pictures from a model, as a PNG grid.
+"""Pictures from a model, as a PNG grid, or the text of a language model.
 
   fewstep sample digits --solver unipc --steps 5          a teacher, with any solver
   fewstep sample runs/dmd2-digits --n 100                 a student, in the steps it was made for
@@ -11,6 +11,7 @@
   fewstep sample my-pipeline --prompt "a red boat"        a diffusers folder with text encoders
   fewstep sample my-pipeline --size 512x768 --prompt "a red boat" --guidance 3.5
   fewstep sample kandinsky --cond embeddings.safetensors  what else a network takes: image_embeds, concat, ...
+  fewstep sample runs/target --prompt "to be or" --draft runs/draft      speculative decoding
   fewstep sample --list                                   the names of solvers and time grids
 
 An --out that ends in .npz keeps the numbers, of samples that are not pictures too.
@@ -27,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.cli import texts
 from fewstep.cli.conditions import conditions, seeds, takes_guidance
 from fewstep.cli.errors import UserError
 from fewstep.cli.inputs import add_extra, extras_of, with_guidance
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 OPTIONS = (
     "solver", "grid", "guidance", "threshold", "settings", "guide", "interval", "statistics", "denoise", "one_path"
 )  # fmt: skip
+#: How many where nobody says.
+PICTURES = 40
 #: A preview of wider pictures would not fit a terminal.
 PREVIEW_SIDE = 32
 
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--one-path", action="store_true", help="stochastic solvers: one noise path for any --steps")
     parser.add_argument("--statistics", metavar="FILE", type=Path, help="sample with DPM-Solver-v3 and its statistics")
     parser.add_argument("--settings", metavar="FILE", type=Path, help="solver, grid, steps as tune-steps found them")
-    parser.add_argument("--n", metavar="N", type=int, default=40, help="how many (default 40)")
+    parser.add_argument("--n", metavar="N", type=int, help="how many (default 40; of texts 1)")
     parser.add_argument("--class", metavar="K,..", dest="labels", help="class numbers, cycled (default: all classes)")
     parser.add_argument(
         "--guidance",
@@ -68,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     add_extra(parser, "a student")
     parser.add_argument("--guide", metavar="MODEL", help="guide away from this worse version of it (autoguidance)")
     parser.add_argument("--interval", metavar="LOW,HIGH", help="guide at these noise levels sigma / alpha only")
-    parser.add_argument("--prompt", metavar="TEXT", help="for a pipeline with text encoders")
+    parser.add_argument("--prompt", metavar="TEXT", help="for a pipeline with text encoders; what a text begins with")
     parser.add_argument(
         "--cond", metavar="FILE", type=Path,
         help="a pipeline's conditions by name (docs/hub.md), safetensors of 1 or N rows; negative_... to guide away",
@@ -82,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None
     parser.add_argument("--out", metavar="FILE", type=Path, help=".png or .npz (default: the model's name and .png)")
     parser.add_argument("--columns", metavar="N", type=int, default=10, help="of the grid (default 10)")
     parser.add_argument("--preview", action=argparse.BooleanOptionalAction, help="small pictures in the terminal")
+    texts.add_arguments(parser)
     parser.add_argument("--list", action="store_true", help="print the solvers and grids and stop")
 
 
@@ -103,11 +108,18 @@ def run(chosen: argparse.Namespace) -> None:
     if made_from is not None:
         chosen.n = len(made_from)
     for flag in ("n", "columns"):
-        if getattr(chosen, flag) < 1:
+        if getattr(chosen, flag) is not None and getattr(chosen, flag) < 1:
             raise UserError(f"--{flag} {getattr(chosen, flag)} must be at least 1")
     from fewstep.cli.models import named_model
 
     found = named_model(chosen.model, chosen.size)
+    is_text = found.kind.task == "language"
+    if chosen.n is None:
+        chosen.n = 1 if is_text else PICTURES
+    if is_text:
+        texts.run(found, chosen)
+        return
+    texts.refuse_for_samples(found, chosen)
     out = samples_file(chosen.out or Path(f"{found.stem}.png"), found.model)
     x, what = draw(found, chosen)
     write(out, x, chosen.columns)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fewstep.cli.models import Named
     from fewstep.data import Dataset
     from fewstep.evaluation.tables import Table
+    from fewstep.language_models import Tokenizer
 
 #: The networks that a small data set is tried on where nobody names any.
 NETWORKS = ("convnet", "mlp-classifier", "resnet")
@@ -65,15 +66,15 @@ def show(table: Table) -> None:
     terminal.print(table.note, highlight=False)
 
 
-def parts_for(found: Named, chosen: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """Training and held-out data: those named, else those that the model was made from."""
+def parts_for(found: Named, chosen: argparse.Namespace, reader: Tokenizer | None = None) -> tuple[Dataset, Dataset]:
+    """Training and held-out data: those named, else those that the model was made from; text as ``reader`` reads it."""
     from fewstep.cli.models import parts_of
     from fewstep.evaluation.sources import whole_of
 
     source = chosen.data or found.data
     if source is None:
         raise UserError(f"--data is missing, and '{found.name}' does not say what it was made from")
-    return parts_of(whole_of(source))
+    return parts_of(whole_of(source), reader)
 
 
 def classifier(found: Named, chosen: argparse.Namespace) -> Table:
@@ -128,7 +129,8 @@ def language(found: Named, chosen: argparse.Namespace) -> Table:
     from fewstep.evaluation.language import language_table, speculative_table
 
     teacher = teacher_of(found, chosen.teacher)
-    _, test = parts_for(found, chosen)
+    # a draft that was made beside its target may have no tokenizer of its own
+    _, test = parts_for(found, chosen, found.kind.tokenizer or (teacher.kind.tokenizer if teacher else None))
     if teacher is None:
         return language_table({found.stem: found.model}, test)
     if teacher.kind.tokens != found.kind.tokens or teacher.kind.task != "language":

@@ -20,17 +20,18 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fewstep.condense.experts import Experts, every_label, logits_of, samples
+from fewstep.condense.experts import Experts, logits_of, samples
 from fewstep.condense.representatives import representatives
 from fewstep.condense.select import stratified
 from fewstep.condense.unroll import FlatNet, Loss, unroll
 from fewstep.data.condensed import Condensed
+from fewstep.data.dataset import every_label
 from fewstep.data.siamese import SIAMESE, Drawn, Siamese
 from fewstep.methods.alarm import Grows
 from fewstep.methods.method import Batch, Method, Networks, Optimizer, Paper, Progress, System, Update
@@ -122,13 +123,16 @@ class InnerRate(nn.Module):
 
 
 class Trajectories(nn.Module):
-    """The experts' weights ``[experts, epochs + 1, P]``."""
+    """The experts' ``paths``, each ``[epochs + 1, P]``, which stay where they lie: a stretch alone goes where it is
+    matched."""
 
-    weights: Tensor
-
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, paths: Sequence[Tensor]) -> None:
         super().__init__()
-        self.register_buffer("weights", weights)
+        self.paths = tuple(paths)
+
+    def stretch(self, expert: int, first: int, epochs: int) -> Tensor:
+        """An expert's weights ``[epochs + 1, P]`` from the end of an epoch on."""
+        return self.paths[expert][first : first + epochs + 1]
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,8 @@ class AST(Method):
     unstable: ClassVar[dict[str, Grows]] = {
         "images/final": Grows("the inner steps overshoot: lower --eta, --lr-eta or --lr-images"),
     }
+
+    unused: ClassVar[dict[str, str]] = {"batch": "stretches says how many paths of experts an iteration matches"}
 
     per_class: Annotated[Count, "synthetic images of each class"] = 1
     clipping: Annotated[int, Least(0), "epochs in which the experts' loss counts less, a half at first; 0: none"] = 10
@@ -218,25 +224,26 @@ class AST(Method):
         )  # fmt: skip
 
     def networks(self, start: Start) -> Networks:
-        weights, student = start.store(self.store(start)).x, FlatNet(start.teacher.net)
+        found: Any = start.store(self.store(start))
+        student = FlatNet(start.teacher.net)
         group = Optimizer(
             ("images", "eta"), self.lr_images, "sgd", momentum=0.5, rates={"eta": self.lr_eta / self.lr_images}
         )
         modules = {
-            "images": self.images(start, student, weights), "eta": InnerRate(self.eta, weights.dtype),
-            "student": student, "experts": Trajectories(weights),
+            "images": self.images(start, student, found.x), "eta": InnerRate(self.eta, found.x.dtype),
+            "student": student, "experts": Trajectories(found.paths),
         }  # fmt: skip
         return Networks(modules, {"images": group})
 
-    def images(self, start: Start, student: FlatNet, weights: Tensor) -> SyntheticImages:
-        """The images at the start."""
+    def images(self, start: Start, student: FlatNet, last: Tensor) -> SyntheticImages:
+        """The images at the start; ``last`` are the weights ``[experts, P]`` at the ends of the experts' paths."""
         rng, labels = Rng(start.seed, "ast"), every_label(start.data)
         if self.initial == "representative":
-            last = weights[rng.shared_integer(0, len(weights)), -1]
-            chosen = representatives(logits_of(student, last, start.data), labels, self.per_class, rng)
+            weights = last[rng.shared_integer(0, len(last))].to(next(student.net.parameters()))
+            chosen = representatives(logits_of(student, weights, start.data), labels, self.per_class, rng)
         else:
             chosen = stratified(labels, self.per_class, rng)
-        x = samples(start.data, chosen).to(weights)
+        x = samples(start.data, chosen).to(last)
         if self.initial == "noise":
             x = NOISE * rng.normal_like(x)
         return SyntheticImages(x, labels[chosen], start.teacher.classes, start.data.class_names)
@@ -262,8 +269,8 @@ class AST(Method):
     def losses(self, nets: Networks, rng: Rng) -> Tensor:
         """``L_1 .. L_M`` of a stretch that is drawn."""
         images, student = nets.images, nets.student
-        expert, s = rng.shared_integer(0, self.experts), rng.shared_integer(0, self.max_start_epoch)
-        path = nets.experts.weights[expert, s : s + self.expert_epochs + 1]
+        expert, s = rng.shared_integer(0, len(nets.experts.paths)), rng.shared_integer(0, self.max_start_epoch)
+        path = nets.experts.stretch(expert, s, self.expert_epochs).to(images.x)
         start = student.perturbed(path[0], self.perturbation, rng) if self.perturbation else path[0]
         count = len(images.x)
         read = lessons(count, self.inner_batch or count, self.steps, self.augment, rng)

@@ -22,10 +22,11 @@ def check_cells(k: int, shape: tuple[int, ...]) -> None:
         raise ValueError(f"k={k}: samples of shape {list(shape)} are no pictures [C, H, W], which cells could hold")
     height, width = shape[-2:]
     if k > 1 and (height % k or width % k or min(height, width) // k < LEAST_SIDE):
-        fit = [n for n in range(1, min(height, width) // LEAST_SIDE + 1) if height % n == width % n == 0]
-        right = f"possible: {', '.join(map(str, fit or [1]))}"
+        fit = [n for n in range(2, min(height, width) // LEAST_SIDE + 1) if height % n == width % n == 0]
+        right = f"1 (whole pictures){''.join(f', {n}' for n in fit)}"
         raise ValueError(
-            f"k={k} must divide pictures of {height}x{width} into cells of at least {LEAST_SIDE}x{LEAST_SIDE}; {right}"
+            f"k={k} must divide pictures of {height}x{width} into cells of at least {LEAST_SIDE}x{LEAST_SIDE} pixels; "
+            f"possible: {right}"
         )
 
 

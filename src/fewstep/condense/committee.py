@@ -71,8 +71,10 @@ class Pool(nn.Module):
 
 @torch.no_grad()
 def percent_right(net: nn.Module, x: Tensor, labels: Tensor, batch: int = 256) -> float:
-    """How many in a hundred samples ``[N, ...]`` a classifier gives their label."""
-    right = sum(int((net(a).argmax(1) == b).sum()) for a, b in zip(x.split(batch), labels.split(batch), strict=True))
+    """How many in a hundred samples ``[N, ...]``, wherever they are, a classifier gives their label."""
+    like, right = next(net.parameters(), x), 0
+    for part, truth in zip(x.split(batch), labels.split(batch), strict=True):
+        right += int((net(part.to(like)).argmax(1) == truth.to(like.device)).sum())
     return 100 * right / len(x)
 
 

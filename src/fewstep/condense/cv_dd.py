@@ -19,12 +19,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.condense.committee import HELD_OUT, Pool, Priors, draw_committees, percent_right, voting_weights
+from fewstep.condense.representatives import medium_patches
 from fewstep.condense.select import select
 from fewstep.condense.soft_labels import CUTMIX, Mix, RandomView, Replay, SoftLabels, label_views
 from fewstep.condense.squeeze import CROPS, PAPER, Member, Squeeze, apart, labelled, pictures_of
@@ -40,6 +41,7 @@ from fewstep.networks.norms import Statistics, batch_norm
 from fewstep.randomness import Rng
 from fewstep.ranges import Count, NonNegative, Positive, Share
 
+Initial = Literal["real", "patches"]
 #: The least half of a batch whose statistics are worth having.
 LEAST_HALF = 8
 
@@ -158,6 +160,7 @@ class Recover(Method):
     shift: float = 0.125
     lr: float = 0.1
     relabelling: Relabelling = RELABELLING
+    initial: Initial = "real"
 
     def sources(self, start: Start) -> Mapping[str, Samples]:
         return {"data": apart(start.data, self.held_out)[0]}
@@ -178,9 +181,15 @@ class Recover(Method):
 
     def networks(self, start: Start) -> Networks:
         pool, data, rng = self.pool(start), apart(start.data, self.held_out)[0], Rng(start.seed, "recover")
-        labels = class_labels(data)
-        begun = select(torch.zeros(len(labels)), labels, self.per_class, "random", rng, start.teacher.classes).T
-        x = pictures_of(data, begun.flatten()).unflatten(0, begun.shape)
+        labels, classes = class_labels(data), start.teacher.classes
+        if self.initial == "patches":
+            like = next(pool.parameters())
+            x, begun = medium_patches(
+                data, labels, self.per_class, classes, lambda views: pool.vote(views.to(like), self.temperature), rng
+            )
+        else:
+            begun = select(torch.zeros(len(labels)), labels, self.per_class, "random", rng, classes).T
+            x = pictures_of(data, begun.flatten()).unflatten(0, begun.shape)
         pictures = Pictures(x, self.committees(pool, rng), data.index[begun], data.class_names)
         optimizer = Optimizer(("pictures",), self.lr, betas=(0.5, 0.9), decay="cosine")
         return Networks({"pictures": pictures, "pool": pool}, {"pictures": optimizer})
@@ -268,6 +277,7 @@ class Judge(SoftSupervised):
     paper: ClassVar[Paper] = PAPER
     roles: ClassVar[tuple[str, ...]] = ()
 
+    decay: str = "stretched-cosine:2"  # as the official evaluation of ten pictures a class
     member: int = 0
     held_out: float = 0.1
     relabelling: Relabelling = RELABELLING
@@ -305,6 +315,7 @@ class CVDD(Recipe):
     pool: Annotated[tuple[Member, ...], "architectures of the pool, all with batch normalisation"] = (
         "convnet", "resnet", "classifier",
     )  # fmt: skip
+    initial: Annotated[Initial, "what pictures start as: random real ones, or crops of such of medium loss"] = "real"
     committee: Annotated[Count, "members of the pool that look at each picture; 1 is SRe2L++"] = 2
     priors: Annotated[Priors, "what a member's vote depends on, in percent"] = HELD_OUT
     temperature: Annotated[Positive, "of the votes on pictures; a great one makes them equal"] = 5.0
@@ -349,7 +360,7 @@ class CVDD(Recipe):
         shared: dict[str, Any] = {
             "per_class": self.per_class, "held_out": held_out, "temperature": self.temperature, "scale": self.scale,
             "statistics_weight": self.statistics_weight, "first": self.first, "shift": self.shift, "lr": self.lr,
-            "relabelling": relabelling,
+            "relabelling": relabelling, "initial": self.initial,
         }  # fmt: skip
         stages = [Stage(Squeeze(self.pool, held_out, self.views, self.pool_lr), self.squeeze_share)]
         if self.priors.source == "distilled":

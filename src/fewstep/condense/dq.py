@@ -10,13 +10,14 @@ data set is cut into *bins* by such selections, each of what those before left, 
                dropped, and filled in by a masked autoencoder for training
 
 With one bin this is uniform sampling, and with ``1 / keep`` bins of which only the first is kept it would be classical
-GraphCut.
+GraphCut.  Bins and shares need no classifier: any features ``[N, d]`` will do, as in
+``across_bins(bins(cosine(features), 10, labels), labels, 0.125, Rng(0))``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -109,7 +110,7 @@ class DatasetQuantization(Method):
         Literal["logits", "softmax"], "what the loss behind the features is of; softmax as the official code has it"
     ] = "logits"
     feature_epochs: Annotated[
-        NonNegative, "passes over the data that the classifier trains for; without patches to fill in all of the budget"
+        NonNegative, "passes over the data that the classifier trains for, within the budget; 0 takes it as it is"
     ] = 1.0
     feature_lr: Annotated[Positive, "learning rate of the classifier"] = 0.1
     patch_size: Annotated[Count, "side of a patch, which must divide that of the pictures"] = 4
@@ -130,7 +131,7 @@ class DatasetQuantization(Method):
         }
         if self.mask_ratio > 0:
             autoencoder = MaskedAutoencoder(
-                tuple_of_three(start.data), self.patch_size, self.autoencoder_width, self.autoencoder_depth
+                picture_shape(start.data), self.patch_size, self.autoencoder_width, self.autoencoder_depth
             )
             number_dropped(autoencoder.length, self.mask_ratio)
             importance(classifier, torch.zeros(1, *start.data.shape), autoencoder.grid)
@@ -146,8 +147,16 @@ class DatasetQuantization(Method):
             )
         return Networks(modules, groups)
 
+    def learning(self, nets: Networks, progress: Progress) -> bool:
+        """Whether the classifier still trains."""
+        return progress.samples < self.feature_epochs * len(nets.whole.data)
+
+    def enough(self, nets: Networks, progress: Progress) -> bool:
+        """Without an autoencoder, which trains for all of the budget, there is nothing to do after the classifier."""
+        return self.mask_ratio == 0 and not self.learning(nets, progress)
+
     def updates(self, nets: Networks, batch: Batch, progress: Progress) -> Iterator[Update]:
-        if self.mask_ratio == 0 or progress.samples < self.feature_epochs * len(nets.whole.data):
+        if self.learning(nets, progress):
             labels = labels_in(batch)
             logits = nets.classifier(batch.x)
             yield Update(CLASSIFIER, nll(logits, labels), {"accuracy": accuracy_of(logits, labels)})
@@ -166,6 +175,10 @@ class DatasetQuantization(Method):
             slopes.append(LOSSES[self.loss](logits.cpu(), y))
             hidden.append(nn.functional.pad(features.cpu().double(), (1, 0), value=1.0))
         return bins(cosine(torch.cat(slopes), torch.cat(hidden)), self.bins, labels)
+
+    def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
+        """Nothing: no stage comes after, and :meth:`student` is not to be made twice."""
+        return {}
 
     @torch.no_grad()
     def student(self, nets: Networks) -> Condensed:
@@ -214,8 +227,8 @@ def bytes_stored(shown: Tensor, share: float, notes: dict[str, Tensor], classes:
     return len(shown) * (pixels + mask + (1 if classes <= 256 else 8))
 
 
-def tuple_of_three(data: Samples) -> tuple[int, int, int]:
-    """The shape of pictures; ValueError for other samples."""
+def picture_shape(data: Samples) -> tuple[int, int, int]:
+    """The shape ``(C, H, W)`` of pictures; ValueError for other samples."""
     if len(data.shape) != 3:
         raise ValueError(
             f"data '{data.name}' have samples {list(data.shape)}, which have no patches: choose mask_ratio=0"

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter as clock
 from typing import ClassVar
 
 import torch
@@ -21,22 +22,31 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fewstep.condense.unroll import FlatNet, refuse_batch_norm, vector_of
-from fewstep.data.dataset import Dataset, Samples, class_labels, epoch_order
+from fewstep.data.dataset import Dataset, First, Samples, epoch_order, every_label
 from fewstep.data.siamese import SIAMESE, Siamese
-from fewstep.methods.parts.stores import Store, Tensors
+from fewstep.digests import model_sha256
+from fewstep.methods.parts.stores import Store, Tensors, joined
 from fewstep.methods.start import Start
-from fewstep.models.networks import describe_network
-from fewstep.randomness import Rng, derive_seed
+from fewstep.models.networks import describe_network, reference_networks
+from fewstep.randomness import Rng, derive_seed, repeated_draws, seed_own_draws
 
 #: What the learning rate is multiplied by after the epoch in the middle.
 LR_FACTOR = 0.6
 
 
 @dataclass(frozen=True)
+class Paths(Dataset):
+    """Experts as data: their last weights ``x`` ``[experts, P]``, and the ``paths`` that led there, one ``[epochs + 1,
+    P]`` an expert, its first weights first, which may be maps of files: what is not read takes no memory."""
+
+    paths: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
 class Experts(Store):
     """``experts`` trajectories of ``epochs`` epochs of ``data``, each of the teacher's architecture with weights drawn
-    anew: ``x`` float ``[experts, epochs + 1, P]``, the start first, and the columns "loss" (cross-entropy) and
-    "accuracy" ``[experts, epochs]`` on what each epoch read.
+    anew: :class:`Paths` of the columns "loss" (cross-entropy) and "accuracy" ``[experts, epochs]``, those on what each
+    epoch read.
 
     ``clipping`` is the number of epochs of the clipping loss, ``penalty`` the gradient penalty's weight; 0 for neither.
     ValueError for batch norm, for data without labels, and for an expert whose loss stops being a number.
@@ -68,7 +78,9 @@ class Experts(Store):
             self.penalty, str(self.augment),
         )  # fmt: skip
         net = self.start.teacher.net
-        said = f"{self.name} {numbers} {describe_network(net)} {vector_of(net).dtype} {self.start.data.sha256()}"
+        # anybody's network has no description but its layers, and what tells it from others of the same
+        made_of = describe_network(net) if type(net) in reference_networks() else f"{net} {model_sha256(net)}"
+        said = f"{self.name} {numbers} {made_of} {vector_of(net).dtype} {self.start.data.sha256()}"
         return hashlib.sha256(said.encode()).hexdigest()
 
     def make(self, seed: int, wanted: Container[int]) -> Iterator[tuple[int, Tensors]]:
@@ -76,11 +88,35 @@ class Experts(Store):
             if i in wanted:
                 yield i, self.trajectory(seed, i)
 
-    def dataset(self, tensors: Tensors) -> Dataset:
-        return Dataset("experts", tensors["weights"], columns={key: tensors[key] for key in ("loss", "accuracy")})
+    def dataset(self, tensors: Tensors) -> Paths:
+        return self.together([tensors])
+
+    def together(self, parts: Sequence[Tensors]) -> Paths:
+        """The paths stay where the parts are, in memory or in files: all of them can be gigabytes."""
+        paths = tuple(path for part in parts for path in part["weights"])
+        told = joined([{key: part[key] for key in ("loss", "accuracy")} for part in parts])
+        return Paths("experts", torch.stack([path[-1] for path in paths]), columns=told, paths=paths)
+
+    def glimpse(self, seed: int) -> tuple[Tensors, float]:
+        """One expert whose epochs are of one step, after another of one epoch: first steps are slow."""
+        short = dataclasses.replace(
+            self, start=dataclasses.replace(self.start, data=First(self.start.data, self.batch))
+        )
+        dataclasses.replace(short, epochs=1).trajectory(seed, 0)
+        begun = clock()
+        tensors = short.trajectory(seed, 0)
+        steps = -(-len(self.start.data) // self.batch)
+        return tensors, (clock() - begun) * self.experts * steps
 
     def trajectory(self, seed: int, i: int) -> Tensors:
-        """Expert ``i`` of a seed."""
+        """Expert ``i`` of a seed, whose dropout, if it has any, is a function of both."""
+        device = next(self.start.teacher.net.parameters()).device
+        with repeated_draws(device):
+            seed_own_draws(derive_seed(seed, "experts", i, "dropout"), device)
+            return self.trained(seed, i)
+
+    def trained(self, seed: int, i: int) -> Tensors:
+        """What an expert leaves behind while it is trained."""
         teacher = self.start.teacher.net
         net = dataclasses.replace(self.start, seed=seed).fresh(teacher, i).to(next(teacher.parameters())).train()
         order, rng = derive_seed(seed, "experts", i), Rng(seed, "experts", i)
@@ -89,9 +125,9 @@ class Experts(Store):
         for epoch in range(self.epochs):
             factor = 0.5 + 0.5 * epoch / self.clipping if epoch < self.clipping else 1.0
             told.append(self.epoch(net, optimizer, epoch_order(len(self.start.data), epoch, order), factor, rng))
-            if not told[-1].isfinite().all():
-                raise ValueError(f"expert {i}: its loss is no number in epoch {epoch}; lower its learning rate {lr:g}")
             weights.append(vector_of(net).cpu())
+            if not (told[-1].isfinite().all() and weights[-1].isfinite().all()):
+                raise ValueError(f"expert {i}: its loss is no number in epoch {epoch}; lower its learning rate {lr:g}")
             if epoch == self.epochs // 2 + 1:
                 lr *= LR_FACTOR
                 optimizer = self.optimizer(net, lr)  # a new one: its momentum starts at 0
@@ -148,11 +184,3 @@ def samples(data: Samples, index: Tensor) -> Tensor:
     if x is None:
         raise ValueError(f"data '{data.name}' has conditions only, and experts learn from samples")
     return x
-
-
-def every_label(data: Samples) -> Tensor:
-    """The class labels ``[N]``; ValueError for data without, and for a sample without one."""
-    labels = class_labels(data)
-    if int(labels.min()) < 0:
-        raise ValueError(f"data '{data.name}': experts are classifiers, and need a class label for every sample")
-    return labels

@@ -28,8 +28,8 @@ from torch import Tensor
 from fewstep.condense.select import class_sizes
 from fewstep.data.rounds import spread
 
-#: The most numbers of a matrix of similarities that is kept: 256 MB, 5,792 items.
-MATRIX = 2**25
+#: The most numbers of a matrix of similarities that is kept: 512 MB, 8,192 items.
+MATRIX = 2**26
 
 
 class Kernel(ABC):

@@ -5,13 +5,13 @@ every class the ``k^2 per_class`` examples with the lowest scores are kept, rank
 ``k^2`` whole pictures of one class are shrunk and tiled into one canvas of the original size.  *Augment*: training
 looks at a random crop of one cell of a canvas at a time, so that a canvas costs a step what a picture does.
 
-With few pictures a class easy ones are best, with many the hard ones: ``keep`` says which.  One picture a canvas
-(``k=1``) is looked at as the trainer likes; chosen at random, it is the random subset that others must beat.
+With few pictures a class easy ones are best, with many the hard ones: ``keep`` says which.  Pictures that have a
+canvas to themselves (``k=1``) are looked at whole; chosen at random, they are the random subset that others must beat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from torch import nn
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.canvases import check_cells, combine
 from fewstep.condense.scores import Scores
-from fewstep.condense.select import members, select
+from fewstep.condense.select import class_sizes, members, select
 from fewstep.condense.supervised import accuracy_of, labels_in, nll
 from fewstep.condense.whole import Whole
 from fewstep.data.condensed import Condensed, to_pictures
@@ -69,6 +69,7 @@ class PCA(Method):
     def networks(self, start: Start) -> Networks:
         whole = Whole(start)
         check_cells(self.k, start.data.shape)
+        class_sizes(whole.labels())
         members(whole.labels(), whole.classes, self.per_class * self.k**2)
         like: Any = start.teacher
         kind = next(like.parameters()).dtype
@@ -87,6 +88,10 @@ class PCA(Method):
         right = torch.stack([accuracy_of(z, labels) for z in logits]).mean()
         # a sum: no network's gradient depends on how many there are
         yield Update("scorers", torch.stack([nll(z, labels) for z in logits]).sum(), {"accuracy": right})
+
+    def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
+        """Nothing: no stage comes after, and :meth:`student` is not to be made twice."""
+        return {}
 
     def student(self, nets: Networks) -> Condensed:
         """The canvases.  Notes: ``index`` ``[M, k * k]``, where in the data the cells come from, and ``scores``

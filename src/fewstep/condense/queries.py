@@ -161,9 +161,9 @@ def gains_of(logits: Tensor) -> Tensor:
 
 
 def shown(data: Samples, index: Tensor, net: nn.Module) -> Iterator[Tensor]:
-    """Some samples, as a network reads them, a few at a time."""
-    place: Any = next(net.parameters())
+    """Some samples, as a network reads them, a few at a time; as they are for one without weights."""
+    place: Any = next(net.parameters(), None)
     for part in index.split(AT_A_TIME):
         x = data.rows(part).x
         assert x is not None
-        yield x.to(place)
+        yield x if place is None else x.to(place)

@@ -78,7 +78,7 @@ class RADRound(Supervised):
             known = Answers(labelled, labelled[:0], torch.zeros(0, start.teacher.classes))
         else:
             known = start.model(ANSWERS)
-        if not self.queries:
+        if not self.queries or not len(known.pool(len(start.data))):  # nothing is left to ask about
             return known
         student = unlearned(start) if nobody_brings_one(start) else start.model(STUDENT)
         asked = Questions(
@@ -153,9 +153,13 @@ def nobody_brings_one(start: Start) -> bool:
 
 
 def unlearned(start: Start) -> NetworkClassifier:
-    """A student of the teacher's architecture that knows nothing of what it has learned."""
+    """A student of the teacher's architecture that knows nothing of what it has learned; ValueError for a teacher
+    without weights, as one that is asked over a network."""
     made = start.network()
-    return NetworkClassifier(start.fresh(made.net).to(next(made.parameters())), made.shape, made.classes)
+    place = next(made.parameters(), None)
+    if place is None:
+        raise ValueError("rad: the teacher has no weights, which a student could have of its own: bring a student")
+    return NetworkClassifier(start.fresh(made.net).to(place), made.shape, made.classes)
 
 
 def kept(labels: Tensor, per_class: int, rng: Rng) -> Tensor:
@@ -164,7 +168,12 @@ def kept(labels: Tensor, per_class: int, rng: Rng) -> Tensor:
     given = (labels >= 0).nonzero().flatten()
     if not len(given):
         raise ValueError("rad: no sample has a label; it learns from some labels and asks about samples without (-1)")
-    return given if len(given) < len(labels) else stratified(labels, per_class, rng).sort().values
+    if len(given) < len(labels):
+        return given
+    try:
+        return stratified(labels, per_class, rng).sort().values
+    except ValueError as error:  # too many, by the name of the field
+        raise ValueError(f"rad: labels_{error}") from None
 
 
 def learned(logits: Tensor, labels: Tensor, soft: Tensor, temperature: float) -> Tensor:

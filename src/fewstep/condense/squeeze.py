@@ -45,12 +45,15 @@ PAPER = Paper(
      "`priors` are by default each member's accuracy on a share of the data that is held out; the paper's, which take "
      "a distillation and an evaluation for each member, are `distilled`, and judged on held-out data too (on the test "
      "set there)",
-     "pictures start as random ones of their class (stored patches of medium difficulty there)",
+     "`initial` pictures are random ones of their class; patches of medium difficulty, which are stored there, are "
+     "`patches`: here crops of random pictures whose loss is in the middle for the pool",
      "pixels lie in [-1, 1], where an `lr` of 0.1 is what 0.25 is in units of a standard deviation of a fifth of their "
      "range, as CIFAR-10's is; they are rounded to 8 bits before they are labelled, and not compressed",
      "a shift is a share of the side (4 of 32 pixels, 32 of 224)",
      "random pairs, unless there are as many pictures a class as pairs, each of which is then used once, or one, which "
      "the best pair makes",
+     "members that distil alone are judged in batches of the run's size (16 there), after as much training as their "
+     "share of the budget is",
      "batches of views are all full, so that one may reach into the next epoch; a short one ends each epoch there",
      "crops are cut between pixels and at any ratio that fits, and never fall back to the centre",
      "mixtures are labelled as they are seen; the official relabelling of MixUp labels the unmixed pictures",
@@ -62,8 +65,10 @@ CROPS = Views("crop", 0.5)
 
 def apart(data: Samples, held_out: float) -> tuple[Chosen, Chosen]:
     """The data without a random share, and that share (at least one sample): the same for every stage and seed.  Where
-    the share is 0, all of the data and one of its samples."""
+    the share is 0, all of the data and one of its samples.  ValueError where nothing is left."""
     order, n = Rng("held out").shuffled(len(data)), round(held_out * len(data))
+    if n == len(data):
+        raise ValueError(f"held_out={held_out:g} of {n} samples leaves none to train on")
     return Chosen(data, order[n:], data.name), Chosen(data, order[: max(1, n)], f"{data.name}, held out")
 
 

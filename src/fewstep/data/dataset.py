@@ -44,6 +44,7 @@ class Samples(ABC):
     ``captions`` are words for each sample that no encoder has read yet, None without; ``bare`` words have no samples.
     Samples ``in_sequence`` are read as they come, whatever the order of the training: their batches were made together.
     ``labelled_views`` are views of the samples with soft labels (the column "logits"), where those were kept.
+    ``alphabet`` are the characters that tokens stand for, token 0 first, where the data say it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Samples(ABC):
     bare: bool = False
     in_sequence: bool = False
     labelled_views: Samples | None = None
+    alphabet: str | None = None
 
     @property
     def uncaptioned(self) -> Samples:
@@ -104,6 +106,7 @@ class Dataset(Samples):
     cond: Cond = None
     class_names: tuple[str, ...] = ()
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    alphabet: str | None = None
 
     def __post_init__(self) -> None:
         check_kinds(self.name, self.x, self.cond, self.columns)
@@ -159,7 +162,8 @@ class Dataset(Samples):
     def subset(self, indices: Tensor | slice, name: str | None = None) -> Dataset:
         """The chosen samples as a data set."""
         columns = {key: column[indices] for key, column in self.columns.items()}
-        return Dataset(name or self.name, self.x[indices], rows(self.cond, indices), self.class_names, columns)
+        cond = rows(self.cond, indices)
+        return Dataset(name or self.name, self.x[indices], cond, self.class_names, columns, self.alphabet)
 
 
 class Prior(Samples):
@@ -219,6 +223,14 @@ def class_labels(data: Samples, index: Tensor | slice = EVERY) -> Tensor:
     labels = labels_of(data.conditions(index))
     if labels is None:
         raise ValueError(f"data '{data.name}' has no labels: classes could not be told apart")
+    return labels
+
+
+def every_label(data: Samples) -> Tensor:
+    """The class labels ``[N]``; ValueError for data without, and for a sample without one (-1)."""
+    labels = class_labels(data)
+    if int(labels.min()) < 0:
+        raise ValueError(f"data '{data.name}' has samples without a label (-1); leave them out")
     return labels
 
 

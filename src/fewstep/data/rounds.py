@@ -1,10 +1,12 @@
 """Random subsets of the data, one a round: what repeated random sampling reads (:mod:`fewstep.training.orders`).
 
-Every function gives the samples of round ``k`` in order, and is a function of its arguments alone.
+Every function here gives one from the number ``k`` of a round to its samples, in order.  Which these are is a function
+of ``k`` and of what was given before alone; a round that was drawn is kept until the next one is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,38 +15,51 @@ from torch import Tensor
 from fewstep.data.dataset import Samples, class_labels, epoch_order
 from fewstep.randomness import Rng
 
-
-def dealt(data: Samples, size: int, k: int, seed: int) -> Tensor:
-    """Without replacement: a permutation dealt out round by round, then the next one.  What is too little for a round
-    at the end of a permutation is left out."""
-    cycle, i = divmod(k, len(data) // size)
-    return epoch_order(len(data), cycle, seed)[i * size : (i + 1) * size]
+#: The samples of a round ``[S]``, int64, by its number.
+Chosen = Callable[[int], Tensor]
 
 
-def drawn(data: Samples, size: int, k: int, seed: int) -> Tensor:
-    """With replacement between rounds: a new draw of ``size`` different samples."""
-    return _drawn(len(data), size, k, seed)
+def dealt(n: int, size: int, seed: int) -> Chosen:
+    """Without replacement: a permutation of ``n`` dealt out round by round, then the next one.  What is too little for
+    a round at the end of a permutation is left out."""
+
+    def chosen(k: int) -> Tensor:
+        cycle, i = divmod(k, n // size)
+        return epoch_order(n, cycle, seed)[i * size : (i + 1) * size]
+
+    return chosen
 
 
-@lru_cache(maxsize=2)
-def _drawn(n: int, size: int, k: int, seed: int) -> Tensor:
-    return Rng(seed, "round", k).shuffled(n)[:size]  # kept while the round is read
+def drawn(n: int, size: int, seed: int) -> Chosen:
+    """With replacement between rounds: each a new draw of ``size`` different samples of ``n``."""
+
+    @lru_cache(maxsize=1)
+    def chosen(k: int) -> Tensor:
+        return Rng(seed, "round", k).shuffled(n)[:size]
+
+    return chosen
 
 
-def stratified(data: Samples, size: int, k: int, seed: int) -> Tensor:
-    """A new draw, of every class as many as its part of the data; ValueError for data without labels."""
+def stratified(data: Samples, size: int, seed: int) -> Chosen:
+    """Each a new draw, of every class as many as its part of the data; ValueError for data without labels."""
     groups = strata(data)
-    rng = Rng(seed, "stratified", k)
     counts = spread([len(group) for group in groups], size)
-    picked = [group[rng.shuffled(len(group))[:count]] for group, count in zip(groups, counts, strict=True)]
-    whole = torch.cat(picked)
-    return whole[rng.shuffled(len(whole))]
+
+    @lru_cache(maxsize=1)
+    def chosen(k: int) -> Tensor:
+        rng = Rng(seed, "stratified", k)
+        picked = [group[rng.shuffled(len(group))[:count]] for group, count in zip(groups, counts, strict=True)]
+        whole = torch.cat(picked)
+        return whole[rng.shuffled(len(whole))]
+
+    return chosen
 
 
 def strata(data: Samples) -> list[Tensor]:
-    """The indices of the samples of each class that occurs; ValueError for data without labels."""
+    """The indices of the samples of each class that occurs, in the order of the data; those without a label (-1) are a
+    class of their own.  ValueError for data without labels."""
     labels = class_labels(data)
-    return [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    return list(labels.argsort(stable=True).split(labels.unique(return_counts=True)[1].tolist()))
 
 
 def spread(sizes: list[int], total: int) -> list[int]:

@@ -19,7 +19,8 @@ from fewstep.data.parquet import list_parquet_file, list_parquet_folder
 from fewstep.data.pictures import list_picture_folder
 from fewstep.data.stored import Stored
 from fewstep.data.tables import read_arrow_folder
-from fewstep.data.text import load_text
+from fewstep.data.text import LETTERS, load_text
+from fewstep.language_models import Tokenizer
 from fewstep.randomness import Rng
 
 Split = Literal["train", "test"]
@@ -27,13 +28,14 @@ Split = Literal["train", "test"]
 MEMORY, WORKERS = 4 << 30, 2
 
 
-def load(source: str | Path, split: Split = "train") -> Dataset:
+def load(source: str | Path, split: Split = "train", *, tokenizer: Tokenizer | None = None) -> Dataset:
     """The training part of ``source``, or its held-out part with ``split="test"``.
 
     ``source`` is one of
 
     * ``"digits"``, ``"fashion"`` or ``"shapes3d"`` (voxels), which come with the library;
-    * ``"shakespeare"``, which does too, or a ``.txt`` file: windows of 64 letters, see :mod:`fewstep.data.text`;
+    * ``"shakespeare"``, which does too, or a ``.txt`` file: windows of 64 letters, or tokens of a ``tokenizer``, see
+      :mod:`fewstep.data.text`;
     * a folder of pictures, sub-folders being classes (needs Pillow); with sub-folders ``train`` and ``test`` (or
       ``validation``, ``val``) these are the two parts;
     * IDX files, plain or ``.gz``: a folder with the four files of MNIST or Fashion-MNIST, or one file of pictures,
@@ -49,7 +51,7 @@ def load(source: str | Path, split: Split = "train") -> Dataset:
     Raises FileNotFoundError for what does not exist, ImportError when a reader needs a package that is missing, and
     ValueError for everything that is wrong inside the files.
     """
-    return listed(source, split).in_memory()
+    return listed(source, split, tokenizer).in_memory()
 
 
 def load_samples(
@@ -57,6 +59,7 @@ def load_samples(
     split: Split = "train",
     *,
     captions: bool = False,
+    tokenizer: Tokenizer | None = None,
     memory: int = MEMORY,
     workers: int = WORKERS,
 ) -> Samples:
@@ -71,13 +74,13 @@ def load_samples(
     """
     if captions and Path(source).suffix == ".txt" and Path(source).is_file():
         return Captioned(read_prompts(Path(source)), name=Path(source).stem)
-    found = listed(source, split)
+    found = listed(source, split, tokenizer)
     pictures = found.within(memory, workers)
     words = found.captions if captions else None
     return pictures if words is None else Captioned(words, pictures)
 
 
-def listed(source: str | Path, split: Split) -> Dataset | Stored:
+def listed(source: str | Path, split: Split, tokenizer: Tokenizer | None = None) -> Dataset | Stored:
     """A source as its files say what it is: pictures that are listed but not yet read, or data in memory."""
     if split not in get_args(Split):
         raise ValueError(f"split='{split}': data have two parts, 'train' and 'test'")
@@ -85,7 +88,7 @@ def listed(source: str | Path, split: Split) -> Dataset | Stored:
         return read_bundled(str(source), split)
     path = Path(source)
     if source == "shakespeare" or path.suffix == ".txt":
-        return load_text(source, split)
+        return load_text(source, split, alphabet=tokenizer or LETTERS)
     if path.is_dir():
         return list_folder(path, split)
     if not path.exists():

@@ -1,4 +1,5 @@
-"""Text as tokens: an alphabet, and windows of a fixed length cut from any plain text file.
+"""Text as tokens: an alphabet, and windows of a fixed length cut from any plain text file, of its letters or of the
+tokens of a tokenizer.
 
 ``shakespeare`` comes with the library: Romeo and Juliet and Macbeth, 245 kB, see ``assets/LICENCE-shakespeare.txt``.
 """
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data.dataset import Dataset
+from fewstep.language_models import Tokenizer
 
-#: One block in four of a text is held out.
+#: One block in four of the tokens of a text is held out.
 BLOCK, EVERY = 4096, 4
 
 
@@ -64,6 +66,11 @@ class Alphabet:
 LETTERS = Alphabet(" abcdefghijklmnopqrstuvwxyz", folded=True)
 
 
+def alphabet_of(characters: str) -> Alphabet:
+    """The alphabet of these characters; of those of :data:`LETTERS`, that one, which is folded."""
+    return LETTERS if characters == LETTERS.characters else Alphabet(characters)
+
+
 def read_text(source: str | Path) -> str:
     """A bundled text by name, or a UTF-8 file; FileNotFoundError or ValueError."""
     if source == "shakespeare":
@@ -83,13 +90,13 @@ def load_text(
     *,
     length: int = 64,
     stride: int | None = None,
-    alphabet: Alphabet = LETTERS,
+    alphabet: Tokenizer = LETTERS,
 ) -> Dataset:
     """Windows ``[N, length]`` of tokens, ``stride`` apart (default: a quarter of the length for training, else the
     length, so that held-out windows do not overlap).
 
-    Every fourth block of 4096 characters is held out, so that both parts are of the same kind.  ValueError when a part
-    is shorter than a window.
+    Every fourth block of 4096 tokens is held out, so that both parts are of the same kind.  ``alphabet`` says what the
+    tokens are; a tokenizer does too.  ValueError when a part is shorter than a window.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split='{split}': data have two parts, 'train' and 'test'")
@@ -103,7 +110,5 @@ def load_text(
         if (i % EVERY == EVERY - 1) == (split == "test") and len(block) >= length
     ]
     if not windows:
-        raise ValueError(
-            f"'{source}' has {len(tokens)} characters: too few for windows of {length} in its part '{split}'"
-        )
+        raise ValueError(f"'{source}' has {len(tokens)} tokens: too few for windows of {length} in its part '{split}'")
     return Dataset(Path(source).stem, torch.cat(windows))

@@ -26,6 +26,7 @@ from fewstep.data.dataset import Chosen, Samples
 from fewstep.data.rounds import spread, strata
 from fewstep.data.views import Views
 from fewstep.methods.method import Recipe
+from fewstep.methods.optimizer import Decayed
 from fewstep.models.networks import fresh_network
 from fewstep.networks.classifiers import CLASSIFIERS
 from fewstep.randomness import Rng
@@ -69,7 +70,8 @@ class Candidate:
 @dataclass(frozen=True)
 class Protocol:
     """How everybody is trained: ``networks`` by name with their arguments (empty: the usual ones), ``seeds``, and
-    ``teacher``, which soft labels come from."""
+    ``teacher``, which soft labels come from.  ``soft_decay`` and ``soft_decayed`` are the course of the learning rate
+    and the weights that decay where labels are soft or stored."""
 
     networks: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"convnet": {}})
     seeds: Sequence[int] = (0, 1, 2)
@@ -80,6 +82,8 @@ class Protocol:
     temperature: float = 20.0
     teacher: NetworkClassifier | None = None
     device: str = "cpu"
+    soft_decay: str = "cosine"
+    soft_decayed: Decayed = "all"
 
 
 @dataclass(frozen=True)
@@ -183,11 +187,12 @@ def trained(
     recipe: Recipe = Supervised(candidate.views, protocol.lr)
     start: nn.Module = fresh
     given: dict[str, nn.Module] = {}
+    soft: dict[str, Any] = {"temperature": protocol.temperature, "decayed": protocol.soft_decayed}
     if labels == "stored":
-        recipe = SoftSupervised(candidate.views, protocol.soft_lr, "cosine", temperature=protocol.temperature)
+        recipe = SoftSupervised(candidate.views, protocol.soft_lr, protocol.soft_decay, **soft)
     elif labels == "soft":
         assert protocol.teacher is not None
-        recipe = KnowledgeDistillation(candidate.views, protocol.soft_lr, "cosine", temperature=protocol.temperature)
+        recipe = KnowledgeDistillation(candidate.views, protocol.soft_lr, protocol.soft_decay, **soft)
         start, given = protocol.teacher, {"student": fresh}
     result = run_recipe(recipe, start, candidate.data, settings, given=given, show=False)
     return result.model, result.seconds

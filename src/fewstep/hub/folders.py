@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from operator import or_
@@ -80,6 +80,16 @@ def refuse_code(folder: Path, module: str) -> None:
     code = folder / f"{module}.py"
     if code.name == f"{module}.py" and code.is_file():
         raise ValueError(f"{code}: a pipeline with code of its own is not read, because that code would be run")
+
+
+def refuse_elsewhere(folder: Path, more: Mapping[str, str] | None = None) -> None:
+    """ValueError when a config of a folder names what lies elsewhere (:data:`ELSEWHERE`, and what is in ``more``)."""
+    for name in CONFIGS:
+        path = folder / name
+        config = check(read_json(path), dict, Place(path)) if path.is_file() else {}
+        for key, what in {**ELSEWHERE, **(more or {})}.items():
+            if key in config:
+                raise ValueError(f"{path}: '{key}' names {what}; take it out")
 
 
 def library_of(name: str, place: Place) -> ModuleType:

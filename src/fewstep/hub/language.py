@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.hub.folders import CONFIGS, ELSEWHERE, check_weights, offline
+from fewstep.hub.folders import check_weights, offline, refuse_elsewhere
 from fewstep.hub.requires import require
+from fewstep.hub.tokenizers import FolderTokenizer, copy_tokenizer, tokenizer_in
 from fewstep.language_models import Cache, LanguageModel, NetworkLanguageModel
-from fewstep.schemas import Place, blaming, check, read_json
+from fewstep.schemas import Place, blaming, read_json
 
 PURPOSE = "a language model of transformers"
-#: What a folder holds beside the weights that a model saved back keeps.
-KEPT = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 #: The tokens of a model whose config does not say how many it reads.
 USUAL_LENGTH = 1024
 #: What a config may say of kernels, code and storage; weights are read as they are, in float32.
@@ -36,8 +31,9 @@ class TransformersNetwork(nn.Module):
     """A causal model of transformers as a causal network of ours: tokens ``[B, L]`` to logits ``[B, L, V]``.
 
     Its cache is a :class:`~fewstep.language_models.Cache` of the keys and values of every layer, and every call makes a
-    new one.  ``folder`` is where it came from, None for one that was made.  ValueError for a model whose state is no
-    list of keys and values (a recurrence, a sliding window that forgets), which cannot be cut back.
+    new one.  ``folder`` is where it came from, None for one that was made; its text is read and written by the
+    tokenizer there.  ValueError for a model whose state is no list of keys and values (a recurrence, a sliding window
+    that forgets), which cannot be cut back.
     """
 
     def __init__(self, model: Any, folder: Path | None = None) -> None:
@@ -50,6 +46,11 @@ class TransformersNetwork(nn.Module):
         self.cache_name = "cache" if "cache" in taken else "past_key_values"  # before transformers 5.20 or so
         if self.cache_name not in taken or model._is_stateful:
             raise ValueError(f"{type(model).__name__} keeps no keys and values of tokens, so it cannot go back to one")
+
+    @property
+    def tokenizer(self) -> FolderTokenizer | None:
+        """The tokenizer in the folder, None where there is none."""
+        return None if self.folder is None else tokenizer_in(self.folder, self.vocabulary, self.model.config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
@@ -90,12 +91,7 @@ def load_language_model(folder: Path) -> NetworkLanguageModel:
     ValueError for a folder that would run code, open a pickle or ask a host, for quantised weights, and for what
     transformers cannot open.
     """
-    for name in CONFIGS:
-        path = folder / name
-        config = check(read_json(path), dict, Place(path)) if path.is_file() else {}
-        for key, what in {**ELSEWHERE, "quantization_config": "numbers that are no weights"}.items():
-            if key in config:
-                raise ValueError(f"{path}: '{key}' names {what}; take it out")
+    refuse_elsewhere(folder, {"quantization_config": "numbers that are no weights"})
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder}: an adapter (adapter_config.json) of a model that is elsewhere; merge it first")
     check_weights(folder, quantised=False)
@@ -117,10 +113,21 @@ def save_language_model(model: NetworkLanguageModel, folder: str | Path) -> Path
         raise TypeError(f"a {type(model.net).__name__} is not a model of transformers: fewstep.save writes it")
     place = Path(folder)
     net.model.save_pretrained(place, safe_serialization=True)
-    for name in KEPT:
-        if net.folder is not None and (net.folder / name).is_file() and net.folder.resolve() != place.resolve():
-            shutil.copyfile(net.folder / name, place / name)
+    keep_tokenizers(model, place)
     return place
+
+
+def keep_tokenizers(model: nn.Module, folder: Path) -> None:
+    """Copy the tokenizer of the network of transformers inside a model, if it has one, into the model's folder."""
+    for net in filter(None, map(as_transformers, model.modules())):
+        if net.folder is not None:
+            copy_tokenizer(net.folder, folder)
+
+
+def find_tokenizers(model: nn.Module, folder: Path) -> None:
+    """Tell the network of transformers inside a model, if it has one, that its tokenizer lies in the model's folder."""
+    for net in filter(None, map(as_transformers, model.modules())):
+        net.folder = folder
 
 
 def causal_names() -> dict[str, str]:

@@ -33,7 +33,7 @@ from fewstep.models.networks import describe_network as describe_own
 from fewstep.networks.lora import is_frozen
 from fewstep.schemas import Maybe, Place, blaming, check, read_json
 
-__all__ = ["DENOISER", "FORMAT", "SCHEDULES", "build", "card", "describe", "load", "save"]
+__all__ = ["DENOISER", "FORMAT", "SCHEDULES", "build", "card", "describe", "keep", "load", "save"]
 
 FORMAT = 1
 CONFIG = {"format": Literal[1], "model": dict, "sha256": Maybe(str), "card": Maybe(dict)}
@@ -128,7 +128,21 @@ def save(model: nn.Module, folder: str | Path, card: dict[str, Any] | None = Non
     save_tensors(weights, apart(elsewhere.here(model)))
     config = {"format": FORMAT, "model": description, "sha256": sha256(weights), "card": card or {}}
     write_atomically(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    language.keep_tokenizers(model, folder)
     return folder
+
+
+def keep(model: nn.Module, folder: Path, card: dict[str, Any] | None = None) -> bool:
+    """:func:`save` where the model can be saved.  Of one with a network of its user's own, which nobody else could
+    build again, ``model.safetensors`` alone, its ``state_dict``; then False."""
+    try:
+        describe(model)
+    except TypeError:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / "model.safetensors", apart(model.state_dict()))
+        return False
+    save(model, folder, card)
+    return True
 
 
 def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -165,6 +179,7 @@ def load(folder: str | Path) -> Any:
     places = {id(module): name for name, module in model.named_modules()}
     for net in found.networks:
         remember(net, folder, places[id(net)])
+    language.find_tokenizers(model, folder)
     return model.requires_grad_(False).eval()
 
 

@@ -23,12 +23,22 @@ def locate(name: str | Path) -> Path:
     for place in (folder / "model", folder):
         if (place / "config.json").is_file() or (place / "model_index.json").is_file():
             return place
+    check_buildable(folder)
     if (folder / "recipe.json").is_file():
         raise FileNotFoundError(f"{folder}: this run has no model yet; the command that started it finishes it")
     raise FileNotFoundError(
         f"model '{name}': neither a bundled model ({', '.join(bundled_models())}) nor a folder with config.json or "
         "model_index.json"
     )
+
+
+def check_buildable(folder: Path) -> None:
+    """FileNotFoundError for a run whose model is weights alone, because its network is its user's own."""
+    if (folder / "model" / "model.safetensors").is_file() and not (folder / "model" / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: its network is not one of fewstep's, so that model/model.safetensors holds weights alone: "
+            "build the network yourself and load them with load_state_dict"
+        )
 
 
 def lasting_name(folder: Path) -> str:

@@ -92,7 +92,7 @@ class Problems(ABC):
     def dataset(self, prompts: Tensor, name: str | None = None) -> Dataset:
         """Problems with their right answers to learn from; the column ``mask`` is true on answers and their ends."""
         rows = self.answered(prompts)
-        return Dataset(name or self.name, rows, columns={"mask": self.response(rows)})
+        return Dataset(name or self.name, rows, columns={"mask": self.response(rows)}, alphabet=self.symbols)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Texts of one length as tokens ``[N, L]``."""
@@ -162,3 +162,7 @@ class Brackets(Problems):
         for bracket in text.removesuffix(ASK):
             stack = self.closing[bracket] + stack if bracket in self.closing else stack[1:]
         return stack
+
+
+#: The families by name.
+PROBLEMS: dict[str, type[Problems]] = {kind.name: kind for kind in (Addition, Brackets)}

@@ -173,6 +173,8 @@ class DistillSpec(Method):
     def networks(self, start: Start) -> Networks:
         self.check_brought({*start.made, *start.given})
         draft: LanguageModel = start.network(self.learner)
+        if not draft.writes_all and self.divergence.name == "kl":
+            raise ValueError("divergence 'kl' from a draft that never writes some tokens is infinite: take jsd or tvd")
         if draft.length < start.data.shape[0]:
             raise ValueError(f"the {self.learner} reads {draft.length} tokens, the data have {start.data.shape[0]}")
         group = Optimizer(

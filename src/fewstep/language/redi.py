@@ -130,12 +130,12 @@ class PreferenceTuning(FineTuning):
         "student/grad_norm": "stays within a few times its first value; it spikes in a collapse",
     }
     unstable: ClassVar[dict[str, Alarm]] = {
-        "student/chosen_log_prob": Drops("lower lr first, then alpha", by=1.0),
+        "student/chosen_log_prob": Drops("lower lr first, then alpha", by=0.2),
         "student/grad_norm": Grows("lower lr first, then alpha", times=5.0),
     }
 
     objective: Annotated[Objective, "the loss of a pair"] = USUAL
-    lr: Annotated[NonNegative, "learning rate at its highest"] = 1e-4
+    lr: Annotated[NonNegative, "learning rate at its highest"] = 1e-5
 
     def sources(self, start: Start) -> Mapping[str, Samples]:
         columns = start.data.rows(slice(None)).columns
@@ -203,7 +203,7 @@ class REDI(Recipe):
     objective: Annotated[Objective, "the loss of a pair"] = USUAL
     sft_share: Annotated[Share, "share of the budget for the right responses alone, before the pairs"] = 0.5
     sft_lr: Annotated[NonNegative, "learning rate of that stage at its highest"] = 1e-3
-    lr: Annotated[NonNegative, "learning rate of the pairs at its highest"] = 1e-4
+    lr: Annotated[NonNegative, "learning rate of the pairs at its highest"] = 1e-5
     warmup: Annotated[Share, "share of a stage over which the rate rises from 0; then it falls to 0"] = 0.1
     weight_decay: Annotated[NonNegative, "decoupled decay of the weights"] = 1e-4
     clip: Annotated[Positive, "bound on the gradient norm"] = 1.0

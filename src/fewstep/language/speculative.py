@@ -191,8 +191,8 @@ def speculative_decode(
     """At most ``length`` tokens after a prompt ``[L]``, up to and with ``end`` where that is a token.
 
     A plain function of tokens becomes a model in :class:`~fewstep.language_models.FunctionLanguageModel`.  ``decoding``
-    is applied to both laws before they are compared.  ValueError for an empty
-    prompt, where a model cannot read prompt and ``length``, and for vocabularies that differ.
+    is applied to both laws before they are compared.  ValueError for an empty prompt, where a model cannot read prompt
+    and ``length``, and for vocabularies that differ.
     """
     check_pair(target, draft, prompt, length, gamma)
     run = Run(target, draft, prompt, rng, decoding, lenience, end)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,51 @@ from fewstep.language.arithmetic import END_TOKEN, Problems
 from fewstep.language.rollouts import rollout
 from fewstep.language_models import LanguageModel
 from fewstep.randomness import Rng
+
+
+class Attempts(NamedTuple):
+    """What a teacher answered to ``N`` problems in some tries: ``tokens`` ``[N, tries, L]``, a ``mask`` of that shape,
+    true where it wrote, and which were ``right`` ``[N, tries]``."""
+
+    tokens: Tensor
+    mask: Tensor
+    right: Tensor
+
+
+def attempts(
+    teacher: LanguageModel, problems: Problems, prompts: Tensor, rng: Rng, tries: int, temperature: float = 1.0
+) -> Attempts:
+    """What a teacher answers to problems ``[N, P]``, in main memory; a try that does not end is wrong, as long as it
+    is.  ValueError without a try."""
+    if tries < 1:
+        raise ValueError(f"tries={tries} must be at least 1")
+    device = next(teacher.parameters(), torch.zeros(())).device
+    asked = prompts.repeat_interleave(tries, 0).to(device)
+    made = rollout(teacher, asked, rng, problems.most, temperature=temperature, end=END_TOKEN)
+    tokens, mask, right = made.tokens.cpu(), made.mask.cpu(), problems.verify(made.tokens)
+    return Attempts(*(found.unflatten(0, (len(prompts), tries)) for found in (tokens, mask, right)))
+
+
+def pairs(found: Attempts, problems: Problems, name: str | None = None) -> Dataset:
+    """Of each problem that was solved at least once the first right answer and, where there is one, the first wrong
+    answer, one pair a problem as in the paper.
+
+    The columns are those of :mod:`fewstep.language.redi`.  ValueError where nothing was solved.
+    """
+    solved = found.right.any(1).nonzero()[:, 0]
+    if not len(solved):
+        count, tries = found.right.shape
+        raise ValueError(f"of {count} problems of {problems.name} the teacher has solved none in {tries} tries")
+    tokens, mask, right = (tensor[solved] for tensor in found)
+    row, chosen, rejected = torch.arange(len(solved)), first(right), first(~right)
+    failed = (~right).any(1)[:, None]
+    columns = {
+        "mask": mask[row, chosen],
+        "rejected": torch.where(failed, tokens[row, rejected], 0),
+        "rejected_mask": mask[row, rejected] & failed,
+    }
+    kept = tokens[row, chosen]
+    return Dataset(name or f"{problems.name} traces", kept, columns=columns, alphabet=problems.symbols)
 
 
 def traces(
@@ -22,30 +69,8 @@ def traces(
     temperature: float = 1.0,
     name: str | None = None,
 ) -> Dataset:
-    """What a teacher answers to problems ``[N, P]`` in so many ``tries``: of each that it solved at least once, its
-    first right answer and, where there is one, its first wrong answer, one pair a problem as in the paper.
-
-    The columns are those of :mod:`fewstep.language.redi`; a try that does not end is wrong, as long as it is.
-    ValueError where nothing was solved.
-    """
-    if tries < 1:
-        raise ValueError(f"tries={tries} must be at least 1")
-    made = rollout(
-        teacher, prompts.repeat_interleave(tries, 0), rng, problems.most, temperature=temperature, end=END_TOKEN
-    )
-    right = problems.verify(made.tokens).view(-1, tries)
-    solved = right.any(1).nonzero()[:, 0]
-    if not len(solved):
-        raise ValueError(f"of {len(prompts)} problems of {problems.name} the teacher has solved none in {tries} tries")
-    first_right, first_wrong = first(right)[solved], first(~right)[solved]
-    chosen, rejected = solved * tries + first_right, solved * tries + first_wrong
-    failed = (~right).any(1)[solved, None]
-    columns = {
-        "mask": made.mask[chosen],
-        "rejected": torch.where(failed, made.tokens[rejected], 0),
-        "rejected_mask": made.mask[rejected] & failed,
-    }
-    return Dataset(name or f"{problems.name} traces", made.tokens[chosen], columns=columns)
+    """The :func:`pairs` of a teacher's :func:`attempts` at problems ``[N, P]``, in so many ``tries`` at each."""
+    return pairs(attempts(teacher, problems, prompts, rng, tries, temperature), problems, name)
 
 
 def corrupted(problems: Problems, prompts: Tensor, rng: Rng, name: str | None = None) -> Dataset:
@@ -59,7 +84,8 @@ def corrupted(problems: Problems, prompts: Tensor, rng: Rng, name: str | None = 
     place = (data.x[at][:, None] == kinds).long().argmax(1)
     rejected = data.x.clone()
     rejected[at] = kinds[(place + rng.integers(len(mask), 1, len(kinds))) % len(kinds)]
-    return Dataset(data.name, data.x, columns={"mask": mask, "rejected": rejected, "rejected_mask": mask})
+    columns = {"mask": mask, "rejected": rejected, "rejected_mask": mask}
+    return Dataset(data.name, data.x, columns=columns, alphabet=problems.symbols)
 
 
 def first(found: Tensor) -> Tensor:
@@ -72,6 +98,4 @@ def accuracy(
 ) -> float:
     """The share of answers to problems ``[N, P]`` that are right, each tried so often; at temperature 0 the likeliest
     token is taken."""
-    asked = prompts.repeat_interleave(tries, 0)
-    made = rollout(policy, asked, rng, problems.most, temperature=temperature, end=END_TOKEN)
-    return float(problems.verify(made.tokens).float().mean())
+    return float(attempts(policy, problems, prompts, rng, tries, temperature).right.float().mean())

@@ -235,6 +235,8 @@ class Recipe(ABC):
     #: What a user may bring besides the teacher, by the part it plays: "student" (where the student's weights start),
     #: "guide", "reward".
     roles: ClassVar[tuple[str, ...]] = ()
+    #: Settings of the trainer that mean nothing to it, with what is said to those who give another than the usual one.
+    unused: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         check_fields(self)

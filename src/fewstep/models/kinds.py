@@ -21,7 +21,7 @@ from fewstep.models.denoisers import (
     ViewedModel,
 )
 from fewstep.models.discrete import AnyDiscreteDenoiser, LearnedSamplerModel, NetworkDiscreteModel
-from fewstep.models.language import AnyLanguageModel, NetworkLanguageKind
+from fewstep.models.language import AnyLanguageModel, NetworkLanguageKind, RestrictedVocabularyKind
 from fewstep.models.model import Config, Model
 from fewstep.models.networks import build_network, describe_network
 from fewstep.models.staged import CascadedModel, DPMOTModel, SeparateCascadeModel
@@ -59,6 +59,7 @@ KINDS: tuple[type[Model], ...] = (
     ClassifierModel,
     CondensedModel,
     NetworkLanguageKind,
+    RestrictedVocabularyKind,
     AnyLanguageModel,
 )
 _BY_CLASS = {cls.wraps: cls for cls in KINDS}

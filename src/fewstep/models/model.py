@@ -12,6 +12,7 @@ from fewstep.conditions import leaves
 from fewstep.data.dataset import Samples, Unlabelled
 from fewstep.denoisers import Cond, Denoiser
 from fewstep.extras import Input
+from fewstep.language_models import Tokenizer
 from fewstep.randomness import Rng
 from fewstep.sampling.rollout import Student
 
@@ -54,6 +55,11 @@ class Model(ABC):
     @property
     def tokens(self) -> int | None:
         """Of a model whose samples are whole numbers from 0 on: how many there are; None for real numbers."""
+        return None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """How it reads text; None for a model that reads none, or does not say."""
         return None
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fewstep.report import plots
 from fewstep.report.runs import RunCourse, Sign, StageCourse, method_class, signs
-from fewstep.report.words import colour, duration, number, swatch
+from fewstep.report.words import colour, duration, milliseconds, number, swatch
 
 if TYPE_CHECKING:
     from fewstep.report.comparison import Comparison
@@ -37,7 +37,7 @@ def one_run(comparison: Comparison, run: RunCourse) -> str:
         f"<h3>{swatch(comparison, run.name)}{escape(run.name)}</h3>",
         f"<p>{source(run.stages[-1].method)}. {steps:,} steps, {images:,} pictures seen, {duration(run.seconds)}"
         + (f", in {len(run.stages)} stages" if len(run.stages) > 1 else "")
-        + ".</p>",
+        + f".{choosing(run)}</p>",
     ]
     drawn: list[str] = []
     for k, stage in enumerate(run.stages):
@@ -45,6 +45,13 @@ def one_run(comparison: Comparison, run: RunCourse) -> str:
         drawn += courses(stage, colour(comparison, run.name), place)
     parts.append(f'<div class="courses">{"".join([*drawn, deviations(run)])}</div>')
     return "\n".join(parts)
+
+
+def choosing(run: RunCourse) -> str:
+    """What it cost to choose what to read, of a run that did not read its data in epochs; nothing of another."""
+    if run.order == "epochs" or run.choosing is None:
+        return ""
+    return f" Choosing what to read ({escape(run.order)}) took {milliseconds(run.choosing)} ms of that."
 
 
 def source(name: str) -> str:

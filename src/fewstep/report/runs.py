@@ -18,12 +18,16 @@ from typing import Any
 
 from fewstep import schemas
 from fewstep.hub import native
+from fewstep.hub.places import check_buildable
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.methods.method import Method
 
 RECIPE_FILE = "recipe.json"
 #: Settings that a command repeats where they are not the default.
-_SETTINGS = {"accumulate": 1, "averages": (0.1,), "device": "cpu"}
+_SETTINGS = {
+    "accumulate": 1, "averages": (0.1,), "device": "cpu", "order": "epochs", "on_alarm": "go-on",
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets")),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,13 +133,15 @@ def names_of(start: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StageCourse:
-    """One stage of a run: its method by name, its records in order, its cost."""
+    """One stage of a run: its method by name, its records in order, its cost.  ``choosing`` are the seconds in which
+    the order of the data said what to read, None where nobody counted them."""
 
     method: str
     records: tuple[Mapping[str, float], ...]
     steps: int
     images: int
     seconds: float
+    choosing: float | None = None
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
         """``(seconds, values)`` of a logged scalar, where it was logged."""
@@ -160,6 +166,17 @@ class RunCourse:
     @property
     def seconds(self) -> float:
         return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def choosing(self) -> float | None:
+        """The seconds of all stages in which something said what to read; None where one has not counted them."""
+        found = [stage.choosing for stage in self.stages if stage.choosing is not None]
+        return sum(found) if len(found) == len(self.stages) else None
+
+    @property
+    def order(self) -> str:
+        """The order in which data were read, by name."""
+        return str(self.note.settings.get("order", "epochs")) if self.note else "epochs"
 
     @property
     def recipe(self) -> str:
@@ -206,6 +223,7 @@ def read_run(folder: str | Path) -> RunCourse:
     places = sorted(folder.glob("stage-*"), key=_stage) or [folder]
     done = [place for place in places if (place / "model" / "config.json").is_file()]
     if not done:
+        check_buildable(folder)
         raise FileNotFoundError(f"{folder}: no finished run here (no model/config.json); run the same command again")
     return RunCourse(folder.name, str(folder), tuple(_read_stage(place) for place in done), read_note(folder))
 
@@ -229,6 +247,7 @@ def _read_stage(folder: Path) -> StageCourse:
         str(card.get("method", "")),
         tuple(read_records(folder / "log.jsonl")),
         int(card.get("steps", 0)), int(card.get("images", 0)), float(card.get("seconds", 0)),
+        float(card["choosing"]) if "choosing" in card else None,
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Data as a teacher reads them: captions as conditions by its text encoders, pictures as latents by its autoencoder."""
+"""Data as a teacher reads them: captions as conditions by its text encoders, pictures as latents by its autoencoder,
+text as tokens by its tokenizer."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from fewstep.data.encoded import Embed, Latents, Tell
 from fewstep.data.sources import load_samples
 from fewstep.hub.autoencoders import autoencoder_name, encode, picture_channels, pixels_per_latent
 from fewstep.hub.models import adapter_of, load
+from fewstep.language_models import Tokenizer
 from fewstep.models import model_of
 from fewstep.training.feed import fitted
 from fewstep.training.progress import Bar
@@ -49,6 +51,11 @@ def embed_of(model: nn.Module) -> Embed | None:
     """The text encoders that a model came with, as a function of prompts; None where it has none."""
     net = adapter_of(model)
     return net.embed if net is not None and net.reads_prompts else None
+
+
+def tokenizer_of(model: nn.Module) -> Tokenizer | None:
+    """How a model reads text; None for one that reads none, or does not say."""
+    return model_of(model).tokenizer
 
 
 def pictures_of(teacher: Any) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]] | None:
@@ -119,11 +126,11 @@ def shown(title: str, show: bool) -> Tell:
     return tell
 
 
-def samples_of(source: str | Path, captions: bool = False) -> Samples:
-    """The training part of a data set by name or path, with its captions where they are asked for; of a run that made a
-    small data set, that set."""
+def samples_of(source: str | Path, captions: bool = False, tokenizer: Tokenizer | None = None) -> Samples:
+    """The training part of a data set by name or path, with its captions where they are asked for, its text in the
+    tokens of a ``tokenizer``; of a run that made a small data set, that set."""
     if (Path(source) / "config.json").is_file() or (Path(source) / "model" / "config.json").is_file():
         found = model_of(load(source))
         if found.task == "data":
             return data_of(found.module, Path(source).name)
-    return load_samples(source, captions=captions)
+    return load_samples(source, captions=captions, tokenizer=tokenizer)

@@ -61,9 +61,11 @@ def run_recipe(
         read = as_read_by(teacher, data, stores, show)
         return Start(borrowed(teacher, device), read, settings.seed, given=models)
 
+    parallel = Parallel.from_environment(device)
+    for line in ignored(recipe, settings) if show and parallel.main else ():
+        print(line)
     if folder is None:
         return run_stages(recipe, start(None, show), settings, show=show)
-    parallel = Parallel.from_environment(device)
     if not parallel.main:
         parallel.barrier()  # the main process has made the folder, or found there what it is to go on with
         seeds = stage_seeds(folder)
@@ -82,9 +84,17 @@ def run_recipe(
         result = run_stages(recipe, begin, settings, folder, seeds=record.stage_seeds, show=show)
         if record.command == "train" and model_of(result.model).task == "generation":
             keep_half_level(result.model)
-        native.save(result.model, folder / "model", card(record, recipe, result))
+        if not native.keep(result.model, folder / "model", card(record, recipe, result)) and show:
+            print(f"{folder / 'model'}: weights alone, for load_state_dict: a network of your own is yours to build")
         join_logs(folder)
     return result
+
+
+def ignored(recipe: Recipe, settings: Settings) -> list[str]:
+    """A line for every setting that means nothing to a recipe and is not the usual one."""
+    usual, given = vars(Settings()), vars(settings)
+    changed = {name: said for name, said in recipe.unused.items() if given[name] != usual[name]}
+    return [f"{name}={given[name]} means nothing to {recipe.name}: {said}" for name, said in changed.items()]
 
 
 def keep_half_level(model: nn.Module) -> None:

@@ -26,20 +26,20 @@ class Shelf:
 
     def __init__(self, folder: Path | None, parallel: Parallel, show: bool) -> None:
         self.folder, self.parallel, self.show = folder, parallel, show and parallel.main
-        self.held: dict[str, Tensors] = {}
+        self.held: dict[str, Dataset] = {}
 
     def __call__(self, what: Store, seed: int) -> Dataset:
         digest = what.digest()
         if self.folder is None:
             if digest not in self.held:
-                self.held[digest] = joined(list(self.made(what, seed, range(what.batches)).values()))
-            return what.dataset(self.held[digest])
+                self.held[digest] = what.together(list(self.made(what, seed, range(what.batches)).values()))
+            return self.held[digest]
         # weights that processes have trained together may differ in last bits: the main one's count
         key = int(self.parallel.agree(int(digest[:12], 16)))
         place = self.folder / "stores" / f"{what.name}-{key:012x}"
         self.fill(place, what, seed)
         self.parallel.barrier()
-        return what.dataset(joined([load_tensors(file) for file in files(place, what).values()]))
+        return what.together([load_tensors(file) for file in files(place, what).values()])
 
     def fill(self, place: Path, what: Store, seed: int) -> None:
         """Make this process's share of the parts that are missing."""
@@ -49,6 +49,7 @@ class Shelf:
         done: dict[int, Tensors] = {}
         bar = Bar(what.name, self.show)
         wanted = {i for batches in missing for i in batches}
+        bar.update(min(wanted, default=0) / what.batches)
         for i, tensors in what.make(seed, wanted):
             done[i] = tensors
             for batches, file in missing.items():
@@ -61,6 +62,7 @@ class Shelf:
         """Batches in memory."""
         bar = Bar(what.name, self.show)
         done: dict[int, Tensors] = {}
+        bar.update(0.0)
         for i, tensors in what.make(seed, wanted):
             done[i] = tensors
             bar.update((i + 1) / what.batches)

@@ -88,7 +88,7 @@ def run_stages(
             place.mkdir(parents=True, exist_ok=True)
         result = train_held(stage.method, begin, here, place, show=show and parallel.main)
         if place is not None and len(stages) > 1 and parallel.main:
-            native.save(result.model, place / "model", cost(stage.method.name, result))
+            native.keep(result.model, place / "model", cost(stage.method.name, result))
         results.append(result)
         made = {**made, **result.made}
     return dataclasses.replace(
@@ -96,6 +96,7 @@ def run_stages(
         steps=sum(r.steps for r in results),
         images=sum(r.images for r in results),
         seconds=sum(r.seconds for r in results),
+        choosing=sum(r.choosing for r in results),
         records=[{**record, "stage": k} for k, result in enumerate(results) for record in result.records],
         made=made,
     )
@@ -103,4 +104,5 @@ def run_stages(
 
 def cost(method: str, result: Result) -> dict[str, object]:
     """What a model's card says of how long it took."""
-    return {"method": method, "steps": result.steps, "images": result.images, "seconds": round(result.seconds, 1)}
+    seconds = {"seconds": round(result.seconds, 1), "choosing": round(result.choosing, 4)}
+    return {"method": method, "steps": result.steps, "images": result.images, **seconds}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fewstep.classifiers import NetworkClassifier
 from fewstep.condense.supervised import STUDENT, Supervised, accuracy_of, labels_in, nll
-from fewstep.data.dataset import Dataset, Samples
+from fewstep.data.dataset import Dataset, Samples, class_labels, every_label
 from fewstep.digests import model_sha256
 from fewstep.divergences import kl
 from fewstep.methods.method import Batch, Networks, Paper, Progress, System, Update
@@ -40,6 +40,8 @@ from fewstep.students.proxies import Scorer, flops, parameters, split_half_tau, 
 from fewstep.students.relations import RELATIONS, activation_weights, semantic
 
 ProxyName = Literal["relation", "semantic", "ickd", "at", "pkt", "cc", "rkd", "fitnet", "naswot", "synflow"]
+#: DisWOT's two scores, of which the first needs no equal widths.
+USUAL: tuple[ProxyName, ...] = ("relation", "semantic")
 #: Proxies that compare channel by channel.
 SAME_WIDTH = ("semantic", "ickd", "fitnet")
 
@@ -86,7 +88,7 @@ class Space:
 
 @dataclass(frozen=True, eq=False)
 class Search(Store):
-    """The students that evolution has scored, the best first in nothing: in the order in which they came.
+    """The students that evolution has scored, in the order in which they came.
 
     ``student`` ``[n, 4]`` (blocks and channels), ``scores`` ``[n, draws, proxies]``, ``total`` ``[n]``, the sum of
     their mean scores in units of the spread over random students within the budgets, ``parameters`` ``[n]``, and
@@ -162,10 +164,10 @@ class Search(Store):
         """A batch for every draw."""
         found = []
         for d in range(self.draws):
-            rows = self.data.rows(rng.stream(f"batch {d}").shuffled(len(self.data))[: self.batch])
-            if rows.x is None or not isinstance(rows.cond, Tensor):
-                raise ValueError(f"data '{self.data.name}' has no class labels, by which students are scored")
-            found.append((rows.x.to(self.place()), rows.cond.to(self.place().device)))
+            index = rng.stream(f"batch {d}").shuffled(len(self.data))[: self.batch]
+            x = self.data.rows(index).x
+            assert x is not None
+            found.append((x.to(self.place()), class_labels(self.data, index).to(self.place().device)))
         return found
 
     def fits(self, individual: Individual) -> bool:
@@ -193,6 +195,7 @@ class DisWOT(Supervised):
          "`draws`: scores are means over several batches and weights, since two single ones hardly agree",
          "scores are added in units of their spread over random students; the official ranking adds them as they are, "
          "which leaves the semantic one",
+         "`proxies`: both scores where students have the teacher's width, the relation alone where they need not",
          "evolution takes the best of a tournament, and every individual fits the budget; the official code takes one "
          "of the worst, and filters the first",
          "the teacher's activation weights are those of each batch alone; the official scripts add them up",
@@ -217,7 +220,11 @@ class DisWOT(Supervised):
         int, Least(0), "most parameters of a student; 0: midway between the smallest and the largest"
     ] = 0
     max_flops: Annotated[int, Least(0), "most operations of a student for a sample; 0: no limit"] = 0
-    proxies: Annotated[tuple[ProxyName, ...], "the scores that are put together"] = ("relation", "semantic")
+    proxies: Annotated[
+        tuple[ProxyName, ...] | None,
+        "the scores that are put together; none: relation and semantic, the relation alone for widths unlike the "
+        "teacher's",
+    ] = None
     draws: Annotated[Count, "batches and weights by which each student is scored"] = 8
     batch_scored: Annotated[Count, "samples in each of those batches"] = 64
     population: Annotated[Count, "students alive in evolution"] = 16
@@ -231,7 +238,7 @@ class DisWOT(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.proxies or len(set(self.proxies)) < len(self.proxies):
+        if self.proxies is not None and (not self.proxies or len(set(self.proxies)) < len(self.proxies)):
             raise ValueError(f"diswot: proxies={','.join(self.proxies)} must name one or more, each once")
         if self.tournament > self.population:
             raise ValueError(f"diswot: tournament={self.tournament} is larger than the population={self.population}")
@@ -248,16 +255,19 @@ class DisWOT(Supervised):
                 "reads 4 times its width; give widths"
             )
         widths = self.widths or (reads // 4,)
-        compared = [name for name in self.proxies if name in SAME_WIDTH]
-        if compared and any(4 * width != reads for width in widths):
+        alike = all(4 * width == reads for width in widths)
+        proxies = self.proxies or (USUAL if alike else USUAL[:1])
+        compared = [name for name in proxies if name in SAME_WIDTH] + ["semantic_weight"] * (self.semantic_weight > 0)
+        if compared and not alike:
             raise ValueError(
                 f"diswot: {', '.join(compared)} compares channel by channel, and needs a head that reads {reads} "
-                f"features as the teacher's does: 4 times widths={','.join(map(str, widths))}; leave it out of proxies"
+                f"features as the teacher's does: 4 times widths={','.join(map(str, widths))}; leave it out"
             )
+        every_label(start.data)
         space = Space(teacher.shape, teacher.classes, self.depths, widths, self.student_norm)
         most = self.max_parameters or space.midway()
         return Search(
-            teacher, start.data, space, self.proxies, self.draws, self.batch_scored, self.population, self.tournament,
+            teacher, start.data, space, proxies, self.draws, self.batch_scored, self.population, self.tournament,
             self.evaluations, most, self.max_flops,
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ of times ``|M_r|``, so that their raw sum is ``M_s`` alone.  So a :class:`Scorer
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -157,7 +158,7 @@ class Scorer:
 
     Draw ``d`` gives the teacher and every student weights of its own from ``rng`` and shows them ``batches[d]``, a pair
     of samples ``[B, ...]`` and labels ``[B]``: what a student scores does not depend on which others are scored.
-    ValueError for no batch and for a proxy that there is not.
+    ValueError for no batch, for a proxy that there is not, and in a call for a score that is no finite number.
     """
 
     def __init__(
@@ -184,9 +185,15 @@ class Scorer:
         seen = view(net, x, labels) if self.teacher else None
         for name in self.names:
             if seen is not None and name in BESIDE:
-                yield float(BESIDE[name](seen, self.teacher[d]))
+                score = float(BESIDE[name](seen, self.teacher[d]))
             else:
-                yield ALONE[name](net, x)
+                score = ALONE[name](net, x)
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"the score '{name}' of a student is {score}: without norms between layers, weights from N(0, 1) "
+                    "give numbers that are too large"
+                )
+            yield score
 
 
 def kendall_tau(a: Tensor, b: Tensor) -> float:

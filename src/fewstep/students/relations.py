@@ -106,16 +106,17 @@ def semantic(student: Tensor, teacher: Tensor) -> Tensor:
     ``B_c = A_c A_c^T``, rows L2-normalised: :func:`channels` of classes in the place of samples.
 
     Every block has rank one, and row ``i`` of it is ``sign(A_ci) A_c / ||A_c||`` after normalisation: so this takes
-    ``C c_h`` operations, not ``C c_h^2``.  ValueError for other widths.
+    ``C c_h`` operations, not ``C c_h^2``; in float64, and rounded once at the end.  ValueError for other widths.
     """
     same("penultimate widths", list(student.shape), list(teacher.shape))
-    ours, theirs = normalize(student, dim=1), normalize(teacher, dim=1)
-    both = student.sign() * teacher.sign()
-    # || s u - s' u' ||^2 of a row, which is 1 where one of the two is empty
-    alike, opposed = both.clamp_min(0).sum(1), (-both).clamp_min(0).sum(1)
-    alone = (student.sign().abs() - teacher.sign().abs()).abs().sum(1)
-    rows = alike * (ours - theirs).square().sum(1) + opposed * (ours + theirs).square().sum(1) + alone
-    return rows.sum() / student.numel()
+    ours, theirs = normalize(student.double(), dim=1), normalize(teacher.double(), dim=1)
+    signs = student.sign(), teacher.sign()
+    used = (signs[0].abs() + signs[1].abs()).sum(1, dtype=torch.float64)
+    agree = (signs[0] * signs[1]).sum(1, dtype=torch.float64)
+    # || s u^T - s' u'^T ||^2 = used - 2 (s.s') (u.u'), written so that it is exactly 0 where u' is u or -u
+    gap = torch.addcmul(ours, agree.sign()[:, None], theirs, value=-1)
+    rows = used - 2 * agree.abs() + agree.abs() * gap.square().sum(1)
+    return (rows.sum() / student.numel()).to(student.dtype)
 
 
 def gram(features: Tensor) -> Tensor:

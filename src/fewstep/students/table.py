@@ -1,7 +1,7 @@
-"""A table of trained students, by which scores of untrained ones are judged: 27 residual networks on the digits, from
-labels alone and distilled, made by ``benchmarks/make_student_table.py``.
+"""A table of trained students, by which scores of untrained ones are judged: 27 residual networks on Fashion-MNIST,
+from labels alone and distilled, made by ``benchmarks/make_student_table.py``.
 
-Everything in it is small, and chance alone gives Kendall's tau of 27 students a standard deviation of 0.14.
+Chance alone gives Kendall's tau of 27 students a standard deviation of 0.14.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fewstep.schemas import Count, Size, read_json
 DEPTHS = tuple[Size, ...]
 SCHEMA = {
     "about": {
-        "data": str, "shape": tuple[Size, ...], "classes": Size, "width": Size, "seeds": list[int], "learned": Count,
-        "tested": Count, "steps": Count, "batch": Count, "lr": float,
-        "teacher": {"width": Size, "depths": DEPTHS, "learned": Count, "accuracy": float},
+        "data": str, "shape": tuple[Size, ...], "classes": Size, "learned": Count, "tested": Count, "steps": Count,
+        "batch": Count, "lr": float,
+        "teacher": {"width": Size, "depths": DEPTHS, "learned": Count, "steps": Count, "accuracy": float},
     },
     "students": list[dict],
 }  # fmt: skip
@@ -30,10 +30,11 @@ SCHEMA = {
 
 @dataclass(frozen=True)
 class StudentTable:
-    """Students by the blocks of their three stages ``depths`` ``[n, 3]``, their accuracies from labels alone
-    (``vanilla``) and ``distilled``, ``[n, seeds]`` float64, ``parameters`` and ``flops`` ``[n]``; ``about`` says how
-    they were trained."""
+    """Students by their channels ``widths`` ``[n]`` and the blocks of their three stages ``depths`` ``[n, 3]``, their
+    accuracies from labels alone (``vanilla``) and ``distilled``, ``[n, seeds]`` float64, ``parameters`` and ``flops``
+    ``[n]``; ``about`` says how they were trained."""
 
+    widths: Tensor
     depths: Tensor
     vanilla: Tensor
     distilled: Tensor
@@ -44,24 +45,28 @@ class StudentTable:
     def __len__(self) -> int:
         return len(self.depths)
 
-    def build(self, depths: tuple[int, ...]) -> NetworkClassifier:
-        """A student, or one as its teacher is, with some first weights."""
-        shape, classes = tuple(self.about["shape"]), self.about["classes"]
-        net = ResNet(shape, classes, self.about["width"], depths)
-        return NetworkClassifier(net, shape, classes)
+    def student(self, k: int) -> NetworkClassifier:
+        """The ``k``-th student, with some first weights."""
+        return self.build(int(self.widths[k]), self.depths[k].tolist())
 
     @property
     def teacher(self) -> NetworkClassifier:
         """A network as the teacher's, with some first weights."""
-        return self.build(tuple(self.about["teacher"]["depths"]))
+        return self.build(self.about["teacher"]["width"], self.about["teacher"]["depths"])
+
+    def build(self, width: int, depths: list[int]) -> NetworkClassifier:
+        """A residual network for the pictures of the table."""
+        shape, classes = tuple(self.about["shape"]), self.about["classes"]
+        return NetworkClassifier(ResNet(shape, classes, width, tuple(depths)), shape, classes)
 
 
 def student_table() -> StudentTable:
     """The bundled table."""
-    with resources.as_file(resources.files("fewstep") / "assets" / "students-digits.json") as path:
+    with resources.as_file(resources.files("fewstep") / "assets" / "students-fashion.json") as path:
         read = read_json(path, SCHEMA)
     rows = read["students"]
-    columns = {name: torch.tensor([row[name] for row in rows]) for name in ("depths", "parameters", "flops")}
+    names = {"widths": "width", "depths": "depths", "parameters": "parameters", "flops": "flops"}
+    columns = {field: torch.tensor([row[name] for row in rows]) for field, name in names.items()}
     accuracies = {
         field: torch.tensor([row[name] for row in rows], dtype=torch.float64)
         for field, name in (("vanilla", "vanilla"), ("distilled", "kd"))

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fewstep.files import save_tensors
 from fewstep.methods.method import Networks
-from fewstep.schemas import Count, Map, Place, check, parse_json
+from fewstep.schemas import Count, Map, Maybe, Place, check, parse_json
 
 #: What the trainer counts.
 COUNTERS = {
     "steps": Count, "seconds": float, "averages": Map(".*", "a network", list[Count]), "recent": dict, "precision": str,
-    "run": dict, ...: Any,
+    "run": dict, "choosing": Maybe(float), ...: Any,
 }  # fmt: skip
 
 

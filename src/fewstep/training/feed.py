@@ -5,6 +5,7 @@ have read, whoever fetches it and however far ahead.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from time import perf_counter as clock
 
 from torch import nn
 
@@ -22,6 +23,7 @@ class Feed:
 
     Micro-batch ``part`` of ``parts`` reads its share of the global ``batch`` of every source.  Each source has an order
     of its own; that of the main one depends on the ``seed`` only, and may be another ``order`` than epochs.
+    ``choosing`` are the seconds that the orders took to say what to read; reading it is not counted.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Feed:
     ) -> None:
         self.sources, self.batch, self.seed, self.mine, self.parts = dict(sources), batch, seed, mine, parts
         self.order = order or Epochs()
+        self.choosing = 0.0
         self.step: int | None = None
         self.ahead: dict[str, Iterator[Rows]] = {}
 
@@ -55,11 +58,14 @@ class Feed:
         seed = self.seed if name == MAIN else derive_seed(self.seed, "source", name)
         own = InSequence() if self.sources[name].in_sequence else None
         order = own or (self.order if name == MAIN else Epochs())
+        before = clock()
+        read = order.reader(self.sources[name], seed)
         while True:
-            reading = order.read(self.sources[name], step * self.batch, self.batch, seed)
+            reading = read(step * self.batch, self.batch)
+            self.choosing += clock() - before
             whole, epochs = reading.indices.chunk(self.parts), reading.epochs.chunk(self.parts)
             yield from (Draw(whole[part], epochs[part], seed) for part in self.mine)
-            step += 1
+            step, before = step + 1, clock()
 
     def close(self) -> None:
         """Read no further, and end the processes that read ahead."""

@@ -21,9 +21,11 @@ LARGE = 1e20
 
 def make_optimizer(spec: Optimizer, nets: Networks, group: str) -> torch.optim.Optimizer:
     """Fused or multi-tensor optimizers only: per-tensor ones cost more than a small network's backward pass."""
-    parameters: list[Any] = nets.group_parameters(group)
+    parameters: list[dict[str, Any]] = [{"params": nets.group_parameters(group)}]
     if spec.rates:
         parameters = [{"params": nets.weights(name), "rate": spec.rates.get(name, 1.0)} for name in spec.modules]
+    if spec.decayed == "matrices":
+        parameters = [part for whole in parameters for part in matrices_apart(whole)]
     if spec.kind == "sgd":
         return torch.optim.SGD(
             parameters, spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay,
@@ -34,6 +36,12 @@ def make_optimizer(spec: Optimizer, nets: Networks, group: str) -> torch.optim.O
     else:
         kind = torch.optim.Adam if spec.kind == "adam" else torch.optim.AdamW
     return kind(parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
+
+
+def matrices_apart(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A group as two: the weights of two dimensions and more, and those of fewer, which do not decay."""
+    yield {**group, "params": [p for p in group["params"] if p.ndim >= 2]}
+    yield {**group, "params": [p for p in group["params"] if p.ndim < 2], "weight_decay": 0.0}
 
 
 class RectifiedAdam(torch.optim.Adam):

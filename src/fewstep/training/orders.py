@@ -19,6 +19,7 @@ used, so that help is instant.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fewstep.data.dataset import Samples
+    from fewstep.data.rounds import Chosen
 
 
 class Reading(NamedTuple):
@@ -35,6 +37,10 @@ class Reading(NamedTuple):
 
     indices: Tensor
     epochs: Tensor
+
+
+#: What stands at the positions ``start .. start + count``.
+Reader = Callable[[int, int], Reading]
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,13 @@ class Order(Written):
         return ROUNDS[name](read(float, number))
 
     @abstractmethod
+    def reader(self, data: Samples, seed: int) -> Reader:
+        """What reads the data.  It may keep what it has found out (the classes, the round that is being read), so that
+        reading on is cheap; what it reads depends on the position alone."""
+
     def read(self, data: Samples, start: int, count: int, seed: int) -> Reading:
-        """What stands at the positions ``start .. start + count``."""
+        """What stands at the positions ``start .. start + count``, read once."""
+        return self.reader(data, seed)(start, count)
 
     @abstractmethod
     def marginals(self, data: Samples) -> Tensor:
@@ -68,13 +79,15 @@ class Epochs(Order):
     def __str__(self) -> str:
         return "epochs"
 
-    def read(self, data: Samples, start: int, count: int, seed: int) -> Reading:
+    def reader(self, data: Samples, seed: int) -> Reader:
         import torch
 
         from fewstep.data.dataset import epoch_indices
 
         n = len(data)
-        return Reading(epoch_indices(n, start, count, seed), torch.arange(start, start + count) // n)
+        return lambda start, count: Reading(
+            epoch_indices(n, start, count, seed), torch.arange(start, start + count) // n
+        )
 
     def marginals(self, data: Samples) -> Tensor:
         import torch
@@ -89,11 +102,14 @@ class InSequence(Order):
     def __str__(self) -> str:
         return "sequence"
 
-    def read(self, data: Samples, start: int, count: int, seed: int) -> Reading:
+    def reader(self, data: Samples, seed: int) -> Reader:
         import torch
 
-        places = torch.arange(start, start + count)
-        return Reading(places % len(data), places // len(data))
+        def read(start: int, count: int) -> Reading:
+            places = torch.arange(start, start + count)
+            return Reading(places % len(data), places // len(data))
+
+        return read
 
     def marginals(self, data: Samples) -> Tensor:
         import torch
@@ -123,19 +139,22 @@ class Rounds(Order):
             raise ValueError(f"order '{self}': that is no sample of the {len(data)} of '{data.name}'")
         return size
 
-    def read(self, data: Samples, start: int, count: int, seed: int) -> Reading:
+    def reader(self, data: Samples, seed: int) -> Reader:
         import torch
 
         size = self.size(data)
-        chosen: list[Tensor] = []
-        for k in range(start // size, (start + count - 1) // size + 1):
-            first = k * size
-            chosen.append(self.subset(data, size, k, seed)[max(start - first, 0) : start + count - first])
-        return Reading(torch.cat(chosen), torch.arange(start, start + count) // size)
+        chosen = self.rounds(data, size, seed)
+
+        def read(start: int, count: int) -> Reading:
+            numbers = range(start // size, (start + count - 1) // size + 1)
+            parts = [chosen(k)[max(start - k * size, 0) : start + count - k * size] for k in numbers]
+            return Reading(torch.cat(parts), torch.arange(start, start + count) // size)
+
+        return read
 
     @abstractmethod
-    def subset(self, data: Samples, size: int, k: int, seed: int) -> Tensor:
-        """The samples of round ``k``, in order."""
+    def rounds(self, data: Samples, size: int, seed: int) -> Chosen:
+        """The samples of a round, in order, by its number."""
 
     def marginals(self, data: Samples) -> Tensor:
         import torch
@@ -149,10 +168,10 @@ class WithoutReplacement(Rounds):
 
     name = "random"
 
-    def subset(self, data: Samples, size: int, k: int, seed: int) -> Tensor:
+    def rounds(self, data: Samples, size: int, seed: int) -> Chosen:
         from fewstep.data.rounds import dealt
 
-        return dealt(data, size, k, seed)
+        return dealt(len(data), size, seed)
 
 
 @dataclass(frozen=True)
@@ -161,10 +180,10 @@ class WithReplacement(Rounds):
 
     name = "replaced"
 
-    def subset(self, data: Samples, size: int, k: int, seed: int) -> Tensor:
+    def rounds(self, data: Samples, size: int, seed: int) -> Chosen:
         from fewstep.data.rounds import drawn
 
-        return drawn(data, size, k, seed)
+        return drawn(len(data), size, seed)
 
 
 @dataclass(frozen=True)
@@ -173,10 +192,10 @@ class Stratified(Rounds):
 
     name = "stratified"
 
-    def subset(self, data: Samples, size: int, k: int, seed: int) -> Tensor:
+    def rounds(self, data: Samples, size: int, seed: int) -> Chosen:
         from fewstep.data.rounds import stratified
 
-        return stratified(data, size, k, seed)
+        return stratified(data, size, seed)
 
     def marginals(self, data: Samples) -> Tensor:
         import torch

@@ -57,7 +57,7 @@ class Interrupted(RuntimeError):
 class Result:
     """What a run made: a ``model`` of any kind, with the first average's weights when the method has one, and its cost.
     ``records`` are the lines of ``log.jsonl``, those before a resume included; ``made`` are the models for the stages
-    after it, by role."""
+    after it, by role; ``choosing`` are those of the ``seconds`` in which the order of the data said what to read."""
 
     model: Any
     steps: int
@@ -65,6 +65,7 @@ class Result:
     seconds: float
     records: list[dict[str, Any]]
     made: Mapping[str, nn.Module] = field(default_factory=dict)
+    choosing: float = 0.0
 
 
 class Run(Groups):
@@ -81,7 +82,7 @@ class Run(Groups):
         self.precision: Literal["fp32", "bf16"] = "bf16" if parallel.agree(fast) else "fp32"
         super().__init__(nets, parallel, settings.averages)
         self.feed: Feed | None = None
-        self.seconds = 0.0
+        self.seconds = self.chosen = 0.0
         # scalars since the last record, so that a group that moves in one step of five is in every record
         self.recent: dict[str, Tensor | float] = {}
         self.healthy = Healthy(self) if settings.on_alarm == "stop" else None
@@ -90,6 +91,11 @@ class Run(Groups):
     def ended(self) -> bool:
         """Whether an alarm has ended the run."""
         return self.healthy is not None and self.healthy.ended
+
+    @property
+    def choosing(self) -> float:
+        """The seconds in which this process's orders said what to read, those before a resume included."""
+        return self.chosen + (0.0 if self.feed is None else self.feed.choosing)
 
     def progress(self) -> Progress:
         images = self.steps * self.settings.batch
@@ -120,6 +126,7 @@ class Run(Groups):
         mine = range(first, first + settings.accumulate)
         sources = named(data)
         if self.feed is None or not self.feed.reads(sources):
+            self.chosen = self.choosing
             self.feed = Feed(sources, settings.batch, settings.seed, mine, parts, settings.order)
         # dropout is the one draw that a network makes itself, from PyTorch's own generator
         seed_own_draws(derive_seed(settings.seed, "dropout", self.steps, self.parallel.rank), self.device)
@@ -206,7 +213,7 @@ class Run(Groups):
             "steps": self.steps, "seconds": self.seconds, "averages": self.averaged_updates(), "recent": self.numbers(),
             "precision": self.precision, "run": self.identity(data),
             "nonfinite": {name: [tally.bad, tally.updates] for name, tally in self.tallies.items()},
-            "healthy": None if self.healthy is None else self.healthy.counters(),
+            "healthy": None if self.healthy is None else self.healthy.counters(), "choosing": self.choosing,
         }  # fmt: skip
         saved.write(self.state(), counters)
 
@@ -226,6 +233,7 @@ class Run(Groups):
         for name, optimizer in self.optimizers.items():
             checkpoint.load_optimizer(name, optimizer, tensors)
         self.steps, self.seconds, self.recent = counters["steps"], counters["seconds"], counters["recent"]
+        self.chosen = counters.get("choosing", 0.0)  # which earlier versions did not count
         self.tallies |= {name: nonfinite.Tally(*counts) for name, counts in counters.get("nonfinite", {}).items()}
         if self.healthy is not None:
             self.healthy.load(self, tensors, counters.get("healthy"))
@@ -302,7 +310,7 @@ def train_held(
             raise ValueError(f"lora_rank={settings.lora_rank}: {method.name} trains no copy of a network")
         records = loop(run, sources, folder, show and parallel.main)
         model, made = run.finish(networks() if settings.shard else run.nets)
-    return Result(model, run.steps, run.steps * settings.batch, run.seconds, records, made)
+    return Result(model, run.steps, run.steps * settings.batch, run.seconds, records, made, run.choosing)
 
 
 def named(data: Samples | Mapping[str, Samples]) -> Mapping[str, Samples]:

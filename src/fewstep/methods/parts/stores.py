@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from time import perf_counter as clock
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -54,15 +55,26 @@ class Store(ABC):
     def dataset(self, tensors: Tensors) -> Dataset:
         """All batches, put together, as what training reads."""
 
+    def together(self, parts: Sequence[Tensors]) -> Dataset:
+        """All batches in parts, which a run folder gives as maps of its files: put together in memory, unless a store
+        says otherwise."""
+        return self.dataset(joined(parts))
 
-def joined(parts: list[Tensors]) -> Tensors:
+    def glimpse(self, seed: int) -> tuple[Tensors, float]:
+        """What a plan looks at, the first batch unless a store says otherwise, and the seconds that all would take."""
+        begun = clock()
+        _, tensors = next(self.make(seed, (0,)))
+        return tensors, (clock() - begun) * self.batches
+
+
+def joined(parts: Sequence[Tensors]) -> Tensors:
     """The tensors of several batches or parts, put together."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def made_now(what: Store, seed: int) -> Dataset:
     """A store made in memory, kept nowhere."""
-    return what.dataset(joined([tensors for _, tensors in what.make(seed, range(what.batches))]))
+    return what.together([tensors for _, tensors in what.make(seed, range(what.batches))])
 
 
 @torch.no_grad()

@@ -35,7 +35,8 @@ def recovered(model: Any, data: Samples) -> Figure:
         rows += [begun.float(), as_floats(model.x[here])]
     columns = min(classes, MOST_CLASSES)
     caption = (
-        "Each pair of rows: the real picture of a class that recovery began with, and what its committee made of it."
+        "Each pair of rows: the real picture of a class that recovery began with, or with a patch of, and what its "
+        "committee made of it."
     )
     return Figure("Recovered pictures", caption, sheet(torch.cat(rows), columns, 64))
 

@@ -85,7 +85,7 @@ def decoded(target: LanguageModel, draft: LanguageModel, prompt: Tensor, seed: i
 
 def text_html(model: LanguageModel, prompt: Tensor, text: Decoded) -> str:
     """A text as HTML, its tokens marked."""
-    words = model.decode(text.tokens[:, None])
+    words = model.pieces(torch.cat([prompt, text.tokens]))[len(prompt) :]
     parts = [f'<span class="faint">{escape(model.decode(prompt[None])[0])}</span>']
     for place, (word, accepted) in enumerate(zip(words, text.accepted.tolist(), strict=True)):
         if place in text.rejected:

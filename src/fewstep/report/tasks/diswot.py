@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fewstep.data import Samples
-from fewstep.methods import recipe_class
 from fewstep.report import plots
 from fewstep.report.runs import RunCourse
 from fewstep.report.tasks.figure import Figure
 from fewstep.report.tasks.stores import stores
+from fewstep.students.diswot import USUAL
 
 #: Students that are listed.
 LISTED = 10
@@ -20,8 +20,8 @@ LISTED = 10
 def figures(course: RunCourse, model: object, data: Samples) -> Sequence[Figure]:
     """Scores against parameters, and the best students."""
     told = []
-    names = proxies_of(course)
     for found in stores(course, "search"):
+        names = proxies_of(course, found)
         taus = zip(names, found["agreement"][0].tolist(), strict=True)
         agreement = ", ".join(f"{name} {tau:.2f}" for name, tau in taus)
         draws = found["scores"].shape[1]
@@ -42,10 +42,10 @@ def figures(course: RunCourse, model: object, data: Samples) -> Sequence[Figure]
     return told
 
 
-def proxies_of(course: RunCourse) -> tuple[str, ...]:
-    """The names of the scores, in their order."""
-    usual = vars(recipe_class("diswot"))["proxies"]
-    return tuple(usual if course.note is None else course.note.arguments.get("proxies", usual))
+def proxies_of(course: RunCourse, found: dict[str, Tensor]) -> tuple[str, ...]:
+    """The names of the scores, in their order; where nobody named them, as many of the usual ones as there are."""
+    named = None if course.note is None else course.note.arguments.get("proxies")
+    return tuple(named or USUAL[: found["scores"].shape[2]])
 
 
 def scatter(found: dict[str, Tensor]) -> str:

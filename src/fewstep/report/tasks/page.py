@@ -15,16 +15,18 @@ from fewstep.evaluation.sources import whole_of
 from fewstep.evaluation.tables import Table, classifier_table, condensed_table
 from fewstep.files import write_atomically
 from fewstep.hub import native
+from fewstep.hub.models import load as open_model
+from fewstep.language_models import Tokenizer
 from fewstep.methods import RECIPES, recipe_class
 from fewstep.models import model_of
 from fewstep.report import machine, plots
 from fewstep.report.comparison import parts
-from fewstep.report.courses import courses, deviations, source
+from fewstep.report.courses import choosing, courses, deviations, source
 from fewstep.report.runs import RunCourse, model_folder
 from fewstep.report.style import STYLE
 from fewstep.report.tasks import figures_of
 from fewstep.report.words import duration
-from fewstep.runs.conditions import samples_of
+from fewstep.runs.conditions import samples_of, tokenizer_of
 
 #: What a small data set is tried on: enough to see what it is worth, in a minute.
 TRIED = Protocol(networks={"convnet": {}, "mlp-classifier": {}}, seeds=(0, 1, 2))
@@ -83,8 +85,9 @@ def section(run: RunCourse, data: str, show: Show) -> str:
     seconds = sum(stage.seconds for stage in run.stages)
     told = [
         f"<h2>{escape(run.name)}</h2>",
-        f"<p>{source(run.stages[-1].method)}. {sum(s.steps for s in run.stages):,} steps, {duration(seconds)}.</p>",
-        *(figure.html() for figure in figures_of(run, model, samples_of(name))),
+        f"<p>{source(run.stages[-1].method)}. {sum(s.steps for s in run.stages):,} steps, {duration(seconds)}."
+        f"{choosing(run)}</p>",
+        *(figure.html() for figure in figures_of(run, model, samples_of(name, tokenizer=reader_of(run, model)))),
     ]
     told.append(html_table(measured(run, model, name, show)))
     drawn: list[str] = []
@@ -97,10 +100,21 @@ def section(run: RunCourse, data: str, show: Show) -> str:
     return "\n".join(told)
 
 
+def reader_of(run: RunCourse, model: Any) -> Tokenizer | None:
+    """How a run's text is read: as its product reads it or, of a draft without a tokenizer, as its target does."""
+    found = tokenizer_of(model)
+    if found is None and model_of(model).task == "language" and run.note is not None:
+        try:
+            found = tokenizer_of(open_model(run.note.teacher))
+        except (FileNotFoundError, ValueError):  # it is not where it was
+            return None
+    return found
+
+
 def measured(run: RunCourse, model: Any, name: str, show: Show) -> Table:
     """What the product is worth on held-out data."""
     kind = model_of(model)
-    train, test = parts_of(whole_of(name))
+    train, test = parts_of(whole_of(name), reader_of(run, model))
     if kind.task == "language":
         return language_table({run.name: model}, test)
     if kind.task == "classification":
@@ -108,11 +122,11 @@ def measured(run: RunCourse, model: Any, name: str, show: Show) -> Table:
     return condensed_table(run.name, model, train, test, TRIED, seconds=run.seconds, show=show)
 
 
-def parts_of(source: str) -> tuple[Samples, Samples]:
+def parts_of(source: str, tokenizer: Tokenizer | None = None) -> tuple[Samples, Samples]:
     """Training and held-out data; a fifth put aside where a source has no part of its own."""
-    train = load(source)
+    train = load(source, tokenizer=tokenizer)
     try:
-        return train, load(source, "test")
+        return train, load(source, "test", tokenizer=tokenizer)
     except (FileNotFoundError, ValueError):
         return parts(train)
 

@@ -75,7 +75,7 @@ def trace_html(model: LanguageModel, tokens: Tensor, mask: Tensor, colour: str) 
     device = next(model.parameters(), torch.zeros(())).device
     whole, inside = tokens[None, :last].to(device), mask[None, :last].to(device)
     log_p = token_log_prob(model(whole), whole, inside)[0].tolist()
-    words = model.decode(tokens[:last, None])
+    words = model.pieces(tokens[:last])
     first = int(mask.nonzero()[0])
     parts = [f'<span class="faint">{escape("".join(words[:first]))}</span>']
     for word, value in [*zip(words, log_p, strict=True)][first : first + LONGEST]:

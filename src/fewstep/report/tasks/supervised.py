@@ -25,9 +25,9 @@ HARD = 20
 def figures(course: RunCourse, model: NetworkClassifier, data: Samples) -> Sequence[Figure]:
     """The rounds of a run whose order has any, and its hardest examples where those are pictures."""
     settings = {} if course.note is None else course.note.settings
-    order = Order.parse(str(settings.get("order", "epochs")))
     found = []
-    if str(order) != "epochs":
+    if course.order != "epochs":
+        order = Order.parse(course.order)
         read = rounds(order, data, int(settings.get("seed", 0)), sum(stage.images for stage in course.stages))
         found.append(Figure(
             "What was read",
