@@ -117,7 +117,7 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.n is None:
         chosen.n = 1 if is_text else PICTURES
     if is_text:
-        texts.run(found, chosen)
+        texts.run(found, chosen, OPTIONS)
         return
     texts.refuse_for_samples(found, chosen)
     out = samples_file(chosen.out or Path(f"{found.stem}.png"), found.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli.errors import UserError
@@ -17,14 +18,10 @@ if TYPE_CHECKING:
 
 #: Tokens after the prompt, and of them how many are drafted at a time, where nobody says.
 LENGTH, GAMMA = 64, 7
-#: The flags of language models, and those of a draft among them.
-FLAGS = ("draft", "length", "temperature", "top_k", "top_p", "end", "gamma", "lenience")
+#: Flags that are about a draft.
 OF_DRAFT = ("gamma", "lenience")
-#: Flags that mean something to other models alone.
-OF_SAMPLES = (
-    "steps", "solver", "grid", "threshold", "denoise", "one_path", "statistics", "settings", "labels", "guidance",
-    "extra", "guide", "interval", "cond", "out",
-)  # fmt: skip
+#: Flags that mean something to other models alone, beside those of solvers.
+OF_SAMPLES = ("steps", "labels", "extra", "cond", "out")
 #: How accepted tokens stand out in a terminal, and the prompt stands back.
 ACCEPTED, FAINT = "black on green", "dim"
 
@@ -45,15 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def flags() -> list[str]:
+    """The flags of language models."""
+    alone = argparse.ArgumentParser(add_help=False)
+    add_arguments(alone)
+    return list(vars(alone.parse_args([])))
+
+
 def refuse_for_samples(found: Named, chosen: argparse.Namespace) -> None:
     """:class:`UserError` for a flag of language models beside another."""
-    for flag in FLAGS:
+    for flag in flags():
         if getattr(chosen, flag) is not None:
             raise UserError(f"--{word(flag)} is for language models: '{found.name}' is {found.kind.called}")
 
 
-def run(found: Named, chosen: argparse.Namespace) -> None:
-    """Print the texts, accepted tokens marked where a terminal can show it, and what they cost."""
+def run(found: Named, chosen: argparse.Namespace, of_solvers: Sequence[str]) -> None:
+    """Print the texts, accepted tokens marked where a terminal can show it, and what they cost; ``of_solvers`` are the
+    flags of those, which are refused."""
     from fewstep.cli.conditions import seeds
     from fewstep.cli.models import named_model
     from fewstep.cli.runs import device_of
@@ -61,7 +66,7 @@ def run(found: Named, chosen: argparse.Namespace) -> None:
     from fewstep.language.speculative import Lenience, Statistics, speculative_decode
     from fewstep.randomness import Rng
 
-    refuse(found, chosen)
+    refuse(found, chosen, (*of_solvers, *OF_SAMPLES))
     said = {name: getattr(chosen, name) for name in ("temperature", "top_k", "top_p")}
     decoding: Decoding = Decoding(**{name: value for name, value in said.items() if value is not None})
     lenience = Lenience.parse(chosen.lenience or "lossless")
@@ -88,9 +93,9 @@ def run(found: Named, chosen: argparse.Namespace) -> None:
     print(f"{calls}{rate}, {seconds:.2f} s, {1000 * seconds / told.tokens:.1f} ms a token")
 
 
-def refuse(found: Named, chosen: argparse.Namespace) -> None:
+def refuse(found: Named, chosen: argparse.Namespace, of_samples: Sequence[str]) -> None:
     """:class:`UserError` for a flag that a language model has no use for, and for one of a draft without any."""
-    for flag in OF_SAMPLES:
+    for flag in of_samples:
         if getattr(chosen, flag) not in (None, False, []):
             raise UserError(f"--{word(flag)} is for pictures: '{found.name}' is {found.kind.called}, which writes text")
     for flag in OF_DRAFT:
