@@ -110,7 +110,7 @@ def drawing(lines: Mapping[str, tuple[list[float], list[float]]]) -> str:
         y = top + high * share
         parts.append(
             f'<line x1="{left}" x2="{left + wide}" y1="{y}" y2="{y}" stroke="var(--line)"/>'
-            f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="var(--faint)">{share * low:.2g}</text>'
+            f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="var(--faint)">{share * low + 0.0:.2g}</text>'
         )
     for k, (key, (xs, ys)) in enumerate(lines.items()):
         name, colour = KINDS[key]
