@@ -27,17 +27,28 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, written atomically."""
+    """One safetensors file, written atomically; tensors that share memory, as tied weights do, are written each."""
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+            save_file(apart({k: v.detach().cpu().contiguous() for k, v in tensors.items()}), temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error})") from None
         temporary.chmod(mode)  # safetensors makes files that only their owner can read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with memory of its own for every tensor: weights may be tied, one network may be several experts."""
+    held: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in held else tensor
+        held.add(place)
+    return found
 
 
 @contextmanager

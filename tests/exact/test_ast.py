@@ -37,7 +37,7 @@ from fewstep.training.settings import Settings
 
 OPEN: Any = ...
 #: The authors' README and code for one image a class of CIFAR-100: buffer.py --optim SGDMOM --loss_decay --gp True
-#: --train_epochs=50 --num_experts=100; distill.py --per-class=1 --pix_init avg --weight_perturb --agg_middle_loss
+#: --train_epochs=50 --num_experts=100; distill.py --ipc=1 --pix_init avg --weight_perturb --agg_middle_loss
 #: --balance_loss --syn_steps=20 --expert_epochs=3 --max_start_epoch=20 --lr_img=1000 --lr_lr=1e-05 --lr_teacher=0.01.
 PUBLISHED = {
     "per_class": 1, "clipping": 10, "penalty": 2.0, "initial": "representative", "balanced": True,

@@ -54,6 +54,22 @@ def test_a_set_is_chosen_by_somebody_s_own_network() -> None:
         fs.condense_data(PCA(2), bare, "20steps", network=own(), show=False)
 
 
+def test_tied_weights_are_checkpointed(tmp_path: Path) -> None:
+    """A layer that comes twice, as in language models whose first and last weights are one: a run with a folder makes
+    the weights that one without makes, and a second call finds them in the checkpoint."""
+    layer = nn.Linear(8, 8)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), layer, nn.ReLU(), layer, nn.Linear(8, 5))
+    data = Dataset("mine", torch.randn(20, 3, 16, 16), torch.arange(20) % 5)
+    model = NetworkClassifier(net, (3, 16, 16), 5)
+    runs = [
+        fs.distill(model, Supervised(), data, "3steps", batch=4, folder=folder, show=False)
+        for folder in (None, tmp_path, tmp_path)
+    ]
+    for made in runs[1:]:
+        assert made.net[2] is made.net[4]
+        assert all(torch.equal(value, runs[0].state_dict()[name]) for name, value in made.state_dict().items())
+
+
 def test_a_run_of_somebody_s_own_network_leaves_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where a model would be; the same call goes on with the run, and who asks for the model is told why not."""
     data, run = Dataset("mine", torch.randn(20, 3, 16, 16), torch.arange(20) % 5), tmp_path / "run"

@@ -125,7 +125,7 @@ def save(model: nn.Module, folder: str | Path, card: dict[str, Any] | None = Non
     elsewhere = Elsewhere()
     description = kinds.describe(model, elsewhere.describe)
     weights = folder / "model.safetensors"
-    save_tensors(weights, apart(elsewhere.here(model)))
+    save_tensors(weights, elsewhere.here(model))
     config = {"format": FORMAT, "model": description, "sha256": sha256(weights), "card": card or {}}
     write_atomically(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     language.keep_tokenizers(model, folder)
@@ -139,21 +139,10 @@ def keep(model: nn.Module, folder: Path, card: dict[str, Any] | None = None) -> 
         describe(model)
     except TypeError:
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / "model.safetensors", apart(model.state_dict()))
+        save_tensors(folder / "model.safetensors", model.state_dict())
         return False
     save(model, folder, card)
     return True
-
-
-def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same with memory of its own for every tensor: one network may be several experts."""
-    held: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place in held else tensor
-        held.add(place)
-    return found
 
 
 def load(folder: str | Path) -> Any:
