@@ -16,13 +16,13 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.condense.dq import DatasetQuantization, across_bins
 from fewstep.condense.graph_cut import cosine, greedy
@@ -55,17 +55,12 @@ KINDS = ("random", "dq", "patches", "one set")
 
 @dataclass(frozen=True)
 class Opened(DatasetQuantization):
-    """The method with all examples kept, which leaves its networks behind."""
+    """The method with all examples kept, which hands on its classifier."""
 
     keep: float = 1.0
 
-    def student(self, nets: Networks) -> Condensed:
-        opened.append(nets)
-        return super().student(nets)
-
-
-#: The networks of the last run.
-opened: list[Networks] = []
+    def hands_on(self, nets: Networks) -> Mapping[str, nn.Module]:
+        return {"classifier": nets.classifier}
 
 
 def candidates(data: Dataset, test: Dataset, shares: Sequence[float], seed: int, method: Opened, steps: int
@@ -75,14 +70,15 @@ def candidates(data: Dataset, test: Dataset, shares: Sequence[float], seed: int,
     assert labels is not None
     start = Start(fresh_classifier("convnet", data, seed), data, seed)
     before = time.process_time()
-    made = train(method, start, Settings(Budget(steps), seed=seed, precision="fp32"), show=False).model
-    nets = opened.pop()
+    result = train(method, start, Settings(Budget(steps), seed=seed, precision="fp32"), show=False)
+    made: Any = result.model
+    classifier: Any = result.made["classifier"]
     print(
-        f"seed {seed}: features of a network with {accuracy(nets.classifier, test):.3f}, holes filled with a squared "
+        f"seed {seed}: features of a network with {accuracy(classifier, test):.3f}, holes filled with a squared "
         f"error of {holes(made, data):.3f}, the mean picture has {float(data.read(slice(None)).var(0).mean()):.3f}; "
         f"{time.process_time() - before:.0f} s", flush=True,
     )  # fmt: skip
-    features = scores_of((nets.classifier,), data, "gradients")
+    features = scores_of((classifier,), data, "gradients")
     for share in shares:
         count = round(share * len(data))
         kept = across_bins(made.notes["bin"], labels, share, Rng(seed, "dq", "keep"))
